@@ -1,0 +1,177 @@
+package main
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+)
+
+// config is what a node is started with. See flags for meanings and defaults.
+type config struct {
+	id      uint64
+	cluster string // as given; members has it parsed
+	token   string
+	join    bool
+
+	port       int
+	listen     string
+	listenPeer string
+	dataDir    string
+
+	tick           time.Duration
+	electionTicks  int
+	heartbeatTicks int
+
+	snapshotEntries uint64
+	snapshotBytes   uint64
+
+	valueSizeMax   int
+	requestTimeout time.Duration
+	connectionsMax int
+
+	logLevel  string
+	logFormat string
+
+	members []member // filled by validate
+}
+
+// Ranges of the flags. Below them a cluster is not stable on ordinary
+// machines, above them a failover takes longer than people wait.
+const (
+	tickMin          = 5 * time.Millisecond
+	tickMax          = 100 * time.Millisecond
+	heartbeatMax     = 20
+	electionMax      = 200
+	electionPerBeat  = 5 // a follower should miss this many heartbeats before it acts
+	valueSizeLimit   = 16 << 20
+	connectionsLimit = 1 << 20
+)
+
+func (c *config) flags(f *pflag.FlagSet) {
+	f.SortFlags = false
+	f.Uint64Var(&c.id, "id", 1, "this node's `number`: the place of its URL in --cluster, from 1, or the ID written there")
+	f.StringVar(&c.cluster, "cluster", "http://127.0.0.1:9021",
+		"comma-separated peer `URLs` of all nodes; or ID=URL for each")
+	f.IntVar(&c.port, "port", 9121, "`port` for HTTP clients, on the loopback interface unless --listen says otherwise")
+	f.BoolVar(&c.join, "join", false, "join a cluster that runs; a member must add this node: curl -X POST -d PEER-URL .../ID")
+	f.StringVar(&c.token, "cluster-token", "", "`name` that makes this cluster different from others; the default is made from --cluster")
+	f.StringVar(&c.dataDir, "data-dir", "", "`directory` for log and snapshots, made if missing (default raftrv-ID)")
+	f.StringVar(&c.listen, "listen", "", "`host:port` for HTTP clients, instead of 127.0.0.1 and --port")
+	f.StringVar(&c.listenPeer, "listen-peer", "", "`host:port` for the other nodes (default that of this node's URL in --cluster)")
+	f.DurationVar(&c.tick, "tick", 10*time.Millisecond, "raft's unit of time")
+	f.IntVar(&c.heartbeatTicks, "heartbeat-ticks", 2, "`ticks` between two heartbeats of a leader")
+	f.IntVar(&c.electionTicks, "election-ticks", 20, "`ticks` without a heartbeat before an election")
+	f.Uint64Var(&c.snapshotEntries, "snapshot-entries", 100_000, "snapshot after this `number` of log entries ...")
+	f.Uint64Var(&c.snapshotBytes, "snapshot-bytes", 64<<20, "... or this many `bytes`, whichever comes first")
+	f.IntVar(&c.valueSizeMax, "max-value-bytes", valueSizeMaxDefault, "largest value, in `bytes`")
+	f.DurationVar(&c.requestTimeout, "request-timeout", 5*time.Second, "deadline of a request that does not set ?timeout=")
+	f.IntVar(&c.connectionsMax, "max-connections", 16384, "largest `number` of client connections")
+	f.StringVar(&c.logLevel, "log-level", "info", "debug, info, warn or error")
+	f.StringVar(&c.logFormat, "log-format", "console", "console or json")
+}
+
+// validate checks the flags, and fills in what follows from them.
+func (c *config) validate() error {
+	var err error
+	if c.members, err = parseCluster(c.cluster); err != nil {
+		return fmt.Errorf("--cluster: %w", err)
+	}
+	if c.self() == nil {
+		return fmt.Errorf("--id %d is not in --cluster, which has %d node(s)", c.id, len(c.members))
+	}
+	c.dataDir = cmp.Or(c.dataDir, fmt.Sprintf("raftrv-%d", c.id))
+	c.listen = cmp.Or(c.listen, net.JoinHostPort("127.0.0.1", strconv.Itoa(c.port)))
+	if c.listenPeer == "" {
+		u, err := url.Parse(c.self().PeerURL)
+		if err != nil {
+			return err
+		}
+		c.listenPeer = u.Host
+	}
+	return errors.Join(
+		checkRange("--tick", c.tick, tickMin, tickMax),
+		checkRange("--heartbeat-ticks", c.heartbeatTicks, 1, heartbeatMax),
+		checkRange("--election-ticks", c.electionTicks, electionPerBeat*c.heartbeatTicks, electionMax),
+		checkRange("--snapshot-entries", c.snapshotEntries, 1, 1<<40),
+		checkRange("--snapshot-bytes", c.snapshotBytes, 1, 1<<50),
+		checkRange("--max-value-bytes", c.valueSizeMax, 1, valueSizeLimit),
+		checkRange("--request-timeout", c.requestTimeout, time.Millisecond, timeoutMax),
+		checkRange("--max-connections", c.connectionsMax, 1, connectionsLimit),
+		checkOneOf("--log-level", c.logLevel, "debug", "info", "warn", "error"),
+		checkOneOf("--log-format", c.logFormat, "console", "json"),
+	)
+}
+
+func checkRange[T cmp.Ordered](flag string, v, low, high T) error {
+	if v < low || v > high {
+		return fmt.Errorf("%s is %v, must be from %v to %v", flag, v, low, high)
+	}
+	return nil
+}
+
+func checkOneOf(flag, v string, allowed ...string) error {
+	if !slices.Contains(allowed, v) {
+		return fmt.Errorf("%s is %q, must be one of %s", flag, v, strings.Join(allowed, ", "))
+	}
+	return nil
+}
+
+// self returns this node's own entry in --cluster, or nil.
+func (c *config) self() *member {
+	i := slices.IndexFunc(c.members, func(m member) bool { return m.ID == c.id })
+	if i < 0 {
+		return nil
+	}
+	return &c.members[i]
+}
+
+// clusterID identifies the cluster that these flags describe, so that a data
+// directory or a peer of another one is noticed.
+func (c *config) clusterID() uint64 {
+	name := c.token
+	if name == "" {
+		for _, m := range c.members {
+			name += fmt.Sprintf("%d=%s,", m.ID, m.PeerURL)
+		}
+	}
+	sum := sha256.Sum256([]byte(name))
+	return binary.BigEndian.Uint64(sum[:]) | 1 // never zero
+}
+
+// parseCluster reads "URL,URL,..." or "ID=URL,ID=URL,...".
+func parseCluster(s string) ([]member, error) {
+	var members []member
+	for i, part := range strings.Split(s, ",") {
+		m := member{ID: uint64(i + 1), PeerURL: strings.TrimSpace(part)}
+		if id, rest, ok := strings.Cut(m.PeerURL, "="); ok {
+			var err error
+			if m.ID, err = parseMemberID(id); err != nil {
+				return nil, fmt.Errorf("%q: the ID must be a positive number", part)
+			}
+			m.PeerURL = rest
+		}
+		peerURL, err := parsePeerURL(m.PeerURL)
+		if err != nil {
+			return nil, fmt.Errorf("%q is not a peer URL such as http://127.0.0.1:12379", part)
+		}
+		m.PeerURL = peerURL
+		for _, other := range members {
+			if other.ID == m.ID || other.PeerURL == m.PeerURL {
+				return nil, fmt.Errorf("%q is there twice", part)
+			}
+		}
+		members = append(members, m)
+	}
+	slices.SortFunc(members, func(a, b member) int { return cmp.Compare(a.ID, b.ID) })
+	return members, nil
+}

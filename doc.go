@@ -1,0 +1,20 @@
+// Command raftrv is a replicated key-value store: three nodes, one log, plain
+// HTTP, and one resource version for every write.
+//
+// To learn how it works read the files in this order. A write's life is one
+// page in each of the first five.
+//
+//	main.go       the command line
+//	config.go     flags, their ranges and defaults
+//	server.go     builds a node from the parts below, starts and stops it
+//	httpapi.go    requests become commands and reads, results become responses
+//	loop.go       one goroutine drives the replica; everybody else waits here
+//	raft.go       the replica, a step machine over raft: persist, send, apply
+//	command.go    what is replicated, as bytes
+//	kvstore.go    the state machine: what an applied command does
+//	snapshot.go   a state as a stream of bytes
+//	storage.go    the data directory: log and snapshots
+//	transport.go  messages between members
+//	listener.go   tracked, capped TCP
+//	errors.go     what can go wrong, in every front's words
+package main

@@ -1,0 +1,90 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+)
+
+// outcome says what became of a write that was not answered with success.
+type outcome string
+
+const (
+	// notApplied: the write did not happen and never will. Safe to retry.
+	notApplied outcome = "not_applied"
+	// unknown: the write may have happened, or may still happen.
+	unknown outcome = "unknown"
+)
+
+// apiError is a request that failed, in the words that every front end shares.
+// The HTTP front renders it as application/problem+json (RFC 9457).
+type apiError struct {
+	code    string // stable, kebab-case: clients switch on it
+	status  int    // HTTP status
+	outcome outcome
+	title   string
+	detail  string // what to do next, for a person
+	retry   bool   // the same request may succeed later
+}
+
+func (e *apiError) Error() string {
+	if e.detail == "" {
+		return e.title
+	}
+	return e.title + ": " + e.detail
+}
+
+// Is makes errors.Is match on the code, so that an error with its own detail
+// still is the sentinel that it was made from.
+func (e *apiError) Is(target error) bool {
+	var t *apiError
+	return errors.As(target, &t) && t.code == e.code
+}
+
+// withDetail returns the error with another detail.
+func (e *apiError) withDetail(format string, args ...any) *apiError {
+	d := *e
+	d.detail = fmt.Sprintf(format, args...)
+	return &d
+}
+
+// Refused before anything was proposed.
+var (
+	errInvalid = &apiError{code: "invalid-request", status: http.StatusBadRequest, outcome: notApplied,
+		title: "Invalid request"}
+	errNotFound = &apiError{code: "not-found", status: http.StatusNotFound, outcome: notApplied,
+		title: "Not found"}
+	errMethod = &apiError{code: "method-not-allowed", status: http.StatusMethodNotAllowed, outcome: notApplied,
+		title: "Method not allowed"}
+	errTooLarge = &apiError{code: "value-too-large", status: http.StatusRequestEntityTooLarge, outcome: notApplied,
+		title: "Value too large"}
+	errBodyTimeout = &apiError{code: "request-timeout", status: http.StatusRequestTimeout, outcome: notApplied, retry: true,
+		title: "Request body timed out", detail: "the body did not arrive in time; send it again"}
+	errNotImplemented = &apiError{code: "not-implemented", status: http.StatusNotImplemented, outcome: notApplied,
+		title: "Not implemented"}
+	errConnections = &apiError{code: "too-many-connections", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
+		title: "Too many connections", detail: "this node has as many connections as it may have; retry later or at another node"}
+	errNotReady = &apiError{code: "not-ready", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
+		title: "Not ready", detail: "a linearizable read did not succeed in time; is a majority of the members up?"}
+	errMember = &apiError{code: "member-conflict", status: http.StatusConflict, outcome: notApplied,
+		title: "Member conflict"}
+	errOverloaded = &apiError{code: "overloaded", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
+		title: "Overloaded", detail: "too many writes are waiting on this node; retry after a pause"}
+	errShuttingDown = &apiError{code: "shutting-down", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
+		title: "Shutting down", detail: "this node is stopping; retry at another node"}
+	errNoLeader = &apiError{code: "no-leader", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
+		title: "No leader", detail: "no leader was reachable before the deadline; is a majority of the members up?"}
+)
+
+// Proposed, and not answered in time.
+var (
+	errUnknown = &apiError{code: "timeout", status: http.StatusGatewayTimeout, outcome: unknown, retry: false,
+		title:  "Timed out",
+		detail: "the write was proposed but not confirmed before the deadline; it may still be applied: read the key before you retry"}
+	errReadTimeout = &apiError{code: "timeout", status: http.StatusGatewayTimeout, outcome: notApplied, retry: true,
+		title: "Timed out", detail: "this node did not reach the asked resource version before the deadline; retry here or at another node"}
+)
+
+// A fault of ours. A write that met it may have been proposed before.
+var errInternal = &apiError{code: "internal", status: http.StatusInternalServerError, outcome: unknown,
+	title: "Internal error", detail: "the log of this node says more"}

@@ -1,0 +1,369 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+
+	"github.com/tidwall/btree"
+)
+
+// This file is the state machine: what an applied entry does to the state, and
+// how it is read. It knows neither raft nor HTTP, does no I/O and has no clock.
+
+// item is the value of one key.
+type item struct {
+	value   string
+	rv      uint64 // resource version of the last write
+	created uint64 // resource version of the write that created the key
+}
+
+// member is one node of the cluster, as the replicated state knows it.
+type member struct {
+	ID      uint64 `json:"id"`
+	PeerURL string `json:"peerURL"`
+	Learner bool   `json:"learner,omitempty"`
+}
+
+// state is everything that is replicated. A copy of it at one raft index is a
+// snapshot.
+type state struct {
+	index uint64 // raft index of the last applied entry
+	term  uint64 // and its term
+	rv    uint64 // resource version of the last write, for the whole store
+	size  uint64 // bytes that the items take, about
+
+	// Invariant: every item's rv <= state.rv.
+	items    *btree.Map[string, item]
+	sessions sessions
+	members  map[uint64]member
+	removed  map[uint64]bool // ids that were members; never used again
+}
+
+func newState() state {
+	return state{
+		items:    new(btree.Map[string, item]),
+		sessions: sessions{},
+		members:  map[uint64]member{},
+		removed:  map[uint64]bool{},
+	}
+}
+
+// copy returns a state that later writes to s do not change. The map is copied
+// on write, so this takes microseconds at any size.
+func (s *state) copy() state {
+	c := *s
+	c.items = s.items.Copy()
+	c.sessions = s.sessions.copy()
+	c.members = maps.Clone(s.members)
+	c.removed = maps.Clone(s.removed)
+	return c
+}
+
+// kvstore guards a state: one goroutine applies, any number read.
+type kvstore struct {
+	mu    sync.RWMutex
+	state state
+}
+
+func newKVStore() *kvstore {
+	return &kvstore{state: newState()}
+}
+
+// get returns the item of a key and the store's resource version, both from
+// the same moment.
+func (s *kvstore) get(key string) (it item, rv uint64, ok bool) {
+	s.mu.RLock()
+	it, ok = s.state.items.Get(key)
+	rv = s.state.rv
+	s.mu.RUnlock()
+	return it, rv, ok
+}
+
+// version returns the store's resource version.
+func (s *kvstore) version() uint64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.state.rv
+}
+
+// size returns about how many bytes the items take.
+func (s *kvstore) size() uint64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.state.size
+}
+
+// applied returns the raft index of the last applied entry.
+func (s *kvstore) applied() uint64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.state.index
+}
+
+// members returns the members in the order of their ids.
+func (s *kvstore) members() []member {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.state.sortedMembers()
+}
+
+func (s *state) sortedMembers() []member {
+	return slices.SortedFunc(maps.Values(s.members), func(a, b member) int { return cmp.Compare(a.ID, b.ID) })
+}
+
+// isRemoved says whether id was a member once.
+func (s *kvstore) isRemoved(id uint64) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.state.removed[id]
+}
+
+// snapshot returns a copy of the state as it is now.
+func (s *kvstore) snapshot() state {
+	s.mu.Lock() // not RLock: the copy marks the tree's nodes as shared
+	defer s.mu.Unlock()
+	return s.state.copy()
+}
+
+// restore replaces the state. Readers see the old one or the new one whole.
+func (s *kvstore) restore(st state) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.state = st
+}
+
+// apply applies the commands of the batch at index. When out is not nil it
+// receives one result for each command. fresh is false if the batch was applied
+// before, at a lower index; then nothing changes and out stays empty.
+//
+// An error means that this program cannot read what the cluster has agreed on,
+// so it must stop.
+func (s *kvstore) apply(index, term uint64, h batchHeader, commands []byte, out *[]result) (fresh bool, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.state.advance(index, term); err != nil {
+		return false, err
+	}
+	if !s.state.sessions.first(h, index) {
+		return false, nil
+	}
+	for len(commands) > 0 {
+		var c command
+		if c, commands, err = decodeCommand(commands); err != nil {
+			return false, err
+		}
+		r, err := s.state.applyCommand(&c)
+		if err != nil {
+			return false, err
+		}
+		if out != nil {
+			*out = append(*out, r)
+		}
+	}
+	return true, nil
+}
+
+// skip applies an entry that holds nothing.
+func (s *kvstore) skip(index, term uint64) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.state.advance(index, term)
+}
+
+// advance moves the applied index to the next entry.
+func (s *state) advance(index, term uint64) error {
+	if index != s.index+1 {
+		return fmt.Errorf("entry %d does not follow the applied index %d", index, s.index)
+	}
+	s.index, s.term = index, term
+	return nil
+}
+
+func (s *state) applyCommand(c *command) (result, error) {
+	switch c.op {
+	case opNop:
+		return result{rv: s.rv}, nil
+	case opPut:
+		return s.put(c.key, c.value), nil
+	case opDelete:
+		return s.delete(c.key), nil
+	default:
+		return result{}, fmt.Errorf("command %d is newer than this program: upgrade it", c.op)
+	}
+}
+
+func (s *state) put(key, value string) result {
+	s.rv++
+	it := item{value: value, rv: s.rv, created: s.rv}
+	old, replaced := s.items.Get(key)
+	if replaced {
+		it.created = old.created
+		s.size -= itemSize(key, old)
+	}
+	s.items.Set(key, it)
+	s.size += itemSize(key, it)
+	if replaced {
+		return result{status: statusReplaced, rv: s.rv}
+	}
+	return result{status: statusCreated, rv: s.rv}
+}
+
+func (s *state) delete(key string) result {
+	old, ok := s.items.Delete(key)
+	if !ok {
+		return result{status: statusNotFound, rv: s.rv}
+	}
+	s.rv++
+	s.size -= itemSize(key, old)
+	return result{status: statusDeleted, rv: s.rv}
+}
+
+// itemOverhead is what an item costs in memory beside its key and value: two
+// string headers, two numbers and its share of the tree, in bytes.
+const itemOverhead = 80
+
+func itemSize(key string, it item) uint64 {
+	return uint64(len(key)+len(it.value)) + itemOverhead
+}
+
+// memberChange is what a configuration change does to the members.
+type memberChange struct {
+	member member
+	remove bool
+}
+
+var errMemberRemoved = errors.New("the id belonged to a member that was removed; ids are never used again")
+
+// applyMember applies a configuration change at index. It returns an error if
+// the change must not happen; every member comes to the same conclusion. A
+// batch that was applied before is refused with fresh == false.
+func (s *kvstore) applyMember(index, term uint64, h batchHeader, c memberChange) (fresh bool, refused, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.state.advance(index, term); err != nil {
+		return false, nil, err
+	}
+	if !s.state.sessions.first(h, index) {
+		return false, nil, nil
+	}
+	return true, s.state.changeMember(c), nil
+}
+
+func (s *state) changeMember(c memberChange) error {
+	id := c.member.ID
+	old, exists := s.members[id]
+	switch {
+	case c.remove && !exists:
+		return fmt.Errorf("member %d does not exist", id)
+	case c.remove && len(s.members) == 1:
+		return fmt.Errorf("member %d is the last one", id)
+	case c.remove:
+		delete(s.members, id)
+		s.removed[id] = true
+		return nil
+	case s.removed[id]:
+		return errMemberRemoved
+	case exists && old == c.member:
+		return fmt.Errorf("member %d exists already", id)
+	}
+	for _, m := range s.members {
+		if m.ID != id && m.PeerURL == c.member.PeerURL {
+			return fmt.Errorf("member %d already has the peer URL %s", m.ID, m.PeerURL)
+		}
+	}
+	s.members[id] = c.member
+	return nil
+}
+
+// Bounds of the table that makes a batch apply once. A session is one process
+// lifetime of a proposing node and has at most maxInFlight batches on the way,
+// so both leave a wide margin.
+const (
+	sessionsMax   = 128  // most recently used sessions that are remembered
+	sessionWindow = 1024 // newest sequence numbers of a session that are remembered
+)
+
+// session remembers which batches of one process lifetime were applied. A
+// plain maximum would be wrong: a batch that was lost on its way and proposed
+// again is older than one that made it.
+type session struct {
+	used uint64 // raft index of the last batch
+	max  uint64 // highest sequence number seen
+	// seen has bit seq % sessionWindow set for each number in
+	// (max-sessionWindow, max] that was applied.
+	seen [sessionWindow / 64]uint64
+}
+
+type sessions map[uint64]*session
+
+// first records a batch and says whether it had not been seen. A number below
+// the window counts as seen: its proposer gave it up long ago.
+func (t sessions) first(h batchHeader, index uint64) bool {
+	s := t[h.session]
+	if s == nil {
+		t.evict()
+		s = &session{}
+		t[h.session] = s
+	}
+	s.used = index
+	if h.seq > s.max {
+		if h.seq-s.max >= sessionWindow {
+			clear(s.seen[:])
+		} else {
+			for q := s.max + 1; q < h.seq; q++ {
+				s.set(q, false)
+			}
+		}
+		s.max = h.seq
+		s.set(h.seq, true)
+		return true
+	}
+	if s.max-h.seq >= sessionWindow || s.has(h.seq) {
+		return false
+	}
+	s.set(h.seq, true)
+	return true
+}
+
+func (s *session) has(seq uint64) bool {
+	bit := seq % sessionWindow
+	return s.seen[bit/64]&(1<<(bit%64)) != 0
+}
+
+func (s *session) set(seq uint64, on bool) {
+	bit := seq % sessionWindow
+	if on {
+		s.seen[bit/64] |= 1 << (bit % 64)
+	} else {
+		s.seen[bit/64] &^= 1 << (bit % 64)
+	}
+}
+
+// evict makes room for one more session by forgetting the one that was used
+// longest ago. No two sessions were last used by the same entry, so every
+// member forgets the same one.
+func (t sessions) evict() {
+	if len(t) < sessionsMax {
+		return
+	}
+	var oldest uint64
+	for id, s := range t {
+		if oldest == 0 || s.used < t[oldest].used {
+			oldest = id
+		}
+	}
+	delete(t, oldest)
+}
+
+func (t sessions) copy() sessions {
+	c := make(sessions, len(t))
+	for id, s := range t {
+		d := *s
+		c[id] = &d
+	}
+	return c
+}

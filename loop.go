@@ -1,0 +1,435 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.etcd.io/raft/v3/raftpb"
+	"go.uber.org/zap"
+)
+
+// This file drives the replica in production: one goroutine, the loop, owns it.
+// Everybody else leaves work in the inbox and waits on a channel.
+
+// Bounds of what may wait for the loop.
+const (
+	batchSizeMax  = 1 << 20 // bytes of commands in one batch; a single larger command makes its own
+	queueSizeMax  = 64 << 20
+	inboxMax      = 4096 // messages of other members; more are dropped, raft repeats them
+	inboxBytesMax = 128 << 20
+
+	// waitGrace is how long after its deadline a request waits for the loop to
+	// say what became of it, before it says itself that it does not know.
+	waitGrace = 50 * time.Millisecond
+)
+
+// loop runs a replica. It implements driver for it, and backend for the fronts.
+type loop struct {
+	logger *zap.Logger
+	tick   time.Duration
+	wake   chan struct{} // holds one token: there is something in the inbox
+	done   chan struct{} // closed when run returns
+
+	replica *replica // owned by the goroutine that runs run
+	work    sync.WaitGroup
+
+	mu    sync.Mutex
+	inbox inbox // guarded by mu
+
+	status atomic.Pointer[replicaStatus]
+}
+
+// inbox is what waits for the loop.
+type inbox struct {
+	closed    error // set once nothing is taken any more
+	messages  []message
+	bytes     int // of messages
+	calls     []func() error
+	queue     []*batch // oldest first; the last one is open
+	queueSize int      // bytes in queue
+	spare     []byte   // buffer for the next batch
+	reads     *readRound
+}
+
+// message is a raft message, with the body it came with if it is a snapshot.
+type message struct {
+	*raftpb.Message
+	body *state
+}
+
+// replicaStatus is what other goroutines may know of the replica.
+type replicaStatus struct {
+	term, leader, committed uint64
+	role                    string
+}
+
+func newLoop(tick time.Duration, logger *zap.Logger) *loop {
+	l := &loop{
+		logger: logger,
+		tick:   tick,
+		wake:   make(chan struct{}, 1),
+		done:   make(chan struct{}),
+	}
+	l.status.Store(&replicaStatus{})
+	return l
+}
+
+// run drives the replica until ctx ends, or until an error that the member must
+// not survive. Requests that wait get an answer first.
+func (l *loop) run(ctx context.Context, r *replica) (err error) {
+	l.replica = r
+	defer close(l.done)
+	defer func() {
+		if p := recover(); p != nil { // raft panics when its log contradicts itself
+			err = fmt.Errorf("replica panicked: %v\n%s", p, debug.Stack())
+		}
+		l.close(err)
+		l.work.Wait()
+	}()
+	ticker := time.NewTicker(l.tick)
+	defer ticker.Stop()
+	r.now = time.Now()
+	for {
+		ticked := false
+		select {
+		case <-l.wake:
+		case <-ticker.C:
+			ticked = true
+		case <-ctx.Done():
+			return nil
+		}
+		if err := l.turn(ticked); err != nil {
+			return err
+		}
+	}
+}
+
+// turn gives the replica all that waits for it.
+func (l *loop) turn(ticked bool) error {
+	r := l.replica
+	if ticked {
+		r.tick(time.Now())
+	}
+	l.mu.Lock()
+	messages, calls := l.inbox.messages, l.inbox.calls
+	l.inbox.messages, l.inbox.bytes, l.inbox.calls = nil, 0, nil
+	l.mu.Unlock()
+	for _, call := range calls {
+		if err := call(); err != nil {
+			return err
+		}
+	}
+	for _, m := range messages {
+		if m.body == nil {
+			r.step(m.Message)
+		} else if err := r.stepSnapshot(m.Message, m.body); err != nil {
+			return err
+		}
+	}
+	// Processing answers reads and writes, which makes room for the next ones:
+	// go on until neither is taken. Without the second look, requests that came
+	// meanwhile would wait for the next message or tick.
+	for {
+		if err := r.process(); err != nil {
+			return err
+		}
+		if !l.feed() {
+			break
+		}
+	}
+	l.publish()
+	return nil
+}
+
+// feed hands the replica the waiting batches and reads that it has room for,
+// and says whether there were any.
+func (l *loop) feed() bool {
+	r := l.replica
+	fed := false
+	for r.leader != 0 && r.inFlight() < maxInFlight {
+		b := l.nextBatch()
+		if b == nil {
+			break
+		}
+		r.propose(b)
+		fed = true
+	}
+	if r.canRead() {
+		if q := l.nextRound(); q != nil {
+			r.read(q)
+			fed = true
+		}
+	}
+	return fed
+}
+
+func (l *loop) nextBatch() *batch {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.inbox.queue) == 0 {
+		return nil
+	}
+	b := l.inbox.queue[0]
+	l.inbox.queue = slices.Delete(l.inbox.queue, 0, 1)
+	l.inbox.queueSize -= len(b.data)
+	b.taken = true
+	// The log keeps the bytes for long: give it no more than there are, and fill
+	// the grown buffer again.
+	l.inbox.spare, b.data = b.data, slices.Clone(b.data)
+	return b
+}
+
+func (l *loop) nextRound() *readRound {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	q := l.inbox.reads
+	l.inbox.reads = nil
+	return q
+}
+
+func (l *loop) publish() {
+	r := l.replica
+	s := replicaStatus{term: r.term, leader: r.leader, committed: r.committed, role: r.roleName()}
+	if *l.status.Load() != s {
+		l.status.Store(&s)
+	}
+}
+
+// signal wakes the loop. Many signals make one turn.
+func (l *loop) signal() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// close refuses new work and answers what waits.
+func (l *loop) close(cause error) {
+	refusal := error(errShuttingDown)
+	if cause != nil {
+		refusal = errStopped
+	}
+	l.mu.Lock()
+	queue, reads := l.inbox.queue, l.inbox.reads
+	l.inbox = inbox{closed: refusal}
+	l.mu.Unlock()
+	for _, b := range queue {
+		b.err = refusal
+		close(b.done)
+	}
+	for _, b := range l.replica.pending {
+		b.err = errUnknown
+		close(b.done)
+	}
+	for _, q := range append(l.replica.confirmed, l.replica.reading, reads) {
+		if q != nil {
+			q.err = refusal
+			close(q.done)
+		}
+	}
+}
+
+// proposed implements driver.
+func (l *loop) proposed(b *batch) { close(b.done) }
+
+// readable implements driver.
+func (l *loop) readable(q *readRound) { close(q.done) }
+
+// background implements driver.
+func (l *loop) background(work func() error, done func(error) error) {
+	l.work.Go(func() {
+		err := work()
+		l.call(func() error { return done(err) })
+	})
+}
+
+// call runs f on the loop's goroutine; an error of f ends the loop. It does
+// nothing after the loop has ended.
+func (l *loop) call(f func() error) {
+	l.mu.Lock()
+	if l.inbox.closed == nil {
+		l.inbox.calls = append(l.inbox.calls, f)
+	}
+	l.mu.Unlock()
+	l.signal()
+}
+
+// deliver takes a message of another member. It never blocks.
+func (l *loop) deliver(m message) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.inbox.closed != nil {
+		return l.inbox.closed
+	}
+	size := messageSize(m.Message)
+	if len(l.inbox.messages) >= inboxMax || l.inbox.bytes+size > inboxBytesMax {
+		return errInboxFull
+	}
+	l.inbox.messages = append(l.inbox.messages, m)
+	l.inbox.bytes += size
+	if len(l.inbox.messages) == 1 {
+		l.signal()
+	}
+	return nil
+}
+
+var (
+	errInboxFull = errors.New("too many messages wait for the raft loop")
+	errStopped   = errShuttingDown.withDetail("this node has stopped after an error; see its log")
+)
+
+// messageSize is about how many bytes a message keeps alive.
+func messageSize(m *raftpb.Message) int {
+	n := 0
+	for _, e := range m.GetEntries() {
+		n += len(e.GetData())
+	}
+	return n
+}
+
+// propose replicates a command and returns what applying it came to.
+func (l *loop) propose(ctx context.Context, timeout time.Duration, c command) (result, error) {
+	b, i, err := l.enqueue(&c, time.Now().Add(timeout))
+	if err != nil {
+		return result{}, err
+	}
+	if err := l.await(ctx, b.done, timeout); err != nil {
+		return result{}, l.giveUp(b, i)
+	}
+	if b.err != nil {
+		return result{}, b.err
+	}
+	return b.results[i], nil
+}
+
+// enqueue adds a command to the open batch and returns its place there.
+func (l *loop) enqueue(c *command, deadline time.Time) (b *batch, i int, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	size := c.encodedSizeMax()
+	if err := l.refusal(size); err != nil {
+		return nil, 0, err
+	}
+	b = l.openBatch(size)
+	before := len(b.data)
+	b.add(c)
+	l.inbox.queueSize += len(b.data) - before
+	if deadline.After(b.deadline) {
+		b.deadline = deadline
+	}
+	return b, len(b.offsets) - 1, nil
+}
+
+// refusal says why size more bytes cannot wait.
+func (l *loop) refusal(size int) error {
+	if l.inbox.closed != nil {
+		return l.inbox.closed
+	}
+	if l.inbox.queueSize+size > queueSizeMax {
+		return errOverloaded
+	}
+	return nil
+}
+
+// openBatch returns a batch that has room for size more bytes.
+func (l *loop) openBatch(size int) *batch {
+	if n := len(l.inbox.queue); n > 0 {
+		if b := l.inbox.queue[n-1]; b.change == nil && len(b.data)+size <= batchSizeMax {
+			return b
+		}
+	}
+	b := newBatch(l.inbox.spare)
+	l.inbox.spare = nil
+	l.push(b)
+	return b
+}
+
+func (l *loop) push(b *batch) {
+	l.inbox.queue = append(l.inbox.queue, b)
+	l.inbox.queueSize += len(b.data)
+	l.signal()
+}
+
+// giveUp says what became of a command that nobody waits for any more. As long
+// as its batch was not taken it can be withdrawn, and then it never happened.
+func (l *loop) giveUp(b *batch, i int) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if b.taken || b.err != nil {
+		return errUnknown
+	}
+	if b.change != nil {
+		l.inbox.queue = slices.DeleteFunc(l.inbox.queue, func(q *batch) bool { return q == b })
+		l.inbox.queueSize -= len(b.data)
+	} else {
+		b.withdraw(i)
+	}
+	if l.status.Load().leader != 0 {
+		return errOverloaded
+	}
+	return errNoLeader
+}
+
+// addMember adds a member, or updates one.
+func (l *loop) addMember(ctx context.Context, timeout time.Duration, m member) error {
+	return l.changeMember(ctx, timeout, memberChange{member: m})
+}
+
+func (l *loop) changeMember(ctx context.Context, timeout time.Duration, c memberChange) error {
+	b, err := newMemberChange(c, time.Now().Add(timeout))
+	if err != nil {
+		return err
+	}
+	l.mu.Lock()
+	if err := l.refusal(len(b.data)); err != nil {
+		l.mu.Unlock()
+		return err
+	}
+	l.push(b)
+	l.mu.Unlock()
+	if err := l.await(ctx, b.done, timeout); err != nil {
+		return l.giveUp(b, 0)
+	}
+	return b.err
+}
+
+// linearize returns once the store holds every write that was acknowledged
+// anywhere before the call.
+func (l *loop) linearize(ctx context.Context, timeout time.Duration) error {
+	l.mu.Lock()
+	if err := l.inbox.closed; err != nil {
+		l.mu.Unlock()
+		return err
+	}
+	q := l.inbox.reads
+	if q == nil {
+		q = &readRound{done: make(chan struct{})}
+		l.inbox.reads = q
+		l.signal()
+	}
+	l.mu.Unlock()
+	if err := l.await(ctx, q.done, timeout); err != nil {
+		return errNoLeader
+	}
+	return q.err
+}
+
+// await waits for done, at most timeout and a little.
+func (l *loop) await(ctx context.Context, done <-chan struct{}, timeout time.Duration) error {
+	timer := time.NewTimer(timeout + waitGrace)
+	defer timer.Stop()
+	select {
+	case <-done:
+		return nil
+	case <-timer.C:
+		return context.DeadlineExceeded
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}

@@ -1,0 +1,748 @@
+package main
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+	"go.etcd.io/raft/v3/tracker"
+	"go.uber.org/zap"
+	"google.golang.org/protobuf/proto"
+)
+
+// This file is the replica: one member's raft log, its pending proposals, its
+// reads and its membership, as a step machine. It starts no goroutine, reads no
+// clock, owns no channel and draws no random number, so that a simulator can
+// drive it as well as the loop does. Inputs are the methods tick, step,
+// propose, read and those that report results; after each input or burst of
+// inputs the owner calls process, which produces the outputs.
+
+// disk is the durable side of a replica. Every error of it is fatal: a log
+// whose last write failed may hold anything, so nothing is acknowledged after.
+type disk interface {
+	// save appends the hard state and entries to the log. They are durable when
+	// it returns, except for a hard state in which only the commit index moved.
+	save(hs *raftpb.HardState, ents []*raftpb.Entry) error
+	// sync makes durable what save left out.
+	sync() error
+	// writeSnapshot writes the body of a snapshot. It is slow and may run beside
+	// the other methods.
+	writeSnapshot(snap *raftpb.Snapshot, st *state) error
+	// commitSnapshot makes a snapshot whose body is in place the one to restart
+	// from. Durable when it returns.
+	commitSnapshot(snap *raftpb.Snapshot) error
+	// purge deletes files that no restart needs. It may run beside the others.
+	purge() error
+}
+
+// transport carries messages to the other members. It never blocks and may
+// drop, delay or reorder.
+type transport interface {
+	send(msgs []*raftpb.Message)
+	// setMembers tells whom messages may go to and come from.
+	setMembers(members []member)
+}
+
+// driver is who owns the replica: the loop in production.
+type driver interface {
+	// proposed hands back a batch: its results or its err are final.
+	proposed(b *batch)
+	// readable hands back a round of reads: what the store holds now may answer
+	// every read that waited when the round was handed to the replica.
+	readable(r *readRound)
+	// background runs work off the replica's goroutine and then, on it, done with
+	// what work returned; an error of done is fatal.
+	background(work func() error, done func(error) error)
+}
+
+// batch is a group of commands that are proposed as one entry.
+type batch struct {
+	data     []byte             // room for the header, then the encoded commands
+	offsets  []int              // where in data each command starts
+	change   *raftpb.ConfChange // set if the one command changes the membership
+	deadline time.Time          // of the command that waits longest
+
+	// The driver reads these once the batch was handed back.
+	results []result // one for each command
+	err     error
+
+	// These belong to the driver.
+	taken bool // from its queue, by the replica
+	done  chan struct{}
+
+	// These belong to the replica.
+	seq       uint64
+	offered   bool // raft took it, under the present leader
+	offers    int
+	offeredAt uint64 // tick
+}
+
+func newBatch(buf []byte) *batch {
+	return &batch{data: append(buf[:0], make([]byte, batchHeaderSize)...), done: make(chan struct{})}
+}
+
+// add appends a command.
+func (b *batch) add(c *command) {
+	b.offsets = append(b.offsets, len(b.data))
+	b.data = c.appendTo(b.data)
+}
+
+// withdraw makes a command one that does nothing. Only before the batch is
+// proposed.
+func (b *batch) withdraw(i int) { b.data[b.offsets[i]] = byte(opNop) }
+
+// readRound is a group of reads that share one ReadIndex.
+type readRound struct {
+	// These belong to the driver.
+	err  error
+	done chan struct{}
+
+	// These belong to the replica.
+	attempt uint64 // context of the ReadIndex that is on its way; 0 = none
+	askedAt uint64 // tick
+	index   uint64 // once confirmed: readable when applied
+}
+
+// replicaConfig holds what a replica is made of.
+type replicaConfig struct {
+	id      uint64
+	session uint64 // random: no other process lifetime has it
+
+	electionTicks  int
+	heartbeatTicks int
+
+	// A snapshot is taken when this many entries or this many bytes were applied
+	// since the last one.
+	snapshotEntries uint64
+	snapshotBytes   uint64
+
+	log       *raft.MemoryStorage // as recovered from disk
+	store     *kvstore            // as recovered from disk
+	confState *raftpb.ConfState   // always as of the store's applied index
+	disk      disk
+	transport transport
+	driver    driver
+	logger    *zap.Logger
+
+	hook hook // nil in production
+}
+
+// hook is called at the named points of a turn, so that tests can crash a
+// replica there: what it returns is as fatal as a disk's error.
+type hook func(point string) error
+
+// Bounds of what a replica keeps on its way.
+const (
+	// maxInFlight bounds a node's own batches between propose and apply. Two
+	// keep the pipe full while the third gathers; more only make batches smaller.
+	maxInFlight = 2
+
+	appendSizeMax      = 1 << 20  // bytes of entries in one append message
+	applySizeMax       = 4 << 20  // bytes of entries applied in one turn
+	inflightAppendsMax = 512      // append messages to one peer without an answer
+	inflightBytesMax   = 32 << 20 // and their bytes
+	uncommittedSizeMax = 64 << 20 // bytes in a leader's log that wait for a quorum
+
+	// After a snapshot this much of the log stays in memory, so that a member
+	// that is a little behind needs no snapshot.
+	catchUpEntries = 10_000
+	catchUpBytes   = 16 << 20
+)
+
+// Retries of what may be lost on its way, in election timeouts.
+const (
+	proposalRetryElections = 3
+	readRetryElections     = 1
+)
+
+// errRemoved ends a replica whose member was removed from the cluster.
+var errRemoved = errors.New("this member was removed from the cluster")
+
+type replica struct {
+	replicaConfig
+	raw       *raft.RawNode
+	leader    uint64 // 0 = unknown
+	term      uint64
+	role      raft.StateType
+	committed uint64
+
+	ticks uint64
+	now   time.Time
+
+	seq     uint64   // of the last own batch
+	pending []*batch // own batches not yet applied, in the order of seq
+
+	readSeq   uint64
+	reading   *readRound   // asked for, not confirmed
+	confirmed []*readRound // confirmed, not yet applied far enough
+
+	snapshotting bool
+	appliedCount uint64 // entries applied since the last snapshot
+	appliedBytes uint64 // and their bytes
+	arrived      *state // body of the snapshot that is being stepped
+}
+
+func newReplica(cfg replicaConfig) (*replica, error) {
+	r := &replica{replicaConfig: cfg}
+	raw, err := raft.NewRawNode(&raft.Config{
+		ID:                        cfg.id,
+		ElectionTick:              cfg.electionTicks,
+		HeartbeatTick:             cfg.heartbeatTicks,
+		Storage:                   cfg.log,
+		Applied:                   cfg.store.applied(),
+		MaxSizePerMsg:             appendSizeMax,
+		MaxCommittedSizePerReady:  applySizeMax,
+		MaxUncommittedEntriesSize: uncommittedSizeMax,
+		MaxInflightMsgs:           inflightAppendsMax,
+		MaxInflightBytes:          inflightBytesMax,
+		CheckQuorum:               true,
+		PreVote:                   true,
+		StepDownOnRemoval:         true,
+		// ReadOnlyLeaseBased would be faster but trusts clocks: a paused leader
+		// would answer stale reads.
+		ReadOnlyOption: raft.ReadOnlySafe,
+		Logger:         raftLogger{cfg.logger.Named("raft").Sugar()},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("start raft: %w", err)
+	}
+	r.raw = raw
+	st := raw.BasicStatus()
+	r.term, r.role, r.committed = st.GetTerm(), st.RaftState, st.GetCommit()
+	r.transport.setMembers(r.store.members())
+	return r, nil
+}
+
+// tick advances the replica's clock: raft's by one tick, the wall clock to now.
+func (r *replica) tick(now time.Time) {
+	r.ticks++
+	r.now = now
+	r.raw.Tick()
+	r.expire()
+	for _, b := range r.pending {
+		if !b.offered || r.ticks-b.offeredAt >= uint64(proposalRetryElections*r.electionTicks) {
+			r.offer(b)
+		}
+	}
+	if q := r.reading; q != nil && (q.attempt == 0 || r.ticks-q.askedAt >= uint64(readRetryElections*r.electionTicks)) {
+		r.ask(q)
+	}
+}
+
+// step takes a message from another member.
+func (r *replica) step(m *raftpb.Message) {
+	// What raft refuses (a proposal without a leader, an answer from a member
+	// that is gone) its sender repeats.
+	_ = r.raw.Step(m)
+}
+
+// stepSnapshot takes a MsgSnap together with its body. It processes at once, so
+// that the body cannot be taken for that of another snapshot.
+func (r *replica) stepSnapshot(m *raftpb.Message, st *state) error {
+	r.arrived = st
+	r.step(m)
+	err := r.process()
+	r.arrived = nil
+	return err
+}
+
+// inFlight returns how many own batches wait to be applied.
+func (r *replica) inFlight() int { return len(r.pending) }
+
+// propose takes a batch and hands it back through driver.proposed.
+func (r *replica) propose(b *batch) {
+	r.seq++
+	b.seq = r.seq
+	batchHeader{session: r.session, seq: b.seq, time: r.now.UnixMilli()}.put(b.data)
+	r.pending = append(r.pending, b)
+	r.offer(b)
+}
+
+// offer proposes a batch to raft, again if need be: the state machine applies
+// it once.
+func (r *replica) offer(b *batch) {
+	if r.leader == raft.None {
+		b.offered = false
+		return
+	}
+	var err error
+	if b.change != nil {
+		b.change.Context = b.data
+		err = r.raw.ProposeConfChange(b.change)
+	} else {
+		err = r.raw.Propose(b.data)
+	}
+	b.offered = err == nil
+	b.offeredAt = r.ticks
+	b.offers++
+}
+
+// expire gives up batches that nobody waits for any more.
+func (r *replica) expire() {
+	kept := r.pending[:0]
+	for _, b := range r.pending {
+		if r.now.Before(b.deadline) {
+			kept = append(kept, b)
+			continue
+		}
+		b.err = errUnknown
+		if b.offers == 0 {
+			b.err = errNoLeader
+		}
+		r.driver.proposed(b)
+	}
+	clear(r.pending[len(kept):])
+	r.pending = kept
+}
+
+// canRead says whether the replica would take another round of reads.
+func (r *replica) canRead() bool { return r.reading == nil }
+
+// read takes a round of reads and hands it back through driver.readable.
+func (r *replica) read(q *readRound) {
+	r.reading = q
+	r.ask(q)
+}
+
+// ask sends a ReadIndex. Its context is never used twice, so that a late answer
+// to an earlier attempt, maybe from a leader that is none any more, is no
+// answer to this one.
+func (r *replica) ask(q *readRound) {
+	if r.leader == raft.None {
+		q.attempt = 0
+		return
+	}
+	r.readSeq++
+	q.attempt = r.readSeq
+	q.askedAt = r.ticks
+	context := make([]byte, readContextSize)
+	binary.LittleEndian.PutUint64(context, r.session)
+	binary.LittleEndian.PutUint64(context[8:], q.attempt)
+	r.raw.ReadIndex(context)
+}
+
+// readContextSize is the size of a ReadIndex context: session and attempt.
+const readContextSize = 16
+
+// process does what raft asks for until it asks for nothing. The order is that
+// of the raft library's documentation, with one change: messages that promise
+// nothing about this member's disk leave before the disk is written.
+func (r *replica) process() error {
+	for r.raw.HasReady() {
+		rd := r.raw.Ready()
+		// Before read states: an answer that the old leader gave must not be
+		// taken after its term.
+		r.noteLeader(rd)
+		promises, free := splitMessages(rd.Messages)
+		r.transport.send(free)
+		if err := r.at("before-save"); err != nil {
+			return err
+		}
+		if err := r.persist(rd); err != nil {
+			return err
+		}
+		if err := r.at("after-save"); err != nil {
+			return err
+		}
+		r.transport.send(promises)
+		if err := r.apply(rd.CommittedEntries); err != nil {
+			return err
+		}
+		r.confirm(rd.ReadStates)
+		r.release()
+		r.raw.Advance(rd)
+		if err := r.at("after-advance"); err != nil {
+			return err
+		}
+		r.maybeSnapshot()
+	}
+	return nil
+}
+
+func (r *replica) at(point string) error {
+	if r.hook == nil {
+		return nil
+	}
+	return r.hook(point)
+}
+
+// splitMessages separates the messages that promise something about what this
+// member has on disk from those that do not. The line is raft's own: with
+// AsyncStorageWrites it attaches exactly these types to the storage write.
+// A leader thereby sends entries while it writes them (Raft thesis, 10.2.1).
+func splitMessages(msgs []*raftpb.Message) (promises, free []*raftpb.Message) {
+	for _, m := range msgs {
+		switch m.GetType() {
+		case raftpb.MsgAppResp, raftpb.MsgVoteResp, raftpb.MsgPreVoteResp:
+			promises = append(promises, m)
+		default:
+			free = append(free, m)
+		}
+	}
+	return promises, free
+}
+
+// noteLeader looks for a change of leader or term. Then whatever was on its way
+// may be lost, and is sent again.
+func (r *replica) noteLeader(rd raft.Ready) {
+	leader, term := r.leader, r.term
+	if rd.SoftState != nil {
+		leader, r.role = rd.SoftState.Lead, rd.SoftState.RaftState
+	}
+	if hs := rd.HardState; !raft.IsEmptyHardState(hs) {
+		term, r.committed = hs.GetTerm(), hs.GetCommit()
+	}
+	if leader == r.leader && term == r.term {
+		return
+	}
+	if leader != r.leader {
+		r.logger.Info("leader changed", zap.Uint64("leader", leader), zap.Uint64("term", term))
+	}
+	r.leader, r.term = leader, term
+	for _, b := range r.pending {
+		r.offer(b)
+	}
+	if r.reading != nil {
+		r.ask(r.reading)
+	}
+}
+
+// persist makes durable what raft wants to be durable, and installs a snapshot
+// that the leader sent.
+func (r *replica) persist(rd raft.Ready) error {
+	hasSnapshot := !raft.IsEmptySnap(rd.Snapshot)
+	if hasSnapshot {
+		// Before the hard state: a commit index beyond the log is no log.
+		if err := r.disk.commitSnapshot(rd.Snapshot); err != nil {
+			return fmt.Errorf("save snapshot: %w", err)
+		}
+		if err := r.at("after-snapshot-record"); err != nil {
+			return err
+		}
+	}
+	if err := r.disk.save(rd.HardState, rd.Entries); err != nil {
+		return fmt.Errorf("save log: %w", err)
+	}
+	if hasSnapshot {
+		if err := r.install(rd.Snapshot); err != nil {
+			return fmt.Errorf("install snapshot: %w", err)
+		}
+	}
+	return r.log.Append(rd.Entries)
+}
+
+func (r *replica) install(snap *raftpb.Snapshot) error {
+	index, term := snap.GetMetadata().GetIndex(), snap.GetMetadata().GetTerm()
+	if r.arrived == nil || r.arrived.index != index || r.arrived.term != term {
+		return fmt.Errorf("no body for the snapshot at index %d", index)
+	}
+	// Nothing older may be purged before the hard state that goes with the
+	// snapshot is on disk.
+	if err := r.disk.sync(); err != nil {
+		return err
+	}
+	if err := r.log.ApplySnapshot(snap); err != nil {
+		return err
+	}
+	r.store.restore(*r.arrived)
+	r.arrived = nil
+	r.confState = snap.GetMetadata().GetConfState()
+	r.appliedCount, r.appliedBytes = 0, 0
+	r.transport.setMembers(r.store.members())
+	r.logger.Info("installed snapshot", zap.Uint64("index", index), zap.Uint64("term", term))
+	r.driver.background(r.disk.purge, r.purged)
+	return nil
+}
+
+// purged only logs: files that could not be deleted cost space, not safety.
+func (r *replica) purged(err error) error {
+	if err != nil {
+		r.logger.Warn("could not delete old files", zap.Error(err))
+	}
+	return nil
+}
+
+func (r *replica) apply(ents []*raftpb.Entry) error {
+	for _, e := range ents {
+		r.appliedCount++
+		r.appliedBytes += uint64(len(e.GetData()))
+		var err error
+		switch {
+		case e.GetType() == raftpb.EntryConfChange:
+			err = r.applyConfChange(e)
+		case len(e.GetData()) == 0: // a new leader's first entry, or a change that it refused
+			err = r.store.skip(e.GetIndex(), e.GetTerm())
+		default:
+			err = r.applyBatch(e)
+		}
+		if err != nil {
+			return fmt.Errorf("apply entry %d: %w", e.GetIndex(), err)
+		}
+	}
+	return nil
+}
+
+func (r *replica) applyBatch(e *raftpb.Entry) error {
+	h, commands, err := decodeBatch(e.GetData())
+	if err != nil {
+		return err
+	}
+	own := r.takePending(h)
+	if own == nil {
+		_, err := r.store.apply(e.GetIndex(), e.GetTerm(), h, commands, nil)
+		return err
+	}
+	own.results = make([]result, 0, len(own.offsets))
+	fresh, err := r.store.apply(e.GetIndex(), e.GetTerm(), h, commands, &own.results)
+	if err != nil {
+		return err
+	}
+	if !fresh {
+		// It was applied at an index that this member received as part of a
+		// snapshot, so its results are not known here.
+		own.err = errUnknown.withDetail("the write was applied, but its result was lost; read the key")
+	}
+	r.driver.proposed(own)
+	return nil
+}
+
+// takePending removes the own batch with this header from those that wait.
+func (r *replica) takePending(h batchHeader) *batch {
+	if h.session != r.session {
+		return nil
+	}
+	for i, b := range r.pending {
+		if b.seq == h.seq {
+			r.pending = slices.Delete(r.pending, i, i+1)
+			return b
+		}
+	}
+	return nil
+}
+
+// newMemberChange builds the batch that adds, updates or removes a member.
+func newMemberChange(c memberChange, deadline time.Time) (*batch, error) {
+	value, err := json.Marshal(c.member)
+	if err != nil {
+		return nil, err
+	}
+	kind := raftpb.ConfChangeAddNode
+	switch {
+	case c.remove:
+		kind = raftpb.ConfChangeRemoveNode
+	case c.member.Learner:
+		kind = raftpb.ConfChangeAddLearnerNode
+	}
+	b := newBatch(nil)
+	b.add(&command{op: opMember, value: string(value)})
+	b.change = &raftpb.ConfChange{Type: kind.Enum(), NodeId: new(c.member.ID)}
+	b.deadline = deadline
+	return b, nil
+}
+
+func decodeMemberChange(e *raftpb.Entry) (cc *raftpb.ConfChange, h batchHeader, c memberChange, err error) {
+	cc = &raftpb.ConfChange{}
+	if err := proto.Unmarshal(e.GetData(), cc); err != nil {
+		return cc, h, c, err
+	}
+	h, commands, err := decodeBatch(cc.GetContext())
+	if err != nil {
+		return cc, h, c, err
+	}
+	m, _, err := decodeCommand(commands)
+	if err != nil {
+		return cc, h, c, err
+	}
+	if err := json.Unmarshal([]byte(m.value), &c.member); err != nil {
+		return cc, h, c, err
+	}
+	c.remove = cc.GetType() == raftpb.ConfChangeRemoveNode
+	return cc, h, c, nil
+}
+
+func (r *replica) applyConfChange(e *raftpb.Entry) error {
+	cc, h, change, err := decodeMemberChange(e)
+	if err != nil {
+		return err
+	}
+	fresh, refused, err := r.store.applyMember(e.GetIndex(), e.GetTerm(), h, change)
+	if err != nil {
+		return err
+	}
+	if fresh && refused == nil {
+		r.confState = r.raw.ApplyConfChange(cc)
+		r.transport.setMembers(r.store.members())
+		r.logger.Info("membership changed", zap.Stringer("change", cc.GetType()), zap.Uint64("member", change.member.ID))
+	}
+	if own := r.takePending(h); own != nil {
+		switch {
+		case !fresh:
+			own.err = errUnknown
+		case refused != nil:
+			own.err = errMember.withDetail("%v", refused)
+		default:
+			own.results = []result{{rv: r.store.version()}}
+		}
+		r.driver.proposed(own)
+	}
+	if r.store.isRemoved(r.id) {
+		return errRemoved
+	}
+	return nil
+}
+
+// confirm matches ReadIndex answers with the round that waits for one.
+func (r *replica) confirm(states []raft.ReadState) {
+	for _, s := range states {
+		q := r.reading
+		if q == nil || q.attempt == 0 || len(s.RequestCtx) != readContextSize ||
+			binary.LittleEndian.Uint64(s.RequestCtx) != r.session ||
+			binary.LittleEndian.Uint64(s.RequestCtx[8:]) != q.attempt {
+			continue // an answer to an attempt that was given up
+		}
+		q.index = s.Index
+		r.reading = nil
+		r.confirmed = append(r.confirmed, q)
+	}
+}
+
+// release hands back the rounds whose index is applied.
+func (r *replica) release() {
+	if len(r.confirmed) == 0 {
+		return
+	}
+	applied := r.store.applied()
+	r.confirmed = slices.DeleteFunc(r.confirmed, func(q *readRound) bool {
+		if q.index > applied {
+			return false
+		}
+		r.driver.readable(q)
+		return true
+	})
+}
+
+// maybeSnapshot starts a snapshot when enough was applied since the last one.
+// Of a large state it waits for more bytes, so that snapshots write at most
+// about twice what the log does.
+func (r *replica) maybeSnapshot() {
+	enough := r.appliedCount >= r.snapshotEntries ||
+		r.appliedBytes >= r.snapshotBytes && r.appliedBytes >= r.store.size()/2
+	if r.snapshotting || !enough {
+		return
+	}
+	st := r.store.snapshot()
+	snap := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{
+		ConfState: proto.Clone(r.confState).(*raftpb.ConfState),
+		Index:     new(st.index),
+		Term:      new(st.term),
+	}}
+	r.snapshotting = true
+	r.appliedCount, r.appliedBytes = 0, 0
+	r.driver.background(
+		func() error { return r.disk.writeSnapshot(snap, &st) },
+		func(err error) error { return r.snapshotWritten(snap, err) },
+	)
+}
+
+// snapshotWritten makes a finished snapshot the one that the log starts from.
+func (r *replica) snapshotWritten(snap *raftpb.Snapshot, err error) error {
+	r.snapshotting = false
+	if err != nil {
+		return fmt.Errorf("write snapshot: %w", err)
+	}
+	if err := r.at("after-snapshot-file"); err != nil {
+		return err
+	}
+	index := snap.GetMetadata().GetIndex()
+	if newest, err := r.log.Snapshot(); err != nil || newest.GetMetadata().GetIndex() >= index {
+		return err // the leader sent a newer one meanwhile
+	}
+	if err := r.disk.commitSnapshot(snap); err != nil {
+		return fmt.Errorf("save snapshot: %w", err)
+	}
+	if err := r.at("after-snapshot-record"); err != nil {
+		return err
+	}
+	if _, err := r.log.CreateSnapshot(index, snap.GetMetadata().GetConfState(), nil); err != nil {
+		return fmt.Errorf("create snapshot: %w", err)
+	}
+	if err := r.compact(index); err != nil {
+		return fmt.Errorf("compact log: %w", err)
+	}
+	r.logger.Debug("took snapshot", zap.Uint64("index", index))
+	r.driver.background(r.disk.purge, r.purged)
+	return nil
+}
+
+// compact drops the log before a snapshot from memory, all but what members
+// that are a little behind may still need.
+func (r *replica) compact(index uint64) error {
+	first, err := r.log.FirstIndex()
+	if err != nil || index < first {
+		return err
+	}
+	ents, err := r.log.Entries(first, index+1, noLimit)
+	if err != nil {
+		return err
+	}
+	keep, size := len(ents), 0 // ents[keep:] stay
+	for keep > 0 && len(ents)-keep < catchUpEntries {
+		if size += len(ents[keep-1].GetData()); size > catchUpBytes {
+			break
+		}
+		keep--
+	}
+	if keep == 0 {
+		return nil
+	}
+	return r.log.Compact(ents[keep-1].GetIndex())
+}
+
+const noLimit = ^uint64(0)
+
+// transfer asks a leader to hand over to the member that is furthest. It does
+// nothing on a follower.
+func (r *replica) transfer() {
+	if r.role != raft.StateLeader {
+		return
+	}
+	var best, match uint64
+	r.raw.WithProgress(func(id uint64, kind raft.ProgressType, pr tracker.Progress) {
+		if id != r.id && kind == raft.ProgressTypePeer && pr.RecentActive && pr.Match >= match {
+			best, match = id, pr.Match
+		}
+	})
+	if best != raft.None {
+		r.raw.TransferLeader(best)
+	}
+}
+
+// roleName says what the member is at present, in raft's words.
+func (r *replica) roleName() string {
+	switch r.role {
+	case raft.StateLeader:
+		return "leader"
+	case raft.StateCandidate:
+		return "candidate"
+	case raft.StatePreCandidate:
+		return "pre-candidate"
+	}
+	if slices.Contains(r.confState.GetLearners(), r.id) {
+		return "learner"
+	}
+	return "follower"
+}
+
+// raftLogger gives raft's log lines to zap. What raft calls information is for
+// debugging here: the replica logs what a person should know.
+type raftLogger struct{ *zap.SugaredLogger }
+
+func (l raftLogger) Info(v ...any)                    { l.Debug(v...) }
+func (l raftLogger) Infof(format string, v ...any)    { l.Debugf(format, v...) }
+func (l raftLogger) Warning(v ...any)                 { l.Warn(v...) }
+func (l raftLogger) Warningf(format string, v ...any) { l.Warnf(format, v...) }

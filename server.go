@@ -1,0 +1,279 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+)
+
+// This file builds a node from its parts, starts them, waits, and closes them.
+// Every goroutine of the process is started here or by something that is
+// closed here.
+
+// Steps of a graceful stop; together they stay below the 5 seconds after which
+// a supervisor loses patience.
+const (
+	transferTimeout = time.Second
+	drainTimeout    = 3 * time.Second
+)
+
+// node is a running member. It implements backend.
+type node struct {
+	*loop
+	config  config
+	cluster uint64
+	store   *kvstore
+	logger  *zap.Logger
+}
+
+func (n *node) status() nodeStatus {
+	s := n.loop.status.Load()
+	return nodeStatus{
+		ID:              n.config.id,
+		ClusterID:       fmt.Sprintf("%x", n.cluster),
+		LeaderID:        s.leader,
+		Role:            s.role,
+		Term:            s.term,
+		CommittedIndex:  s.committed,
+		AppliedIndex:    n.store.applied(),
+		ResourceVersion: n.store.version(),
+		Version:         version,
+		Members:         n.store.members(),
+	}
+}
+
+// serve runs a node until ctx ends, then stops it gracefully. It returns nil
+// after a graceful stop, and otherwise what went wrong.
+func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
+	disk, err := openStorage(cfg.dataDir, logger.Named("storage"))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, disk.close()) }()
+	rec, err := recoverState(ctx, cfg, disk, logger)
+	if err != nil {
+		return err
+	}
+
+	n := &node{
+		loop:    newLoop(cfg.tick, logger),
+		config:  cfg,
+		cluster: rec.identity.Cluster,
+		store:   &kvstore{state: rec.state},
+		logger:  logger,
+	}
+	network, err := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, logger.Named("peers"))
+	if err != nil {
+		return err
+	}
+	defer network.close()
+	r, err := newReplica(replicaConfig{
+		id:              cfg.id,
+		session:         randomID(),
+		electionTicks:   cfg.electionTicks,
+		heartbeatTicks:  cfg.heartbeatTicks,
+		snapshotEntries: cfg.snapshotEntries,
+		snapshotBytes:   cfg.snapshotBytes,
+		log:             rec.log,
+		store:           n.store,
+		confState:       rec.confState,
+		disk:            disk,
+		transport:       network,
+		driver:          n.loop,
+		logger:          logger,
+	})
+	if err != nil {
+		return err
+	}
+
+	peerListener, err := net.Listen("tcp", cfg.listenPeer)
+	if err != nil {
+		return fmt.Errorf("listen for peers: %w", err)
+	}
+	clientListener, err := listen(ctx, cfg.listen, listenerConfig{connectionsMax: cfg.connectionsMax, refusal: httpRefusal()})
+	if err != nil {
+		peerListener.Close()
+		return fmt.Errorf("listen for clients: %w", err)
+	}
+	return n.run(ctx, r, network, peerListener, clientListener)
+}
+
+// recoverState reads the data directory, or fills an empty one.
+func recoverState(ctx context.Context, cfg config, disk *storage, logger *zap.Logger) (*recovered, error) {
+	rec, err := disk.load()
+	if err != nil {
+		return nil, err
+	}
+	if rec != nil {
+		if err := checkIdentity(cfg, rec.identity); err != nil {
+			return nil, err
+		}
+	}
+	joined := cfg.join
+	if rec != nil {
+		joined = rec.identity.Joined
+	}
+	cluster, members := cfg.clusterID(), cfg.members
+	if joined && (rec == nil || rec.empty()) {
+		if cluster, members, err = findCluster(ctx, cfg, logger); err != nil {
+			return nil, err
+		}
+	}
+	if rec == nil {
+		if rec, err = disk.create(identity{Member: cfg.id, Cluster: cluster, Joined: joined}); err != nil {
+			return nil, err
+		}
+	}
+	if !rec.empty() {
+		return rec, nil
+	}
+	for _, m := range members {
+		rec.state.members[m.ID] = m
+	}
+	if joined {
+		return rec, nil // a leader will send the state
+	}
+	rec.state.index, rec.state.term = 1, 1
+	return rec, disk.bootstrap(rec, rec.state)
+}
+
+func checkIdentity(cfg config, id identity) error {
+	if id.Member != cfg.id {
+		return fmt.Errorf("data directory %s belongs to node %d, not to --id %d", cfg.dataDir, id.Member, cfg.id)
+	}
+	if !id.Joined && id.Cluster != cfg.clusterID() {
+		return fmt.Errorf("data directory %s belongs to another cluster (%x): start it with the --cluster or --cluster-token that it was made with",
+			cfg.dataDir, id.Cluster)
+	}
+	return nil
+}
+
+// findCluster asks the other nodes in --cluster until one tells which cluster
+// it is in.
+func findCluster(ctx context.Context, cfg config, logger *zap.Logger) (cluster uint64, members []member, err error) {
+	retry := time.NewTicker(time.Second)
+	defer retry.Stop()
+	for {
+		for _, m := range cfg.members {
+			if m.ID == cfg.id {
+				continue
+			}
+			if cluster, members, err = fetchPeerInfo(ctx, m.PeerURL); err == nil {
+				return cluster, members, nil
+			}
+		}
+		logger.Info("waiting for a node of the cluster to answer", zap.Error(err))
+		select {
+		case <-retry.C:
+		case <-ctx.Done():
+			return 0, nil, errors.New("stopped before a node of the cluster to join answered")
+		}
+	}
+}
+
+// run starts everything and waits for the end.
+func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerListener net.Listener, clientListener *listener) error {
+	peerServer := &http.Server{
+		Handler:           network.handler(),
+		ReadHeaderTimeout: headerTimeout,
+		ErrorLog:          zap.NewStdLog(n.logger.Named("peers")),
+	}
+	api := newHTTPAPI(httpConfig{
+		id:           n.config.id,
+		store:        n.store,
+		backend:      n,
+		logger:       n.logger.Named("http"),
+		timeout:      n.config.requestTimeout,
+		valueSizeMax: n.config.valueSizeMax,
+		version:      version,
+		newID:        newUUID,
+	})
+	clientServer := newHTTPServer(api, n.logger.Named("http"))
+
+	// The parts stop in order, not all at once when ctx ends: the replica must
+	// outlive the requests that wait for it.
+	loopCtx, stopLoop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopLoop()
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return n.loop.run(loopCtx, r) })
+	group.Go(func() error { return ignoreClosed(peerServer.Serve(peerListener)) })
+	group.Go(func() error { return ignoreClosed(clientServer.Serve(clientListener)) })
+	group.Go(func() error {
+		select {
+		case err := <-network.http.ErrorC:
+			return err
+		case <-ctx.Done():
+			return nil
+		}
+	})
+	group.Go(func() error {
+		<-ctx.Done() // a signal, or a part failed
+		n.logger.Info("stopping")
+		n.transferLeadership()
+		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
+		defer cancel()
+		err := clientServer.Shutdown(drain)
+		clientListener.closeAll()
+		stopLoop()
+		return errors.Join(ignoreDeadline(err), peerServer.Close())
+	})
+	n.logger.Info("serving", zap.Uint64("id", n.config.id), zap.String("clients", n.config.listen),
+		zap.String("peers", n.config.listenPeer), zap.String("data", n.config.dataDir),
+		zap.Uint64("index", n.store.applied()), zap.Uint64("resourceVersion", n.store.version()), zap.String("version", version))
+	err := group.Wait()
+	if err == nil {
+		n.logger.Info("stopped")
+	}
+	return err
+}
+
+// transferLeadership hands over, so that the others need no election timeout.
+func (n *node) transferLeadership() {
+	deadline := time.NewTimer(transferTimeout)
+	defer deadline.Stop()
+	poll := time.NewTicker(n.config.tick)
+	defer poll.Stop()
+	n.loop.call(func() error {
+		n.loop.replica.transfer()
+		return nil
+	})
+	for n.loop.status.Load().leader == n.config.id {
+		select {
+		case <-poll.C:
+		case <-deadline.C:
+			return
+		case <-n.loop.done:
+			return
+		}
+	}
+}
+
+func ignoreClosed(err error) error {
+	if errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return err
+}
+
+// ignoreDeadline: connections that are still busy at the end are cut.
+func ignoreDeadline(err error) error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return nil
+	}
+	return err
+}
+
+// randomID returns a number that nobody else has.
+func randomID() uint64 {
+	var b [8]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return binary.LittleEndian.Uint64(b[:])
+}

@@ -1,0 +1,442 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"go.etcd.io/etcd/client/pkg/v3/fileutil"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/snap"
+	"go.etcd.io/etcd/server/v3/storage/wal"
+	"go.etcd.io/etcd/server/v3/storage/wal/walpb"
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+	"go.uber.org/zap"
+)
+
+// This file is a member's data directory:
+//
+//	LOCK                            held while the member runs
+//	wal/                            etcd's write-ahead log
+//	snap/<term>-<index>.snap        etcd's snapshot file: index, term, configuration
+//	snap/<index>.snap.db            its body: the state, see snapshot.go
+//
+// A snapshot counts once the log has a record of it. The body is on disk
+// before the .snap file, and that before the record, so whatever a crash leaves
+// behind is either complete or never looked at.
+
+const (
+	lockName = "LOCK"
+	walDir   = "wal"
+	snapDir  = "snap"
+
+	bodySuffix = ".snap.db"
+	metaSuffix = ".snap"
+	tempPrefix = "tmp" // as snap.SaveDBFrom names the files that it is writing
+
+	dirMode  = 0o700
+	fileMode = 0o600
+
+	// snapshotsKept: the second one is there in case the newest is damaged.
+	snapshotsKept = 2
+)
+
+// identity is the metadata of the log: whose directory it is.
+type identity struct {
+	Format  int    `json:"format"`
+	Member  uint64 `json:"member"`
+	Cluster uint64 `json:"cluster"`
+	// Joined members start empty and get their first state from a leader. The
+	// others start from the state that --cluster describes.
+	Joined bool `json:"joined,omitempty"`
+}
+
+const dirFormat = 1
+
+// storage is an open data directory. It implements disk.
+type storage struct {
+	dir    string
+	logger *zap.Logger
+	lock   *fileutil.LockedFile
+	snap   *snap.Snapshotter
+	wal    *wal.WAL // nil until load or create
+
+	mu        sync.Mutex        // orders sync and purge
+	snapshots []*walpb.Snapshot // recorded in the log, oldest first
+}
+
+// recovered is what a data directory holds: where a replica goes on.
+type recovered struct {
+	identity  identity
+	log       *raft.MemoryStorage
+	state     state
+	confState *raftpb.ConfState
+}
+
+// openStorage makes the data directory if need be and takes its lock.
+func openStorage(dir string, logger *zap.Logger) (*storage, error) {
+	if err := os.MkdirAll(filepath.Join(dir, snapDir), dirMode); err != nil {
+		return nil, fmt.Errorf("make data directory: %w", err)
+	}
+	lock, err := fileutil.TryLockFile(filepath.Join(dir, lockName), os.O_WRONLY|os.O_CREATE, fileMode)
+	if errors.Is(err, fileutil.ErrLocked) {
+		return nil, fmt.Errorf("data directory %s is in use by another process", dir)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("lock data directory: %w", err)
+	}
+	s := &storage{dir: dir, logger: logger, lock: lock}
+	s.snap = snap.New(logger, s.path(snapDir))
+	return s, nil
+}
+
+func (s *storage) path(name string) string { return filepath.Join(s.dir, name) }
+
+// bodyPath returns where the body of the snapshot at index is.
+func (s *storage) bodyPath(index uint64) string {
+	return filepath.Join(s.dir, snapDir, fmt.Sprintf("%016x%s", index, bodySuffix))
+}
+
+func (s *storage) metaPath(w *walpb.Snapshot) string {
+	return filepath.Join(s.dir, snapDir, fmt.Sprintf("%016x-%016x%s", w.GetTerm(), w.GetIndex(), metaSuffix))
+}
+
+// create starts a log in an empty directory.
+func (s *storage) create(id identity) (*recovered, error) {
+	id.Format = dirFormat
+	metadata, err := json.Marshal(id)
+	if err != nil {
+		return nil, err
+	}
+	if s.wal, err = wal.Create(s.logger, s.path(walDir), metadata); err != nil {
+		return nil, fmt.Errorf("create log: %w", err)
+	}
+	return &recovered{identity: id, log: raft.NewMemoryStorage(), state: newState(), confState: &raftpb.ConfState{}}, nil
+}
+
+// empty says whether nothing has been saved yet: the first start did not get
+// far, or the member has joined and not heard from a leader.
+func (r *recovered) empty() bool {
+	hs, _, err := r.log.InitialState()
+	last, _ := r.log.LastIndex()
+	return err == nil && raft.IsEmptyHardState(hs) && last == 0
+}
+
+// bootstrap makes st the first state of a new cluster, as a snapshot. Every
+// member writes the same one, which takes the place of the log entries that
+// would add the members; so a member's addresses are never only in the log.
+func (s *storage) bootstrap(r *recovered, st state) error {
+	confState := &raftpb.ConfState{}
+	for _, m := range st.sortedMembers() {
+		confState.Voters = append(confState.Voters, m.ID)
+	}
+	first := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{
+		ConfState: confState, Index: new(st.index), Term: new(st.term),
+	}}
+	hs := &raftpb.HardState{Term: new(st.term), Commit: new(st.index)}
+	if err := s.writeSnapshot(first, &st); err != nil {
+		return err
+	}
+	if err := s.commitSnapshot(first); err != nil {
+		return err
+	}
+	if err := s.save(hs, nil); err != nil {
+		return err
+	}
+	if err := s.sync(); err != nil {
+		return err
+	}
+	if err := r.log.ApplySnapshot(first); err != nil {
+		return err
+	}
+	r.state, r.confState = st, confState
+	return r.log.SetHardState(hs)
+}
+
+// load reads what the directory holds. It returns nil if it holds nothing yet.
+func (s *storage) load() (*recovered, error) {
+	if !wal.Exist(s.path(walDir)) {
+		return nil, nil
+	}
+	if err := s.removeTemporary(); err != nil {
+		return nil, err
+	}
+	r := &recovered{log: raft.NewMemoryStorage(), state: newState(), confState: &raftpb.ConfState{}}
+	start, err := s.loadSnapshot(r)
+	if err != nil {
+		return nil, err
+	}
+	metadata, hs, ents, err := s.openLog(start)
+	if err != nil {
+		return nil, fmt.Errorf("read log %s: %w", s.path(walDir), err)
+	}
+	if err := json.Unmarshal(metadata, &r.identity); err != nil {
+		return nil, fmt.Errorf("read log %s: metadata: %w", s.path(walDir), err)
+	}
+	if r.identity.Format != dirFormat {
+		return nil, fmt.Errorf("data directory %s has format %d, this program knows %d: use the version that wrote it",
+			s.dir, r.identity.Format, dirFormat)
+	}
+	if err := r.log.SetHardState(hs); err != nil {
+		return nil, err
+	}
+	if err := r.log.Append(ents); err != nil {
+		return nil, err
+	}
+	if last, _ := r.log.LastIndex(); hs.GetCommit() > last {
+		return nil, fmt.Errorf("log %s ends at entry %d but %d entries were committed: acknowledged data is missing; "+
+			"do not start this member from this directory", s.path(walDir), last, hs.GetCommit())
+	}
+	return r, nil
+}
+
+// loadSnapshot reads the newest usable snapshot that the log has a record of.
+// It returns where the log must be read from.
+func (s *storage) loadSnapshot(r *recovered) (*walpb.Snapshot, error) {
+	// Only snapshots at or below the committed index: a crash may have come
+	// between a received snapshot's record and the hard state that goes with it.
+	valid, err := wal.ValidSnapshotEntries(s.logger, s.path(walDir))
+	if err != nil {
+		return nil, fmt.Errorf("read log %s: %w", s.path(walDir), err)
+	}
+	var damage error
+	for i, w := range slices.Backward(valid) {
+		if w.GetIndex() == 0 { // every log starts with this record
+			continue
+		}
+		meta, st, err := s.readSnapshot(w)
+		if err != nil {
+			damage = errors.Join(damage, err)
+			continue
+		}
+		if damage != nil {
+			s.logger.Warn("the newest snapshot is damaged, starting from an older one", zap.Error(damage))
+		}
+		if err := r.log.ApplySnapshot(meta); err != nil {
+			return nil, err
+		}
+		r.state, r.confState = st, meta.GetMetadata().GetConfState()
+		s.snapshots = valid[:i+1]
+		return w, nil
+	}
+	if damage != nil {
+		return nil, fmt.Errorf("no snapshot in %s is usable: %w", s.path(snapDir), damage)
+	}
+	return &walpb.Snapshot{}, nil
+}
+
+func (s *storage) readSnapshot(w *walpb.Snapshot) (*raftpb.Snapshot, state, error) {
+	path := s.metaPath(w)
+	meta, err := snap.Read(s.logger, path)
+	if err != nil {
+		return nil, state{}, fmt.Errorf("%s: %w", path, err)
+	}
+	st, err := s.readBody(w.GetIndex(), w.GetTerm())
+	return meta, st, err
+}
+
+// readBody reads the body of a snapshot, which must be at index and term.
+func (s *storage) readBody(index, term uint64) (state, error) {
+	f, err := os.Open(s.bodyPath(index))
+	if err != nil {
+		return state{}, err
+	}
+	defer f.Close()
+	st, err := readState(f)
+	if err != nil {
+		return state{}, fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	if st.index != index || st.term != term {
+		return state{}, fmt.Errorf("%s: %w: it holds index %d, term %d", f.Name(), errSnapshotDamage, st.index, st.term)
+	}
+	return st, nil
+}
+
+// openLog opens the log for appending and returns what it holds after start.
+func (s *storage) openLog(start *walpb.Snapshot) (metadata []byte, hs *raftpb.HardState, ents []*raftpb.Entry, err error) {
+	for repaired := false; ; repaired = true {
+		w, err := wal.Open(s.logger, s.path(walDir), start)
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		metadata, hs, ents, err = w.ReadAll()
+		if err == nil {
+			s.wal = w
+			return metadata, hs, ents, nil
+		}
+		if cerr := w.Close(); cerr != nil {
+			s.logger.Debug("close unreadable log", zap.Error(cerr))
+		}
+		// A record that breaks off at the end of the log is a write that a crash
+		// cut short. Nobody was told that it succeeded, so it can go.
+		if repaired || !errors.Is(err, io.ErrUnexpectedEOF) || !wal.Repair(s.logger, s.path(walDir)) {
+			return nil, nil, nil, err
+		}
+	}
+}
+
+func (s *storage) removeTemporary() error {
+	entries, err := os.ReadDir(s.path(snapDir))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), tempPrefix) {
+			if err := os.Remove(filepath.Join(s.path(snapDir), e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (s *storage) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
+	return s.wal.Save(hs, ents)
+}
+
+func (s *storage) sync() error {
+	s.mu.Lock() // wal.Sync takes no lock of its own, and purge shrinks what it reads
+	defer s.mu.Unlock()
+	return s.wal.Sync()
+}
+
+func (s *storage) writeSnapshot(meta *raftpb.Snapshot, st *state) error {
+	f, err := os.CreateTemp(s.path(snapDir), tempPrefix)
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name()) // does nothing after the rename
+	err = st.writeTo(f)
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), s.bodyPath(meta.GetMetadata().GetIndex())); err != nil {
+		return err
+	}
+	return s.syncSnapDir()
+}
+
+func (s *storage) syncSnapDir() error {
+	d, err := fileutil.OpenDir(s.path(snapDir))
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return fileutil.Fsync(d)
+}
+
+func (s *storage) commitSnapshot(meta *raftpb.Snapshot) error {
+	m := meta.GetMetadata()
+	record := &walpb.Snapshot{Index: new(m.GetIndex()), Term: new(m.GetTerm()), ConfState: m.GetConfState()}
+	if err := s.snap.SaveSnap(meta); err != nil {
+		return err
+	}
+	if err := os.Chmod(s.metaPath(record), fileMode); err != nil { // SaveSnap leaves it to the umask
+		return err
+	}
+	if err := s.syncSnapDir(); err != nil {
+		return err
+	}
+	if err := s.wal.SaveSnapshot(record); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.snapshots = append(s.snapshots, record)
+	return nil
+}
+
+// purge deletes snapshots beyond the newest two, and the segments of the log
+// that neither of them needs.
+func (s *storage) purge() error {
+	oldest, err := s.release()
+	if err != nil || oldest == 0 {
+		return err
+	}
+	return errors.Join(s.purgeLog(), s.purgeSnapshots(oldest))
+}
+
+// release forgets old snapshots, gives up the locks of the segments before
+// them, and returns the index of the oldest snapshot that is kept.
+func (s *storage) release() (oldest uint64, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if extra := len(s.snapshots) - snapshotsKept; extra > 0 {
+		s.snapshots = slices.Clone(s.snapshots[extra:])
+	}
+	if len(s.snapshots) == 0 {
+		return 0, nil
+	}
+	oldest = s.snapshots[0].GetIndex()
+	return oldest, s.wal.ReleaseLockTo(oldest)
+}
+
+// purgeLog deletes the segments whose lock the log has given up.
+func (s *storage) purgeLog() error {
+	names, err := fileutil.ReadDir(s.path(walDir), fileutil.WithExt(".wal"))
+	if err != nil {
+		return err
+	}
+	for _, name := range names[:max(len(names)-1, 0)] {
+		path := filepath.Join(s.path(walDir), name)
+		l, err := fileutil.TryLockFile(path, os.O_WRONLY, fileMode)
+		if errors.Is(err, fileutil.ErrLocked) {
+			return nil // this one and all after it are in use
+		}
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(os.Remove(path), l.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *storage) purgeSnapshots(oldest uint64) error {
+	names, err := fileutil.ReadDir(s.path(snapDir))
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		index, ok := snapshotIndex(name)
+		if !ok || index >= oldest {
+			continue
+		}
+		if err := os.Remove(filepath.Join(s.path(snapDir), name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// snapshotIndex returns the raft index in a snapshot file's name.
+func snapshotIndex(name string) (index uint64, ok bool) {
+	var term uint64
+	if _, err := fmt.Sscanf(name, "%016x-%016x"+metaSuffix, &term, &index); err == nil {
+		return index, true
+	}
+	_, err := fmt.Sscanf(name, "%016x"+bodySuffix, &index)
+	return index, err == nil
+}
+
+// close makes the log durable and gives up the directory.
+func (s *storage) close() error {
+	var err error
+	if s.wal != nil {
+		err = s.wal.Close()
+	}
+	return errors.Join(err, s.lock.Close())
+}
