@@ -2,10 +2,12 @@ package main
 
 import (
 	"cmp"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/tidwall/btree"
@@ -19,6 +21,7 @@ type item struct {
 	value   string
 	rv      uint64 // resource version of the last write
 	created uint64 // resource version of the write that created the key
+	expires int64  // unix milliseconds; 0 = never
 }
 
 // member is one node of the cluster, as the replicated state knows it.
@@ -35,17 +38,26 @@ type state struct {
 	term  uint64 // and its term
 	rv    uint64 // resource version of the last write, for the whole store
 	size  uint64 // bytes that the items take, about
+	now   int64  // unix milliseconds, the highest time of any entry
 
 	// Invariant: every item's rv <= state.rv.
 	items    *btree.Map[string, item]
+	expiry   *btree.Set[string] // expiryKey of each item that has a deadline
+	events   eventLog
+	retries  retryTable
 	sessions sessions
 	members  map[uint64]member
 	removed  map[uint64]bool // ids that were members; never used again
+
+	changed []event // by the command that is being applied
 }
 
 func newState() state {
 	return state{
 		items:    new(btree.Map[string, item]),
+		expiry:   new(btree.Set[string]),
+		events:   newEventLog(),
+		retries:  newRetryTable(),
 		sessions: sessions{},
 		members:  map[uint64]member{},
 		removed:  map[uint64]bool{},
@@ -57,6 +69,10 @@ func newState() state {
 func (s *state) copy() state {
 	c := *s
 	c.items = s.items.Copy()
+	c.expiry = s.expiry.Copy()
+	c.events = s.events.copy()
+	c.retries = s.retries.copy()
+	c.changed = nil
 	c.sessions = s.sessions.copy()
 	c.members = maps.Clone(s.members)
 	c.removed = maps.Clone(s.removed)
@@ -151,6 +167,7 @@ func (s *kvstore) apply(index, term uint64, h batchHeader, commands []byte, out 
 	if !s.state.sessions.first(h, index) {
 		return false, nil
 	}
+	s.state.now = max(s.state.now, h.time)
 	for len(commands) > 0 {
 		var c command
 		if c, commands, err = decodeCommand(commands); err != nil {
@@ -183,43 +200,233 @@ func (s *state) advance(index, term uint64) error {
 	return nil
 }
 
+// applyCommand carries out a command, or answers it like the request that it
+// repeats.
 func (s *state) applyCommand(c *command) (result, error) {
+	if c.retry.key != "" {
+		if first, known := s.retries.lookup(c.retry, s.now); known {
+			return first, nil
+		}
+	}
+	r, err := s.execute(c)
+	if err != nil {
+		return result{}, err
+	}
+	r.key = c.key
+	s.commit(&r)
+	if c.retry.key != "" {
+		s.retries.add(c.retry, r, s.now)
+	}
+	return r, nil
+}
+
+// execute makes the changes of a command and leaves their events in changed.
+func (s *state) execute(c *command) (result, error) {
 	switch c.op {
 	case opNop:
-		return result{rv: s.rv}, nil
-	case opPut:
-		return s.put(c.key, c.value), nil
-	case opDelete:
-		return s.delete(c.key), nil
+		return result{}, nil
+	case opPut, opDelete, opExpire:
+		it, exists := s.items.Get(c.key)
+		if !c.condition.holds(it, exists) {
+			return result{status: statusPrecondition, current: it.rv}, nil
+		}
+		switch c.op {
+		case opPut:
+			return result{status: s.put(c.key, c.value, c.expires)}, nil
+		case opExpire:
+			return result{status: s.delete(c.key, eventExpired)}, nil
+		default:
+			return result{status: s.delete(c.key, eventDeleted)}, nil
+		}
+	case opDeletePrefix:
+		return s.deletePrefix(c.key), nil
+	case opTxn:
+		return s.executeTxn(c.value)
 	default:
 		return result{}, fmt.Errorf("command %d is newer than this program: upgrade it", c.op)
 	}
 }
 
-func (s *state) put(key, value string) result {
+// commit gives the changes of a command their resource version.
+func (s *state) commit(r *result) {
+	if len(s.changed) == 0 {
+		r.rv = s.rv
+		return
+	}
 	s.rv++
-	it := item{value: value, rv: s.rv, created: s.rv}
+	r.rv = s.rv
+	s.changed[len(s.changed)-1].last = true
+	for _, e := range s.changed {
+		s.events.append(e)
+	}
+	clear(s.changed)
+	s.changed = s.changed[:0]
+}
+
+// nextRV is the version that the changes of the current command get.
+func (s *state) nextRV() uint64 { return s.rv + 1 }
+
+func (s *state) put(key, value string, expires int64) status {
+	it := item{value: value, rv: s.nextRV(), created: s.nextRV(), expires: expires}
+	e := event{rv: it.rv, time: s.now, kind: eventAdded, key: key}
 	old, replaced := s.items.Get(key)
 	if replaced {
 		it.created = old.created
-		s.size -= itemSize(key, old)
+		e.kind, e.prev = eventModified, old.rv
+		s.forget(key, old)
 	}
 	s.items.Set(key, it)
-	s.size += itemSize(key, it)
+	s.remember(key, it)
+	e.item = it
+	s.changed = append(s.changed, e)
 	if replaced {
-		return result{status: statusReplaced, rv: s.rv}
+		return statusReplaced
 	}
-	return result{status: statusCreated, rv: s.rv}
+	return statusCreated
 }
 
-func (s *state) delete(key string) result {
+func (s *state) delete(key string, kind eventKind) status {
 	old, ok := s.items.Delete(key)
 	if !ok {
-		return result{status: statusNotFound, rv: s.rv}
+		return statusNotFound
 	}
-	s.rv++
-	s.size -= itemSize(key, old)
-	return result{status: statusDeleted, rv: s.rv}
+	s.forget(key, old)
+	s.changed = append(s.changed, event{rv: s.nextRV(), prev: old.rv, time: s.now, kind: kind, key: key, item: old})
+	return statusDeleted
+}
+
+// remember and forget keep what is derived from the items.
+func (s *state) remember(key string, it item) {
+	s.size += itemSize(key, it)
+	if it.expires != 0 {
+		s.expiry.Insert(expiryKey(it.expires, key))
+	}
+}
+
+func (s *state) forget(key string, it item) {
+	s.size -= itemSize(key, it)
+	if it.expires != 0 {
+		s.expiry.Delete(expiryKey(it.expires, key))
+	}
+}
+
+// deletePrefixMax bounds how many keys one command deletes. It keeps the time
+// that applying takes well below an election timeout, and the events within
+// half of the default window, so that watchers can resume before them.
+const deletePrefixMax = eventsMaxDefault / 2
+
+func (s *state) deletePrefix(prefix string) result {
+	keys := s.keysWith(prefix, deletePrefixMax+1)
+	if len(keys) > deletePrefixMax {
+		return result{status: statusTooMany}
+	}
+	for _, key := range keys {
+		s.delete(key, eventDeleted)
+	}
+	return result{status: statusDeleted, count: uint64(len(keys))}
+}
+
+// keysWith returns the first n keys with a prefix.
+func (s *state) keysWith(prefix string, n int) []string {
+	var keys []string
+	s.items.Ascend(prefix, func(key string, _ item) bool {
+		if !strings.HasPrefix(key, prefix) || len(keys) == n {
+			return false
+		}
+		keys = append(keys, key)
+		return true
+	})
+	return keys
+}
+
+// txnResultMax bounds the bytes of the values that one transaction returns.
+const txnResultMax = 4 << 20
+
+func (s *state) executeTxn(value string) (result, error) {
+	t, err := decodeTxn(value)
+	if err != nil {
+		return result{}, err
+	}
+	r, ops := result{status: statusSucceeded}, t.then
+	for i := range t.compare {
+		if it, exists := s.items.Get(t.compare[i].key); !t.compare[i].holds(it, exists) {
+			r.status, ops = statusFailed, t.otherwise
+			break
+		}
+	}
+	r.ops = make([]opResult, len(ops))
+	if s.resultSize(ops) > txnResultMax {
+		return result{status: statusTooMany}, nil
+	}
+	for i := range ops {
+		r.ops[i] = s.executeOp(&ops[i])
+	}
+	return r, nil
+}
+
+// resultSize bounds what the operations return. Values that the transaction
+// itself writes count too.
+func (s *state) resultSize(ops []command) int {
+	n := 0
+	for i := range ops {
+		if ops[i].op == opGet {
+			it, _ := s.items.Get(ops[i].key)
+			n += len(it.value)
+		}
+	}
+	return n
+}
+
+func (s *state) executeOp(c *command) opResult {
+	switch c.op {
+	case opPut:
+		return opResult{status: s.put(c.key, c.value, c.expires)}
+	case opDelete:
+		return opResult{status: s.delete(c.key, eventDeleted)}
+	default:
+		it, ok := s.items.Get(c.key)
+		if !ok {
+			return opResult{status: statusNotFound}
+		}
+		return opResult{status: statusFound, item: it}
+	}
+}
+
+// expiryKey sorts by time, then key.
+func expiryKey(at int64, key string) string {
+	return string(binary.BigEndian.AppendUint64(nil, uint64(at))) + key
+}
+
+// expired returns commands that expire up to n of the items whose time is not
+// after now.
+func (s *kvstore) expired(now int64, n int) []command {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	var due []command
+	s.state.expiry.Scan(func(k string) bool {
+		at, key := int64(binary.BigEndian.Uint64([]byte(k[:8]))), k[8:]
+		if at > now || len(due) == n {
+			return false
+		}
+		it, _ := s.state.items.Get(key)
+		due = append(due, command{op: opExpire, key: key, condition: condition{kind: ifMatch, rv: it.rv}})
+		return true
+	})
+	return due
+}
+
+// seekEvent returns where in the window the events above rv start.
+func (s *kvstore) seekEvent(rv uint64) (n uint64, ok bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.state.events.seek(rv)
+}
+
+// eventsFrom returns some of the events from number n on; see eventLog.from.
+func (s *kvstore) eventsFrom(n uint64) (events []event, ok bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.state.events.from(n)
 }
 
 // itemOverhead is what an item costs in memory beside its key and value: two

@@ -31,13 +31,17 @@ const (
 
 // loop runs a replica. It implements driver for it, and backend for the fronts.
 type loop struct {
-	logger *zap.Logger
-	tick   time.Duration
-	wake   chan struct{} // holds one token: there is something in the inbox
-	done   chan struct{} // closed when run returns
+	logger  *zap.Logger
+	tick    time.Duration
+	applied func()        // called when a turn has applied something; must not block
+	wake    chan struct{} // holds one token: there is something in the inbox
+	done    chan struct{} // closed when run returns
 
-	replica *replica // owned by the goroutine that runs run
-	work    sync.WaitGroup
+	// Owned by the goroutine that runs run.
+	replica *replica
+	version uint64 // of the store at the last call of applied
+
+	work sync.WaitGroup
 
 	mu    sync.Mutex
 	inbox inbox // guarded by mu
@@ -69,12 +73,13 @@ type replicaStatus struct {
 	role                    string
 }
 
-func newLoop(tick time.Duration, logger *zap.Logger) *loop {
+func newLoop(tick time.Duration, applied func(), logger *zap.Logger) *loop {
 	l := &loop{
-		logger: logger,
-		tick:   tick,
-		wake:   make(chan struct{}, 1),
-		done:   make(chan struct{}),
+		logger:  logger,
+		applied: applied,
+		tick:    tick,
+		wake:    make(chan struct{}, 1),
+		done:    make(chan struct{}),
 	}
 	l.status.Store(&replicaStatus{})
 	return l
@@ -144,6 +149,10 @@ func (l *loop) turn(ticked bool) error {
 		}
 	}
 	l.publish()
+	if rv := r.store.version(); rv != l.version {
+		l.version = rv
+		l.applied()
+	}
 	return nil
 }
 

@@ -181,6 +181,8 @@ type replica struct {
 	reading   *readRound   // asked for, not confirmed
 	confirmed []*readRound // confirmed, not yet applied far enough
 
+	expiring *batch // own batch of expired keys, pending too
+
 	snapshotting bool
 	appliedCount uint64 // entries applied since the last snapshot
 	appliedBytes uint64 // and their bytes
@@ -223,7 +225,7 @@ func (r *replica) tick(now time.Time) {
 	r.ticks++
 	r.now = now
 	r.raw.Tick()
-	r.expire()
+	r.giveUp()
 	for _, b := range r.pending {
 		if !b.offered || r.ticks-b.offeredAt >= uint64(proposalRetryElections*r.electionTicks) {
 			r.offer(b)
@@ -232,6 +234,7 @@ func (r *replica) tick(now time.Time) {
 	if q := r.reading; q != nil && (q.attempt == 0 || r.ticks-q.askedAt >= uint64(readRetryElections*r.electionTicks)) {
 		r.ask(q)
 	}
+	r.expireKeys()
 }
 
 // step takes a message from another member.
@@ -251,8 +254,13 @@ func (r *replica) stepSnapshot(m *raftpb.Message, st *state) error {
 	return err
 }
 
-// inFlight returns how many own batches wait to be applied.
-func (r *replica) inFlight() int { return len(r.pending) }
+// inFlight returns how many of the driver's batches wait to be applied.
+func (r *replica) inFlight() int {
+	if r.expiring != nil {
+		return len(r.pending) - 1
+	}
+	return len(r.pending)
+}
 
 // propose takes a batch and hands it back through driver.proposed.
 func (r *replica) propose(b *batch) {
@@ -282,22 +290,54 @@ func (r *replica) offer(b *batch) {
 	b.offers++
 }
 
-// expire gives up batches that nobody waits for any more.
-func (r *replica) expire() {
-	kept := r.pending[:0]
-	for _, b := range r.pending {
+// giveUp hands back batches that nobody waits for any more.
+func (r *replica) giveUp() {
+	r.pending = slices.DeleteFunc(r.pending, func(b *batch) bool {
 		if r.now.Before(b.deadline) {
-			kept = append(kept, b)
-			continue
+			return false
 		}
 		b.err = errUnknown
 		if b.offers == 0 {
 			b.err = errNoLeader
 		}
-		r.driver.proposed(b)
+		r.handBack(b)
+		return true
+	})
+}
+
+// handBack ends a batch that is not pending any more.
+func (r *replica) handBack(b *batch) {
+	if b == r.expiring {
+		r.expiring = nil
+		return
 	}
-	clear(r.pending[len(kept):])
-	r.pending = kept
+	r.driver.proposed(b)
+}
+
+// How a leader looks for keys whose time has come.
+const (
+	expireTicks    = 10   // between two looks
+	expireMax      = 4096 // keys in one batch
+	expireDeadline = 10 * time.Second
+)
+
+// expireKeys proposes the deletion of keys whose time has come, by the leader's
+// clock. Applying it checks that the key was not written since, so a leader
+// that is none any more does no harm.
+func (r *replica) expireKeys() {
+	if r.role != raft.StateLeader || r.expiring != nil || r.ticks%expireTicks != 0 {
+		return
+	}
+	due := r.store.expired(r.now.UnixMilli(), expireMax)
+	if len(due) == 0 {
+		return
+	}
+	r.expiring = newBatch(nil)
+	for i := range due {
+		r.expiring.add(&due[i])
+	}
+	r.expiring.deadline = r.now.Add(expireDeadline)
+	r.propose(r.expiring)
 }
 
 // canRead says whether the replica would take another round of reads.
@@ -507,7 +547,7 @@ func (r *replica) applyBatch(e *raftpb.Entry) error {
 		// snapshot, so its results are not known here.
 		own.err = errUnknown.withDetail("the write was applied, but its result was lost; read the key")
 	}
-	r.driver.proposed(own)
+	r.handBack(own)
 	return nil
 }
 
@@ -588,7 +628,7 @@ func (r *replica) applyConfChange(e *raftpb.Entry) error {
 		default:
 			own.results = []result{{rv: r.store.version()}}
 		}
-		r.driver.proposed(own)
+		r.handBack(own)
 	}
 	if r.store.isRemoved(r.id) {
 		return errRemoved

@@ -31,6 +31,7 @@ type node struct {
 	config  config
 	cluster uint64
 	store   *kvstore
+	hub     *hub
 	logger  *zap.Logger
 }
 
@@ -50,6 +51,24 @@ func (n *node) status() nodeStatus {
 	}
 }
 
+// waitVersion returns once the store holds version rv.
+func (n *node) waitVersion(ctx context.Context, timeout time.Duration, rv uint64) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	if err := n.hub.waitVersion(ctx, rv); err != nil {
+		if ctx.Err() != nil {
+			return errReadTimeout
+		}
+		return err
+	}
+	return nil
+}
+
+// watch starts a watch; see hub.watch.
+func (n *node) watch(key string, isPrefix bool, rv uint64) (*watcher, error) {
+	return n.hub.watch(key, isPrefix, rv)
+}
+
 // serve runs a node until ctx ends, then stops it gracefully. It returns nil
 // after a graceful stop, and otherwise what went wrong.
 func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
@@ -63,11 +82,14 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 		return err
 	}
 
+	store := &kvstore{state: rec.state}
+	hub := newHub(store)
 	n := &node{
-		loop:    newLoop(cfg.tick, logger),
+		loop:    newLoop(cfg.tick, hub.notify, logger),
 		config:  cfg,
 		cluster: rec.identity.Cluster,
-		store:   &kvstore{state: rec.state},
+		store:   store,
+		hub:     hub,
 		logger:  logger,
 	}
 	network, err := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, logger.Named("peers"))
@@ -204,6 +226,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 	defer stopLoop()
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return n.loop.run(loopCtx, r) })
+	group.Go(func() error { return n.hub.run(ctx) }) // ends watches first: the client server waits for them
 	group.Go(func() error { return ignoreClosed(peerServer.Serve(peerListener)) })
 	group.Go(func() error { return ignoreClosed(clientServer.Serve(clientListener)) })
 	group.Go(func() error {

@@ -24,8 +24,9 @@ import (
 //
 // Inner layer, the payloads joined: magic, format, index, term, rv, then
 // records {kind, fields...} with integers as uvarints and strings as length +
-// bytes, in the order session, member, removed, item, and a record of kind end
-// with the number of items. A file that breaks off lacks the end record.
+// bytes, in the order session, member, removed, retry, item, event, and a
+// record of kind end with the number of items. A file that breaks off lacks the
+// end record.
 
 const (
 	snapshotMagic  = "RAFTRVSS"
@@ -37,6 +38,9 @@ const (
 	recordMember  = 2
 	recordRemoved = 3
 	recordItem    = 4
+	recordRetry   = 5
+	recordEvents  = 6 // what the window has dropped; before the first event
+	recordEvent   = 7
 
 	// recordFieldMax bounds a string field, so that damage that got past the
 	// checksum cannot make the reader allocate without limit.
@@ -56,6 +60,41 @@ func (s *state) writeTo(w io.Writer) error {
 	e.uint(s.index)
 	e.uint(s.term)
 	e.uint(s.rv)
+	e.uint(uint64(s.now))
+	e.uint(s.retries.next)
+	if err := s.writeCluster(&e); err != nil {
+		return err
+	}
+	s.retries.records.Scan(func(n uint64, r retryRecord) bool {
+		e.uint(recordRetry)
+		e.uint(n)
+		e.retry(&r)
+		return e.err == nil
+	})
+	s.items.Scan(func(key string, it item) bool {
+		e.uint(recordItem)
+		e.string(key)
+		e.item(it)
+		return e.err == nil
+	})
+	e.uint(recordEvents)
+	e.uint(s.events.first)
+	e.uint(s.events.dropped)
+	for _, chunk := range s.events.chunks {
+		for i := range chunk {
+			e.event(&chunk[i])
+		}
+	}
+	e.uint(recordEnd)
+	e.uint(uint64(s.items.Len()))
+	if e.err != nil {
+		return e.err
+	}
+	return e.w.Flush()
+}
+
+// writeCluster writes what the state knows of sessions and members.
+func (s *state) writeCluster(e *snapshotEncoder) error {
 	for _, id := range slices.Sorted(maps.Keys(s.sessions)) {
 		t := s.sessions[id]
 		e.uint(recordSession)
@@ -66,10 +105,10 @@ func (s *state) writeTo(w io.Writer) error {
 			e.uint(word)
 		}
 	}
-	for _, id := range slices.Sorted(maps.Keys(s.members)) {
-		b, err := json.Marshal(s.members[id])
+	for _, m := range s.sortedMembers() {
+		b, err := json.Marshal(m)
 		if err != nil {
-			return fmt.Errorf("encode member %d: %w", id, err)
+			return fmt.Errorf("encode member %d: %w", m.ID, err)
 		}
 		e.uint(recordMember)
 		e.string(string(b))
@@ -78,20 +117,7 @@ func (s *state) writeTo(w io.Writer) error {
 		e.uint(recordRemoved)
 		e.uint(id)
 	}
-	s.items.Scan(func(key string, it item) bool {
-		e.uint(recordItem)
-		e.string(key)
-		e.string(it.value)
-		e.uint(it.rv)
-		e.uint(it.created)
-		return e.err == nil
-	})
-	e.uint(recordEnd)
-	e.uint(uint64(s.items.Len()))
-	if e.err != nil {
-		return e.err
-	}
-	return e.w.Flush()
+	return nil
 }
 
 // readState reads what writeTo wrote, and nothing more than that: bytes after
@@ -124,45 +150,63 @@ func (d *snapshotDecoder) state() (state, error) {
 		return st, fmt.Errorf("snapshot format %d is newer than this program (knows %d): upgrade it", format, snapshotFormat)
 	}
 	st.index, st.term, st.rv = d.uint(), d.uint(), d.uint()
+	st.now, st.retries.next = int64(d.uint()), d.uint()
 	for d.err == nil {
-		switch kind := d.uint(); kind {
-		case recordSession:
-			id := d.uint()
-			t := &session{used: d.uint(), max: d.uint()}
-			for i := range t.seen {
-				t.seen[i] = d.uint()
-			}
-			st.sessions[id] = t
-		case recordMember:
-			var m member
-			if b := d.string(); d.err == nil {
-				if err := json.Unmarshal([]byte(b), &m); err != nil {
-					return st, fmt.Errorf("%w: member: %v", errSnapshotDamage, err)
-				}
-			}
-			st.members[m.ID] = m
-		case recordRemoved:
-			st.removed[d.uint()] = true
-		case recordItem:
-			key := d.string()
-			it := item{value: d.string(), rv: d.uint(), created: d.uint()}
-			if d.err == nil {
-				st.items.Load(key, it) // Load is Set, faster for a key that sorts last
-				st.size += itemSize(key, it)
-			}
-		case recordEnd:
-			if d.err != nil { // a zero that uint returned for an error
-				break
-			}
+		kind := d.uint()
+		if d.err != nil {
+			break
+		}
+		if kind == recordEnd {
 			if n := d.uint(); d.err == nil && n != uint64(st.items.Len()) {
 				return st, fmt.Errorf("%w: %d items instead of %d", errSnapshotDamage, st.items.Len(), n)
 			}
 			return st, d.err
-		default:
-			return st, fmt.Errorf("%w: record of unknown kind %d", errSnapshotDamage, kind)
+		}
+		if err := d.record(kind, &st); err != nil {
+			return st, err
 		}
 	}
 	return st, d.err
+}
+
+// record reads one record of any kind but end into st.
+func (d *snapshotDecoder) record(kind uint64, st *state) error {
+	switch kind {
+	case recordSession:
+		id := d.uint()
+		t := &session{used: d.uint(), max: d.uint()}
+		for i := range t.seen {
+			t.seen[i] = d.uint()
+		}
+		st.sessions[id] = t
+	case recordMember:
+		var m member
+		if b := d.string(); d.err == nil {
+			if err := json.Unmarshal([]byte(b), &m); err != nil {
+				return fmt.Errorf("%w: member: %v", errSnapshotDamage, err)
+			}
+		}
+		st.members[m.ID] = m
+	case recordRemoved:
+		st.removed[d.uint()] = true
+	case recordRetry:
+		st.retries.insert(d.uint(), d.retry())
+	case recordItem:
+		key, it := d.string(), d.item()
+		if d.err == nil {
+			st.items.Load(key, it) // Load is Set, faster for a key that sorts last
+			st.remember(key, it)
+		}
+	case recordEvents:
+		st.events.first, st.events.dropped = d.uint(), d.uint()
+	case recordEvent:
+		if e := d.event(); d.err == nil {
+			st.events.append(e)
+		}
+	default:
+		return fmt.Errorf("%w: record of unknown kind %d", errSnapshotDamage, kind)
+	}
+	return nil
 }
 
 type snapshotEncoder struct {
@@ -185,6 +229,48 @@ func (e *snapshotEncoder) string(s string) {
 	e.uint(uint64(len(s)))
 	if _, err := e.w.WriteString(s); err != nil {
 		e.err = err
+	}
+}
+
+func (e *snapshotEncoder) item(it item) {
+	e.string(it.value)
+	e.uint(it.rv)
+	e.uint(it.created)
+	e.uint(uint64(it.expires))
+}
+
+func (e *snapshotEncoder) event(v *event) {
+	e.uint(recordEvent)
+	e.uint(v.rv)
+	e.uint(v.prev)
+	e.uint(uint64(v.time))
+	e.uint(uint64(v.kind))
+	e.bool(v.last)
+	e.string(v.key)
+	e.item(v.item)
+}
+
+func (e *snapshotEncoder) retry(r *retryRecord) {
+	e.string(r.id.key)
+	e.bytes(r.id.digest[:])
+	e.uint(uint64(r.time))
+	e.uint(uint64(r.first.status))
+	e.uint(r.first.rv)
+	e.uint(r.first.current)
+	e.uint(r.first.count)
+	e.string(r.first.key)
+	e.uint(uint64(len(r.first.ops)))
+	for _, op := range r.first.ops {
+		e.uint(uint64(op.status))
+		e.item(op.item)
+	}
+}
+
+func (e *snapshotEncoder) bool(b bool) {
+	if b {
+		e.uint(1)
+	} else {
+		e.uint(0)
 	}
 }
 
@@ -229,6 +315,30 @@ func (d *snapshotDecoder) string() string {
 		b = b[:len(b)+len(part)]
 	}
 	return string(b)
+}
+
+func (d *snapshotDecoder) item() item {
+	return item{value: d.string(), rv: d.uint(), created: d.uint(), expires: int64(d.uint())}
+}
+
+func (d *snapshotDecoder) event() event {
+	return event{
+		rv: d.uint(), prev: d.uint(), time: int64(d.uint()), kind: eventKind(d.uint()), last: d.uint() == 1,
+		key: d.string(), item: d.item(),
+	}
+}
+
+func (d *snapshotDecoder) retry() retryRecord {
+	r := retryRecord{id: retryID{key: d.string()}}
+	if d.err == nil {
+		_, d.err = io.ReadFull(d.r, r.id.digest[:])
+	}
+	r.time = int64(d.uint())
+	r.first = result{status: status(d.uint()), rv: d.uint(), current: d.uint(), count: d.uint(), key: d.string()}
+	for n := d.uint(); n > 0 && d.err == nil; n-- {
+		r.first.ops = append(r.first.ops, opResult{status: status(d.uint()), item: d.item()})
+	}
+	return r
 }
 
 // frameWriter puts each Write into frames.

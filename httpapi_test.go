@@ -1,0 +1,1269 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+)
+
+const testValueSizeMax = 100 << 10 // more than bodyAllocMax
+
+// fakeBackend is a cluster of one that never fails unless it is told to. Writes
+// go through the real encoding into a real store.
+type fakeBackend struct {
+	store *kvstore
+
+	mu           sync.Mutex
+	index        uint64
+	err          error // of the next calls
+	linearizeErr error
+	linearized   int           // calls
+	timeout      time.Duration // of the last call
+	added        []member
+
+	// propose waits for this long, and notes why its context ended if it did.
+	delay    time.Duration
+	canceled error
+}
+
+func (b *fakeBackend) propose(ctx context.Context, timeout time.Duration, c command) (result, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.timeout = timeout
+	if b.err != nil {
+		return result{}, b.err
+	}
+	if b.delay > 0 {
+		select {
+		case <-time.After(b.delay):
+		case <-ctx.Done():
+			b.canceled = context.Cause(ctx)
+			return result{}, ctx.Err()
+		}
+	}
+	b.index++
+	var out []result
+	if _, err := b.store.apply(b.index, 1, batchHeader{session: 1, seq: b.index}, c.appendTo(nil), &out); err != nil {
+		return result{}, err
+	}
+	return out[0], nil
+}
+
+func (b *fakeBackend) linearize(_ context.Context, timeout time.Duration) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.linearized++
+	b.timeout = timeout
+	return b.linearizeErr
+}
+
+func (b *fakeBackend) status() nodeStatus {
+	return nodeStatus{
+		ID: 1, ClusterID: "c0ffee", LeaderID: 2, Role: "follower", Term: 3, CommittedIndex: 4, AppliedIndex: 4,
+		ResourceVersion: b.store.version(), Version: "v0", Members: []member{{ID: 1, PeerURL: "http://127.0.0.1:1"}},
+	}
+}
+
+func (b *fakeBackend) addMember(_ context.Context, timeout time.Duration, m member) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.timeout = timeout
+	if b.err != nil {
+		return b.err
+	}
+	b.added = append(b.added, m)
+	return nil
+}
+
+func (b *fakeBackend) fail(err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.err, b.linearizeErr = err, err
+}
+
+func (b *fakeBackend) linearizations() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.linearized
+}
+
+// front is an HTTP front on a real server, driven by raw bytes.
+type front struct {
+	t       *testing.T
+	dial    func() (net.Conn, error)
+	backend *fakeBackend
+	store   *kvstore
+	logs    *observer.ObservedLogs
+}
+
+// newFront serves on a loopback port.
+func newFront(t *testing.T) *front {
+	l, err := listen(t.Context(), "127.0.0.1:0", listenerConfig{connectionsMax: 100})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return serveFront(t, l, func() (net.Conn, error) { return net.Dial("tcp", l.Addr().String()) })
+}
+
+// newPipeFront serves on pipes, for virtual time.
+func newPipeFront(t *testing.T) *front {
+	pipes := newPipeListener()
+	return serveFront(t, newListener(pipes, listenerConfig{connectionsMax: 100}), pipes.dial)
+}
+
+func serveFront(t *testing.T, l *listener, dial func() (net.Conn, error)) *front {
+	core, logs := observer.New(zap.DebugLevel)
+	logger := zap.New(core)
+	store := newKVStore()
+	backend := &fakeBackend{store: store}
+	handler := newHTTPAPI(httpConfig{
+		id:           1,
+		store:        store,
+		backend:      backend,
+		logger:       logger,
+		timeout:      5 * time.Second,
+		valueSizeMax: testValueSizeMax,
+		version:      "v0",
+		newID:        newUUID,
+	})
+	server := newHTTPServer(handler, logger)
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(l) }()
+	t.Cleanup(func() {
+		if err := server.Close(); err != nil {
+			t.Error(err)
+		}
+		l.closeAll()
+		if err := <-served; !errors.Is(err, http.ErrServerClosed) {
+			t.Error(err)
+		}
+	})
+	return &front{t: t, dial: dial, backend: backend, store: store, logs: logs}
+}
+
+// mustDial returns a connection that is closed with the test.
+func (f *front) mustDial() net.Conn {
+	f.t.Helper()
+	c, err := f.dial()
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	f.t.Cleanup(func() { _ = c.Close() }) // may be closed already
+	return c
+}
+
+// exchange sends raw bytes and returns all that comes back until the server
+// closes the connection.
+func (f *front) exchange(raw string) string {
+	f.t.Helper()
+	c := f.mustDial()
+	if _, err := io.WriteString(c, raw); err != nil {
+		f.t.Fatal(err)
+	}
+	got, err := io.ReadAll(c)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return string(got)
+}
+
+type answer struct {
+	code   int
+	header http.Header
+	body   string
+	last   bool // the server says that it closes the connection
+}
+
+// do sends one request, its target as it is, and reads the response.
+func (f *front) do(method, target, body string, headers ...string) answer {
+	f.t.Helper()
+	headers = append(headers, "Content-Length: "+strconv.Itoa(len(body)))
+	return f.send(method, target, headers, body)
+}
+
+func (f *front) send(method, target string, headers []string, body string) answer {
+	f.t.Helper()
+	c := f.mustDial()
+	defer func() { _ = c.Close() }() // has been read
+	raw := method + " " + target + " HTTP/1.1\r\nHost: x\r\n" + strings.Join(headers, "\r\n") + "\r\n\r\n" + body
+	go func() { _, _ = io.WriteString(c, raw) }() // fails when the server does not want all of it
+	return readAnswer(f.t, bufio.NewReader(c), method)
+}
+
+func readAnswer(t *testing.T, r *bufio.Reader, method string) answer {
+	t.Helper()
+	res, err := http.ReadResponse(r, &http.Request{Method: method})
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return answer{res.StatusCode, res.Header, string(body), res.Close}
+}
+
+func (f *front) put(key, value string) {
+	f.t.Helper()
+	if _, err := f.backend.propose(f.t.Context(), 0, command{op: opPut, key: key, value: value}); err != nil {
+		f.t.Fatal(err)
+	}
+}
+
+// mustProblem returns the problem of an answer after checking what all share.
+func mustProblem(t *testing.T, a answer) problem {
+	t.Helper()
+	var p problem
+	d := json.NewDecoder(strings.NewReader(a.body))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&p); err != nil {
+		t.Fatalf("%d %q: %v", a.code, a.body, err)
+	}
+	if got := a.header.Get("Content-Type"); got != "application/problem+json" {
+		t.Errorf("Content-Type %q", got)
+	}
+	if p.Status != a.code || p.Title == "" || p.Code == "" || p.Type != "urn:raftrv:error:"+p.Code {
+		t.Errorf("%d: %+v", a.code, p)
+	}
+	if p.Message != p.Title+": "+p.Detail && p.Message != p.Title || strings.Contains(p.Message, "\n") {
+		t.Errorf("message %q", p.Message)
+	}
+	return p
+}
+
+func (a answer) want(t *testing.T, code int) {
+	t.Helper()
+	if a.code != code {
+		t.Errorf("%d %q, want %d", a.code, a.body, code)
+	}
+}
+
+func (a answer) wantHeader(t *testing.T, name, want string) {
+	t.Helper()
+	if got := strings.Join(a.header.Values(name), "|"); got != want {
+		t.Errorf("%s: %q, want %q", name, got, want)
+	}
+}
+
+func TestHTTP_KeysAreTheirBytes(t *testing.T) {
+	tests := []struct{ path, key string }{
+		{"/a", "a"},
+		{"/1", "1"},
+		{"/a/b//c", "a/b//c"},
+		{"/a/", "a/"},
+		{"//", "/"},
+		{"//x", "/x"},
+		{"//x/y", "/x/y"},
+		{"///", "//"},
+		{"/.", "."},
+		{"/..", ".."},
+		{"/../x", "../x"},
+		{"/x/../y", "x/../y"},
+		{"/../-/v1/status", "../-/v1/status"},
+		{"/%2e%2e/x", "../x"},
+		{"/..%2fx", "../x"},
+		{"/a%2Fb", "a/b"},
+		{"/a%00b", "a\x00b"},
+		{"/%0d%0aX-A:%20b", "\r\nX-A: b"},
+		{"/%3Fx", "?x"},
+		{"/a?", "a"},
+		{"/;", ";"},
+		{"/a;b=c", "a;b=c"},
+		{"/#", "#"},
+		{"/a#b", "a#b"},
+		{"/a+b", "a+b"},
+		{"/a%2Bb", "a+b"},
+		{"/a%20b", "a b"},
+		{"/%25", "%"},
+		{"/%2525", "%25"},
+		{"/a:b@c", "a:b@c"},
+		{"/http://x/y", "http://x/y"},
+		{"/*", "*"},
+		{"/%ff%fe", "\xff\xfe"},
+		{"/\xff\xfe", "\xff\xfe"},
+		{"/\xc3\xa9", "é"},
+		{"/%C3%A9", "é"},
+		{`/"<>\^` + "`{|}", `"<>\^` + "`{|}"},
+		{"/-x", "-x"},
+		{"/--", "--"},
+		{"/a/-", "a/-"},
+		{"//-/x", "/-/x"},
+		{"/%2D", "-"},
+		{"/%2D/x", "-/x"},
+		{"/%2d/v1/status", "-/v1/status"},
+		{`/%2D/x"y`, `-/x"y`}, // a spelling that net/url does not keep
+		{"/-%2Fx", "-/x"},
+		{"http://other/a/b", "a/b"},
+		{"HTTPS://other:1//a", "/a"},
+		{"http://other/%2D/x", "-/x"},
+		{"/" + strings.Repeat("k", keySizeMax), strings.Repeat("k", keySizeMax)},
+		{"/" + strings.Repeat("%25", keySizeMax), strings.Repeat("%", keySizeMax)},
+	}
+	f := newFront(t)
+	for i, tt := range tests {
+		value := strconv.Itoa(i)
+		if a := f.do("PUT", tt.path, value); a.code != http.StatusCreated && a.code != http.StatusNoContent {
+			t.Errorf("PUT %q: %d %s", tt.path, a.code, a.body)
+		}
+		if it, _, _ := f.store.get(tt.key); it.value != value {
+			t.Errorf("PUT %q did not write the key %q", tt.path, tt.key)
+		}
+		for _, path := range []string{tt.path, keyPath(tt.key)} {
+			if a := f.do("GET", path, ""); a.code != http.StatusOK || a.body != value {
+				t.Errorf("GET %q: %d %q, want %q", path, a.code, a.body, value)
+			}
+		}
+	}
+}
+
+func TestHTTP_RefusesTargets(t *testing.T) {
+	tests := []struct {
+		method, target string
+		code           int
+	}{
+		{"PUT", "/" + strings.Repeat("k", keySizeMax+1), 400},
+		{"GET", "/" + strings.Repeat("%25", keySizeMax+1), 400},
+		{"PUT", "/", 405}, // no key
+		{"DELETE", "/", 405},
+		{"PUT", "http://x", 405},
+		{"PUT", "http://x?timeout=1s", 405},
+		{"GET", "/%zz", 400},
+		{"GET", "/a%", 400},
+		{"GET", "*", 400},
+		{"GET", "foo:bar", 400},
+		{"GET", "ftp://x/a", 400},
+		{"GET", "http:/a", 400},
+		{"GET", "a", 400},
+		{"CONNECT", "x:1", 400},
+		{"CONNECT", "/a", 405},
+		{"GET", "/-", 404},
+		{"GET", "/-/", 404},
+		{"PUT", "/-/anything", 404},
+		{"PUT", "/-/v1", 404},
+		{"GET", "/-/v1/status/", 404},
+		{"GET", "/-/v1%2Fstatus", 404},
+		{"GET", "/-//livez", 404},
+		{"GET", "/-/../a", 404},
+		{"OPTIONS", "/-/anything", 404},
+		{"GET", "http://x/-/anything", 404},
+		{"GET", "/" + strings.Repeat("k", headerSizeMax+8<<10), 431},
+	}
+	f := newFront(t)
+	for _, tt := range tests {
+		if a := f.do(tt.method, tt.target, ""); a.code != tt.code {
+			t.Errorf("%s %.80q: %d %q, want %d", tt.method, tt.target, a.code, a.body, tt.code)
+		}
+	}
+	if rv := f.store.version(); rv != 0 {
+		t.Errorf("%d writes got through", rv)
+	}
+	f.do("GET", "/a", "", "X: "+strings.Repeat("v", headerSizeMax+8<<10)).want(t, 431)
+}
+
+func TestHTTP_Values(t *testing.T) {
+	f := newFront(t)
+	for _, size := range []int{0, 1, 4096, bodyChunkSize, bodyChunkSize + 1, bodyAllocMax, bodyAllocMax + 1, testValueSizeMax} {
+		value := strings.Repeat("\x00\xff\r\n", size/4+1)[:size]
+		for _, put := range []func() answer{
+			func() answer { return f.do("PUT", "/k", value) },
+			func() answer { return f.send("PUT", "/k", []string{"Transfer-Encoding: chunked"}, chunked(value)) },
+		} {
+			if a := put(); a.code != 201 && a.code != 204 {
+				t.Errorf("PUT of %d bytes: %d %s", size, a.code, a.body)
+			}
+			a := f.do("GET", "/k", "")
+			a.want(t, 200)
+			a.wantHeader(t, "Content-Length", strconv.Itoa(size))
+			if a.body != value {
+				t.Errorf("GET: %d bytes that differ from the %d of PUT", len(a.body), size)
+			}
+			f.do("DELETE", "/k", "").want(t, 204)
+		}
+	}
+}
+
+func TestHTTP_RefusesLargeValues(t *testing.T) {
+	f := newFront(t)
+	value := strings.Repeat("v", testValueSizeMax+1)
+	for name, a := range map[string]answer{
+		"announced": f.do("PUT", "/k", value),
+		"chunked":   f.send("PUT", "/k", []string{"Transfer-Encoding: chunked"}, chunked(value)),
+		// Nothing of the body is sent: the length alone must do.
+		"not sent":  f.send("PUT", "/k", []string{"Content-Length: 9223372036854775807"}, ""),
+		"continue":  f.send("PUT", "/k", []string{"Content-Length: " + strconv.Itoa(len(value)), "Expect: 100-continue"}, ""),
+		"new key":   f.do("POST", "/", value),
+		"patch":     f.do("PATCH", "/", value),
+		"a peerURL": f.do("POST", "/4", value[:peerURLSizeMax+1]),
+	} {
+		t.Run(name, func(t *testing.T) {
+			a.want(t, 413)
+			if !a.last {
+				t.Error("the connection stays open")
+			}
+			if p := mustProblem(t, a); p.Code != "value-too-large" || p.Outcome != notApplied {
+				t.Errorf("%+v", p)
+			}
+		})
+	}
+	if rv := f.store.version(); rv != 0 {
+		t.Errorf("%d writes got through", rv)
+	}
+}
+
+// chunked encodes a body in chunks of uneven size.
+func chunked(body string) string {
+	var b strings.Builder
+	for size := 1; body != ""; size = 3*size + 1 {
+		n := min(size, len(body))
+		fmt.Fprintf(&b, "%x\r\n%s\r\n", n, body[:n])
+		body = body[n:]
+	}
+	return b.String() + "0\r\n\r\n"
+}
+
+func TestHTTP_Answers(t *testing.T) {
+	f := newFront(t)
+
+	a := f.do("PUT", "/a", "1")
+	a.want(t, 201)
+	a.wantHeader(t, "ETag", `"1"`)
+	a.wantHeader(t, "Resource-Version", "1")
+	a.wantHeader(t, "Content-Type", "")
+
+	a = f.do("PUT", "/a", "22")
+	a.want(t, 204)
+	a.wantHeader(t, "ETag", `"2"`)
+	a.wantHeader(t, "Resource-Version", "2")
+	f.do("PUT", "/b", "").want(t, 201)
+
+	for _, method := range []string{"GET", "HEAD"} {
+		a = f.do(method, "/a", "")
+		a.want(t, 200)
+		a.wantHeader(t, "ETag", `"2"`)
+		a.wantHeader(t, "Resource-Version", "3")
+		a.wantHeader(t, "Content-Type", "application/octet-stream")
+		a.wantHeader(t, "Content-Length", "2")
+		a.wantHeader(t, "X-Content-Type-Options", "nosniff")
+		if want := map[string]string{"GET": "22"}[method]; a.body != want {
+			t.Errorf("%s: %q, want %q", method, a.body, want)
+		}
+	}
+
+	a = f.do("DELETE", "/a", "")
+	a.want(t, 204)
+	a.wantHeader(t, "ETag", "")
+	a.wantHeader(t, "Resource-Version", "4")
+	a = f.do("DELETE", "/a", "")
+	a.want(t, 404)
+	a.wantHeader(t, "Resource-Version", "4")
+	if p := mustProblem(t, a); p.Code != "not-found" || p.Outcome != notApplied {
+		t.Errorf("%+v", p)
+	}
+	a = f.do("GET", "/a", "")
+	a.want(t, 404)
+	a.wantHeader(t, "Resource-Version", "4")
+	if p := mustProblem(t, a); p.Code != "not-found" || p.Outcome != "" || p.LeaderID != 0 {
+		t.Errorf("%+v", p)
+	}
+	a = f.do("HEAD", "/a", "")
+	a.want(t, 404)
+	if length, _ := strconv.Atoi(a.header.Get("Content-Length")); length == 0 || a.body != "" {
+		t.Errorf("HEAD of nothing: Content-Length %d, body %q", length, a.body)
+	}
+}
+
+func TestHTTP_Root(t *testing.T) {
+	f := newFront(t)
+	a := f.do("GET", "/", "")
+	a.want(t, 200)
+	a.wantHeader(t, "Content-Type", "text/plain; charset=utf-8")
+	a.wantHeader(t, "Resource-Version", "0")
+	if a.body != "0\n" {
+		t.Errorf("%q", a.body)
+	}
+
+	a = f.do("POST", "/", "v\x00")
+	a.want(t, 201)
+	a.wantHeader(t, "ETag", `"1"`)
+	a.wantHeader(t, "Resource-Version", "1")
+	f.wantCreated(a, "v\x00", 1)
+
+	a = f.do("PATCH", "/", ` {"node":1} `)
+	a.want(t, 204)
+	a.wantHeader(t, "ETag", `"2"`)
+	a.wantHeader(t, "Resource-Version", "2")
+	f.wantCreated(a, ` {"node":1} `, 2)
+
+	for _, body := range []string{"", "{", "{}{}", "\xff", strings.Repeat("[", 20000)} {
+		a = f.do("PATCH", "/", body)
+		a.want(t, 400)
+		if p := mustProblem(t, a); p.Outcome != notApplied {
+			t.Errorf("%+v", p)
+		}
+	}
+	if a = f.do("GET", "/", ""); a.body != "2\n" {
+		t.Errorf("%q", a.body)
+	}
+	a = f.do("HEAD", "/", "")
+	a.want(t, 200)
+	a.wantHeader(t, "Content-Length", "2")
+	if a.body != "" {
+		t.Errorf("%q", a.body)
+	}
+}
+
+// wantCreated checks that Location leads to the value.
+func (f *front) wantCreated(a answer, value string, rv uint64) {
+	f.t.Helper()
+	location := a.header.Get("Location")
+	if len(location) != len("/1-019ab0c1-0000-7000-8000-000000000000") || location[:3] != "/1-" || location[17] != '7' {
+		f.t.Errorf("Location %q", location)
+	}
+	it, _, _ := f.store.get(strings.TrimPrefix(location, "/"))
+	if it.value != value || it.rv != rv {
+		f.t.Errorf("%q holds %+v, want %q", location, it, value)
+	}
+	if got := f.do("GET", location, ""); got.body != value {
+		f.t.Errorf("GET %s: %q, want %q", location, got.body, value)
+	}
+}
+
+func TestHTTP_AddMember(t *testing.T) {
+	tests := []struct {
+		id, body string
+		code     int
+	}{
+		{"4", "http://127.0.0.1:42379", 204},
+		{"18446744073709551615", "https://[::1]:1\n", 204},
+		{"5", "http://node-5.example:65535", 204},
+		{"0", "http://a:1", 400},
+		{"04", "http://a:1", 400},
+		{"+4", "http://a:1", 400},
+		{"-4", "http://a:1", 400},
+		{"4_0", "http://a:1", 400},
+		{"4/", "http://a:1", 400},
+		{"x", "http://a:1", 400},
+		{"18446744073709551616", "http://a:1", 400},
+		{"4", "", 400},
+		{"4", "a:1", 400},
+		{"4", "//a:1", 400},
+		{"4", "http:a:1", 400},
+		{"4", "ftp://a:1", 400},
+		{"4", "file:///etc/passwd", 400},
+		{"4", "http://a", 400},
+		{"4", "http://a:", 400},
+		{"4", "http://a:0", 400},
+		{"4", "http://a:65536", 400},
+		{"4", "http://:1", 400},
+		{"4", "http://[]:1", 400},
+		{"4", "http://a:1/", 400},
+		{"4", "http://a:1/x", 400},
+		{"4", "http://a:1?", 400},
+		{"4", "http://a:1?x", 400},
+		{"4", "http://a:1#", 400},
+		{"4", "http://u@a:1", 400},
+		{"4", "http://u:p@a:1", 400},
+		{"4", "http://a:1,http://b:1", 400},
+		{"4", "http://a:1 http://b:1", 400},
+		{"4", "http://a\r\n:1", 400},
+		{"4", "http://%61:1", 400},
+	}
+	f := newFront(t)
+	for _, tt := range tests {
+		if a := f.do("POST", "/"+tt.id, tt.body); a.code != tt.code {
+			t.Errorf("POST /%s %q: %d %s, want %d", tt.id, tt.body, a.code, a.body, tt.code)
+		}
+	}
+	want := []member{
+		{ID: 4, PeerURL: "http://127.0.0.1:42379"},
+		{ID: 1<<64 - 1, PeerURL: "https://[::1]:1"},
+		{ID: 5, PeerURL: "http://node-5.example:65535"},
+	}
+	if !slices.Equal(f.backend.added, want) {
+		t.Errorf("added %+v, want %+v", f.backend.added, want)
+	}
+
+	f.backend.fail(fmt.Errorf("add: %w", errMember.withDetail("member 4 exists already")))
+	a := f.do("POST", "/4", "http://a:1")
+	a.want(t, 409)
+	if p := mustProblem(t, a); p.Code != "member-conflict" || p.Detail != "member 4 exists already" || p.LeaderID != 2 {
+		t.Errorf("%+v", p)
+	}
+}
+
+func TestHTTP_Methods(t *testing.T) {
+	f := newFront(t)
+	for target, allow := range map[string]string{"/": allowRoot, "/k": allowKey, "/1": allowKey, "/-/livez": allowRead, "*": allowAny} {
+		a := f.do("OPTIONS", target, "")
+		a.want(t, 204)
+		a.wantHeader(t, "Allow", allow)
+		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "PROPFIND", "get"} {
+			if target == "*" {
+				continue
+			}
+			a := f.do(method, target, "")
+			allowed := slices.Contains(strings.Split(allow, ", "), method)
+			if refused := a.code == 405; refused == allowed {
+				t.Errorf("%s %s: %d", method, target, a.code)
+			}
+			if a.code == 405 {
+				a.wantHeader(t, "Allow", allow)
+			}
+		}
+	}
+}
+
+func TestHTTP_Parameters(t *testing.T) {
+	f := newFront(t)
+	f.put("k", "v")
+	tests := []struct {
+		method, target string
+		code           int
+		detail         string // part of it
+	}{
+		{"GET", "/k?", 200, ""},
+		{"GET", "/k?&&", 200, ""},
+		{"GET", "/k?timeout=1s", 200, ""},
+		{"GET", "/k?time%6fut=60s&resourceVersion=%31", 200, ""},
+		{"GET", "/k?resourceVersion=0", 200, ""},
+		{"GET", "/?resourceVersion=1&timeout=1ms", 200, ""},
+		{"PUT", "/k?timeout=1m", 204, ""},
+		{"GET", "/k?ttl=3s", 400, `unknown parameter "ttl"; allowed here: timeout, resourceVersion`},
+		{"PUT", "/k?ttl=3s", 400, `unknown parameter "ttl"; allowed here: timeout`},
+		{"PUT", "/k?resourceVersion=1", 400, `unknown parameter "resourceVersion"; allowed here: timeout`},
+		{"GET", "/-/livez?timeout=1s", 400, `unknown parameter "timeout"; allowed here: none`},
+		{"GET", "/k?Timeout=1s", 400, "unknown parameter"},
+		{"GET", "/k?=1s", 400, "unknown parameter"},
+		{"GET", "/k??", 400, "unknown parameter"},
+		{"GET", "/k?x%0Ay", 400, `unknown parameter "x\ny"`},
+		{"GET", "/k?timeout=1s&timeout=1s", 400, `parameter "timeout" is given twice`},
+		{"GET", "/k?resourceVersion=1&timeout=1s&resourceVersion=0", 400, "twice"},
+		{"GET", "/k?timeout=%zz", 400, "malformed escape"},
+		{"GET", "/k?%", 400, "malformed escape"},
+		{"GET", "/k?timeout", 400, "timeout must be"},
+		{"GET", "/k?timeout=5", 400, "timeout must be"},
+		{"GET", "/k?timeout=0s", 400, "timeout must be"},
+		{"GET", "/k?timeout=-1s", 400, "timeout must be"},
+		{"GET", "/k?timeout=60.1s", 400, "timeout must be"},
+		{"GET", "/k?timeout=1s;x=y", 400, "timeout must be"},
+		{"GET", "/k?resourceVersion=", 400, "resourceVersion must be"},
+		{"GET", "/k?resourceVersion=-1", 400, "resourceVersion must be"},
+		{"GET", "/k?resourceVersion=1.0", 400, "resourceVersion must be"},
+		{"GET", "/k?resourceVersion=0x1", 400, "resourceVersion must be"},
+		{"GET", "/k?resourceVersion=18446744073709551616", 400, "resourceVersion must be"},
+		{"POST", "/?x=1", 400, "unknown parameter"},
+		{"PATCH", "/?x=1", 400, "unknown parameter"},
+		{"DELETE", "/k?x=1", 400, "unknown parameter"},
+		{"POST", "/4?x=1", 400, "unknown parameter"},
+	}
+	for _, tt := range tests {
+		a := f.do(tt.method, tt.target, "")
+		if a.code != tt.code {
+			t.Errorf("%s %s: %d %s, want %d", tt.method, tt.target, a.code, a.body, tt.code)
+			continue
+		}
+		if tt.detail == "" {
+			continue
+		}
+		if p := mustProblem(t, a); p.Code != "invalid-request" || !strings.Contains(p.Detail, tt.detail) {
+			t.Errorf("%s %s: %+v, want %q", tt.method, tt.target, p, tt.detail)
+		}
+	}
+}
+
+func TestHTTP_TimeoutReachesBackend(t *testing.T) {
+	f := newFront(t)
+	for _, tt := range []struct {
+		method, target, body string
+		want                 time.Duration
+	}{
+		{"GET", "/k", "", 5 * time.Second},
+		{"GET", "/k?timeout=7s", "", 7 * time.Second},
+		{"GET", "/?timeout=8s", "", 8 * time.Second},
+		{"PUT", "/k", "", 5 * time.Second},
+		{"PUT", "/k?timeout=9s", "", 9 * time.Second},
+		{"DELETE", "/k?timeout=10s", "", 10 * time.Second},
+		{"POST", "/?timeout=11s", "", 11 * time.Second},
+		{"PATCH", "/?timeout=12s", "1", 12 * time.Second},
+		{"POST", "/4?timeout=13s", "http://a:1", 13 * time.Second},
+		{"GET", "/-/readyz", "", readyTimeout},
+	} {
+		f.do(tt.method, tt.target, tt.body)
+		if f.backend.timeout != tt.want {
+			t.Errorf("%s %s: %v, want %v", tt.method, tt.target, f.backend.timeout, tt.want)
+		}
+	}
+}
+
+func TestHTTP_ReadFreshness(t *testing.T) {
+	f := newFront(t)
+	f.put("k", "v")
+	for _, tt := range []struct {
+		query  string
+		code   int
+		rounds int
+	}{
+		{"", 200, 1},
+		{"?resourceVersion=0", 200, 0},
+		{"?resourceVersion=1", 200, 0}, // has it already
+		{"?resourceVersion=2", 504, 1},
+	} {
+		for _, path := range []string{"/k", "/"} {
+			before := f.backend.linearizations()
+			a := f.do("GET", path+tt.query, "")
+			a.want(t, tt.code)
+			if got := f.backend.linearizations() - before; got != tt.rounds {
+				t.Errorf("GET %s%s: %d rounds, want %d", path, tt.query, got, tt.rounds)
+			}
+			if a.code == 200 {
+				continue
+			}
+			if p := mustProblem(t, a); p.Code != "timeout" || !p.Retryable || p.Outcome != "" {
+				t.Errorf("%+v", p)
+			}
+		}
+	}
+	f.backend.fail(errNoLeader)
+	f.do("GET", "/k", "").want(t, 503)
+	f.do("GET", "/k?resourceVersion=2", "").want(t, 503)
+	f.do("GET", "/k?resourceVersion=1", "").want(t, 200)
+}
+
+func TestHTTP_BackendErrors(t *testing.T) {
+	for _, tt := range []struct {
+		err        error
+		code       int
+		name       string
+		outcome    outcome
+		retryAfter string
+	}{
+		{errNoLeader, 503, "no-leader", notApplied, "1"},
+		{errOverloaded, 503, "overloaded", notApplied, "1"},
+		{errShuttingDown, 503, "shutting-down", notApplied, "1"},
+		{errUnknown, 504, "timeout", unknown, ""},
+		{fmt.Errorf("propose: %w", errUnknown), 504, "timeout", unknown, ""},
+		{&apiError{code: "too-many-requests", status: 429, outcome: notApplied, title: "Too many requests", retry: true}, 429, "too-many-requests", notApplied, "1"},
+		{errors.New("secret"), 500, "internal", unknown, ""},
+	} {
+		f := newFront(t)
+		f.backend.fail(tt.err)
+		for _, method := range []string{"PUT", "DELETE", "GET"} {
+			a := f.do(method, "/k", "")
+			a.want(t, tt.code)
+			a.wantHeader(t, "Retry-After", tt.retryAfter)
+			p := mustProblem(t, a)
+			want := tt.outcome
+			if method == "GET" {
+				want = ""
+			}
+			if p.Code != tt.name || p.Outcome != want {
+				t.Errorf("%s, %v: %+v", method, tt.err, p)
+			}
+			if hasLeader := p.LeaderID == 2; hasLeader != (tt.code >= 500) {
+				t.Errorf("%s, %v: leader %d", method, tt.err, p.LeaderID)
+			}
+			if strings.Contains(a.body, "secret") {
+				t.Errorf("%s, %v: %s", method, tt.err, a.body)
+			}
+		}
+		if logged := f.logs.FilterMessage("request failed").Len(); (logged > 0) != (tt.name == "internal") {
+			t.Errorf("%v: logged %d times", tt.err, logged)
+		}
+	}
+}
+
+func TestHTTP_ProblemShape(t *testing.T) {
+	f := newFront(t)
+	f.backend.fail(errNoLeader)
+	a := f.do("PUT", "/k", "")
+	want := `{"type":"urn:raftrv:error:no-leader","title":"No leader","status":503,` +
+		`"detail":"no leader was reachable before the deadline; is a majority of the members up?","code":"no-leader",` +
+		`"message":"No leader: no leader was reachable before the deadline; is a majority of the members up?",` +
+		`"outcome":"not_applied","retryable":true,"leaderId":2}` + "\n"
+	if a.body != want {
+		t.Errorf("%s\nwant\n%s", a.body, want)
+	}
+	a.wantHeader(t, "Content-Length", strconv.Itoa(len(want)))
+}
+
+func TestHTTP_NoConditionIsIgnored(t *testing.T) {
+	f := newFront(t)
+	for _, header := range []string{`If-Match: "1"`, `if-none-match: *`, `Idempotency-Key:`, `Content-Range: bytes 0-0/2`} {
+		for _, call := range [][2]string{{"PUT", "/k"}, {"DELETE", "/k"}, {"POST", "/"}, {"PATCH", "/"}, {"POST", "/4"}} {
+			a := f.do(call[0], call[1], "1", header)
+			a.want(t, 501)
+			if p := mustProblem(t, a); p.Code != "not-implemented" || p.Outcome != notApplied {
+				t.Errorf("%+v", p)
+			}
+		}
+		f.do("GET", "/", "", header).want(t, 200) // at worst it gets more than it needs
+	}
+	if rv := f.store.version(); rv != 0 {
+		t.Errorf("%d writes got through", rv)
+	}
+}
+
+func TestHTTP_Node(t *testing.T) {
+	f := newFront(t)
+	for target, want := range map[string]string{
+		"/-/livez":  "ok\n",
+		"/-/readyz": "ok\n",
+		"/-/v1/status": `{"id":1,"clusterId":"c0ffee","leaderId":2,"role":"follower","term":3,"committedIndex":4,"appliedIndex":4,` +
+			`"resourceVersion":0,"version":"v0","members":[{"id":1,"peerURL":"http://127.0.0.1:1"}]}` + "\n",
+		"/-/version": `{"version":"v0","goVersion":"` + runtime.Version() + `"}` + "\n",
+	} {
+		a := f.do("GET", target, "")
+		a.want(t, 200)
+		if a.body != want {
+			t.Errorf("GET %s: %s, want %s", target, a.body, want)
+		}
+		a = f.do("HEAD", target, "")
+		a.want(t, 200)
+		a.wantHeader(t, "Content-Length", strconv.Itoa(len(want)))
+	}
+	f.backend.fail(errReadTimeout)
+	f.do("GET", "/-/livez", "").want(t, 200)
+	f.do("GET", "/-/v1/status", "").want(t, 200)
+	a := f.do("GET", "/-/readyz", "")
+	a.want(t, 503)
+	a.wantHeader(t, "Retry-After", "1")
+	if p := mustProblem(t, a); p.Code != "not-ready" || p.Outcome != "" || p.LeaderID != 2 {
+		t.Errorf("%+v", p)
+	}
+}
+
+func TestHTTP_KeepsConnections(t *testing.T) {
+	f := newFront(t)
+	c := f.mustDial()
+	r := bufio.NewReader(c)
+	// Pipelined, with a failed request in between.
+	_, err := io.WriteString(c, "PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nv"+
+		"PUT /k?bad HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nbad"+
+		"GET /k HTTP/1.1\r\nHost: x\r\n\r\n"+
+		"HEAD /k HTTP/1.1\r\nHost: x\r\n\r\n"+
+		"DELETE /k HTTP/1.1\r\nHost: x\r\n\r\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []struct {
+		method string
+		code   int
+	}{{"PUT", 201}, {"PUT", 400}, {"GET", 200}, {"HEAD", 200}, {"DELETE", 204}} {
+		readAnswer(t, r, want.method).want(t, want.code)
+	}
+}
+
+// One request in must be one request out, whatever a proxy in front makes of
+// it: the key "smuggled" must never be written.
+func TestHTTP_Smuggling(t *testing.T) {
+	const smuggled = "PUT /smuggled HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+	tests := []struct {
+		name, request string
+		code          int
+	}{
+		{"two lengths", "PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nContent-Length: 53\r\n\r\n", 400},
+		{"list of lengths", "PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: 0, 53\r\n\r\n", 400},
+		{"signed length", "PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: +0\r\n\r\n", 400},
+		{"hexadecimal length", "PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: 0x0\r\n\r\n", 400},
+		// RFC 9112 lets a server take the chunks, if it closes the connection.
+		{"length and chunks", "PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: 58\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 201},
+		{"two encodings", "PUT /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n", 501},
+		{"odd encoding", "PUT /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", 501},
+		{"space before colon", "PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length : 53\r\n\r\n", 400},
+		{"chunk size", "PUT /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0x0\r\n\r\n", 400},
+		{"bare CR", "PUT /k HTTP/1.1\r\nHost: x\r\nX: a\rContent-Length: 53\r\n\r\n", 400},
+		{"no host", "PUT /k HTTP/1.1\r\nContent-Length: 0\r\n\r\n", 400},
+		{"two hosts", "PUT /k HTTP/1.1\r\nHost: x\r\nHost: y\r\nContent-Length: 0\r\n\r\n", 400},
+		{"HTTP/0.9", "GET /k\r\n\r\n", 400},
+		{"HTTP/2 preface", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400},
+		{"HTTP/3", "PUT /k HTTP/3.0\r\nHost: x\r\n\r\n", 505},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			f := newFront(t)
+			got := f.exchange(tt.request + smuggled)
+			if want := fmt.Sprintf("HTTP/1.1 %d ", tt.code); !strings.HasPrefix(got, want) {
+				t.Errorf("%q, want %s", got, want)
+			}
+			if n := strings.Count(got, "HTTP/1.1 "); n != 1 {
+				t.Errorf("%d responses: %q", n, got)
+			}
+			if _, _, ok := f.store.get("smuggled"); ok {
+				t.Error("the second request was served")
+			}
+		})
+	}
+}
+
+// A header in a value, a key or a parameter stays where it is.
+func TestHTTP_NoHeaderInjection(t *testing.T) {
+	f := newFront(t)
+	for _, target := range []string{"/k?%0d%0aX-Evil:1", "/%0d%0aX-Evil:1", "/k?timeout=%0d%0aX-Evil:1"} {
+		if a := f.do("GET", target, ""); a.header.Get("X-Evil") != "" {
+			t.Errorf("GET %s: %v", target, a.header)
+		}
+	}
+}
+
+func TestHTTP_SlowHeaderIsCut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newPipeFront(t)
+		c := f.mustDial()
+		start := time.Now()
+		var writer sync.WaitGroup
+		writer.Go(func() {
+			for _, b := range []byte("PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n") {
+				if _, err := c.Write([]byte{b}); err != nil {
+					return // cut, as it should be
+				}
+				time.Sleep(time.Second)
+			}
+		})
+		_, _ = io.Copy(io.Discard, c) // what matters is when it ends
+		if took := time.Since(start); took != headerTimeout {
+			t.Errorf("cut after %v", took)
+		}
+		writer.Wait()
+	})
+}
+
+func TestHTTP_SlowBodyIsCut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newPipeFront(t)
+		c := f.mustDial()
+		start := time.Now()
+		var writer sync.WaitGroup
+		writer.Go(func() {
+			_, _ = io.WriteString(c, "PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n") // the answer tells
+			for {
+				time.Sleep(time.Second)
+				if _, err := c.Write([]byte("x")); err != nil {
+					return // cut, as it should be
+				}
+			}
+		})
+		a := readAnswer(t, bufio.NewReader(c), "PUT")
+		a.want(t, 408)
+		if !a.last {
+			t.Error("the connection stays open")
+		}
+		if p := mustProblem(t, a); p.Code != "request-timeout" || p.Outcome != notApplied || !p.Retryable {
+			t.Errorf("%+v", p)
+		}
+		if took := time.Since(start); took != bodyTimeout {
+			t.Errorf("cut after %v", took)
+		}
+		_, _ = io.Copy(io.Discard, c) // until the server closes
+		writer.Wait()
+		if _, _, ok := f.store.get("k"); ok {
+			t.Error("half a body was stored")
+		}
+	})
+}
+
+func TestHTTP_BrokenBody(t *testing.T) {
+	f := newFront(t)
+	for _, raw := range []string{
+		"PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf",
+		"PUT /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n64\r\nhalf",
+	} {
+		c := f.mustDial()
+		if _, err := io.WriteString(c, raw); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.(*net.TCPConn).CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		a := readAnswer(t, bufio.NewReader(c), "PUT")
+		a.want(t, 400)
+		if p := mustProblem(t, a); p.Code != "invalid-request" || p.Outcome != notApplied {
+			t.Errorf("%+v", p)
+		}
+	}
+	if _, _, ok := f.store.get("k"); ok {
+		t.Error("half a body was stored")
+	}
+}
+
+func TestHTTP_IdleConnectionIsCut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newPipeFront(t)
+		c := f.mustDial()
+		r := bufio.NewReader(c)
+		if _, err := io.WriteString(c, "GET /-/livez HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		readAnswer(t, r, "GET").want(t, 200)
+		start := time.Now()
+		if _, err := r.ReadByte(); err != io.EOF {
+			t.Errorf("%v, want EOF", err)
+		}
+		if took := time.Since(start); took != idleTimeout {
+			t.Errorf("cut after %v", took)
+		}
+	})
+}
+
+func TestHTTP_ClientThatDoesNotReadIsCut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newPipeFront(t)
+		f.put("k", strings.Repeat("v", testValueSizeMax))
+		c := f.mustDial()
+		if _, err := io.WriteString(c, "GET /k HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(writeTimeout + time.Second)
+		got, _ := io.ReadAll(c) // what matters is that it ends
+		if len(got) >= testValueSizeMax {
+			t.Error("the server waited")
+		}
+	})
+}
+
+// The deadline for a request's body must not end the wait for its result, nor
+// the connection.
+func TestHTTP_WaitOutlivesBodyTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newPipeFront(t)
+		f.backend.delay = timeoutMax - time.Second
+		c := f.mustDial()
+		r := bufio.NewReader(c)
+		for _, request := range []string{
+			"PUT /k?timeout=60s HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nv",
+			"DELETE /k?timeout=60s HTTP/1.1\r\nHost: x\r\n\r\n",
+			"POST /?timeout=60s HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nv",
+		} {
+			if _, err := io.WriteString(c, request); err != nil {
+				t.Fatal(err)
+			}
+			if a := readAnswer(t, r, "PUT"); a.code/100 != 2 {
+				t.Errorf("%d %s", a.code, a.body)
+			}
+		}
+	})
+}
+
+func TestHTTP_ClientThatLeavesEndsTheWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newPipeFront(t)
+		f.backend.delay = time.Hour
+		c := f.mustDial()
+		if _, err := io.WriteString(c, "PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nv"); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait() // the request waits for its result
+		if err := c.Close(); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if !errors.Is(f.backend.canceled, context.Canceled) {
+			t.Errorf("%v, want %v", f.backend.canceled, context.Canceled)
+		}
+		if n := f.logs.Len(); n > 0 {
+			t.Errorf("%d log lines: %v", n, f.logs.All())
+		}
+	})
+}
+
+func TestHTTP_ServerLog(t *testing.T) {
+	core, logs := observer.New(zap.DebugLevel)
+	server := newHTTPServer(nil, zap.New(core))
+	server.ErrorLog.Print("http: TLS handshake error from x: EOF")
+	server.ErrorLog.Print("http: Accept error: too many open files")
+	got := logs.All()
+	if len(got) != 2 || got[0].Level != zap.DebugLevel || got[1].Level != zap.WarnLevel {
+		t.Fatalf("%+v", got)
+	}
+	if message := got[1].ContextMap()["message"]; message != "http: Accept error: too many open files" {
+		t.Errorf("%q", message)
+	}
+}
+
+// What this front makes of a target agrees with net/url wherever that has an
+// opinion, and every key has a path.
+func FuzzHTTPKey(f *testing.F) {
+	for _, s := range []string{"/a", "/a/b//c", "/..", "/%2e%2e/x", "/a%00b", "/%3Fx", "/%2D/x", "/-/x", "//x", "*", "http://h/x?y", "/%zz", "/\xff", "-", "-/x"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		checkTarget(t, s)
+		checkKeyPath(t, s)
+	})
+}
+
+func checkTarget(t *testing.T, target string) {
+	path, query, err := splitTarget(target)
+	if err != nil || path == "*" {
+		return
+	}
+	if !strings.HasPrefix(path, "/") || strings.Contains(path, "?") {
+		t.Fatalf("%q has the path %q", target, path)
+	}
+	key, keyErr := url.PathUnescape(path[1:])
+	if len(key) >= 1 && len(key) <= keySizeMax {
+		if got, err := parseKey(path); got != key || err != nil && keyErr == nil {
+			t.Fatalf("%q names %q, %v", path, got, err)
+		}
+	}
+	u, err := url.ParseRequestURI(target)
+	if err != nil {
+		return // net/http refuses it before us
+	}
+	if keyErr != nil {
+		t.Fatalf("net/http takes %q, we do not: %v", target, keyErr)
+	}
+	if u.RawQuery != query || u.Path != "/"+key && (u.Path != "" || path != "/") {
+		t.Fatalf("%q: path %q query %q, net/url has %q and %q", target, key, query, u.Path, u.RawQuery)
+	}
+}
+
+func checkKeyPath(t *testing.T, key string) {
+	if len(key) < 1 || len(key) > keySizeMax {
+		return
+	}
+	path, query, err := splitTarget(keyPath(key))
+	if err != nil || query != "" || isReserved(path) {
+		t.Fatalf("%q has the path %q, query %q, %v", key, path, query, err)
+	}
+	if got, err := parseKey(path); got != key || err != nil {
+		t.Fatalf("%q comes back as %q, %v", key, got, err)
+	}
+}
+
+// A query that is taken means what net/url says that it means.
+func FuzzHTTPQuery(f *testing.F) {
+	for _, s := range []string{"", "timeout=1s", "timeout=1s&resourceVersion=2", "a=b", "timeout=1s&timeout=2s", "%74imeout=%31s", "resourceVersion=", "&&=", "timeout=1s;x=y"} {
+		f.Add(s)
+	}
+	h := httpAPI{httpConfig{timeout: 5 * time.Second}}
+	f.Fuzz(func(t *testing.T, query string) {
+		p, err := h.params(query, paramTimeout|paramResourceVersion)
+		if err != nil {
+			if !errors.Is(err, errInvalid) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if p.timeout <= 0 || p.timeout > timeoutMax {
+			t.Fatalf("timeout %v", p.timeout)
+		}
+		values, err := url.ParseQuery(query)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := params{timeout: h.timeout}
+		for name, v := range values {
+			if len(v) != 1 || paramNamed(name) == 0 {
+				t.Fatalf("%q was taken", query)
+			}
+			want.seen |= paramNamed(name)
+			if err := want.set(paramNamed(name), v[0]); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if p != want {
+			t.Fatalf("%+v, want %+v", p, want)
+		}
+	})
+}
+
+// A peer URL that is taken is all origin: connecting to it goes nowhere else.
+func FuzzHTTPPeerURL(f *testing.F) {
+	for _, s := range []string{"http://a:1", "https://[::1]:65535", "http://u@a:1", "http://a:1/x", "http://a", " http://a:1\n"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		got, err := parsePeerURL(s)
+		if err != nil {
+			return
+		}
+		u, err := url.Parse(got)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if *u != (url.URL{Scheme: u.Scheme, Host: u.Host}) || u.Hostname() == "" || u.Port() == "" {
+			t.Fatalf("%q: %+v", s, u)
+		}
+	})
+}
+
+// instantBackend answers at once, so that a benchmark measures the front alone.
+type instantBackend struct{ fakeBackend }
+
+func (*instantBackend) propose(context.Context, time.Duration, command) (result, error) {
+	return result{status: statusReplaced, rv: 123456}, nil
+}
+
+func (*instantBackend) linearize(context.Context, time.Duration) error { return nil }
+
+// nullWriter is a ResponseWriter that costs nothing.
+type nullWriter struct{ header http.Header }
+
+func (w *nullWriter) Header() http.Header               { return w.header }
+func (w *nullWriter) Write(p []byte) (int, error)       { return len(p), nil }
+func (w *nullWriter) WriteString(s string) (int, error) { return len(s), nil }
+func (w *nullWriter) WriteHeader(int)                   {}
+
+type benchBody struct{ bytes.Reader }
+
+func (*benchBody) Close() error { return nil }
+
+func benchFront(b *testing.B) http.Handler {
+	store := newKVStore()
+	fake := fakeBackend{store: store}
+	value := strings.Repeat("v", 64)
+	for i := range 4096 {
+		if _, err := fake.propose(b.Context(), 0, command{op: opPut, key: "key-" + strconv.Itoa(i), value: value}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	return newHTTPAPI(httpConfig{store: store, backend: &instantBackend{}, logger: zap.NewNop(), timeout: time.Second, valueSizeMax: valueSizeMaxDefault})
+}
+
+func BenchmarkHTTP_Put(b *testing.B) {
+	for _, size := range []int{64, 1 << 10, 64 << 10, 1 << 20} {
+		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
+			h, w := benchFront(b), &nullWriter{header: http.Header{}}
+			value, body := make([]byte, size), &benchBody{}
+			r := &http.Request{Method: "PUT", RequestURI: "/key-123", Header: http.Header{}, Body: body, ContentLength: int64(size)}
+			b.ReportAllocs()
+			for b.Loop() {
+				clear(w.header)
+				body.Reset(value)
+				h.ServeHTTP(w, r)
+			}
+		})
+	}
+}
+
+func BenchmarkHTTP_Get(b *testing.B) {
+	for _, target := range []string{"/key-123", "/key-123?resourceVersion=0", "/none"} {
+		b.Run(fmt.Sprintf("target=%s", target), func(b *testing.B) {
+			h, w := benchFront(b), &nullWriter{header: http.Header{}}
+			r := &http.Request{Method: "GET", RequestURI: target, Header: http.Header{}, Body: http.NoBody}
+			b.ReportAllocs()
+			for b.Loop() {
+				clear(w.header)
+				h.ServeHTTP(w, r)
+			}
+		})
+	}
+}

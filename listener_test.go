@@ -1,0 +1,301 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// pipeListener is a network without a network, for virtual time.
+type pipeListener struct {
+	acceptC chan net.Conn // dial sends; never closed
+	done    chan struct{} // closed by Close
+	close   func()
+}
+
+func newPipeListener() *pipeListener {
+	l := &pipeListener{acceptC: make(chan net.Conn), done: make(chan struct{})}
+	l.close = sync.OnceFunc(func() { close(l.done) })
+	return l
+}
+
+func (l *pipeListener) dial() (net.Conn, error) {
+	client, server := net.Pipe()
+	select {
+	case l.acceptC <- server:
+		return client, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.acceptC:
+		return c, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Close() error   { l.close(); return nil }
+func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{Net: "pipe"} }
+
+// newTestListener listens on a loopback port.
+func newTestListener(t *testing.T, config listenerConfig) *listener {
+	t.Helper()
+	l, err := listen(t.Context(), "127.0.0.1:0", config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(l.closeAll)
+	return l
+}
+
+func mustDialTCP(t *testing.T, l *listener) net.Conn {
+	t.Helper()
+	c, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() }) // may be closed already
+	return c
+}
+
+func mustAccept(t *testing.T, l net.Listener) net.Conn {
+	t.Helper()
+	c, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func TestListener_CountsAndFrees(t *testing.T) {
+	l := newTestListener(t, listenerConfig{connectionsMax: 2})
+	var open []net.Conn
+	for range 2 {
+		mustDialTCP(t, l)
+		open = append(open, mustAccept(t, l))
+	}
+	if got, want := l.stats(), (connStats{open: 2, accepted: 2}); got != want {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+	_ = open[0].Close()
+	_ = open[0].Close() // a second time must not free a second place
+	if got, want := l.stats(), (connStats{open: 1, accepted: 2}); got != want {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+	mustDialTCP(t, l)
+	mustAccept(t, l)
+	if got, want := l.stats(), (connStats{open: 2, accepted: 3}); got != want {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+}
+
+func TestListener_RefusesBeyondTheCap(t *testing.T) {
+	l := newTestListener(t, listenerConfig{connectionsMax: 1, refusal: httpRefusal()})
+	mustDialTCP(t, l)
+	first := mustAccept(t, l)
+
+	acceptedC := make(chan net.Conn, 1)
+	go func() {
+		c, err := l.Accept() // sees to the refusals until there is room
+		if err != nil {
+			t.Error(err)
+		}
+		acceptedC <- c
+	}()
+	for range 3 {
+		c := mustDialTCP(t, l)
+		// The request is under way when the refusal is: it must not be lost in a reset.
+		if _, err := io.WriteString(c, "PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: 40000\r\n\r\n"+strings.Repeat("v", 40000)); err != nil {
+			t.Fatal(err)
+		}
+		a := readAnswer(t, bufio.NewReader(c), "PUT")
+		a.want(t, 503)
+		a.wantHeader(t, "Retry-After", "1")
+		if !a.last {
+			t.Error("the client may think that the connection stays open")
+		}
+		if p := mustProblem(t, a); p.Code != "too-many-connections" || p.Outcome != notApplied || !p.Retryable {
+			t.Errorf("%+v", p)
+		}
+		_ = c.Close() // has its answer
+	}
+	if got, want := l.stats(), (connStats{open: 1, accepted: 1, refused: 3}); got != want {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+	_ = first.Close() // makes room
+	mustDialTCP(t, l)
+	if c := <-acceptedC; c == nil {
+		t.Error("no room after a connection was closed")
+	}
+}
+
+func TestListener_RefusalIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		pipes := newPipeListener()
+		l := newListener(pipes, listenerConfig{connectionsMax: 0, refusal: []byte("-ERR full\r\n")})
+		accepted := make(chan struct{})
+		go func() {
+			defer close(accepted)
+			if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
+				t.Error(err)
+			}
+		}()
+		start := time.Now()
+		var clients []net.Conn
+		for range refusalsMax + 1 { // none of them reads
+			c, err := pipes.dial()
+			if err != nil {
+				t.Fatal(err)
+			}
+			clients = append(clients, c)
+		}
+		// The last one finds no refusal free: it is closed at once.
+		if _, err := io.ReadAll(clients[refusalsMax]); err != nil || time.Since(start) > 0 {
+			t.Errorf("closed after %v: %v", time.Since(start), err)
+		}
+		time.Sleep(refusalTimeout)
+		synctest.Wait()
+		for _, c := range clients {
+			if got, err := io.ReadAll(c); len(got) > 0 || err != nil {
+				t.Errorf("%q, %v after the refusal timed out", got, err)
+			}
+		}
+		// There is room for refusals again, and this client reads.
+		c, err := pipes.dial()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := io.ReadAll(c); string(got) != "-ERR full\r\n" || err != nil {
+			t.Errorf("%q, %v", got, err)
+		}
+		l.closeAll()
+		<-accepted
+	})
+}
+
+func TestListener_CloseAll(t *testing.T) {
+	l := newTestListener(t, listenerConfig{connectionsMax: 1, refusal: []byte("full")})
+	served, refused := mustDialTCP(t, l), net.Conn(nil)
+	mustAccept(t, l)
+	acceptErr := make(chan error, 1)
+	go func() {
+		_, err := l.Accept()
+		acceptErr <- err
+	}()
+	refused = mustDialTCP(t, l)
+	if _, err := io.ReadFull(refused, make([]byte, len("full"))); err != nil {
+		t.Fatal(err)
+	}
+
+	l.closeAll()
+	l.closeAll() // once more does nothing
+	if err := <-acceptErr; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Accept: %v", err)
+	}
+	for _, c := range []net.Conn{served, refused} {
+		if n, err := c.Read(make([]byte, 1)); n > 0 || err == nil {
+			t.Errorf("still open: %d, %v", n, err)
+		}
+	}
+	if got := l.stats().open; got != 0 {
+		t.Errorf("%d open", got)
+	}
+}
+
+// A connection that was accepted while closeAll ran must not stay.
+func TestListener_NoConnectionAfterCloseAll(t *testing.T) {
+	l := newListener(newPipeListener(), listenerConfig{connectionsMax: 1})
+	l.closeAll()
+	client, server := net.Pipe()
+	if c := l.admit(server); c != nil {
+		t.Error("admitted")
+	}
+	if _, err := client.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("%v, want EOF", err)
+	}
+}
+
+func TestListener_AddressInUse(t *testing.T) {
+	l := newTestListener(t, listenerConfig{connectionsMax: 1})
+	address := l.Addr().String()
+	_, err := listen(t.Context(), address, listenerConfig{})
+	if !errors.Is(err, syscall.EADDRINUSE) || !strings.Contains(err.Error(), address) {
+		t.Errorf("%v", err)
+	}
+}
+
+// fullListener fails the way the kernel does when the process has no file
+// descriptor left, and then works.
+type fullListener struct {
+	net.Listener
+	failures int
+}
+
+func (l *fullListener) Accept() (net.Conn, error) {
+	if l.failures > 0 {
+		l.failures--
+		return nil, &net.OpError{Op: "accept", Net: "tcp", Err: syscall.EMFILE}
+	}
+	return l.Listener.Accept()
+}
+
+// The pause and the next try are http.Server's: this holds it to them.
+func TestListener_ServerSurvivesFileLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		pipes := newPipeListener()
+		f := serveFront(t, newListener(&fullListener{pipes, 20}, listenerConfig{connectionsMax: 1}), pipes.dial)
+		f.do("GET", "/-/livez", "").want(t, 200)
+		if n := f.logs.FilterMessage("http server").Len(); n != 20 {
+			t.Errorf("%d warnings, want 20", n)
+		}
+	})
+}
+
+// Shutdown of a server must find its connections through the wrapper.
+func TestListener_GracefulShutdown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		pipes := newPipeListener()
+		l := newListener(pipes, listenerConfig{connectionsMax: 10})
+		answer := make(chan struct{})
+		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			<-answer
+			w.WriteHeader(http.StatusNoContent)
+		})}
+		go func() { _ = server.Serve(l) }() // ends with Shutdown
+		c, err := pipes.dial()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait() // the handler has the request
+		go func() {
+			time.Sleep(time.Second)
+			close(answer)
+		}()
+		shutdown := make(chan error, 1)
+		go func() { shutdown <- server.Shutdown(context.Background()) }()
+		readAnswer(t, bufio.NewReader(c), "GET").want(t, 204)
+		if err := <-shutdown; err != nil {
+			t.Error(err)
+		}
+		l.closeAll()
+		if got := l.stats().open; got != 0 {
+			t.Errorf("%d open", got)
+		}
+	})
+}
