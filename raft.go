@@ -183,10 +183,11 @@ type replica struct {
 
 	expiring *batch // own batch of expired keys, pending too
 
-	snapshotting bool
-	appliedCount uint64 // entries applied since the last snapshot
-	appliedBytes uint64 // and their bytes
-	arrived      *state // body of the snapshot that is being stepped
+	snapshotting   bool
+	snapshotWanted bool   // a member needs a newer one than there is
+	appliedCount   uint64 // entries applied since the last snapshot
+	appliedBytes   uint64 // and their bytes
+	arrived        *state // body of the snapshot that is being stepped
 }
 
 func newReplica(cfg replicaConfig) (*replica, error) {
@@ -195,7 +196,7 @@ func newReplica(cfg replicaConfig) (*replica, error) {
 		ID:                        cfg.id,
 		ElectionTick:              cfg.electionTicks,
 		HeartbeatTick:             cfg.heartbeatTicks,
-		Storage:                   cfg.log,
+		Storage:                   replicaLog{cfg.log, r},
 		Applied:                   cfg.store.applied(),
 		MaxSizePerMsg:             appendSizeMax,
 		MaxCommittedSizePerReady:  applySizeMax,
@@ -218,6 +219,30 @@ func newReplica(cfg replicaConfig) (*replica, error) {
 	r.term, r.role, r.committed = st.GetTerm(), st.RaftState, st.GetCommit()
 	r.transport.setMembers(r.store.members())
 	return r, nil
+}
+
+// replicaLog is what raft reads of the log.
+type replicaLog struct {
+	*raft.MemoryStorage
+	replica *replica
+}
+
+// Snapshot returns the newest snapshot, unless there are members that it does
+// not know: they could not start from it. Then raft asks again until a newer
+// one is there.
+func (l replicaLog) Snapshot() (*raftpb.Snapshot, error) {
+	snap, err := l.MemoryStorage.Snapshot()
+	if err != nil {
+		return nil, err
+	}
+	known := snap.GetMetadata().GetConfState()
+	for _, m := range l.replica.store.members() {
+		if !slices.Contains(known.GetVoters(), m.ID) && !slices.Contains(known.GetLearners(), m.ID) {
+			l.replica.snapshotWanted = true
+			return nil, raft.ErrSnapshotTemporarilyUnavailable
+		}
+	}
+	return snap, nil
 }
 
 // tick advances the replica's clock: raft's by one tick, the wall clock to now.
@@ -670,7 +695,7 @@ func (r *replica) release() {
 // Of a large state it waits for more bytes, so that snapshots write at most
 // about twice what the log does.
 func (r *replica) maybeSnapshot() {
-	enough := r.appliedCount >= r.snapshotEntries ||
+	enough := r.snapshotWanted || r.appliedCount >= r.snapshotEntries ||
 		r.appliedBytes >= r.snapshotBytes && r.appliedBytes >= r.store.size()/2
 	if r.snapshotting || !enough {
 		return
@@ -681,7 +706,7 @@ func (r *replica) maybeSnapshot() {
 		Index:     new(st.index),
 		Term:      new(st.term),
 	}}
-	r.snapshotting = true
+	r.snapshotting, r.snapshotWanted = true, false
 	r.appliedCount, r.appliedBytes = 0, 0
 	r.driver.background(
 		func() error { return r.disk.writeSnapshot(snap, &st) },

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -21,6 +22,10 @@ import (
 // Steps of a graceful stop; together they stay below the 5 seconds after which
 // a supervisor loses patience.
 const (
+	// noticeTime is how long a node that stops goes on serving, with answers
+	// that tell clients to close their connection. Without it a request that is
+	// on its way to a connection as that is closed would get no answer.
+	noticeTime      = 250 * time.Millisecond
 	transferTimeout = time.Second
 	drainTimeout    = 3 * time.Second
 )
@@ -218,7 +223,8 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 		version:      version,
 		newID:        newUUID,
 	})
-	clientServer := newHTTPServer(api, n.logger.Named("http"))
+	front := &closingHandler{Handler: api}
+	clientServer := newHTTPServer(front, n.logger.Named("http"))
 
 	// The parts stop in order, not all at once when ctx ends: the replica must
 	// outlive the requests that wait for it.
@@ -240,7 +246,10 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 	group.Go(func() error {
 		<-ctx.Done() // a signal, or a part failed
 		n.logger.Info("stopping")
+		front.closing.Store(true)
+		notice := time.After(noticeTime)
 		n.transferLeadership()
+		<-notice
 		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
 		defer cancel()
 		err := clientServer.Shutdown(drain)
@@ -256,6 +265,19 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 		n.logger.Info("stopped")
 	}
 	return err
+}
+
+// closingHandler asks clients to close their connection once closing is set.
+type closingHandler struct {
+	http.Handler
+	closing atomic.Bool
+}
+
+func (h *closingHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if h.closing.Load() {
+		w.Header().Set("Connection", "close")
+	}
+	h.Handler.ServeHTTP(w, r)
 }
 
 // transferLeadership hands over, so that the others need no election timeout.
