@@ -14,6 +14,7 @@
 //	kvstore.go    the state machine: what an applied command does
 //	snapshot.go   a state as a stream of bytes
 //	storage.go    the data directory: log and snapshots
+//	watermark.go  how a log that lost something is noticed
 //	transport.go  messages between members
 //	listener.go   tracked, capped TCP
 //	errors.go     what can go wrong, in every front's words

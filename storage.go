@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -23,6 +24,7 @@ import (
 // This file is a member's data directory:
 //
 //	LOCK                            held while the member runs
+//	watermark                       how far the log was on disk, see watermark.go
 //	wal/                            etcd's write-ahead log
 //	snap/<term>-<index>.snap        etcd's snapshot file: index, term, configuration
 //	snap/<index>.snap.db            its body: the state, see snapshot.go
@@ -66,9 +68,11 @@ type storage struct {
 	lock   *fileutil.LockedFile
 	snap   *snap.Snapshotter
 	wal    *wal.WAL // nil until load or create
+	mark   *watermarkFile
 
-	mu        sync.Mutex        // orders sync and purge
+	mu        sync.Mutex        // orders the loop's goroutine and those in the background
 	snapshots []*walpb.Snapshot // recorded in the log, oldest first
+	reached   watermark         // what the log has on disk
 }
 
 // recovered is what a data directory holds: where a replica goes on.
@@ -113,6 +117,13 @@ func (s *storage) create(id identity) (*recovered, error) {
 	metadata, err := json.Marshal(id)
 	if err != nil {
 		return nil, err
+	}
+	// Before the log: a log without a watermark is one that lost it.
+	if s.mark, err = openWatermark(s.dir, true); err != nil {
+		return nil, fmt.Errorf("create watermark: %w", err)
+	}
+	if err := errors.Join(s.mark.write(watermark{}), syncDir(s.dir)); err != nil {
+		return nil, fmt.Errorf("create watermark: %w", err)
 	}
 	if s.wal, err = wal.Create(s.logger, s.path(walDir), metadata); err != nil {
 		return nil, fmt.Errorf("create log: %w", err)
@@ -167,6 +178,9 @@ func (s *storage) load() (*recovered, error) {
 	if err := s.removeTemporary(); err != nil {
 		return nil, err
 	}
+	if err := s.checkLog(); err != nil {
+		return nil, err
+	}
 	r := &recovered{log: raft.NewMemoryStorage(), state: newState(), confState: &raftpb.ConfState{}}
 	start, err := s.loadSnapshot(r)
 	if err != nil {
@@ -190,10 +204,37 @@ func (s *storage) load() (*recovered, error) {
 		return nil, err
 	}
 	if last, _ := r.log.LastIndex(); hs.GetCommit() > last {
-		return nil, fmt.Errorf("log %s ends at entry %d but %d entries were committed: acknowledged data is missing; "+
-			"do not start this member from this directory", s.path(walDir), last, hs.GetCommit())
+		return nil, fmt.Errorf("log %s ends at entry %d but %d entries were committed: %s",
+			s.path(walDir), last, hs.GetCommit(), adviceForDamage)
 	}
 	return r, nil
+}
+
+const adviceForDamage = "acknowledged writes are missing here, and a member that forgets them could make the cluster lose them; " +
+	"leave this directory alone, add a new member with another ID (curl -X POST -d PEER-URL http://NODE/NEW-ID) " +
+	"and start it with that --id, an empty --data-dir and --join"
+
+// checkLog refuses a log that is damaged, or shorter than it was.
+func (s *storage) checkLog() error {
+	var err error
+	if s.mark, err = openWatermark(s.dir, false); err != nil {
+		return fmt.Errorf("the watermark of %s is missing or damaged (%w): nobody can tell whether its log is whole; %s", s.dir, err, adviceForDamage)
+	}
+	end, err := scanLog(s.path(walDir))
+	if err != nil {
+		return fmt.Errorf("read log %s: %w", s.path(walDir), err)
+	}
+	if !end.covers(s.mark.last) {
+		return fmt.Errorf("log %s ends at byte %d with %v (%v), but it had reached %v: %s",
+			end.path, end.offset, end.watermark, cmp.Or(end.err, io.EOF), s.mark.last, adviceForDamage)
+	}
+	// A record that breaks off behind the watermark is a write that a crash cut
+	// short; openLog cuts it. Anything else is damage.
+	if end.err != nil && !errors.Is(end.err, io.ErrUnexpectedEOF) {
+		return fmt.Errorf("log %s is damaged at byte %d (%w): %s", end.path, end.offset, end.err, adviceForDamage)
+	}
+	s.reached = end.watermark
+	return nil
 }
 
 // loadSnapshot reads the newest usable snapshot that the log has a record of.
@@ -297,7 +338,26 @@ func (s *storage) removeTemporary() error {
 }
 
 func (s *storage) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
-	return s.wal.Save(hs, ents)
+	if err := s.wal.Save(hs, ents); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n := len(ents); n > 0 {
+		s.reached.term, s.reached.index = ents[n-1].GetTerm(), ents[n-1].GetIndex()
+	}
+	if !raft.IsEmptyHardState(hs) {
+		s.reached.vote = hs.GetTerm()
+	}
+	return nil
+}
+
+// writeMark writes down how far the log is on disk.
+func (s *storage) writeMark() error {
+	s.mu.Lock()
+	reached := s.reached
+	s.mu.Unlock()
+	return s.mark.write(reached)
 }
 
 func (s *storage) sync() error {
@@ -325,11 +385,11 @@ func (s *storage) writeSnapshot(meta *raftpb.Snapshot, st *state) error {
 	if err := os.Rename(f.Name(), s.bodyPath(meta.GetMetadata().GetIndex())); err != nil {
 		return err
 	}
-	return s.syncSnapDir()
+	return syncDir(s.path(snapDir))
 }
 
-func (s *storage) syncSnapDir() error {
-	d, err := fileutil.OpenDir(s.path(snapDir))
+func syncDir(path string) error {
+	d, err := fileutil.OpenDir(path)
 	if err != nil {
 		return err
 	}
@@ -346,7 +406,7 @@ func (s *storage) commitSnapshot(meta *raftpb.Snapshot) error {
 	if err := os.Chmod(s.metaPath(record), fileMode); err != nil { // SaveSnap leaves it to the umask
 		return err
 	}
-	if err := s.syncSnapDir(); err != nil {
+	if err := syncDir(s.path(snapDir)); err != nil {
 		return err
 	}
 	if err := s.wal.SaveSnapshot(record); err != nil {
@@ -355,6 +415,9 @@ func (s *storage) commitSnapshot(meta *raftpb.Snapshot) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.snapshots = append(s.snapshots, record)
+	if reached := (watermark{term: m.GetTerm(), index: m.GetIndex()}); !s.reached.covers(reached) {
+		s.reached.term, s.reached.index = reached.term, reached.index // received: it replaces the log
+	}
 	return nil
 }
 
@@ -436,7 +499,14 @@ func snapshotIndex(name string) (index uint64, ok bool) {
 func (s *storage) close() error {
 	var err error
 	if s.wal != nil {
-		err = s.wal.Close()
+		// First the log, which syncs it, then the watermark. After an error of the
+		// log nobody knows what it holds, and the last watermark stands.
+		if err = s.wal.Close(); err == nil {
+			err = s.writeMark()
+		}
+	}
+	if s.mark != nil {
+		err = errors.Join(err, s.mark.file.Close())
 	}
 	return errors.Join(err, s.lock.Close())
 }

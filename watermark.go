@@ -1,0 +1,214 @@
+package main
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"os"
+	"path/filepath"
+
+	"go.etcd.io/etcd/client/pkg/v3/fileutil"
+	"go.etcd.io/etcd/server/v3/storage/wal"
+	"go.etcd.io/etcd/server/v3/storage/wal/walpb"
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/protobuf/proto"
+)
+
+// This file notices that a log lost something that was on disk.
+//
+// etcd's log cannot tell a record that a crash cut short from one that the disk
+// damaged: both end the log, and what follows is cut off without a word. For
+// the first that is right, since nobody was told that the write succeeded. After
+// the second this member would have forgotten what it promised, and a cluster
+// with such a member can lose acknowledged writes.
+//
+// So a second file, the watermark, says how far the log was known to be on
+// disk. It is written about once a second and when the log is closed. A log
+// that ends before its watermark is refused.
+
+const watermarkName = "watermark"
+
+// watermark is a position that the log reached: whatever it ends with later is
+// not older. The zero value is a log that reached nothing.
+type watermark struct {
+	term  uint64 // of the last entry
+	index uint64 // of the last entry
+	vote  uint64 // term of the hard state
+}
+
+// covers says whether a log that ends at m is missing nothing of w. A later
+// term may have replaced entries by fewer ones, as raft compares logs.
+func (m watermark) covers(w watermark) bool {
+	entries := m.term > w.term || m.term == w.term && m.index >= w.index
+	return entries && m.vote >= w.vote
+}
+
+func (m watermark) String() string {
+	return fmt.Sprintf("entry %d of term %d, hard state of term %d", m.index, m.term, m.vote)
+}
+
+// The file has two slots that are written in turn, so a crash while one is
+// written leaves the other. A slot is magic, number, term, index, vote and a
+// CRC-32C of these, little endian, 8 bytes each but for the CRC.
+const (
+	watermarkMagic = 0x4b524d5652544652 // "RFTRVMRK"
+	watermarkSlot  = 512                // bytes, a sector: a write of one does not touch the other
+	watermarkSize  = 5*8 + 4
+)
+
+// watermarkFile is the open file.
+type watermarkFile struct {
+	file   *os.File
+	number uint64 // of the last write
+	last   watermark
+}
+
+// openWatermark opens the watermark of a data directory. With create it makes
+// the file if there is none; without, a missing or unreadable file is an error.
+func openWatermark(dir string, create bool) (*watermarkFile, error) {
+	path := filepath.Join(dir, watermarkName)
+	flags := os.O_RDWR
+	if create {
+		flags |= os.O_CREATE
+	}
+	f, err := os.OpenFile(path, flags, fileMode)
+	if err != nil {
+		return nil, err
+	}
+	w := &watermarkFile{file: f}
+	if err := w.read(create); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), f.Close())
+	}
+	return w, nil
+}
+
+func (w *watermarkFile) read(mayBeEmpty bool) error {
+	buf := make([]byte, 2*watermarkSlot)
+	n, err := w.file.ReadAt(buf, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	for slot := range 2 {
+		b := buf[slot*watermarkSlot:][:watermarkSize]
+		if crc32.Checksum(b[:5*8], castagnoli) != binary.LittleEndian.Uint32(b[5*8:]) ||
+			binary.LittleEndian.Uint64(b) != watermarkMagic {
+			continue
+		}
+		if number := binary.LittleEndian.Uint64(b[8:]); number > w.number {
+			w.number = number
+			w.last = watermark{
+				term:  binary.LittleEndian.Uint64(b[16:]),
+				index: binary.LittleEndian.Uint64(b[24:]),
+				vote:  binary.LittleEndian.Uint64(b[32:]),
+			}
+		}
+	}
+	if w.number == 0 && !(mayBeEmpty && n == 0) {
+		return errors.New("no slot is readable")
+	}
+	return nil
+}
+
+// write makes m the watermark. It is durable when write returns.
+func (w *watermarkFile) write(m watermark) error {
+	if m == w.last && w.number > 0 {
+		return nil
+	}
+	b := make([]byte, 0, watermarkSize)
+	for _, v := range []uint64{watermarkMagic, w.number + 1, m.term, m.index, m.vote} {
+		b = binary.LittleEndian.AppendUint64(b, v)
+	}
+	b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
+	slot := int64(w.number+1) % 2
+	if _, err := w.file.WriteAt(b, slot*watermarkSlot); err != nil {
+		return err
+	}
+	if err := fileutil.Fdatasync(w.file); err != nil {
+		return err
+	}
+	w.number++
+	w.last = m
+	return nil
+}
+
+// logEnd is what a look through the log found.
+type logEnd struct {
+	watermark
+	commit uint64
+	path   string // of the segment in which reading ended
+	offset int64  // of the first byte behind the last whole record
+	err    error  // nil if the log ends where nothing was written yet
+}
+
+// scanLog reads a log without changing it.
+func scanLog(dir string) (logEnd, error) {
+	var end logEnd
+	names, err := fileutil.ReadDir(dir, fileutil.WithExt(".wal"))
+	if err != nil {
+		return end, err
+	}
+	readers := make([]fileutil.FileReader, len(names))
+	for i, name := range names {
+		f, err := os.Open(filepath.Join(dir, name))
+		if err != nil {
+			return end, err
+		}
+		defer f.Close()
+		readers[i] = fileutil.NewFileReader(f)
+	}
+	decoder := wal.NewDecoder(readers...)
+	segments := 0
+	for rec := (&walpb.Record{}); ; {
+		if err := decoder.Decode(rec); err != nil {
+			if !errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+				end.err = err
+			}
+			break
+		}
+		if rec.GetType() == wal.CrcType { // every segment starts with one
+			if crc := decoder.LastCRC(); crc != 0 && rec.Validate(crc) != nil {
+				end.err = wal.ErrCRCMismatch // the segment before ended early
+				break
+			}
+			decoder.UpdateCRC(rec.GetCrc())
+			segments++
+		}
+		if end.err = end.note(rec); end.err != nil {
+			break
+		}
+	}
+	end.offset = decoder.LastOffset()
+	end.path = filepath.Join(dir, names[max(segments, 1)-1])
+	return end, nil
+}
+
+// note moves the end behind a record.
+func (e *logEnd) note(rec *walpb.Record) error {
+	switch rec.GetType() {
+	case wal.EntryType:
+		var entry raftpb.Entry
+		if err := proto.Unmarshal(rec.GetData(), &entry); err != nil {
+			return err
+		}
+		e.term, e.index = entry.GetTerm(), entry.GetIndex()
+	case wal.StateType:
+		var hs raftpb.HardState
+		if err := proto.Unmarshal(rec.GetData(), &hs); err != nil {
+			return err
+		}
+		e.vote, e.commit = hs.GetTerm(), hs.GetCommit()
+	case wal.SnapshotType:
+		var snap walpb.Snapshot
+		if err := proto.Unmarshal(rec.GetData(), &snap); err != nil {
+			return err
+		}
+		// A received snapshot takes the place of the log before it; one of this
+		// member's own is behind what the log has.
+		if reached := (watermark{term: snap.GetTerm(), index: snap.GetIndex()}); !e.covers(reached) {
+			e.term, e.index = reached.term, reached.index
+		}
+	}
+	return nil
+}
