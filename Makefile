@@ -1,0 +1,99 @@
+# make help lists what there is. Tools are pinned in modules of their own, tools/<name>/go.mod, so that the
+# program's go.mod stays lean; the first use of one builds it, which for k6 takes a minute or two.
+
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+
+tool         = $(GO) tool -modfile=tools/$(1)/go.mod $(1)
+GOLANGCI_LINT = $(call tool,golangci-lint)
+GOREMAN       = $(call tool,goreman) -set-ports=false
+GOVULNCHECK   = $(call tool,govulncheck)
+K6            = $(call tool,k6) run --no-usage-report $(if $(CI),--quiet) k6.js
+WITHCLUSTER   = $(GO) run ./internal/cmd/withcluster
+
+.DEFAULT_GOAL := raftrv
+
+.PHONY: help
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# Phony, because go build knows better than make what is out of date.
+.PHONY: raftrv
+raftrv: ## build ./raftrv (the default)
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o raftrv .
+
+.PHONY: run
+run: raftrv ## build, and run three nodes with goreman until Ctrl-C; their data stays
+	$(GOREMAN) start
+
+.PHONY: goreman
+goreman: ## talk to that goreman, as in: make goreman ARGS="run stop raftrv2"
+	$(GOREMAN) $(ARGS)
+
+.PHONY: test
+test: ## run the Go tests, then the load test
+	$(GO) test ./...
+	@$(MAKE) --no-print-directory load
+
+.PHONY: load
+load: raftrv ## run the k6 load test, on the running cluster or else its own; slow machine: RAFTRV_MAX_DURATION=60 make load
+	$(WITHCLUSTER) -- $(K6)
+
+.PHONY: check
+check: fmt-check vet lint race load-own vuln ## everything that CI runs
+
+.PHONY: fmt-check
+fmt-check:
+	@files=$$(gofmt -l .); test -z "$$files" || { echo "make fmt would change:" $$files; exit 1; }
+
+.PHONY: vet
+vet:
+	$(GO) vet ./...
+
+.PHONY: lint
+lint: ## run golangci-lint
+	$(GOLANGCI_LINT) run
+
+.PHONY: race
+race: ## run the Go tests under the race detector
+	$(GO) test -race ./...
+
+# The machines of CI are slow and shared: the load test may take longer there. What it finds is the same.
+.PHONY: load-own
+load-own: raftrv
+	RAFTRV_MAX_DURATION=$${RAFTRV_MAX_DURATION:-60} $(WITHCLUSTER) -own -- $(K6)
+
+# Known vulnerabilities in what we link. Without a network there is no answer, which is no failure.
+.PHONY: vuln
+vuln: ## look for known vulnerabilities in the dependencies
+	@echo "$(GOVULNCHECK) ./..."; \
+	out=$$($(GOVULNCHECK) ./... 2>&1) && status=0 || status=$$?; \
+	echo "$$out"; \
+	if [ $$status -ne 0 ] && echo "$$out" | grep -q 'fetching vulnerabilities'; then \
+		echo "SKIPPED: no vulnerabilities looked for, because their database cannot be reached from here"; \
+	else \
+		exit $$status; \
+	fi
+
+.PHONY: bench
+bench: ## run the Go benchmarks
+	$(GO) test -run '^$$' -bench . -benchmem ./...
+
+.PHONY: bench-http
+bench-http: raftrv ## measure a cluster beside an empty handler (needs wrk); ARGS="-reps 1 -cells put"
+	$(GO) run ./internal/cmd/benchhttp $(ARGS)
+
+.PHONY: fmt
+fmt: ## format the Go files
+	gofmt -w .
+
+.PHONY: cover
+cover: ## run the Go tests and show how much of each function they reach
+	$(GO) test -coverprofile=cover.out ./...
+	$(GO) tool cover -func=cover.out
+
+.PHONY: clean
+clean: ## delete the binary and the data of make run, saying what
+	@for f in raftrv raftrv-1 raftrv-2 raftrv-3 cover.out; do \
+		if [ -e $$f ]; then echo "deleting $$f"; rm -r $$f; fi; \
+	done

@@ -1,0 +1,233 @@
+// Package proc runs a raftrv cluster as real child processes, for the tests and tools that need what only
+// processes have: a SIGKILL in the middle of a write, a paused leader, a disk that outlives its node.
+//
+// A [Cluster] reserves ports and directories and hands out [Node] values; a Node can be started, stopped,
+// killed, paused and started again, and keeps its ports and its data directory across all of that. Nothing
+// here sleeps for a fixed time: whoever waits, waits for a condition and a context.
+package proc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+)
+
+// stopTimeout is how long [Cluster.Stop] waits for a node to leave by itself. A node promises 5 s.
+const stopTimeout = 10 * time.Second
+
+// Options say what cluster to run. Only Binary is needed.
+type Options struct {
+	// Binary is the path of the raftrv executable.
+	Binary string
+	// Nodes is how many nodes the cluster has; 0 means 3.
+	Nodes int
+	// Dir holds the data directories and the logs, and stays when the cluster stops. Empty means a
+	// directory of its own among the temporary files, which Stop removes.
+	Dir string
+	// Args are flags for every node, after the ones that the cluster needs itself.
+	Args []string
+	// NodeArgs, if set, returns further flags for one node. It is asked at every start, so it may
+	// change its mind between two starts.
+	NodeArgs func(n *Node) []string
+	// PeerURLs, if set, returns the --cluster list of one node, given the list of where every node's
+	// raft port really is. A proxy for each link replaces the entries of the others; a node's own entry
+	// says where it listens.
+	PeerURLs func(n *Node, urls []string) []string
+	// Env is added to the environment of this process.
+	Env []string
+}
+
+// Cluster is a set of raftrv processes with consecutive ids from 1. Its methods may be called from any
+// goroutine.
+type Cluster struct {
+	// Nodes are in the order of their ids: Nodes[0] has id 1.
+	Nodes []*Node
+
+	opts    Options
+	dir     string
+	ownsDir bool
+	ports   *portBlock
+}
+
+// NewCluster reserves ports and makes directories. It starts no process; Stop gives everything back.
+func NewCluster(opts Options) (*Cluster, error) {
+	if opts.Nodes == 0 {
+		opts.Nodes = 3
+	}
+	// A node's command line must not depend on the directory that the caller is in.
+	binary, err := filepath.Abs(opts.Binary)
+	if err != nil {
+		return nil, fmt.Errorf("find binary: %w", err)
+	}
+	opts.Binary = binary
+	if _, err := os.Stat(binary); err != nil {
+		return nil, fmt.Errorf("find binary: %w", err)
+	}
+
+	c := &Cluster{opts: opts}
+	if err := c.makeDir(); err != nil {
+		return nil, err
+	}
+	c.ports, err = reservePorts(portsPerNode * opts.Nodes)
+	if err != nil {
+		return nil, errors.Join(err, c.removeDir())
+	}
+	for i := range opts.Nodes {
+		id := i + 1
+		c.Nodes = append(c.Nodes, &Node{
+			ID:        id,
+			RaftPort:  c.ports.port(portsPerNode * i),
+			HTTPPort:  c.ports.port(portsPerNode*i + 1),
+			RedisPort: c.ports.port(portsPerNode*i + 2),
+			DataDir:   filepath.Join(c.dir, fmt.Sprintf("raftrv-%d", id)),
+			LogFile:   filepath.Join(c.dir, fmt.Sprintf("raftrv-%d.log", id)),
+			cluster:   c,
+		})
+	}
+	return c, nil
+}
+
+func (c *Cluster) makeDir() error {
+	if c.opts.Dir != "" {
+		dir, err := filepath.Abs(c.opts.Dir)
+		if err != nil {
+			return fmt.Errorf("make cluster directory: %w", err)
+		}
+		c.dir = dir
+		return os.MkdirAll(dir, 0o700)
+	}
+	dir, err := os.MkdirTemp("", "raftrv-cluster-")
+	if err != nil {
+		return fmt.Errorf("make cluster directory: %w", err)
+	}
+	c.dir, c.ownsDir = dir, true
+	return nil
+}
+
+func (c *Cluster) removeDir() error {
+	if !c.ownsDir {
+		return nil
+	}
+	return os.RemoveAll(c.dir)
+}
+
+// Start starts every node that has no process and waits until all of them are ready.
+func (c *Cluster) Start(ctx context.Context) error {
+	for _, n := range c.Nodes {
+		if n.process() != nil {
+			continue
+		}
+		if err := n.Start(); err != nil {
+			return err
+		}
+	}
+	return c.WaitReady(ctx)
+}
+
+// Stop stops every node, paused ones too, and gives back the ports and the directory. A node that had crashed,
+// or that had to be killed, is named in the error. A second Stop does nothing.
+func (c *Cluster) Stop() error {
+	ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+	defer cancel()
+
+	// All at once: the last one would otherwise wait for a quorum that has already left.
+	errC := make(chan error, len(c.Nodes))
+	for _, n := range c.Nodes {
+		go func() { errC <- n.Stop(ctx) }()
+	}
+	var errs []error
+	for range c.Nodes {
+		errs = append(errs, <-errC)
+	}
+	c.ports.release()
+	return errors.Join(append(errs, c.removeDir())...)
+}
+
+// WaitReady waits until every node that was started, and not stopped since, says that it is ready. It fails
+// at once when one of them has crashed.
+func (c *Cluster) WaitReady(ctx context.Context) error {
+	// The first to fail ends the wait of the others: without it they may never be ready.
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	for _, n := range c.Nodes {
+		if n.process() == nil {
+			continue
+		}
+		wg.Go(func() {
+			if err := n.WaitReady(ctx); err != nil {
+				cancel(err)
+			}
+		})
+	}
+	wg.Wait()
+	return context.Cause(ctx)
+}
+
+// Leader waits until a quorum of the cluster names the same leader in the same term, and returns it. A
+// leader that was cut off may go on believing in itself; the quorum does not.
+func (c *Cluster) Leader(ctx context.Context) (*Node, error) {
+	var leader *Node
+	err := poll(ctx, nil, func() (err error) {
+		leader, err = c.findLeader(ctx)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("find leader: %w", err)
+	}
+	return leader, nil
+}
+
+func (c *Cluster) findLeader(ctx context.Context) (*Node, error) {
+	// Nodes are asked at the same time, because one that hangs would hold up the others' answers.
+	statusC := make(chan Status, len(c.Nodes))
+	for _, n := range c.Nodes {
+		go func() {
+			s, err := n.Status(ctx)
+			if err != nil {
+				s = Status{} // says what a node without a leader says
+			}
+			statusC <- s
+		}()
+	}
+	type claim struct{ leader, term uint64 }
+	votes := make(map[claim]int)
+	var leader *Node
+	for range c.Nodes {
+		s := <-statusC
+		if s.LeaderID == 0 || s.LeaderID > uint64(len(c.Nodes)) {
+			continue
+		}
+		v := claim{s.LeaderID, s.Term}
+		votes[v]++
+		if votes[v] == len(c.Nodes)/2+1 {
+			leader = c.Nodes[v.leader-1]
+		}
+	}
+	if leader == nil {
+		return nil, errors.New("no quorum agrees on a leader")
+	}
+	return leader, nil
+}
+
+// URLs returns the HTTP base URL of every node.
+func (c *Cluster) URLs() []string {
+	urls := make([]string, len(c.Nodes))
+	for i, n := range c.Nodes {
+		urls[i] = n.URL()
+	}
+	return urls
+}
+
+// raftURLs returns where the raft port of every node is.
+func (c *Cluster) raftURLs() []string {
+	urls := make([]string, len(c.Nodes))
+	for i, n := range c.Nodes {
+		urls[i] = n.RaftURL()
+	}
+	return urls
+}
