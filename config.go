@@ -39,6 +39,13 @@ type config struct {
 	requestTimeout time.Duration
 	connectionsMax int
 
+	watchEvents   uint64
+	watchBytes    uint64
+	watchBookmark time.Duration
+
+	journal     string
+	journalSync time.Duration
+
 	logLevel  string
 	logFormat string
 
@@ -55,6 +62,10 @@ const (
 	electionPerBeat  = 5 // a follower should miss this many heartbeats before it acts
 	valueSizeLimit   = 16 << 20
 	connectionsLimit = 1 << 20
+	watchEventsMin   = 1024 // fewer would expire watches that are not even slow
+	watchEventsLimit = 1 << 24
+	watchBytesMin    = 1 << 20
+	watchBytesLimit  = 1 << 36
 )
 
 func (c *config) flags(f *pflag.FlagSet) {
@@ -76,6 +87,11 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.IntVar(&c.valueSizeMax, "max-value-bytes", valueSizeMaxDefault, "largest value, in `bytes`")
 	f.DurationVar(&c.requestTimeout, "request-timeout", 5*time.Second, "deadline of a request that does not set ?timeout=")
 	f.IntVar(&c.connectionsMax, "max-connections", 16384, "largest `number` of client connections")
+	f.Uint64Var(&c.watchEvents, "watch-events", eventsMaxDefault, "`number` of recent events that are kept, so that watches can resume ...")
+	f.Uint64Var(&c.watchBytes, "watch-bytes", eventBytesMaxDefault, "... or this many `bytes` of them, whichever is less; the same on all nodes")
+	f.DurationVar(&c.watchBookmark, "watch-bookmark", 10*time.Second, "longest `time` between two bookmarks of a watch")
+	f.StringVar(&c.journal, "journal", "", "append every write to this `file`, one JSON object a line; a node that cannot write it stops, since a record of all writes must not miss any")
+	f.DurationVar(&c.journalSync, "journal-sync", time.Second, "longest `time` before what is in the journal is safe from a power cut")
 	f.StringVar(&c.logLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&c.logFormat, "log-format", "console", "console or json")
 }
@@ -107,6 +123,10 @@ func (c *config) validate() error {
 		checkRange("--max-value-bytes", c.valueSizeMax, 1, valueSizeLimit),
 		checkRange("--request-timeout", c.requestTimeout, time.Millisecond, timeoutMax),
 		checkRange("--max-connections", c.connectionsMax, 1, connectionsLimit),
+		checkRange("--watch-events", c.watchEvents, watchEventsMin, watchEventsLimit),
+		checkRange("--watch-bytes", c.watchBytes, watchBytesMin, watchBytesLimit),
+		checkRange("--watch-bookmark", c.watchBookmark, 10*time.Millisecond, time.Minute),
+		checkRange("--journal-sync", c.journalSync, time.Millisecond, time.Minute),
 		checkOneOf("--log-level", c.logLevel, "debug", "info", "warn", "error"),
 		checkOneOf("--log-format", c.logFormat, "console", "json"),
 	)

@@ -25,6 +25,11 @@ type apiError struct {
 	title   string
 	detail  string // what to do next, for a person
 	retry   bool   // the same request may succeed later
+	current uint64 // of errPrecondition: the version that the key has; 0 if it does not exist
+
+	// Of errExpired the version of the store, and when an error ends a watch where
+	// to resume it.
+	resourceVersion uint64
 }
 
 func (e *apiError) Error() string {
@@ -60,8 +65,6 @@ var (
 		title: "Value too large"}
 	errBodyTimeout = &apiError{code: "request-timeout", status: http.StatusRequestTimeout, outcome: notApplied, retry: true,
 		title: "Request body timed out", detail: "the body did not arrive in time; send it again"}
-	errNotImplemented = &apiError{code: "not-implemented", status: http.StatusNotImplemented, outcome: notApplied,
-		title: "Not implemented"}
 	errConnections = &apiError{code: "too-many-connections", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
 		title: "Too many connections", detail: "this node has as many connections as it may have; retry later or at another node"}
 	errNotReady = &apiError{code: "not-ready", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
@@ -76,13 +79,41 @@ var (
 		title: "No leader", detail: "no leader was reachable before the deadline; is a majority of the members up?"}
 )
 
+// Applied with a negative answer: nothing changed.
+var (
+	errPrecondition = &apiError{code: "precondition-failed", status: http.StatusPreconditionFailed, outcome: notApplied,
+		title: "Precondition failed"}
+	errRetryOther = &apiError{code: "idempotency-mismatch", status: http.StatusUnprocessableEntity, outcome: notApplied,
+		title:  "Idempotency-Key used before",
+		detail: "another request had this Idempotency-Key; a new request needs a new one"}
+	errTooManyKeys = &apiError{code: "too-many-keys", status: http.StatusRequestEntityTooLarge, outcome: notApplied,
+		title: "Too many keys"}
+	errResultTooLarge = &apiError{code: "result-too-large", status: http.StatusRequestEntityTooLarge, outcome: notApplied,
+		title: "Result too large"}
+)
+
+// Refused because this node does enough of it already.
+var errTooManyRequests = &apiError{code: "too-many-requests", status: http.StatusTooManyRequests, outcome: notApplied, retry: true,
+	title: "Too many requests"}
+
 // Proposed, and not answered in time.
 var (
 	errUnknown = &apiError{code: "timeout", status: http.StatusGatewayTimeout, outcome: unknown, retry: false,
 		title:  "Timed out",
 		detail: "the write was proposed but not confirmed before the deadline; it may still be applied: read the key before you retry"}
+	errUnknownRetry = &apiError{code: "timeout", status: http.StatusGatewayTimeout, outcome: unknown, retry: true,
+		title:  "Timed out",
+		detail: "the write was proposed but not confirmed before the deadline; it may still be applied: send it again with the same Idempotency-Key"}
 	errReadTimeout = &apiError{code: "timeout", status: http.StatusGatewayTimeout, outcome: notApplied, retry: true,
 		title: "Timed out", detail: "this node did not reach the asked resource version before the deadline; retry here or at another node"}
+)
+
+// Of watches: before one starts, or as its last event.
+var (
+	errExpired = &apiError{code: "expired", status: http.StatusGone, outcome: notApplied,
+		title: "Expired", detail: "events after the resource version have left the window of this node: list again, or watch with initial=true"}
+	errSlow = &apiError{code: "watch-too-slow", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
+		title: "Watch too slow", detail: "the watcher fell so far behind that it would soon have missed events; resume from the resource version, and read faster"}
 )
 
 // A fault of ours. A write that met it may have been proposed before.

@@ -41,15 +41,29 @@ const (
 	eventBytesMaxDefault = 64 << 20
 )
 
-// eventChunk is how many events are kept and dropped together. Chunks start at
-// multiples of it in the sequence of all events, not wherever a member happened
-// to restore a snapshot, so that every member drops the same ones.
-const eventChunk = 512
+// Events are kept and dropped in chunks. A chunk is full at this many events or
+// bytes, whichever comes first. Since the window always starts with a chunk and
+// ends of chunks follow from what is in them, every member drops the same ones,
+// whether it has applied them or read them from a snapshot.
+const (
+	chunkEventsMax = 512
+	chunkBytesMax  = 1 << 20
+)
+
+type eventChunk struct {
+	first  uint64 // number of events[0] among all events ever
+	bytes  uint64
+	events []event // not empty
+}
+
+func (c *eventChunk) full() bool {
+	return len(c.events) >= chunkEventsMax || c.bytes >= chunkBytesMax
+}
 
 // eventLog is the window. Appending does not disturb a copy.
 type eventLog struct {
-	chunks  [][]event // all but the last are full
-	first   uint64    // number of chunks[0][0] among all events ever
+	chunks  []eventChunk // all but the last are full
+	first   uint64       // number of the oldest event among all events ever
 	count   uint64
 	bytes   uint64
 	dropped uint64 // version of the newest event that is gone, or partly gone
@@ -66,45 +80,47 @@ func newEventLog() eventLog {
 func (l *eventLog) copy() eventLog {
 	c := *l
 	c.chunks = slices.Clone(l.chunks)
+	if n := len(c.chunks); n > 0 {
+		c.chunks[n-1].events = slices.Clip(c.chunks[n-1].events) // so that appends to the copy do not meet ours
+	}
 	return c
 }
 
+// append adds an event and drops what is too much.
 func (l *eventLog) append(e event) {
+	l.add(e)
+	l.trim()
+}
+
+// add adds an event.
+func (l *eventLog) add(e event) {
 	n := len(l.chunks)
-	if n == 0 || len(l.chunks[n-1]) == eventChunk {
-		l.chunks = append(l.chunks, make([]event, 0, eventChunk))
+	if n == 0 || l.chunks[n-1].full() {
+		l.chunks = append(l.chunks, eventChunk{first: l.end(), events: make([]event, 0, chunkEventsMax)})
 		n++
 	}
-	l.chunks[n-1] = append(l.chunks[n-1], e)
-	l.count++
+	c := &l.chunks[n-1]
+	c.events = append(c.events, e)
+	c.bytes += e.size()
 	l.bytes += e.size()
-	l.trim()
+	l.count++
 }
 
 // trim drops the oldest chunks while the rest is still at its bounds, so the
 // window holds up to one chunk more.
 func (l *eventLog) trim() {
 	for len(l.chunks) > 1 {
-		oldest := l.chunks[0]
-		tooMany := l.count-eventChunk >= l.countMax
-		tooLarge := l.bytes >= l.bytesMax && l.bytes-chunkBytes(oldest) >= l.bytesMax
-		if !tooMany && !tooLarge {
+		oldest := &l.chunks[0]
+		n := uint64(len(oldest.events))
+		if l.count-n < l.countMax && l.bytes-oldest.bytes < l.bytesMax {
 			return
 		}
-		l.dropped = oldest[eventChunk-1].rv
-		l.first += eventChunk
-		l.count -= eventChunk
-		l.bytes -= chunkBytes(oldest)
+		l.dropped = oldest.events[n-1].rv
+		l.first += n
+		l.count -= n
+		l.bytes -= oldest.bytes
 		l.chunks = slices.Delete(l.chunks, 0, 1)
 	}
-}
-
-func chunkBytes(chunk []event) uint64 {
-	n := uint64(0)
-	for i := range chunk {
-		n += chunk[i].size()
-	}
-	return n
 }
 
 // end returns the number that the next event gets.
@@ -116,22 +132,30 @@ func (l *eventLog) seek(rv uint64) (n uint64, ok bool) {
 	if rv < l.dropped {
 		return 0, false
 	}
-	i := sort.Search(int(l.count), func(i int) bool {
-		return l.chunks[i/eventChunk][i%eventChunk].rv > rv
+	i := sort.Search(len(l.chunks), func(i int) bool {
+		events := l.chunks[i].events
+		return events[len(events)-1].rv > rv
 	})
-	return l.first + uint64(i), true
+	if i == len(l.chunks) {
+		return l.end(), true
+	}
+	c := &l.chunks[i]
+	j := sort.Search(len(c.events), func(j int) bool { return c.events[j].rv > rv })
+	return c.first + uint64(j), true
 }
 
 // from returns events from number n on, up to the end of their chunk; none if n
-// is the end. ok is false if event n has left the window. The caller must not
-// change what it gets.
-func (l *eventLog) from(n uint64) (events []event, ok bool) {
+// is the end. ok is false if event n has left the window, and aging says that it
+// soon will: events were dropped before, and it is in the oldest quarter of what
+// is left. The caller must not change what it gets.
+func (l *eventLog) from(n uint64) (events []event, aging, ok bool) {
 	if n < l.first {
-		return nil, false
+		return nil, false, false
 	}
 	if n >= l.end() {
-		return nil, true
+		return nil, false, true
 	}
-	i := n - l.first
-	return l.chunks[i/eventChunk][i%eventChunk:], true
+	i := sort.Search(len(l.chunks), func(i int) bool { return l.chunks[i].first > n }) - 1
+	c := &l.chunks[i]
+	return c.events[n-c.first:], l.dropped > 0 && i < len(l.chunks)/4, true
 }

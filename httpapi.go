@@ -33,7 +33,6 @@ const (
 	headerTimeout  = 5 * time.Second  // to send a request's header
 	bodyTimeout    = 30 * time.Second // to send a whole request
 	idleTimeout    = 60 * time.Second // between two requests of a connection
-	timeoutMax     = 60 * time.Second // what ?timeout= may ask for
 	readyTimeout   = time.Second      // for the read that /-/readyz makes
 	headerSizeMax  = 32 << 10         // bytes; room for a key with every byte escaped
 	peerURLSizeMax = 2 << 10          // bytes
@@ -60,6 +59,8 @@ type backend interface {
 	// linearize returns once this node has applied every write that was
 	// acknowledged before the call.
 	linearize(ctx context.Context, timeout time.Duration) error
+	// waitVersion returns once the store has the resource version rv.
+	waitVersion(ctx context.Context, timeout time.Duration, rv uint64) error
 	// status must not wait: it is asked for while the node is in trouble.
 	status() nodeStatus
 	// addMember waits until the configuration change is applied.
@@ -84,9 +85,11 @@ type nodeStatus struct {
 type httpConfig struct {
 	id           uint64 // of this node; the first part of a key that it makes up
 	store        *kvstore
+	hub          *hub // of the store
 	backend      backend
 	logger       *zap.Logger
 	timeout      time.Duration // of a request that does not say
+	bookmark     time.Duration // at most between two bookmarks of a watch
 	valueSizeMax int           // bytes
 	version      string        // of the program
 	newID        func() string // the second part of a key that this node makes up
@@ -156,114 +159,16 @@ func (h *httpAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// What each kind of path allows.
-const (
-	allowAny  = "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT"
-	allowRoot = "GET, HEAD, OPTIONS, PATCH, POST"
-	allowKey  = "DELETE, GET, HEAD, OPTIONS, POST, PUT"
-	allowRead = "GET, HEAD, OPTIONS"
-)
-
-func (h *httpAPI) route(w http.ResponseWriter, r *http.Request) error {
-	path, query, err := splitTarget(r.RequestURI)
-	switch {
-	case err != nil:
-		return err
-	case path == "*":
-		return serverOptions(w, r)
-	case path == "/":
-		return h.serveRoot(w, r, query)
-	case isReserved(path):
-		return h.serveReserved(w, r, path, query)
-	}
-	key, err := parseKey(path)
-	if err != nil {
-		return err
-	}
-	return h.serveKey(w, r, key, query)
-}
-
-func (h *httpAPI) serveKey(w http.ResponseWriter, r *http.Request, key, query string) error {
-	switch r.Method {
-	case http.MethodGet, http.MethodHead:
-		return h.getKey(w, r, key, query)
-	case http.MethodPut:
-		return h.putKey(w, r, key, query)
-	case http.MethodDelete:
-		return h.deleteKey(w, r, key, query)
-	case http.MethodPost:
-		return h.addMember(w, r, key, query)
-	}
-	return otherMethod(w, r, allowKey)
-}
-
-func (h *httpAPI) serveRoot(w http.ResponseWriter, r *http.Request, query string) error {
-	switch r.Method {
-	case http.MethodGet, http.MethodHead:
-		return h.getVersion(w, r, query)
-	case http.MethodPost:
-		return h.postValue(w, r, query)
-	case http.MethodPatch:
-		return h.patchObject(w, r, query)
-	}
-	return otherMethod(w, r, allowRoot)
-}
-
-func (h *httpAPI) serveReserved(w http.ResponseWriter, r *http.Request, path, query string) error {
-	var get func(http.ResponseWriter, *http.Request) error
-	switch path {
-	case "/-/v1/status":
-		get = h.getStatus
-	case "/-/livez":
-		get = h.getLive
-	case "/-/readyz":
-		get = h.getReady
-	case "/-/version":
-		get = h.getProgram
-	default:
-		return errNoCall
-	}
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		return otherMethod(w, r, allowRead)
-	}
-	if _, err := h.params(query, 0); err != nil {
-		return err
-	}
-	return get(w, r)
-}
-
-// otherMethod answers OPTIONS, and refuses every method that was not handled.
-func otherMethod(w http.ResponseWriter, r *http.Request, allow string) error {
-	w.Header()["Allow"] = []string{allow}
-	if r.Method != http.MethodOptions {
-		return errMethod.withDetail("%s is not allowed here; allowed: %s", r.Method, allow)
-	}
-	w.WriteHeader(http.StatusNoContent)
-	return nil
-}
-
-// serverOptions answers OPTIONS *, the one use of that target.
-func serverOptions(w http.ResponseWriter, r *http.Request) error {
-	if r.Method != http.MethodOptions {
-		return errTarget
-	}
-	return otherMethod(w, r, allowAny)
-}
-
 // Keys.
 
-func (h *httpAPI) getKey(w http.ResponseWriter, r *http.Request, key, query string) error {
-	p, err := h.params(query, paramTimeout|paramResourceVersion)
+func (h *httpAPI) getKey(w http.ResponseWriter, r request) error {
+	it, rv, err := h.read(w, r)
 	if err != nil {
 		return err
 	}
-	if err := h.catchUp(r.Context(), p); err != nil {
-		return err
-	}
-	it, rv, ok := h.store.get(key)
-	if !ok {
-		setResourceVersion(w.Header(), rv)
-		return errNoKey
+	if isUnchanged(r, it) {
+		writeNotModified(w, it, rv)
+		return nil
 	}
 	setItemHeaders(w.Header(), it, rv)
 	if r.Method != http.MethodHead {
@@ -272,16 +177,39 @@ func (h *httpAPI) getKey(w http.ResponseWriter, r *http.Request, key, query stri
 	return nil
 }
 
-func (h *httpAPI) putKey(w http.ResponseWriter, r *http.Request, key, query string) error {
-	p, err := h.writeParams(r, query)
+// read returns the item that a request names, and the store's resource version.
+func (h *httpAPI) read(w http.ResponseWriter, r request) (item, uint64, error) {
+	if err := h.catchUp(r); err != nil {
+		return item{}, 0, err
+	}
+	it, rv, ok := h.store.get(r.name)
+	if !ok {
+		setResourceVersion(w.Header(), rv)
+		return item{}, 0, errNoKey
+	}
+	if match, ok := r.Header["If-Match"]; ok && !anyTagMatches(match, it.rv, false) {
+		setResourceVersion(w.Header(), rv)
+		return item{}, 0, preconditionFailed(it.rv)
+	}
+	return it, rv, nil
+}
+
+// isUnchanged says whether the client has this version already.
+func isUnchanged(r request, it item) bool {
+	tags, ok := r.Header["If-None-Match"]
+	return ok && anyTagMatches(tags, it.rv, true)
+}
+
+func (h *httpAPI) putKey(w http.ResponseWriter, r request) error {
+	value, err := readBody(r.Request, h.valueSizeMax)
 	if err != nil {
 		return err
 	}
-	value, err := readBody(r, h.valueSizeMax)
-	if err != nil {
+	c := command{op: opPut, key: r.name, value: value, expires: deadline(r.params.ttl)}
+	if c.condition, err = parseCondition(r.Header); err != nil {
 		return err
 	}
-	res, err := h.backend.propose(r.Context(), p.timeout, command{op: opPut, key: key, value: value})
+	res, err := h.propose(w, r, c, value)
 	if err != nil {
 		return err
 	}
@@ -294,12 +222,13 @@ func (h *httpAPI) putKey(w http.ResponseWriter, r *http.Request, key, query stri
 	return nil
 }
 
-func (h *httpAPI) deleteKey(w http.ResponseWriter, r *http.Request, key, query string) error {
-	p, err := h.writeParams(r, query)
-	if err != nil {
+func (h *httpAPI) deleteKey(w http.ResponseWriter, r request) error {
+	c := command{op: opDelete, key: r.name}
+	var err error
+	if c.condition, err = parseCondition(r.Header); err != nil {
 		return err
 	}
-	res, err := h.backend.propose(r.Context(), p.timeout, command{op: opDelete, key: key})
+	res, err := h.propose(w, r, c, "")
 	if err != nil {
 		return err
 	}
@@ -311,15 +240,48 @@ func (h *httpAPI) deleteKey(w http.ResponseWriter, r *http.Request, key, query s
 	return nil
 }
 
+// propose carries out the command of a request with this body, once if the
+// request has an Idempotency-Key. What the state machine refused is an error.
+func (h *httpAPI) propose(w http.ResponseWriter, r request, c command, body string) (res result, err error) {
+	if c.retry, err = r.retryID(c.condition, body); err != nil {
+		return result{}, err
+	}
+	res, err = h.backend.propose(r.Context(), r.params.timeout, c)
+	if err != nil {
+		if c.retry.key != "" && errors.Is(err, errUnknown) {
+			err = errUnknownRetry
+		}
+		return result{}, err
+	}
+	if res.replayed {
+		w.Header()["Idempotency-Replayed"] = replayed
+	}
+	switch res.status {
+	case statusPrecondition:
+		setResourceVersion(w.Header(), res.rv)
+		return result{}, preconditionFailed(res.current)
+	case statusRetryOther:
+		return result{}, errRetryOther
+	}
+	return res, nil
+}
+
+// preconditionFailed is the answer to a condition that does not hold of a key at
+// this version; 0 = it does not exist.
+func preconditionFailed(current uint64) error {
+	e := errPrecondition.withDetail("the key does not exist")
+	if current != 0 {
+		e = errPrecondition.withDetail("the key exists at resource version %d", current)
+	}
+	e.current = current
+	return e
+}
+
 // The root.
 
 // getVersion answers the resource version of the store.
-func (h *httpAPI) getVersion(w http.ResponseWriter, r *http.Request, query string) error {
-	p, err := h.params(query, paramTimeout|paramResourceVersion)
-	if err != nil {
-		return err
-	}
-	if err := h.catchUp(r.Context(), p); err != nil {
+func (h *httpAPI) getVersion(w http.ResponseWriter, r request) error {
+	if err := h.catchUp(r); err != nil {
 		return err
 	}
 	rv := h.store.version()
@@ -329,43 +291,35 @@ func (h *httpAPI) getVersion(w http.ResponseWriter, r *http.Request, query strin
 }
 
 // postValue stores the body under a new key.
-func (h *httpAPI) postValue(w http.ResponseWriter, r *http.Request, query string) error {
-	p, err := h.writeParams(r, query)
+func (h *httpAPI) postValue(w http.ResponseWriter, r request) error {
+	value, err := readBody(r.Request, h.valueSizeMax)
 	if err != nil {
 		return err
 	}
-	value, err := readBody(r, h.valueSizeMax)
-	if err != nil {
-		return err
-	}
-	return h.create(w, r, p, value, http.StatusCreated)
+	return h.create(w, r, value, http.StatusCreated)
 }
 
 // patchObject allots a resource version to a JSON object. It is the call that
 // raftrv had; the object is stored like any value.
-func (h *httpAPI) patchObject(w http.ResponseWriter, r *http.Request, query string) error {
-	p, err := h.writeParams(r, query)
-	if err != nil {
-		return err
-	}
-	value, err := readBody(r, h.valueSizeMax)
+func (h *httpAPI) patchObject(w http.ResponseWriter, r request) error {
+	value, err := readBody(r.Request, h.valueSizeMax)
 	if err != nil {
 		return err
 	}
 	if !json.Valid([]byte(value)) {
 		return errInvalid.withDetail("the body is not JSON; PUT and POST take any bytes")
 	}
-	return h.create(w, r, p, value, http.StatusNoContent)
+	return h.create(w, r, value, http.StatusNoContent)
 }
 
 // create puts the value under a key that nobody else can have chosen.
-func (h *httpAPI) create(w http.ResponseWriter, r *http.Request, p params, value string, code int) error {
+func (h *httpAPI) create(w http.ResponseWriter, r request, value string, code int) error {
 	key := strconv.FormatUint(h.id, 10) + "-" + h.newID()
-	res, err := h.backend.propose(r.Context(), p.timeout, command{op: opPut, key: key, value: value})
+	res, err := h.propose(w, r, command{op: opPut, key: key, value: value, expires: deadline(r.params.ttl)}, value)
 	if err != nil {
 		return err
 	}
-	w.Header()["Location"] = []string{keyPath(key)}
+	w.Header()["Location"] = []string{keyPath(res.key)} // a retry gets the key of the first
 	setWriteHeaders(w.Header(), res.rv)
 	w.WriteHeader(code)
 	return nil
@@ -375,16 +329,12 @@ func (h *httpAPI) create(w http.ResponseWriter, r *http.Request, p params, value
 
 // addMember is the call that raftexample had: POST /{id} with the peer URL as
 // the body.
-func (h *httpAPI) addMember(w http.ResponseWriter, r *http.Request, key, query string) error {
-	id, err := parseMemberID(key)
+func (h *httpAPI) addMember(w http.ResponseWriter, r request) error {
+	id, err := parseMemberID(r.name)
 	if err != nil {
 		return err
 	}
-	p, err := h.writeParams(r, query)
-	if err != nil {
-		return err
-	}
-	body, err := readBody(r, peerURLSizeMax)
+	body, err := readBody(r.Request, peerURLSizeMax)
 	if err != nil {
 		return err
 	}
@@ -392,7 +342,7 @@ func (h *httpAPI) addMember(w http.ResponseWriter, r *http.Request, key, query s
 	if err != nil {
 		return err
 	}
-	if err := h.backend.addMember(r.Context(), p.timeout, member{ID: id, PeerURL: peerURL}); err != nil {
+	if err := h.backend.addMember(r.Context(), r.params.timeout, member{ID: id, PeerURL: peerURL}); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -427,18 +377,18 @@ func parsePeerURL(s string) (string, error) {
 
 // The node.
 
-func (h *httpAPI) getStatus(w http.ResponseWriter, r *http.Request) error {
+func (h *httpAPI) getStatus(w http.ResponseWriter, r request) error {
 	return writeJSON(w, r, h.backend.status())
 }
 
 // getLive says that this process answers, whatever the cluster does.
-func (h *httpAPI) getLive(w http.ResponseWriter, r *http.Request) error {
+func (h *httpAPI) getLive(w http.ResponseWriter, r request) error {
 	writeText(w, r, "ok\n")
 	return nil
 }
 
 // getReady says that this node can serve, by serving a read.
-func (h *httpAPI) getReady(w http.ResponseWriter, r *http.Request) error {
+func (h *httpAPI) getReady(w http.ResponseWriter, r request) error {
 	if err := h.backend.linearize(r.Context(), readyTimeout); err != nil {
 		return errNotReady
 	}
@@ -446,7 +396,7 @@ func (h *httpAPI) getReady(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-func (h *httpAPI) getProgram(w http.ResponseWriter, r *http.Request) error {
+func (h *httpAPI) getProgram(w http.ResponseWriter, r request) error {
 	return writeJSON(w, r, struct {
 		Version   string `json:"version"`
 		GoVersion string `json:"goVersion"`
@@ -481,10 +431,10 @@ func isReserved(path string) bool {
 	return path == "/-" || strings.HasPrefix(path, "/-/")
 }
 
-// parseKey returns the key that an escaped path names. Nothing is cleaned: any
-// byte and any number of slashes and dots may be part of it.
-func parseKey(path string) (string, error) {
-	key, err := url.PathUnescape(path[1:])
+// parseKey returns the key of which this is the escaped form. Nothing is cleaned:
+// any byte and any number of slashes and dots may be part of it.
+func parseKey(escaped string) (string, error) {
+	key, err := url.PathUnescape(escaped)
 	if err != nil {
 		return "", errInvalid.withDetail("the path has a malformed escape; write %% as %%25")
 	}
@@ -502,129 +452,15 @@ func keyPath(key string) string {
 	return "/" + url.PathEscape(key) // escapes slashes, too: nothing else can become reserved
 }
 
-// Requests: parameters.
-
-// params are the query parameters of a call.
-type params struct {
-	timeout         time.Duration
-	resourceVersion uint64
-	seen            paramSet
-}
-
-// paramSet is a set of parameters.
-type paramSet uint
-
-const (
-	paramTimeout paramSet = 1 << iota
-	paramResourceVersion
-)
-
-// paramNames has the name of bit i at i.
-var paramNames = [...]string{"timeout", "resourceVersion"}
-
-// paramNamed returns the parameter of a name, or the empty set.
-func paramNamed(name string) paramSet {
-	for i, n := range paramNames {
-		if n == name {
-			return 1 << i
-		}
-	}
-	return 0
-}
-
-func (s paramSet) String() string {
-	var names []string
-	for i, n := range paramNames {
-		if s&(1<<i) != 0 {
-			names = append(names, n)
-		}
-	}
-	if len(names) == 0 {
-		return "none"
-	}
-	return strings.Join(names, ", ")
-}
-
-// params parses a query. An unknown parameter is an error, so that a misspelt
-// condition or deadline does not pass for none.
-func (h *httpAPI) params(query string, allowed paramSet) (params, error) {
-	p := params{timeout: h.timeout}
-	for query != "" {
-		var field string
-		if field, query, _ = strings.Cut(query, "&"); field == "" {
-			continue
-		}
-		if err := p.add(field, allowed); err != nil {
-			return params{}, err
-		}
-	}
-	return p, nil
-}
-
-// add parses one name=value of a query.
-func (p *params) add(field string, allowed paramSet) error {
-	name, value, _ := strings.Cut(field, "=")
-	name, err := url.QueryUnescape(name)
-	if err == nil {
-		value, err = url.QueryUnescape(value)
-	}
-	if err != nil {
-		return errInvalid.withDetail("the query has a malformed escape; write %% as %%25")
-	}
-	param := paramNamed(name)
-	switch {
-	case param&allowed == 0:
-		return errInvalid.withDetail("unknown parameter %q; allowed here: %v", name, allowed)
-	case param&p.seen != 0:
-		return errInvalid.withDetail("parameter %q is given twice", name)
-	}
-	p.seen |= param
-	return p.set(param, value)
-}
-
-func (p *params) set(param paramSet, value string) (err error) {
-	switch param {
-	case paramTimeout:
-		p.timeout, err = time.ParseDuration(value)
-		if err != nil || p.timeout <= 0 || p.timeout > timeoutMax {
-			return errInvalid.withDetail("timeout must be a duration such as 500ms or 5s, more than 0 and at most %v", timeoutMax)
-		}
-	case paramResourceVersion:
-		p.resourceVersion, err = strconv.ParseUint(value, 10, 64)
-		if err != nil {
-			return errInvalid.withDetail("resourceVersion must be a decimal number; 0 reads whatever this node has")
-		}
-	}
-	return nil
-}
-
-// writeParams parses the query of a write and refuses the headers that would
-// change what it means.
-func (h *httpAPI) writeParams(r *http.Request, query string) (params, error) {
-	for _, name := range conditionHeaders {
-		if _, ok := r.Header[name]; ok {
-			return params{}, errNotImplemented.withDetail("%s is not supported, and a write that ignored it could do harm", name)
-		}
-	}
-	return h.params(query, paramTimeout)
-}
-
-// conditionHeaders ask for a write under conditions, in canonical spelling.
-var conditionHeaders = [...]string{"If-Match", "If-None-Match", "Idempotency-Key", "Content-Range"}
-
 // catchUp waits until a read from this node's store is as fresh as asked.
-func (h *httpAPI) catchUp(ctx context.Context, p params) error {
-	atLeast := p.seen&paramResourceVersion != 0
-	if atLeast && h.store.version() >= p.resourceVersion {
+func (h *httpAPI) catchUp(r request) error {
+	if !r.params.has(paramResourceVersion) {
+		return h.backend.linearize(r.Context(), r.params.timeout)
+	}
+	if h.store.version() >= r.params.resourceVersion {
 		return nil
 	}
-	if err := h.backend.linearize(ctx, p.timeout); err != nil {
-		return err
-	}
-	if atLeast && h.store.version() < p.resourceVersion {
-		return errReadTimeout
-	}
-	return nil
+	return h.backend.waitVersion(r.Context(), r.params.timeout, r.params.resourceVersion)
 }
 
 // Requests: bodies.
@@ -686,6 +522,8 @@ var (
 	noSniff     = []string{"nosniff"}
 	retryAfter  = []string{"1"} // second
 	closeAfter  = []string{"close"}
+	noCache     = []string{"no-cache"}
+	replayed    = []string{"true"}
 )
 
 // setItemHeaders sets the header of a read: an item, and the store's resource
@@ -704,6 +542,24 @@ func setItemHeaders(header http.Header, it item, rv uint64) {
 	header["Content-Length"] = values[2:3:3]
 	header["Content-Type"] = typeBytes
 	header["X-Content-Type-Options"] = noSniff // a value may be HTML: browsers must not run it
+	setExpires(header, it)
+}
+
+// setExpires says when an item expires.
+func setExpires(header http.Header, it item) {
+	if it.expires == 0 {
+		return
+	}
+	header["Expires"] = []string{time.UnixMilli(it.expires).UTC().Format(http.TimeFormat)}
+	header["Cache-Control"] = noCache // until then it may change
+}
+
+// writeNotModified answers a read of a version that the client has.
+func writeNotModified(w http.ResponseWriter, it item, rv uint64) {
+	setETag(w.Header(), it.rv)
+	setResourceVersion(w.Header(), rv)
+	setExpires(w.Header(), it)
+	w.WriteHeader(http.StatusNotModified)
 }
 
 // setWriteHeaders sets the header of a write that got the resource version rv.
@@ -713,6 +569,10 @@ func setWriteHeaders(header http.Header, rv uint64) {
 	values := [...]string{etag, etag[1 : len(etag)-1]}
 	header["Etag"] = values[0:1:1]
 	header["Resource-Version"] = values[1:2:2]
+}
+
+func setETag(header http.Header, rv uint64) {
+	header["Etag"] = []string{string(appendETag(nil, rv))}
 }
 
 func setResourceVersion(header http.Header, rv uint64) {
@@ -725,16 +585,16 @@ func appendETag(b []byte, rv uint64) []byte {
 	return append(b, '"')
 }
 
-func writeText(w http.ResponseWriter, r *http.Request, text string) {
-	writeBody(w, r, http.StatusOK, typeText, []byte(text))
+func writeText(w http.ResponseWriter, r request, text string) {
+	writeBody(w, r.Request, http.StatusOK, typeText, []byte(text))
 }
 
-func writeJSON(w http.ResponseWriter, r *http.Request, v any) error {
+func writeJSON(w http.ResponseWriter, r request, v any) error {
 	body, err := json.Marshal(v)
 	if err != nil {
 		return fmt.Errorf("encode response: %w", err)
 	}
-	writeBody(w, r, http.StatusOK, typeJSON, append(body, '\n'))
+	writeBody(w, r.Request, http.StatusOK, typeJSON, append(body, '\n'))
 	return nil
 }
 
@@ -760,6 +620,9 @@ type problem struct {
 	Outcome   outcome `json:"outcome,omitempty"`
 	Retryable bool    `json:"retryable"`
 	LeaderID  uint64  `json:"leaderId,omitempty"`
+	Current   uint64  `json:"currentResourceVersion,omitempty"`
+
+	ResourceVersion uint64 `json:"resourceVersion,omitempty"`
 }
 
 func newProblem(e *apiError) problem {
@@ -772,6 +635,9 @@ func newProblem(e *apiError) problem {
 		Message:   e.Error(),
 		Outcome:   e.outcome,
 		Retryable: e.retry,
+		Current:   e.current,
+
+		ResourceVersion: e.resourceVersion,
 	}
 }
 
@@ -803,9 +669,14 @@ func (h *httpAPI) writeError(w http.ResponseWriter, r *http.Request, err error) 
 }
 
 func setErrorHeaders(header http.Header, e *apiError) {
+	if e.current != 0 {
+		setETag(header, e.current)
+	}
 	switch e.status {
-	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
-		header["Retry-After"] = retryAfter
+	case http.StatusTooManyRequests, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
+		if e.retry {
+			header["Retry-After"] = retryAfter
+		}
 	case http.StatusRequestTimeout, http.StatusRequestEntityTooLarge:
 		header["Connection"] = closeAfter // the rest of the body is not waited for
 	}

@@ -29,13 +29,15 @@ const testValueSizeMax = 100 << 10 // more than bodyAllocMax
 // fakeBackend is a cluster of one that never fails unless it is told to. Writes
 // go through the real encoding into a real store.
 type fakeBackend struct {
-	store *kvstore
+	store   *kvstore
+	applied func() // nil = nobody wants to know
 
 	mu           sync.Mutex
 	index        uint64
 	err          error // of the next calls
 	linearizeErr error
 	linearized   int           // calls
+	waited       []uint64      // versions
 	timeout      time.Duration // of the last call
 	added        []member
 
@@ -64,6 +66,9 @@ func (b *fakeBackend) propose(ctx context.Context, timeout time.Duration, c comm
 	if _, err := b.store.apply(b.index, 1, batchHeader{session: 1, seq: b.index}, c.appendTo(nil), &out); err != nil {
 		return result{}, err
 	}
+	if b.applied != nil {
+		b.applied()
+	}
 	return out[0], nil
 }
 
@@ -73,6 +78,21 @@ func (b *fakeBackend) linearize(_ context.Context, timeout time.Duration) error 
 	b.linearized++
 	b.timeout = timeout
 	return b.linearizeErr
+}
+
+// waitVersion waits for nothing: what the store lacks does not come.
+func (b *fakeBackend) waitVersion(_ context.Context, timeout time.Duration, rv uint64) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.waited = append(b.waited, rv)
+	b.timeout = timeout
+	if b.linearizeErr != nil {
+		return b.linearizeErr
+	}
+	if b.store.version() < rv {
+		return errReadTimeout
+	}
+	return nil
 }
 
 func (b *fakeBackend) status() nodeStatus {
@@ -111,6 +131,7 @@ type front struct {
 	dial    func() (net.Conn, error)
 	backend *fakeBackend
 	store   *kvstore
+	hub     *hub
 	logs    *observer.ObservedLogs
 }
 
@@ -133,17 +154,23 @@ func serveFront(t *testing.T, l *listener, dial func() (net.Conn, error)) *front
 	core, logs := observer.New(zap.DebugLevel)
 	logger := zap.New(core)
 	store := newKVStore()
-	backend := &fakeBackend{store: store}
+	hub := newHub(store)
+	backend := &fakeBackend{store: store, applied: hub.notify}
 	handler := newHTTPAPI(httpConfig{
 		id:           1,
 		store:        store,
+		hub:          hub,
 		backend:      backend,
 		logger:       logger,
 		timeout:      5 * time.Second,
+		bookmark:     10 * time.Second,
 		valueSizeMax: testValueSizeMax,
 		version:      "v0",
 		newID:        newUUID,
 	})
+	hubCtx, stopHub := context.WithCancel(context.Background())
+	var hubDone sync.WaitGroup
+	hubDone.Go(func() { _ = hub.run(hubCtx) })
 	server := newHTTPServer(handler, logger)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()
@@ -155,8 +182,10 @@ func serveFront(t *testing.T, l *listener, dial func() (net.Conn, error)) *front
 		if err := <-served; !errors.Is(err, http.ErrServerClosed) {
 			t.Error(err)
 		}
+		stopHub()
+		hubDone.Wait()
 	})
-	return &front{t: t, dial: dial, backend: backend, store: store, logs: logs}
+	return &front{t: t, dial: dial, backend: backend, store: store, hub: hub, logs: logs}
 }
 
 // mustDial returns a connection that is closed with the test.
@@ -611,7 +640,17 @@ func TestHTTP_AddMember(t *testing.T) {
 
 func TestHTTP_Methods(t *testing.T) {
 	f := newFront(t)
-	for target, allow := range map[string]string{"/": allowRoot, "/k": allowKey, "/1": allowKey, "/-/livez": allowRead, "*": allowAny} {
+	targets := map[string]string{
+		"*":        "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT",
+		"/":        "GET, HEAD, OPTIONS, PATCH, POST",
+		"/k":       "DELETE, GET, HEAD, OPTIONS, POST, PUT",
+		"/1":       "DELETE, GET, HEAD, OPTIONS, POST, PUT",
+		"/-/livez": "GET, HEAD, OPTIONS",
+	}
+	for _, rt := range reservedRoutes {
+		targets[strings.NewReplacer("{key}", "a/b", "{id}", "4").Replace(rt.path)] = rt.allow[0]
+	}
+	for target, allow := range targets {
 		a := f.do("OPTIONS", target, "")
 		a.want(t, 204)
 		a.wantHeader(t, "Allow", allow)
@@ -619,7 +658,7 @@ func TestHTTP_Methods(t *testing.T) {
 			if target == "*" {
 				continue
 			}
-			a := f.do(method, target, "")
+			a := f.do(method, strings.Replace(target, "/watch", "/watch?timeout=1ms", 1), "")
 			allowed := slices.Contains(strings.Split(allow, ", "), method)
 			if refused := a.code == 405; refused == allowed {
 				t.Errorf("%s %s: %d", method, target, a.code)
@@ -647,8 +686,35 @@ func TestHTTP_Parameters(t *testing.T) {
 		{"GET", "/?resourceVersion=1&timeout=1ms", 200, ""},
 		{"PUT", "/k?timeout=1m", 204, ""},
 		{"GET", "/k?ttl=3s", 400, `unknown parameter "ttl"; allowed here: timeout, resourceVersion`},
-		{"PUT", "/k?ttl=3s", 400, `unknown parameter "ttl"; allowed here: timeout`},
-		{"PUT", "/k?resourceVersion=1", 400, `unknown parameter "resourceVersion"; allowed here: timeout`},
+		{"PUT", "/k?ttl=3s&timeout=3s", 204, ""},
+		{"POST", "/?ttl=1s", 201, ""},
+		{"PUT", "/k?ttl=87600h", 204, ""},
+		{"DELETE", "/k?ttl=3s", 400, `unknown parameter "ttl"; allowed here: timeout`},
+		{"PUT", "/k?resourceVersion=1", 400, `unknown parameter "resourceVersion"; allowed here: timeout, ttl`},
+		{"PUT", "/k?ttl=999ms", 400, "ttl must be a duration such as 30s or 12h, from 1s to 87600h0m0s"},
+		{"PUT", "/k?ttl=87601h", 400, "ttl must be"},
+		{"PUT", "/k?ttl=-3s", 400, "ttl must be"},
+		{"PUT", "/k?ttl=30", 400, "ttl must be"},
+		{"PUT", "/k?ttl=", 400, "ttl must be"},
+		{"POST", "/?ttl=0s", 400, "ttl must be"},
+		{"PATCH", "/?ttl=1ns", 400, "ttl must be"},
+		{"POST", "/4?ttl=3s", 400, "unknown parameter"},
+		{"GET", "/-/v1/keys?limit=0", 400, "limit must be a positive number"},
+		{"GET", "/-/v1/keys?limit=-1", 400, "limit must be a positive number"},
+		{"GET", "/-/v1/keys?limit=9223372036854775808", 400, "limit must be at most 10000; with Accept: application/x-ndjson"},
+		{"GET", "/-/v1/keys?limit=18446744073709551616", 400, "limit must be a positive number"},
+		{"GET", "/-/v1/keys?limit=10001", 400, "limit must be at most 10000"},
+		{"GET", "/-/v1/keys?limit=10000&prefix=%00&after=%ff&keysOnly=true&resourceVersion=0", 200, ""},
+		{"GET", "/-/v1/keys?keysOnly", 400, "keysOnly must be true or false"},
+		{"GET", "/-/v1/keys?keysOnly=1", 400, "keysOnly must be true or false"},
+		{"GET", "/-/v1/keys?key=a", 400, "unknown parameter"},
+		{"GET", "/-/v1/keys/a?prefix=a", 400, "unknown parameter"},
+		{"DELETE", "/-/v1/keys", 400, "a prefix is needed"},
+		{"DELETE", "/-/v1/keys?prefix=", 400, "a prefix is needed"},
+		{"DELETE", "/-/v1/keys?prefix=" + strings.Repeat("a", keySizeMax+1), 400, "the prefix has 4097 bytes"},
+		{"DELETE", "/-/v1/keys?prefix=" + strings.Repeat("a", keySizeMax), 200, ""},
+		{"DELETE", "/-/v1/keys?prefix=a&limit=1", 400, "unknown parameter"},
+		{"POST", "/-/v1/txn?ttl=3s", 400, "unknown parameter"},
 		{"GET", "/-/livez?timeout=1s", 400, `unknown parameter "timeout"; allowed here: none`},
 		{"GET", "/k?Timeout=1s", 400, "unknown parameter"},
 		{"GET", "/k?=1s", 400, "unknown parameter"},
@@ -720,22 +786,27 @@ func TestHTTP_ReadFreshness(t *testing.T) {
 		query  string
 		code   int
 		rounds int
+		waits  int
 	}{
-		{"", 200, 1},
-		{"?resourceVersion=0", 200, 0},
-		{"?resourceVersion=1", 200, 0}, // has it already
-		{"?resourceVersion=2", 504, 1},
+		{"", 200, 1, 0},
+		{"?resourceVersion=0", 200, 0, 0},
+		{"?resourceVersion=1", 200, 0, 0}, // has it already
+		{"?resourceVersion=2", 504, 0, 1},
 	} {
-		for _, path := range []string{"/k", "/"} {
-			before := f.backend.linearizations()
+		for _, path := range []string{"/k", "/", "/-/v1/keys", "/-/v1/keys/k"} {
+			rounds, waits := f.backend.linearizations(), len(f.backend.waited)
 			a := f.do("GET", path+tt.query, "")
 			a.want(t, tt.code)
-			if got := f.backend.linearizations() - before; got != tt.rounds {
+			if got := f.backend.linearizations() - rounds; got != tt.rounds {
 				t.Errorf("GET %s%s: %d rounds, want %d", path, tt.query, got, tt.rounds)
+			}
+			if got := len(f.backend.waited) - waits; got != tt.waits {
+				t.Errorf("GET %s%s: %d waits, want %d", path, tt.query, got, tt.waits)
 			}
 			if a.code == 200 {
 				continue
 			}
+			a.wantHeader(t, "Retry-After", "1")
 			if p := mustProblem(t, a); p.Code != "timeout" || !p.Retryable || p.Outcome != "" {
 				t.Errorf("%+v", p)
 			}
@@ -804,20 +875,37 @@ func TestHTTP_ProblemShape(t *testing.T) {
 	a.wantHeader(t, "Content-Length", strconv.Itoa(len(want)))
 }
 
+// A write with a header that would change what it does, if the call knew it, is
+// refused.
 func TestHTTP_NoConditionIsIgnored(t *testing.T) {
 	f := newFront(t)
-	for _, header := range []string{`If-Match: "1"`, `if-none-match: *`, `Idempotency-Key:`, `Content-Range: bytes 0-0/2`} {
-		for _, call := range [][2]string{{"PUT", "/k"}, {"DELETE", "/k"}, {"POST", "/"}, {"PATCH", "/"}, {"POST", "/4"}} {
-			a := f.do(call[0], call[1], "1", header)
-			a.want(t, 501)
-			if p := mustProblem(t, a); p.Code != "not-implemented" || p.Outcome != notApplied {
-				t.Errorf("%+v", p)
+	targets := map[string]*route{"/": rootRoute, "/k": keyRoute, "/4": keyRoute}
+	for _, rt := range reservedRoutes {
+		targets[rt.path] = rt
+	}
+	refused := 0
+	for target, rt := range targets {
+		for _, c := range rt.calls {
+			for i, name := range headerNames {
+				if c.headers&(1<<i) != 0 {
+					continue
+				}
+				if c.method == "GET" || name == "Last-Event-Id" {
+					continue // at worst it gets more than it needs
+				}
+				for _, value := range []string{`"1"`, "*", ""} {
+					a := f.do(c.method, target, "1", name+": "+value)
+					refused++
+					a.want(t, 400)
+					if p := mustProblem(t, a); p.Code != "invalid-request" || p.Outcome != notApplied || !strings.HasPrefix(p.Detail, name+" is not supported here") {
+						t.Errorf("%s %s, %s: %+v", c.method, target, name, p)
+					}
+				}
 			}
 		}
-		f.do("GET", "/", "", header).want(t, 200) // at worst it gets more than it needs
 	}
-	if rv := f.store.version(); rv != 0 {
-		t.Errorf("%d writes got through", rv)
+	if rv := f.store.version(); rv != 0 || refused < 30 {
+		t.Errorf("%d writes got through, %d were refused", rv, refused)
 	}
 }
 
@@ -1119,7 +1207,7 @@ func checkTarget(t *testing.T, target string) {
 	}
 	key, keyErr := url.PathUnescape(path[1:])
 	if len(key) >= 1 && len(key) <= keySizeMax {
-		if got, err := parseKey(path); got != key || err != nil && keyErr == nil {
+		if got, err := parseKey(path[1:]); got != key || err != nil && keyErr == nil {
 			t.Fatalf("%q names %q, %v", path, got, err)
 		}
 	}
@@ -1143,46 +1231,56 @@ func checkKeyPath(t *testing.T, key string) {
 	if err != nil || query != "" || isReserved(path) {
 		t.Fatalf("%q has the path %q, query %q, %v", key, path, query, err)
 	}
-	if got, err := parseKey(path); got != key || err != nil {
+	if got, err := parseKey(path[1:]); got != key || err != nil {
 		t.Fatalf("%q comes back as %q, %v", key, got, err)
 	}
 }
 
 // A query that is taken means what net/url says that it means.
 func FuzzHTTPQuery(f *testing.F) {
-	for _, s := range []string{"", "timeout=1s", "timeout=1s&resourceVersion=2", "a=b", "timeout=1s&timeout=2s", "%74imeout=%31s", "resourceVersion=", "&&=", "timeout=1s;x=y"} {
+	for _, s := range []string{
+		"", "timeout=1s", "timeout=1s&resourceVersion=2", "a=b", "timeout=1s&timeout=2s", "%74imeout=%31s", "resourceVersion=", "&&=", "timeout=1s;x=y",
+		"ttl=30s", "prefix=a%2F&after=a+b&limit=10&keysOnly=true", "key=%ff&initial=false",
+	} {
 		f.Add(s)
 	}
 	h := httpAPI{httpConfig{timeout: 5 * time.Second}}
 	f.Fuzz(func(t *testing.T, query string) {
-		p, err := h.params(query, paramTimeout|paramResourceVersion)
-		if err != nil {
-			if !errors.Is(err, errInvalid) {
-				t.Fatal(err)
-			}
-			return
-		}
-		if p.timeout <= 0 || p.timeout > timeoutMax {
-			t.Fatalf("timeout %v", p.timeout)
-		}
-		values, err := url.ParseQuery(query)
-		if err != nil {
-			t.Fatal(err)
-		}
-		want := params{timeout: h.timeout}
-		for name, v := range values {
-			if len(v) != 1 || paramNamed(name) == 0 {
-				t.Fatalf("%q was taken", query)
-			}
-			want.seen |= paramNamed(name)
-			if err := want.set(paramNamed(name), v[0]); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if p != want {
-			t.Fatalf("%+v, want %+v", p, want)
+		for _, allowed := range []paramSet{readParams, writeParams, readParams | paramPrefix | paramAfter | paramLimit | paramKeysOnly, paramKey | paramInitial} {
+			checkQuery(t, &h, query, allowed)
 		}
 	})
+}
+
+func checkQuery(t *testing.T, h *httpAPI, query string, allowed paramSet) {
+	p, err := h.params(query, allowed)
+	if err != nil {
+		if !errors.Is(err, errInvalid) {
+			t.Fatal(err)
+		}
+		return
+	}
+	if p.timeout <= 0 || p.timeout > timeoutMax || p.limit < 0 || p.ttl < 0 || p.ttl > ttlMax || p.has(paramTTL) && p.ttl < ttlMin {
+		t.Fatalf("%+v", p)
+	}
+	values, err := url.ParseQuery(query)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := params{timeout: h.timeout}
+	for name, v := range values {
+		param := allowed.named(name)
+		if len(v) != 1 || param == 0 {
+			t.Fatalf("%q was taken", query)
+		}
+		want.seen |= param
+		if err := want.set(param, v[0]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if p != want {
+		t.Fatalf("%+v, want %+v", p, want)
+	}
 }
 
 // A peer URL that is taken is all origin: connecting to it goes nowhere else.

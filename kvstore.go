@@ -50,6 +50,7 @@ type state struct {
 	removed  map[uint64]bool // ids that were members; never used again
 
 	changed []event // by the command that is being applied
+	scans   []*scan // that read these items now; not replicated
 }
 
 func newState() state {
@@ -72,7 +73,7 @@ func (s *state) copy() state {
 	c.expiry = s.expiry.Copy()
 	c.events = s.events.copy()
 	c.retries = s.retries.copy()
-	c.changed = nil
+	c.changed, c.scans = nil, nil
 	c.sessions = s.sessions.copy()
 	c.members = maps.Clone(s.members)
 	c.removed = maps.Clone(s.removed)
@@ -145,11 +146,22 @@ func (s *kvstore) snapshot() state {
 	return s.state.copy()
 }
 
-// restore replaces the state. Readers see the old one or the new one whole.
+// restore replaces the state, but for the bounds of the window of events, which
+// are this node's. Readers see the old one or the new one whole.
 func (s *kvstore) restore(st state) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	st.events.countMax, st.events.bytesMax = s.state.events.countMax, s.state.events.bytesMax
+	st.events.trim()
 	s.state = st
+}
+
+// setWindow sets the bounds of the window of events.
+func (s *kvstore) setWindow(countMax, bytesMax uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.state.events.countMax, s.state.events.bytesMax = countMax, bytesMax
+	s.state.events.trim()
 }
 
 // apply applies the commands of the batch at index. When out is not nil it
@@ -203,6 +215,9 @@ func (s *state) advance(index, term uint64) error {
 // applyCommand carries out a command, or answers it like the request that it
 // repeats.
 func (s *state) applyCommand(c *command) (result, error) {
+	if c.op == opNop {
+		return result{}, nil // it never happened: a retry must not find it
+	}
 	if c.retry.key != "" {
 		if first, known := s.retries.lookup(c.retry, s.now); known {
 			return first, nil
@@ -223,8 +238,6 @@ func (s *state) applyCommand(c *command) (result, error) {
 // execute makes the changes of a command and leaves their events in changed.
 func (s *state) execute(c *command) (result, error) {
 	switch c.op {
-	case opNop:
-		return result{}, nil
 	case opPut, opDelete, opExpire:
 		it, exists := s.items.Get(c.key)
 		if !c.condition.holds(it, exists) {
@@ -304,6 +317,7 @@ func (s *state) remember(key string, it item) {
 }
 
 func (s *state) forget(key string, it item) {
+	s.keepForScans(key, it)
 	s.size -= itemSize(key, it)
 	if it.expires != 0 {
 		s.expiry.Delete(expiryKey(it.expires, key))
@@ -364,14 +378,24 @@ func (s *state) executeTxn(value string) (result, error) {
 	return r, nil
 }
 
-// resultSize bounds what the operations return. Values that the transaction
-// itself writes count too.
+// resultSize returns the bytes of the values that the operations will return.
 func (s *state) resultSize(ops []command) int {
 	n := 0
+	written := map[string]int{} // size of what an operation before has put
 	for i := range ops {
-		if ops[i].op == opGet {
-			it, _ := s.items.Get(ops[i].key)
-			n += len(it.value)
+		c := &ops[i]
+		switch c.op {
+		case opPut:
+			written[c.key] = len(c.value)
+		case opDelete:
+			written[c.key] = 0
+		case opGet:
+			size, ok := written[c.key]
+			if !ok {
+				it, _ := s.items.Get(c.key)
+				size = len(it.value)
+			}
+			n += size
 		}
 	}
 	return n
@@ -423,10 +447,17 @@ func (s *kvstore) seekEvent(rv uint64) (n uint64, ok bool) {
 }
 
 // eventsFrom returns some of the events from number n on; see eventLog.from.
-func (s *kvstore) eventsFrom(n uint64) (events []event, ok bool) {
+func (s *kvstore) eventsFrom(n uint64) (events []event, aging, ok bool) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.state.events.from(n)
+}
+
+// eventsDropped returns up to which version events have left the window.
+func (s *kvstore) eventsDropped() uint64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.state.events.dropped
 }
 
 // itemOverhead is what an item costs in memory beside its key and value: two

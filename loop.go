@@ -227,9 +227,11 @@ func (l *loop) close(cause error) {
 	l.mu.Lock()
 	queue, reads := l.inbox.queue, l.inbox.reads
 	l.inbox = inbox{closed: refusal}
+	for _, b := range queue {
+		b.err = refusal // under the lock: giveUp looks at it
+	}
 	l.mu.Unlock()
 	for _, b := range queue {
-		b.err = refusal
 		close(b.done)
 	}
 	for _, b := range l.replica.pending {
@@ -373,11 +375,10 @@ func (l *loop) giveUp(b *batch, i int) error {
 	if b.taken || b.err != nil {
 		return errUnknown
 	}
-	if b.change != nil {
+	b.withdraw(i)
+	if b.withdrawn == len(b.offsets) { // do not keep it for a leader that may be long in coming
 		l.inbox.queue = slices.DeleteFunc(l.inbox.queue, func(q *batch) bool { return q == b })
 		l.inbox.queueSize -= len(b.data)
-	} else {
-		b.withdraw(i)
 	}
 	if l.status.Load().leader != 0 {
 		return errOverloaded

@@ -75,8 +75,9 @@ type batch struct {
 	err     error
 
 	// These belong to the driver.
-	taken bool // from its queue, by the replica
-	done  chan struct{}
+	taken     bool // from its queue, by the replica
+	withdrawn int  // commands that nobody waits for any more
+	done      chan struct{}
 
 	// These belong to the replica.
 	seq       uint64
@@ -97,7 +98,10 @@ func (b *batch) add(c *command) {
 
 // withdraw makes a command one that does nothing. Only before the batch is
 // proposed.
-func (b *batch) withdraw(i int) { b.data[b.offsets[i]] = byte(opNop) }
+func (b *batch) withdraw(i int) {
+	b.data[b.offsets[i]] = byte(opNop)
+	b.withdrawn++
+}
 
 // readRound is a group of reads that share one ReadIndex.
 type readRound struct {

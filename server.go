@@ -69,11 +69,6 @@ func (n *node) waitVersion(ctx context.Context, timeout time.Duration, rv uint64
 	return nil
 }
 
-// watch starts a watch; see hub.watch.
-func (n *node) watch(key string, isPrefix bool, rv uint64) (*watcher, error) {
-	return n.hub.watch(key, isPrefix, rv)
-}
-
 // serve runs a node until ctx ends, then stops it gracefully. It returns nil
 // after a graceful stop, and otherwise what went wrong.
 func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
@@ -88,6 +83,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 	}
 
 	store := &kvstore{state: rec.state}
+	store.setWindow(cfg.watchEvents, cfg.watchBytes)
 	hub := newHub(store)
 	n := &node{
 		loop:    newLoop(cfg.tick, hub.notify, logger),
@@ -216,9 +212,11 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 	api := newHTTPAPI(httpConfig{
 		id:           n.config.id,
 		store:        n.store,
+		hub:          n.hub,
 		backend:      n,
 		logger:       n.logger.Named("http"),
 		timeout:      n.config.requestTimeout,
+		bookmark:     n.config.watchBookmark,
 		valueSizeMax: n.config.valueSizeMax,
 		version:      version,
 		newID:        newUUID,

@@ -81,8 +81,8 @@ func (s *state) writeTo(w io.Writer) error {
 	e.uint(s.events.first)
 	e.uint(s.events.dropped)
 	for _, chunk := range s.events.chunks {
-		for i := range chunk {
-			e.event(&chunk[i])
+		for i := range chunk.events {
+			e.event(&chunk.events[i])
 		}
 	}
 	e.uint(recordEnd)
@@ -201,7 +201,7 @@ func (d *snapshotDecoder) record(kind uint64, st *state) error {
 		st.events.first, st.events.dropped = d.uint(), d.uint()
 	case recordEvent:
 		if e := d.event(); d.err == nil {
-			st.events.append(e)
+			st.events.add(e) // whoever restores the state has the bounds
 		}
 	default:
 		return fmt.Errorf("%w: record of unknown kind %d", errSnapshotDamage, kind)

@@ -3,57 +3,53 @@ package main
 import (
 	"container/heap"
 	"context"
-	"errors"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 )
 
-// This file hands events to watchers. One goroutine, the hub's, reads what was
-// applied and puts each event into the queues of those who asked for it; it
-// never waits for any of them, and applying never waits for it.
-//
-// A watch starts by reading the window of past events on its own. When it has
-// caught up the hub takes over.
+// This file tells watchers of events. There is no queue for each of them: all
+// read the window of the store, each at its own pace, and a watcher that has
+// read everything arms itself at the hub. One goroutine, the hub's, looks at
+// each new event and wakes those who wait for it. It never waits for a watcher,
+// applying never waits for the hub, and a watcher that does not read costs no
+// memory beyond the window, which is there anyway.
 
-// Bounds of what waits for one watcher. Who falls behind further is ended with
-// an error that says where to resume.
+// What one read returns at most. A watcher keeps these events alive while it
+// writes them, however long that takes.
 const (
-	watchQueueMax      = 4096 // events
-	watchQueueBytesMax = 1 << 20
+	readEventsMax = 256
+	readBytesMax  = 32 << 10 // of keys and values; one larger event makes its own
 )
 
-var (
-	errExpired = errors.New("events after the resource version have left the window")
-	errSlow    = errors.New("the watcher did not keep up")
-)
-
-// hub distributes the events of a store.
+// hub wakes the watchers of a store.
 type hub struct {
 	store *kvstore
 	wake  chan struct{} // holds one token: something was applied
 	busy  atomic.Bool   // somebody waits; without it notify has nothing to do
 
-	mu      sync.Mutex
-	closed  error  // set once run has ended
-	next    uint64 // number of the next event to hand out
-	rv      uint64 // all events up to this version were handed out
-	all     map[*watcher]struct{}
-	keys    map[string]map[*watcher]struct{}
-	prefix  map[string]map[*watcher]struct{}
-	lengths map[int]int // of the prefixes: how many of them
-	waiters versionHeap
+	mu       sync.Mutex
+	closed   error  // set once run has ended
+	next     uint64 // number of the next event to look at
+	rv       uint64 // all events up to this version were looked at
+	armed    int    // watchers in the sets; without any the hub looks at nothing
+	keys     watchSets
+	prefixes watchSets
+	lengths  map[int]int // of the prefixes: how many sets
+	waiters  versionHeap
 }
+
+// watchSets holds the armed watchers by the key or the prefix that they want.
+type watchSets map[string]map[*watcher]struct{}
 
 func newHub(store *kvstore) *hub {
 	return &hub{
-		store:   store,
-		wake:    make(chan struct{}, 1),
-		all:     map[*watcher]struct{}{},
-		keys:    map[string]map[*watcher]struct{}{},
-		prefix:  map[string]map[*watcher]struct{}{},
-		lengths: map[int]int{},
+		store:    store,
+		wake:     make(chan struct{}, 1),
+		keys:     watchSets{},
+		prefixes: watchSets{},
+		lengths:  map[int]int{},
 	}
 }
 
@@ -68,7 +64,7 @@ func (h *hub) notify() {
 	}
 }
 
-// run hands out events until ctx ends. Then every watch ends with it.
+// run wakes watchers until ctx ends. Then every watch ends with it.
 func (h *hub) run(ctx context.Context) error {
 	for {
 		select {
@@ -81,134 +77,125 @@ func (h *hub) run(ctx context.Context) error {
 	}
 }
 
-// distribute hands out all that was applied since the last time.
+// distribute looks at all that was applied since the last time.
 func (h *hub) distribute() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.releaseWaiters(h.store.version())
-	for len(h.all) > 0 {
-		events, ok := h.store.eventsFrom(h.next)
-		if !ok {
-			h.end(errExpired) // a snapshot skipped them
+	for h.armed > 0 {
+		events, _, ok := h.store.eventsFrom(h.next)
+		if !ok { // a snapshot skipped them
+			h.wakeAll()
 			return
 		}
 		if len(events) == 0 {
 			return
 		}
 		for i := range events {
-			h.offer(&events[i])
+			h.look(&events[i])
 		}
 	}
 }
 
-// offer puts the next event into the queues of those who want it.
-func (h *hub) offer(e *event) {
-	n := h.next
+// look wakes those who want the next event.
+func (h *hub) look(e *event) {
+	h.wakeSet(h.keys, e.key)
+	for length := range h.lengths {
+		if length <= len(e.key) {
+			h.wakeSet(h.prefixes, e.key[:length])
+		}
+	}
 	h.next++
 	if e.last {
 		h.rv = e.rv
 	}
-	for w := range h.keys[e.key] {
-		h.enqueue(w, n, e)
+}
+
+func (h *hub) wakeSet(sets watchSets, name string) {
+	for w := range sets[name] {
+		if w.next <= h.next { // otherwise it has read this event already
+			h.disarm(w)
+			w.signal()
+		}
 	}
-	for length := range h.lengths {
-		if length <= len(e.key) {
-			for w := range h.prefix[e.key[:length]] {
-				h.enqueue(w, n, e)
+}
+
+func (h *hub) wakeAll() {
+	for _, sets := range []watchSets{h.keys, h.prefixes} {
+		for name := range sets {
+			for w := range sets[name] {
+				h.disarm(w)
+				w.signal()
 			}
 		}
 	}
 }
 
-func (h *hub) enqueue(w *watcher, n uint64, e *event) {
-	if n < w.next {
-		return // it read this one from the window
-	}
-	if len(w.queue) == watchQueueMax || w.queueSize+e.size() > watchQueueBytesMax && len(w.queue) > 0 {
-		// All events of one version, or none of them.
-		w.queue = slices.DeleteFunc(w.queue, func(q event) bool { return q.rv == e.rv })
-		h.remove(w, errSlow)
-		return
-	}
-	w.queue = append(w.queue, *e)
-	w.queueSize += e.size()
-	w.signal()
-}
-
-// add makes w a live watcher, unless the hub has handed out events that w has
-// not read yet.
-func (h *hub) add(w *watcher) bool {
+// arm makes the hub wake w for the next event that w wants, unless the hub has
+// ended, or has looked at events that w has not read.
+func (h *hub) arm(w *watcher) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.closed != nil {
-		w.live, w.err = true, h.closed
-		return true
-	}
-	if len(h.all) == 0 { // nobody listened, so the hub did not either
+	if h.armed == 0 {
 		h.next, h.rv = w.next, w.rv
 	}
-	if w.next < h.next {
-		return false
-	}
-	h.all[w] = struct{}{}
-	set, name := h.keys, w.key
-	if w.isPrefix {
-		set = h.prefix
-		if set[name] == nil {
-			h.lengths[len(name)]++
-		}
-	}
-	if set[name] == nil {
-		set[name] = map[*watcher]struct{}{}
-	}
-	set[name][w] = struct{}{}
-	w.live = true
-	h.busy.Store(true)
-	h.notify() // what was applied before busy was set
-	return true
-}
-
-// remove ends a live watcher. It still gets what is in its queue.
-func (h *hub) remove(w *watcher, err error) {
-	if _, ok := h.all[w]; !ok {
+	if h.closed != nil || w.next < h.next {
 		return
 	}
-	delete(h.all, w)
-	set := h.keys
-	if w.isPrefix {
-		set = h.prefix
+	sets := h.setsOf(w)
+	set := sets[w.key]
+	if set == nil {
+		set = map[*watcher]struct{}{}
+		sets[w.key] = set
+		if w.isPrefix {
+			h.lengths[len(w.key)]++
+		}
 	}
-	delete(set[w.key], w)
-	if len(set[w.key]) == 0 {
-		delete(set, w.key)
+	set[w] = struct{}{}
+	w.armed, w.caughtUp = true, true
+	h.armed++
+	h.busy.Store(true)
+	h.notify() // what was applied before busy was set
+}
+
+// disarm takes an armed watcher out of its set. It goes on where the hub is.
+func (h *hub) disarm(w *watcher) {
+	sets := h.setsOf(w)
+	delete(sets[w.key], w)
+	if len(sets[w.key]) == 0 {
+		delete(sets, w.key)
 		if w.isPrefix {
 			if h.lengths[len(w.key)]--; h.lengths[len(w.key)] == 0 {
 				delete(h.lengths, len(w.key))
 			}
 		}
 	}
-	w.rv = max(w.rv, h.rv)
-	w.err = err
-	w.signal()
-	h.busy.Store(len(h.all) > 0 || len(h.waiters) > 0)
+	w.armed = false
+	w.next, w.rv = max(w.next, h.next), max(w.rv, h.rv)
+	h.armed--
+	h.updateBusy()
 }
 
-func (h *hub) end(err error) {
-	for w := range h.all {
-		h.remove(w, err)
+func (h *hub) setsOf(w *watcher) watchSets {
+	if w.isPrefix {
+		return h.prefixes
 	}
+	return h.keys
 }
+
+func (h *hub) updateBusy() { h.busy.Store(h.armed > 0 || len(h.waiters) > 0) }
 
 func (h *hub) close(err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.closed = err
-	h.end(err)
-	for _, v := range h.waiters {
+	h.wakeAll()
+	for len(h.waiters) > 0 {
+		v := heap.Pop(&h.waiters).(*versionWaiter)
 		v.err = err
 		close(v.done)
 	}
-	h.waiters = nil
+	h.updateBusy()
 }
 
 // watcher is one watch. Its methods are for one goroutine.
@@ -216,19 +203,19 @@ type watcher struct {
 	hub      *hub
 	key      string
 	isPrefix bool
-	next     uint64 // number of the next event to read from the window
-	wake     chan struct{}
-	live     bool // the hub has taken over
+	patient  bool          // never gets errSlow
+	wake     chan struct{} // holds one token: read may return something new
 
-	// Guarded by hub.mu once it is live.
-	rv        uint64 // it gets no more events up to this version, but for those in queue
-	queue     []event
-	queueSize uint64
-	err       error
+	// The hub's while it is armed, guarded by its mutex, and otherwise the
+	// watcher's.
+	armed    bool
+	caughtUp bool   // it was armed once
+	next     uint64 // number of the next event to read
+	rv       uint64 // it wants no more events up to this version
 }
 
 // watch starts a watch of one key, or of all keys with a prefix, for the events
-// above rv. The caller must close it.
+// above rv, which the store must have reached. The caller must close it.
 func (h *hub) watch(key string, isPrefix bool, rv uint64) (*watcher, error) {
 	n, ok := h.store.seekEvent(rv)
 	if !ok {
@@ -241,7 +228,9 @@ func (h *hub) watch(key string, isPrefix bool, rv uint64) (*watcher, error) {
 func (w *watcher) close() {
 	w.hub.mu.Lock()
 	defer w.hub.mu.Unlock()
-	w.hub.remove(w, nil)
+	if w.armed {
+		w.hub.disarm(w)
+	}
 }
 
 func (w *watcher) signal() {
@@ -251,54 +240,78 @@ func (w *watcher) signal() {
 	}
 }
 
-// read returns the next events, in order, without a gap and never only some of
-// those that share a version; none if there are none at present. Then wake tells
-// when to read again. After each read all events up to version rv were returned.
-// An error is final: no event above rv was returned.
-func (w *watcher) read() (events []event, rv uint64, err error) {
-	if !w.live {
-		events, err = w.readWindow()
-		return events, w.rv, err
+// read returns the next events in buf, in order and without a gap. When there
+// are none at present, wake tells when to read again. last is set in those after
+// which w gets no more events of their version; the others of the version may
+// come with the next read. All events up to version rv were returned.
+//
+// An error is final, and no event comes with it. What a watcher got after rv is
+// an incomplete version.
+func (w *watcher) read(buf []event) (events []event, rv uint64, err error) {
+	for {
+		if armed, rv, err := w.state(); armed || err != nil {
+			return nil, rv, err
+		}
+		events, err := w.scan(buf[:0])
+		if len(events) > 0 || err != nil {
+			return events, w.rv, err
+		}
+		w.hub.arm(w) // if that fails there is more to read
 	}
-	w.hub.mu.Lock()
-	defer w.hub.mu.Unlock()
-	events, w.queue, w.queueSize = w.queue, nil, 0
-	if w.err == nil {
-		w.rv = max(w.rv, w.hub.rv)
-	} else if len(events) == 0 {
-		return nil, w.rv, w.err
-	}
-	return events, w.rv, nil
 }
 
-// readWindow reads past events until there are some that w wants, and makes it
-// live when there are no more.
-func (w *watcher) readWindow() (wanted []event, err error) {
+// state says whether there is nothing to read because the hub has not seen
+// anything for w.
+func (w *watcher) state() (armed bool, rv uint64, err error) {
+	h := w.hub
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if w.armed {
+		w.rv = max(w.rv, h.rv)
+	}
+	return w.armed, w.rv, h.closed
+}
+
+// scan reads the window until it has events enough, or is at the end. It stops
+// within a version only before an event that w wants.
+func (w *watcher) scan(events []event) ([]event, error) {
+	size := uint64(0)
 	for {
-		chunk, ok := w.hub.store.eventsFrom(w.next)
-		if !ok {
+		chunk, aging, ok := w.hub.store.eventsFrom(w.next)
+		switch {
+		case !ok:
+			// What was found of an incomplete version may lack its end.
+			events = slices.DeleteFunc(events, func(e event) bool { return e.rv > w.rv })
+			if len(events) > 0 {
+				return events, nil // the next read fails again
+			}
 			return nil, errExpired
+		case aging && w.caughtUp && !w.patient && len(events) == 0:
+			return nil, errSlow
+		case len(chunk) == 0:
+			return events, nil
 		}
-		if len(chunk) == 0 {
-			if w.hub.add(w) {
-				w.signal() // its queue may hold something already
-				return nil, nil
+		for i := range chunk {
+			e := &chunk[i]
+			full := len(events) >= readEventsMax || size >= readBytesMax
+			if n := len(events); w.wants(e.key) {
+				if n > 0 && events[n-1].rv == e.rv {
+					events[n-1].last = false
+				}
+				if full {
+					return events, nil
+				}
+				events = append(events, *e)
+				events[n].last = true // as far as w is concerned, until another one comes
+				size += e.size()
 			}
-			continue
-		}
-		w.next += uint64(len(chunk))
-		for _, e := range chunk {
-			if w.wants(e.key) {
-				wanted = append(wanted, e)
+			w.next++
+			if e.last {
+				w.rv = e.rv
+				if full {
+					return events, nil
+				}
 			}
-		}
-		newest := chunk[len(chunk)-1]
-		if !newest.last {
-			continue // the rest of its version is in the next chunk
-		}
-		w.rv = newest.rv
-		if len(wanted) > 0 {
-			return wanted, nil
 		}
 	}
 }
@@ -333,6 +346,7 @@ func (h *hub) waitVersion(ctx context.Context, rv uint64) error {
 		defer h.mu.Unlock()
 		if v.place >= 0 {
 			heap.Remove(&h.waiters, v.place)
+			h.updateBusy()
 		}
 		return ctx.Err()
 	}
@@ -342,7 +356,7 @@ func (h *hub) releaseWaiters(rv uint64) {
 	for len(h.waiters) > 0 && h.waiters[0].rv <= rv {
 		close(heap.Pop(&h.waiters).(*versionWaiter).done)
 	}
-	h.busy.Store(len(h.all) > 0 || len(h.waiters) > 0)
+	h.updateBusy()
 }
 
 // versionWaiter waits for a version; versionHeap has the lowest first.

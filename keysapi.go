@@ -1,0 +1,213 @@
+package main
+
+import (
+	"net/http"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// This file is the HTTP front's view of keys as JSON: one item, lists, and the
+// stream that may have a million of them.
+
+// Limits of responses that are written in parts.
+const (
+	streamBufferSize   = 64 << 10
+	streamWriteTimeout = 30 * time.Second // for the client to take a part
+)
+
+var (
+	typeNDJSON  = []string{"application/x-ndjson"}
+	varyAccept  = []string{"Accept"}
+	errNoPrefix = errInvalid.withDetail("a prefix is needed, and not an empty one: that would be every key")
+)
+
+// getItem answers an item as JSON. Unlike GET /{key} it reaches every key with
+// plain escapes, and tells all that is known.
+func (h *httpAPI) getItem(w http.ResponseWriter, r request) error {
+	it, rv, err := h.read(w, r)
+	if err != nil {
+		return err
+	}
+	if isUnchanged(r, it) {
+		writeNotModified(w, it, rv)
+		return nil
+	}
+	setETag(w.Header(), it.rv)
+	setResourceVersion(w.Header(), rv)
+	setExpires(w.Header(), it)
+	writeBody(w, r.Request, http.StatusOK, typeJSON, append(appendItemJSON(nil, r.name, it, false), '\n'))
+	return nil
+}
+
+// listKeys answers items in key order, as one JSON document or, if the client
+// asks for that, as a stream.
+func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
+	p := &r.params
+	asStream := accepts(r.Header, typeNDJSON[0])
+	if !asStream && p.limit > listLimitMax {
+		return errInvalid.withDetail("limit must be at most %d; with Accept: %s there is no limit", listLimitMax, typeNDJSON[0])
+	}
+	if err := h.catchUp(r); err != nil {
+		return err
+	}
+	w.Header()["Vary"] = varyAccept
+	if asStream {
+		return h.streamKeys(w, r)
+	}
+	if p.limit == 0 {
+		p.limit = listLimitDefault
+	}
+	items, rv := h.store.list(p.prefix, p.after, p.limit+1) // one more than asked for tells whether there are more
+	setResourceVersion(w.Header(), rv)
+	s := newStream(w, r, typeJSON)
+	defer s.free()
+	s.buf = append(s.buf, `{"resourceVersion":`...)
+	s.buf = strconv.AppendUint(s.buf, rv, 10)
+	s.buf = append(s.buf, `,"items":[`...)
+	for i, it := range items[:min(len(items), p.limit)] {
+		if i > 0 {
+			s.buf = append(s.buf, ',')
+		}
+		s.buf = appendItemJSON(s.buf, it.key, it.item, p.keysOnly)
+		s.flushLarge()
+	}
+	s.buf = append(s.buf, ']')
+	if len(items) > p.limit {
+		s.buf = append(s.buf, ',')
+		s.buf = appendBytesField(s.buf, "after", items[p.limit-1].key)
+	}
+	s.buf = append(s.buf, "}\n"...)
+	s.end()
+	return nil
+}
+
+// streamKeys answers any number of items, one a line, all as they were at one
+// version. The client knows that it has all of them if the response ends well.
+func (h *httpAPI) streamKeys(w http.ResponseWriter, r request) error {
+	sc, err := h.store.scan(r.params.prefix, r.params.after)
+	if err != nil {
+		return errTooManyRequests.withDetail("%d streams are on their way already, at most that many can be; retry later or at another node", scansMax)
+	}
+	defer sc.close()
+	setResourceVersion(w.Header(), sc.rv)
+	s := newStream(w, r, typeNDJSON)
+	defer s.free()
+	for n := 0; ; {
+		items, err := sc.read()
+		if err != nil {
+			h.logger.Warn("cut off a stream of keys", zap.Error(err))
+			s.abort()
+		}
+		for _, it := range items {
+			if n++; r.params.limit > 0 && n > r.params.limit {
+				items = nil
+				break
+			}
+			s.buf = append(appendItemJSON(s.buf, it.key, it.item, r.params.keysOnly), '\n')
+			s.flushLarge()
+		}
+		if len(items) == 0 || s.isHead {
+			s.end()
+			return nil
+		}
+	}
+}
+
+// deletePrefix deletes all keys with a prefix, at one version.
+func (h *httpAPI) deletePrefix(w http.ResponseWriter, r request) error {
+	switch n := len(r.params.prefix); {
+	case n == 0:
+		return errNoPrefix
+	case n > keySizeMax:
+		return errInvalid.withDetail("the prefix has %d bytes; no key has more than %d", n, keySizeMax)
+	}
+	res, err := h.propose(w, r, command{op: opDeletePrefix, key: r.params.prefix}, "")
+	if err != nil {
+		return err
+	}
+	setResourceVersion(w.Header(), res.rv)
+	if res.status == statusTooMany {
+		return errTooManyKeys.withDetail("more than %d keys have the prefix, and one call deletes at most that many; delete by longer prefixes", deletePrefixMax)
+	}
+	return writeJSON(w, r, struct {
+		Deleted         uint64 `json:"deleted"`
+		ResourceVersion uint64 `json:"resourceVersion"`
+	}{res.count, res.rv})
+}
+
+// stream is a response that is written in large parts. The deadline of the
+// server does not end it, but the client must take each part in time.
+type stream struct {
+	w       http.ResponseWriter
+	control *http.ResponseController
+	isHead  bool
+	began time.Time
+	started bool   // a part was written
+	buf     []byte // append to it, then call flushLarge
+}
+
+var streamBuffers = sync.Pool{New: func() any { return new([]byte) }}
+
+// newStream begins a response. The caller must free the stream.
+func newStream(w http.ResponseWriter, r request, contentType []string) *stream {
+	w.Header()["Content-Type"] = contentType
+	w.Header()["X-Content-Type-Options"] = noSniff
+	return &stream{
+		w:       w,
+		control: http.NewResponseController(w),
+		isHead:  r.Method == http.MethodHead,
+		buf:     *streamBuffers.Get().(*[]byte),
+	}
+}
+
+func (s *stream) free() {
+	if cap(s.buf) <= 2*streamBufferSize { // not one that an extraordinary value has grown
+		s.buf = s.buf[:0]
+		streamBuffers.Put(&s.buf)
+	}
+}
+
+// flushLarge writes what was appended if that is enough for a part.
+func (s *stream) flushLarge() {
+	if len(s.buf) >= streamBufferSize {
+		s.flush()
+	}
+}
+
+func (s *stream) flush() {
+	if !s.isHead {
+		if !s.started {
+			_ = s.control.SetReadDeadline(time.Time{}) // not supported by a test's writer
+			s.started = true
+		}
+		if s.began.IsZero() {
+			s.began=time.Now()
+			}
+		_ = s.control.SetWriteDeadline(time.Now().Add(streamWriteTimeout))
+		if _, err := s.w.Write(s.buf); err != nil {
+			s.abort()
+		}
+		f, _ := strconv.ParseFloat(os.Getenv("PACE"), 64)
+		time.Sleep(time.Duration(f * float64(time.Since(s.began))))
+		s.began = time.Now()
+	}
+	s.buf = s.buf[:0]
+}
+
+// end writes the rest. A response of one part gets its length.
+func (s *stream) end() {
+	if !s.started {
+		s.w.Header()["Content-Length"] = []string{strconv.Itoa(len(s.buf))}
+	}
+	s.flush()
+}
+
+// abort breaks the connection, so that what the client has cannot pass for the
+// whole.
+func (s *stream) abort() {
+	panic(http.ErrAbortHandler)
+}

@@ -1,0 +1,363 @@
+package main
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"math"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// This file reads what a request says beside its path and body: the query and
+// the headers that change what a call does. Both are strict, so that a misspelt
+// condition or deadline does not pass for none.
+
+// Limits of what parameters may ask for.
+const (
+	timeoutMax       = 60 * time.Second
+	ttlMin           = time.Second
+	ttlMax           = 10 * 365 * 24 * time.Hour
+	listLimitDefault = 1000   // items of a JSON list
+	listLimitMax     = 10_000 // beyond it there is the stream
+)
+
+// params are the query parameters of a call.
+type params struct {
+	timeout         time.Duration
+	resourceVersion uint64
+	ttl             time.Duration // 0 = none
+	prefix          string
+	after           string
+	limit           int
+	keysOnly        bool
+	key             string
+	initial         bool
+	duration        time.Duration // of a watch; 0 = no end
+	seen            paramSet
+}
+
+// paramSet is a set of parameters.
+type paramSet uint
+
+const (
+	paramTimeout paramSet = 1 << iota
+	paramResourceVersion
+	paramTTL
+	paramPrefix
+	paramAfter
+	paramLimit
+	paramKeysOnly
+	paramKey
+	paramInitial
+	paramDuration // of a watch, the timeout of which is no deadline for an answer
+)
+
+// paramNames has the name of bit i at i.
+var paramNames = [...]string{"timeout", "resourceVersion", "ttl", "prefix", "after", "limit", "keysOnly", "key", "initial", "timeout"}
+
+// named returns the parameter of a name in the set, or the empty set.
+func (s paramSet) named(name string) paramSet {
+	for i, n := range paramNames {
+		if n == name && s&(1<<i) != 0 {
+			return 1 << i
+		}
+	}
+	return 0
+}
+
+func (s paramSet) String() string {
+	var names []string
+	for i, n := range paramNames {
+		if s&(1<<i) != 0 {
+			names = append(names, n)
+		}
+	}
+	if len(names) == 0 {
+		return "none"
+	}
+	return strings.Join(names, ", ")
+}
+
+// has says whether the query had the parameter.
+func (p *params) has(param paramSet) bool { return p.seen&param != 0 }
+
+// params parses a query.
+func (h *httpAPI) params(query string, allowed paramSet) (params, error) {
+	p := params{timeout: h.timeout}
+	for query != "" {
+		var field string
+		if field, query, _ = strings.Cut(query, "&"); field == "" {
+			continue
+		}
+		if err := p.add(field, allowed); err != nil {
+			return params{}, err
+		}
+	}
+	return p, nil
+}
+
+// add parses one name=value of a query.
+func (p *params) add(field string, allowed paramSet) error {
+	name, value, _ := strings.Cut(field, "=")
+	name, err := url.QueryUnescape(name)
+	if err == nil {
+		value, err = url.QueryUnescape(value)
+	}
+	if err != nil {
+		return errInvalid.withDetail("the query has a malformed escape; write %% as %%25")
+	}
+	param := allowed.named(name)
+	switch {
+	case param == 0:
+		return errInvalid.withDetail("unknown parameter %q; allowed here: %v", name, allowed)
+	case param&p.seen != 0:
+		return errInvalid.withDetail("parameter %q is given twice", name)
+	}
+	p.seen |= param
+	return p.set(param, value)
+}
+
+func (p *params) set(param paramSet, value string) (err error) {
+	switch param {
+	case paramTimeout:
+		p.timeout, err = time.ParseDuration(value)
+		if err != nil || p.timeout <= 0 || p.timeout > timeoutMax {
+			return errInvalid.withDetail("timeout must be a duration such as 500ms or 5s, more than 0 and at most %v", timeoutMax)
+		}
+	case paramResourceVersion:
+		p.resourceVersion, err = strconv.ParseUint(value, 10, 64)
+		if err != nil {
+			return errInvalid.withDetail("resourceVersion must be a decimal number; 0 reads whatever this node has")
+		}
+	case paramTTL:
+		p.ttl, err = parseTTL(value)
+		return err
+	case paramLimit:
+		limit, err := strconv.ParseUint(value, 10, 64)
+		if err != nil || limit == 0 {
+			return errInvalid.withDetail("limit must be a positive number")
+		}
+		p.limit = int(min(limit, math.MaxInt))
+	case paramPrefix:
+		p.prefix = value
+	case paramAfter:
+		p.after = value
+	case paramKey:
+		p.key = value
+	case paramKeysOnly:
+		p.keysOnly, err = parseBool("keysOnly", value)
+	case paramInitial:
+		p.initial, err = parseBool("initial", value)
+	case paramDuration:
+		p.duration, err = time.ParseDuration(value)
+		if err != nil || p.duration <= 0 || p.duration > watchTimeoutMax {
+			return errInvalid.withDetail("timeout must be a duration such as 30s or 1h, more than 0 and at most %v", watchTimeoutMax)
+		}
+	}
+	return err
+}
+
+func parseBool(name, value string) (bool, error) {
+	if value != "true" && value != "false" {
+		return false, errInvalid.withDetail("%s must be true or false", name)
+	}
+	return value == "true", nil
+}
+
+// parseTTL reads how long a key is to live.
+func parseTTL(s string) (time.Duration, error) {
+	ttl, err := time.ParseDuration(s)
+	if err != nil || ttl < ttlMin || ttl > ttlMax {
+		return 0, errInvalid.withDetail("ttl must be a duration such as 30s or 12h, from %v to %v", ttlMin, ttlMax)
+	}
+	return ttl, nil
+}
+
+// deadline returns when a key that is written now expires, in unix
+// milliseconds; 0 = never.
+func deadline(ttl time.Duration) int64 {
+	if ttl == 0 {
+		return 0
+	}
+	return time.Now().Add(ttl).UnixMilli()
+}
+
+// headerSet is a set of request headers that change what a call does.
+type headerSet uint
+
+const (
+	headerIfMatch headerSet = 1 << iota
+	headerIfNoneMatch
+	headerIdempotencyKey
+	headerContentRange // no call takes it, RFC 9110 wants it refused
+	headerLastEventID
+)
+
+// headerNames has the canonical name of bit i at i.
+var headerNames = [...]string{"If-Match", "If-None-Match", "Idempotency-Key", "Content-Range", "Last-Event-Id"}
+
+// refuseHeaders refuses a write that asks for more than its call does.
+func refuseHeaders(header http.Header, allowed headerSet) error {
+	const ofWrites = headerIfMatch | headerIfNoneMatch | headerIdempotencyKey | headerContentRange
+	for i, name := range headerNames {
+		if bit := headerSet(1 << i); bit&ofWrites&^allowed == 0 {
+			continue
+		}
+		if _, ok := header[name]; ok {
+			return errInvalid.withDetail("%s is not supported here, and a write that ignored it could do harm", name)
+		}
+	}
+	return nil
+}
+
+// Conditions (RFC 9110, section 13).
+
+// parseCondition reads under which condition a write is to happen.
+func parseCondition(header http.Header) (condition, error) {
+	match, hasMatch := header["If-Match"]
+	none, hasNone := header["If-None-Match"]
+	switch {
+	case hasMatch && hasNone:
+		return condition{}, errInvalid.withDetail("If-Match and If-None-Match exclude each other")
+	case hasNone:
+		if len(none) != 1 || strings.TrimSpace(none[0]) != "*" {
+			return condition{}, errInvalid.withDetail("a write takes no If-None-Match but *, which means that the key must not exist")
+		}
+		return condition{kind: ifAbsent}, nil
+	case !hasMatch:
+		return condition{}, nil
+	}
+	if len(match) == 1 {
+		tag := strings.TrimSpace(match[0])
+		if tag == "*" {
+			return condition{kind: ifExists}, nil
+		}
+		if opaque, ok := parseStrongTag(tag); ok {
+			return condition{kind: ifMatch, rv: tagVersion(opaque)}, nil
+		}
+	}
+	return condition{}, errInvalid.withDetail(`a write takes one If-Match, either * or one strong ETag in its quotes such as "42"; no list and no weak W/"42"`)
+}
+
+// parseStrongTag returns what is between the quotes of a strong ETag.
+func parseStrongTag(s string) (opaque string, ok bool) {
+	if len(s) < 2 || s[0] != '"' || s[len(s)-1] != '"' {
+		return "", false
+	}
+	opaque = s[1 : len(s)-1]
+	return opaque, !strings.ContainsAny(opaque, "\" \t\x7f")
+}
+
+// tagVersion returns the version that an ETag of ours stands for. For any other
+// it is 0, which no key has.
+func tagVersion(opaque string) uint64 {
+	rv, err := strconv.ParseUint(opaque, 10, 64)
+	if err != nil || opaque[0] == '0' || opaque[0] == '+' {
+		return 0
+	}
+	return rv
+}
+
+// anyTagMatches says whether the version is in the list of ETags of an If-Match
+// or, compared weakly, If-None-Match. What cannot be read matches nothing.
+func anyTagMatches(values []string, rv uint64, weakly bool) bool {
+	for _, list := range values {
+		for {
+			list = strings.TrimLeft(list, ", \t")
+			if strings.HasPrefix(list, "*") {
+				return true
+			}
+			tag, isWeak := strings.CutPrefix(list, "W/")
+			if !strings.HasPrefix(tag, `"`) {
+				break
+			}
+			opaque, rest, ok := strings.Cut(tag[1:], `"`)
+			if !ok {
+				break
+			}
+			if (weakly || !isWeak) && opaque != "" && tagVersion(opaque) == rv {
+				return true
+			}
+			list = rest
+		}
+	}
+	return false
+}
+
+// Retries (draft-ietf-httpapi-idempotency-key-header).
+
+// retryID identifies a write that its client may send again. What makes two
+// requests the same is all that decides what the write does: not the timeout,
+// nor the time.
+func (r *request) retryID(c condition, body string) (retryID, error) {
+	values, ok := r.Header["Idempotency-Key"]
+	if !ok {
+		return retryID{}, nil
+	}
+	key := ""
+	if len(values) == 1 {
+		key = parseRetryKey(strings.TrimSpace(values[0]))
+	}
+	if key == "" {
+		return retryID{}, errInvalid.withDetail("Idempotency-Key must be given once and have 1 to %d printable ASCII characters", idempotencyKeySizeMax)
+	}
+	digest := sha256.New()
+	var n [8]byte
+	for _, field := range []string{r.Method, r.route.path, r.name, r.params.prefix, r.params.ttl.String(), string(rune('0' + c.kind)), strconv.FormatUint(c.rv, 10), body} {
+		binary.LittleEndian.PutUint64(n[:], uint64(len(field)))
+		digest.Write(n[:])
+		digest.Write([]byte(field))
+	}
+	id := retryID{key: key}
+	copy(id.digest[:], digest.Sum(nil))
+	return id, nil
+}
+
+// parseRetryKey returns the key that a header value spells, or nothing if it is
+// malformed. The draft wants a structured string (RFC 9651, section 3.3.3), in
+// quotes; most clients send it bare.
+func parseRetryKey(s string) string {
+	if strings.HasPrefix(s, `"`) {
+		s = unquote(s)
+	}
+	if len(s) > idempotencyKeySizeMax || strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c > '~' }) {
+		return ""
+	}
+	return s
+}
+
+// unquote takes a structured string out of its quotes.
+func unquote(s string) string {
+	var b strings.Builder
+	for i := 1; i < len(s); i++ {
+		switch c := s[i]; {
+		case c == '"' && i == len(s)-1:
+			return b.String()
+		case c == '"':
+			return "" // something follows
+		case c == '\\':
+			if i++; i == len(s) || s[i] != '"' && s[i] != '\\' {
+				return ""
+			}
+		}
+		b.WriteByte(s[i])
+	}
+	return "" // no closing quote
+}
+
+// accepts says whether the client names the media type. Which is all the
+// negotiation there is: nobody gets a stream who did not ask for it.
+func accepts(header http.Header, mediaType string) bool {
+	for _, value := range header["Accept"] {
+		for part := range strings.SplitSeq(value, ",") {
+			part, _, _ = strings.Cut(part, ";")
+			if strings.EqualFold(strings.TrimSpace(part), mediaType) {
+				return true
+			}
+		}
+	}
+	return false
+}

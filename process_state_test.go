@@ -1,0 +1,343 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net/http"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+
+	"raftrv/internal/proc"
+)
+
+// These tests move whole states: through a restart, and to a node that has fallen behind.
+
+// oddKeys are keys as clients may spell them, and their bytes.
+var oddKeys = []struct{ spelt, key string }{
+	{"a/b//c", "a/b//c"},
+	{"..", ".."},
+	{"%2e%2e/x", "../x"},
+	{"a%00b", "a\x00b"},
+	{"%3Fx", "?x"},
+	{"%ff%FEq%c3%28", "\xff\xfeq\xc3\x28"},
+	{"%2D/v1/status", "-/v1/status"},
+	{strings.Repeat("k", 4096), strings.Repeat("k", 4096)},
+	{strings.Repeat("%e2", 4096), strings.Repeat("\xe2", 4096)},
+}
+
+// oddValue has every byte, in an order of its own for each key.
+func oddValue(i int) string {
+	v := make([]byte, 0, 4*256)
+	for b := range cap(v) {
+		v = append(v, byte(b*(2*i+1)))
+	}
+	return string(v) + "\x00\x00\xff\xfe\xed\xa0\x80" + strings.Repeat("\x00", i)
+}
+
+// everyByte spells a key with each byte escaped, which is another spelling than that of oddKeys.
+func everyByte(key string) string {
+	var b strings.Builder
+	for _, c := range []byte(key) {
+		fmt.Fprintf(&b, "%%%02X", c)
+	}
+	return b.String()
+}
+
+// TestProcess_RawBytesSurvive: keys and values come back byte for byte, from a streamed snapshot as well as
+// from a restart.
+func TestProcess_RawBytesSurvive(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{Args: []string{"--snapshot-bytes", strconv.Itoa(4 << 20)}})
+	behind := c.Nodes[2]
+	c.stop(behind)
+	l := c.client(c.Nodes[0])
+	var rv uint64
+	for i, k := range oddKeys {
+		r := l.do(http.MethodPut, l.node.URL()+"/"+k.spelt, oddValue(i))
+		if r.err != nil || r.status != http.StatusCreated {
+			t.Fatalf("PUT %.20q: %d %s %v", k.spelt, r.status, r.body, r.err)
+		}
+		rv = r.rv()
+	}
+	for path, want := range map[string]int{
+		"/":                             http.StatusMethodNotAllowed, // the empty key
+		"/" + strings.Repeat("k", 4097): http.StatusBadRequest,
+		"/-/anything":                   http.StatusNotFound,
+	} {
+		r := l.do(http.MethodPut, l.node.URL()+path, "v")
+		if r.status != want || r.problem.Detail == "" || r.problem.Outcome != notApplied {
+			t.Errorf("PUT %.20q: %d %s, want %d and a reason", path, r.status, r.body, want)
+		}
+	}
+	c.fill(24<<20, 64<<10)
+
+	must(t, behind.Start())
+	c.checkOddKeys(behind, rv)
+	wantInstalled(t, behind)
+	c.kill(c.Nodes...)
+	c.start()
+	for _, n := range c.Nodes {
+		c.checkOddKeys(n, rv)
+	}
+}
+
+// checkOddKeys reads the odd keys from what one node has.
+func (c *liveCluster) checkOddKeys(n *proc.Node, rv uint64) {
+	c.t.Helper()
+	must(c.t, n.WaitReady(c.context()))
+	l := c.client(n)
+	defer l.close()
+	if got := l.version(); got < rv {
+		c.t.Errorf("node %d has version %d, want at least %d", n.ID, got, rv)
+	}
+	for i, k := range oddKeys {
+		r := l.do(http.MethodGet, n.URL()+"/"+everyByte(k.key)+"?resourceVersion=0", "")
+		if r.status != http.StatusOK || string(r.body) != oddValue(i) {
+			c.t.Errorf("node %d: GET %.20q: %d %.60q %v", n.ID, k.key, r.status, r.body, r.err)
+		}
+	}
+}
+
+// fill writes so many bytes of log, over few keys.
+func (c *liveCluster) fill(bytes, valueSize int) {
+	c.t.Helper()
+	const keys = 256
+	leader := c.leader()
+	value := strings.Repeat("f", valueSize)
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			l := c.client(leader)
+			defer l.close()
+			for i := next.Add(1); i <= int64(bytes/valueSize); i = next.Add(1) {
+				r := l.raw(http.MethodPut, fmt.Sprint("fill/", i%keys), "", value)
+				if r.err != nil || r.status/100 != 2 {
+					c.t.Errorf("PUT: %d %s %v", r.status, r.body, r.err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// wantInstalled checks that the node's state came as a snapshot and not as log entries.
+func wantInstalled(t *testing.T, n *proc.Node) {
+	t.Helper()
+	b, err := os.ReadFile(n.LogFile)
+	must(t, err)
+	if !bytes.Contains(b, []byte("installed snapshot")) {
+		t.Errorf("node %d got no snapshot; is the test too small?", n.ID)
+	}
+}
+
+// TestProcess_FarBehind: a node that misses a gigabyte of log gets it as a snapshot, and nobody else notices.
+func TestProcess_FarBehind(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{Args: []string{"--snapshot-bytes", strconv.Itoa(sized(8<<20, 64<<20))}})
+	behind := c.others(c.leader())[0]
+	c.stop(behind)
+	start := time.Now()
+	size := sized(48<<20, 1<<30+1<<28)
+	c.fill(size, sized(64<<10, 1<<20))
+	t.Logf("%d MiB of log written in %v", size>>20, time.Since(start).Round(time.Second))
+	c.catchUp(behind)
+}
+
+// TestProcess_ManyKeys: a state of very many keys arrives as a snapshot, and nobody else notices.
+func TestProcess_ManyKeys(t *testing.T) {
+	if !*heavy {
+		t.Skip("needs -heavy; TestProcess_FarBehind is the same with few keys")
+	}
+	const keys = 1_000_000
+	c := newLiveCluster(t, proc.Options{})
+	behind := c.others(c.leader())[0]
+	c.stop(behind)
+	start := time.Now()
+	var next atomic.Int64
+	value := strings.Repeat("v", 64)
+	many := func(l *liveClient) {
+		i := next.Add(1)
+		if i > keys {
+			return
+		}
+		r := l.raw(http.MethodPut, fmt.Sprintf("many/%07d", i), "", value)
+		if r.err != nil || r.status != http.StatusCreated {
+			t.Errorf("PUT: %d %s %v", r.status, r.body, r.err)
+		}
+	}
+	load := c.load(128, c.others(behind), many)
+	for next.Load() <= keys {
+		time.Sleep(10 * time.Millisecond)
+	}
+	load.stop()
+	took := time.Since(start)
+	t.Logf("%d keys written in %v, %.0f/s", keys, took.Round(time.Second), keys/took.Seconds())
+	c.catchUp(behind)
+	l := c.client(behind)
+	for i := 1; i <= keys; i += keys / 1000 {
+		if r := l.raw(http.MethodGet, fmt.Sprintf("many/%07d", i), "?resourceVersion=0", ""); r.status != http.StatusOK || string(r.body) != value {
+			t.Errorf("GET of key %d: %d %.60s %v", i, r.status, r.body, r.err)
+		}
+	}
+}
+
+// catchUp starts a node and waits until it has everything, while clients of the others go on.
+func (c *liveCluster) catchUp(n *proc.Node) {
+	c.t.Helper()
+	leader := c.leader()
+	term := func() uint64 {
+		s, err := leader.Status(c.context())
+		must(c.t, err)
+		return s.Term
+	}
+	before := term()
+	want := c.client(leader).version()
+	load := c.load(4, c.others(n), func(l *liveClient) {
+		if o := l.putNew(); o.outcome != liveDone {
+			c.t.Errorf("failed while another node catches up: %v", o)
+		}
+	})
+	c.waitForAcks(100)
+	alone := c.history.longestSince(0)
+
+	began := c.history.now()
+	must(c.t, n.Start())
+	c.eventually(func() error {
+		s, err := n.Status(c.context())
+		if err == nil && s.ResourceVersion < want {
+			err = fmt.Errorf("node %d is at version %d, want %d", n.ID, s.ResourceVersion, want)
+		}
+		return err
+	})
+	took := c.history.now() - began
+	must(c.t, n.WaitReady(c.context()))
+	c.waitForAcks(100)
+	load.stop()
+	if after := term(); after != before {
+		c.t.Errorf("the leader changed: term %d, then %d", before, after)
+	}
+	wantInstalled(c.t, n)
+	c.t.Logf("caught up within %v; slowest of the others' writes %v, before that %v; most memory: node that caught up %d MiB, leader %d MiB",
+		took.Round(time.Millisecond), c.history.longestSince(began).Round(time.Millisecond), alone.Round(time.Millisecond),
+		peakMemory(n)>>20, peakMemory(leader)>>20)
+	c.readBack()
+	if err := c.history.checkVersions(0, 0); err != nil {
+		c.t.Error(err)
+	}
+}
+
+// peakMemory returns the most memory that a process has ever had, in bytes; 0 where nobody counts.
+func peakMemory(n *proc.Node) int {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", n.PID()))
+	if err != nil {
+		return 0
+	}
+	_, rest, _ := strings.Cut(string(b), "VmHWM:")
+	var kilobytes int
+	_, _ = fmt.Sscan(rest, &kilobytes)
+	return kilobytes << 10
+}
+
+// TestServe_LeavesNoGoroutines runs three nodes inside this process, where goroutines can be counted: requests
+// that fail for want of a majority leave none behind, and neither does a node that has stopped.
+func TestServe_LeavesNoGoroutines(t *testing.T) {
+	ports, err := proc.NewCluster(proc.Options{Binary: os.Args[0], Dir: t.TempDir()}) // only its ports
+	must(t, err)
+	t.Cleanup(func() { _ = ports.Stop() }) // nothing was started
+	var urls []string
+	for _, n := range ports.Nodes {
+		urls = append(urls, n.RaftURL())
+	}
+	before := runtime.NumGoroutine()
+	type served struct {
+		stop func()
+		done chan error
+	}
+	var nodes []served
+	for _, n := range ports.Nodes {
+		cfg := configOf(t, "--id", strconv.Itoa(n.ID), "--cluster", strings.Join(urls, ","),
+			"--port", strconv.Itoa(n.HTTPPort), "--data-dir", n.DataDir)
+		ctx, stop := context.WithCancel(t.Context())
+		s := served{stop, make(chan error, 1)}
+		go func() { s.done <- serve(ctx, cfg, zap.NewNop()) }()
+		nodes = append(nodes, s)
+	}
+	stop := func(s served) {
+		t.Helper()
+		s.stop()
+		if err := <-s.done; err != nil {
+			t.Error(err)
+		}
+	}
+
+	client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	put := func(timeout time.Duration) int {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPut,
+			fmt.Sprintf("%s/k?timeout=%s", ports.Nodes[2].URL(), timeout), strings.NewReader("v"))
+		must(t, err)
+		res, err := client.Do(req)
+		if err != nil {
+			return 0
+		}
+		_ = res.Body.Close() // only the status matters
+		return res.StatusCode
+	}
+	waitUntil(t, func() error {
+		if code := put(time.Second); code/100 != 2 {
+			return fmt.Errorf("PUT: %d", code)
+		}
+		return nil
+	})
+	stop(nodes[0])
+	stop(nodes[1])
+	goroutines := func(most int) func() error {
+		return func() error {
+			client.CloseIdleConnections()
+			if n := runtime.NumGoroutine(); n > most {
+				buf := make([]byte, 1<<20)
+				return fmt.Errorf("%d goroutines, want at most %d\n%s", n, most, buf[:runtime.Stack(buf, true)])
+			}
+			return nil
+		}
+	}
+	put(500 * time.Millisecond) // by then the node has noticed
+	idle := runtime.NumGoroutine()
+	var wg sync.WaitGroup
+	var codes [600]atomic.Int64
+	for range 1000 {
+		wg.Go(func() { codes[put(500*time.Millisecond)].Add(1) })
+	}
+	wg.Wait()
+	if refused, open := codes[503].Load(), codes[504].Load(); refused+open != 1000 {
+		t.Errorf("%d times 503 and %d times 504, want 1000 together", refused, open)
+	}
+	const slack = 10 // connections to nodes that are down come and go
+	waitUntil(t, goroutines(idle+slack))
+	stop(nodes[2])
+	waitUntil(t, goroutines(before+slack/2))
+}
+
+// waitUntil waits until check returns nil.
+func waitUntil(t *testing.T, check func() error) {
+	t.Helper()
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}

@@ -1,0 +1,360 @@
+package main
+
+import (
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"strings"
+	"unicode/utf8"
+)
+
+// This file is the HTTP front of transactions: JSON in, JSON out.
+
+// txnBodySizeMax bounds the JSON of a transaction, in bytes.
+const txnBodySizeMax = 4 << 20
+
+// txnBody is a transaction as a client writes it. The parts are decoded one by
+// one, so that an error can say where it is.
+type txnBody struct {
+	If   []json.RawMessage `json:"if"`
+	Then []json.RawMessage `json:"then"`
+	Else []json.RawMessage `json:"else"`
+}
+
+type comparisonBody struct {
+	Key                    *string `json:"key"`
+	KeyBase64              *string `json:"keyBase64"`
+	ResourceVersion        *uint64 `json:"resourceVersion"`
+	CreatedResourceVersion *uint64 `json:"createdResourceVersion"`
+	Exists                 *bool   `json:"exists"`
+	Value                  *string `json:"value"`
+	ValueBase64            *string `json:"valueBase64"`
+}
+
+type operationBody struct {
+	Op          string  `json:"op"`
+	Key         *string `json:"key"`
+	KeyBase64   *string `json:"keyBase64"`
+	Value       *string `json:"value"`
+	ValueBase64 *string `json:"valueBase64"`
+	TTL         *string `json:"ttl"`
+}
+
+// postTxn carries out a transaction.
+func (h *httpAPI) postTxn(w http.ResponseWriter, r request) error {
+	body, err := readBody(r.Request, txnBodySizeMax)
+	if err != nil {
+		return err
+	}
+	t, err := parseTxn(body, h.valueSizeMax)
+	if err != nil {
+		return err
+	}
+	res, err := h.propose(w, r, command{op: opTxn, value: t.encode()}, body)
+	if err != nil {
+		return err
+	}
+	setResourceVersion(w.Header(), res.rv)
+	if res.status == statusTooMany {
+		return errResultTooLarge.withDetail("the values to get have more than %d bytes; get fewer in one transaction", txnResultMax)
+	}
+	s := newStream(w, r, typeJSON)
+	defer s.free()
+	ops := t.then
+	if res.status == statusFailed {
+		ops = t.otherwise
+	}
+	s.buf = append(s.buf, `{"succeeded":`...)
+	s.buf = strconv.AppendBool(s.buf, res.status == statusSucceeded)
+	s.buf = append(s.buf, `,"resourceVersion":`...)
+	s.buf = strconv.AppendUint(s.buf, res.rv, 10)
+	s.buf = append(s.buf, `,"results":[`...)
+	for i := range res.ops {
+		if i > 0 {
+			s.buf = append(s.buf, ',')
+		}
+		s.buf = appendOpResult(s.buf, &ops[i], &res.ops[i], res.rv)
+		s.flushLarge()
+	}
+	s.buf = append(s.buf, "]}\n"...)
+	s.end()
+	return nil
+}
+
+// appendOpResult appends what became of one operation.
+func appendOpResult(buf []byte, c *command, r *opResult, rv uint64) []byte {
+	buf = append(buf, `{"op":"`...)
+	buf = append(buf, opNames[c.op]...)
+	buf = append(buf, `",`...)
+	buf = appendBytesField(buf, "key", c.key)
+	switch c.op {
+	case opPut:
+		buf = append(buf, `,"resourceVersion":`...)
+		buf = strconv.AppendUint(buf, rv, 10)
+		buf = append(buf, `,"created":`...)
+		buf = strconv.AppendBool(buf, r.status == statusCreated)
+	case opDelete:
+		buf = append(buf, `,"deleted":`...)
+		buf = strconv.AppendBool(buf, r.status == statusDeleted)
+	default:
+		buf = append(buf, `,"item":`...)
+		if r.status == statusFound {
+			buf = appendItemJSON(buf, c.key, r.item, false)
+		} else {
+			buf = append(buf, "null"...)
+		}
+	}
+	return append(buf, '}')
+}
+
+var opNames = map[op]string{opPut: "put", opDelete: "delete", opGet: "get"}
+
+// parseTxn reads a transaction.
+func parseTxn(body string, valueSizeMax int) (t txn, err error) {
+	if !utf8.ValidString(body) || hasLoneSurrogate(body) {
+		return txn{}, errInvalid.withDetail("the body is not Unicode text; keys and values of other bytes go into keyBase64 and valueBase64")
+	}
+	var b txnBody
+	if err := decodeStrictly([]byte(body), &b); err != nil {
+		return txn{}, txnError("", err)
+	}
+	for _, list := range []struct {
+		name  string
+		parts []json.RawMessage
+	}{{"if", b.If}, {"then", b.Then}, {"else", b.Else}} {
+		if len(list.parts) > txnOpsMax {
+			return txn{}, errInvalid.withDetail("%s: %d entries; at most %d are taken", list.name, len(list.parts), txnOpsMax)
+		}
+	}
+	p := txnParser{valueSizeMax: valueSizeMax}
+	for i, part := range b.If {
+		t.compare = append(t.compare, p.comparison(fmt.Sprintf("if[%d]", i), part))
+	}
+	t.then = p.operations("then", b.Then)
+	t.otherwise = p.operations("else", b.Else)
+	return t, p.err
+}
+
+// txnParser keeps the first error.
+type txnParser struct {
+	valueSizeMax int
+	err          error
+}
+
+func (p *txnParser) fail(place, format string, args ...any) {
+	if p.err == nil {
+		p.err = errInvalid.withDetail("%s: %s", place, fmt.Sprintf(format, args...))
+	}
+}
+
+func (p *txnParser) decode(place string, part json.RawMessage, v any) {
+	if err := decodeStrictly(part, v); err != nil && p.err == nil {
+		p.err = txnError(place, err)
+	}
+}
+
+func (p *txnParser) comparison(place string, part json.RawMessage) comparison {
+	var b comparisonBody
+	p.decode(place, part, &b)
+	c := comparison{key: p.key(place, b.Key, b.KeyBase64)}
+	n := 0
+	if b.ResourceVersion != nil {
+		c.kind, c.rv = byVersion, *b.ResourceVersion
+		n++
+	}
+	if b.CreatedResourceVersion != nil {
+		c.kind, c.rv = byCreated, *b.CreatedResourceVersion
+		n++
+	}
+	if b.Exists != nil {
+		c.kind = byAbsent
+		if *b.Exists {
+			c.kind = byExists
+		}
+		n++
+	}
+	if b.Value != nil || b.ValueBase64 != nil {
+		c.kind, c.value = byValue, p.bytes(place+".value", b.Value, b.ValueBase64)
+		n++
+	}
+	if n != 1 {
+		p.fail(place, "exactly one of resourceVersion, createdResourceVersion, exists, value and valueBase64 is needed")
+	}
+	return c
+}
+
+// operations reads the operations of one branch.
+func (p *txnParser) operations(branch string, parts []json.RawMessage) []command {
+	var ops []command
+	written := map[string]int{} // key: which operation writes it
+	for i, part := range parts {
+		place := fmt.Sprintf("%s[%d]", branch, i)
+		c := p.operation(place, part)
+		if c.op != opGet {
+			if first, twice := written[c.key]; twice {
+				p.fail(place+".key", "%s[%d] writes this key already", branch, first)
+			}
+			written[c.key] = i
+		}
+		ops = append(ops, c)
+		if p.err != nil {
+			return nil
+		}
+	}
+	return ops
+}
+
+func (p *txnParser) operation(place string, part json.RawMessage) command {
+	var b operationBody
+	p.decode(place, part, &b)
+	c := command{key: p.key(place, b.Key, b.KeyBase64)}
+	hasValue := b.Value != nil || b.ValueBase64 != nil
+	switch b.Op {
+	case "put":
+		c.op = opPut
+		if !hasValue {
+			p.fail(place+".value", "a put needs value or valueBase64")
+		}
+		c.value = p.bytes(place+".value", b.Value, b.ValueBase64)
+		c.expires = p.deadline(place+".ttl", b.TTL)
+		return c
+	case "delete":
+		c.op = opDelete
+	case "get":
+		c.op = opGet
+	default:
+		p.fail(place+".op", "must be put, delete or get, not %q", b.Op)
+	}
+	if hasValue {
+		p.fail(place+".value", "only a put has a value")
+	}
+	if b.TTL != nil {
+		p.fail(place+".ttl", "only a put has a ttl")
+	}
+	return c
+}
+
+func (p *txnParser) key(place string, text, encoded *string) string {
+	key := p.bytes(place+".key", text, encoded)
+	if len(key) == 0 || len(key) > keySizeMax {
+		p.fail(place+".key", "has %d bytes; it must have 1 to %d", len(key), keySizeMax)
+	}
+	return key
+}
+
+// bytes reads a field that has one name for text and another for base64.
+func (p *txnParser) bytes(place string, text, encoded *string) string {
+	s := ""
+	switch {
+	case text != nil && encoded != nil:
+		p.fail(place, "is given twice, as text and as base64")
+	case text != nil:
+		s = *text
+	case encoded != nil:
+		b, err := base64.StdEncoding.DecodeString(*encoded)
+		if err != nil {
+			p.fail(place+"Base64", "is not base64")
+		}
+		s = string(b)
+	}
+	if len(s) > p.valueSizeMax && p.err == nil { // a key has its own limit, below this one
+		p.err = errTooLarge.withDetail("%s: has %d bytes; at most %d are taken", place, len(s), p.valueSizeMax)
+	}
+	return s
+}
+
+func (p *txnParser) deadline(place string, text *string) int64 {
+	if text == nil {
+		return 0
+	}
+	ttl, err := parseTTL(*text)
+	if err != nil {
+		p.fail(place, "%s", errorDetail(err))
+	}
+	return deadline(ttl)
+}
+
+func errorDetail(err error) string {
+	if e, ok := errors.AsType[*apiError](err); ok {
+		return e.detail
+	}
+	return err.Error()
+}
+
+// decodeStrictly decodes one JSON document and refuses fields that v lacks.
+func decodeStrictly(data []byte, v any) error {
+	d := json.NewDecoder(strings.NewReader(string(data)))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return err
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return errors.New("more than one JSON document")
+	}
+	return nil
+}
+
+// txnError says in our words what is wrong with the JSON at a place.
+func txnError(place string, err error) error {
+	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+		if e.Field != "" {
+			place = strings.TrimPrefix(place+"."+e.Field, ".")
+		}
+		return errInvalid.withDetail("%s: a JSON %s is no %v", placeName(place), e.Value, e.Type)
+	}
+	return errInvalid.withDetail("%s: %s", placeName(place), strings.TrimPrefix(err.Error(), "json: "))
+}
+
+// placeName names a place in a transaction.
+func placeName(place string) string {
+	if place == "" {
+		return "the body"
+	}
+	return place
+}
+
+// hasLoneSurrogate says whether JSON has an escape that is half a character.
+// Decoding it would silently give another one.
+func hasLoneSurrogate(s string) bool {
+	for {
+		i := strings.IndexByte(s, '\\')
+		if i < 0 || i+1 == len(s) {
+			return false
+		}
+		s = s[i+1:]
+		first, rest := unicodeEscape(s)
+		switch {
+		case 0xdc00 <= first && first < 0xe000:
+			return true
+		case 0xd800 <= first && first < 0xdc00:
+			if !strings.HasPrefix(rest, `\`) {
+				return true
+			}
+			if second, _ := unicodeEscape(rest[1:]); second < 0xdc00 || second >= 0xe000 {
+				return true
+			}
+			rest = rest[6:]
+		}
+		s = rest
+	}
+}
+
+// unicodeEscape returns the number in what follows a backslash, 0 if it is
+// another kind of escape, and what follows it.
+func unicodeEscape(s string) (n uint64, rest string) {
+	if s == "" {
+		return 0, ""
+	}
+	if s[0] != 'u' || len(s) < 5 {
+		return 0, s[1:]
+	}
+	n, err := strconv.ParseUint(s[1:5], 16, 16)
+	if err != nil {
+		return 0, s[1:] // malformed, as the decoder will say
+	}
+	return n, s[5:]
+}

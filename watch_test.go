@@ -1,0 +1,697 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// watchRig is a store whose writes come from a test, and its hub.
+type watchRig struct {
+	t     testing.TB
+	store *kvstore
+	hub   *hub
+
+	mu      sync.Mutex // one writer at a time
+	index   uint64
+	history watchHistory
+	record  bool
+}
+
+func newWatchRig(t testing.TB) *watchRig {
+	store := newKVStore()
+	return &watchRig{t: t, store: store, hub: newHub(store), record: true}
+}
+
+// run runs the hub until the test ends.
+func (r *watchRig) run() {
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = r.hub.run(ctx) })
+	r.t.Cleanup(func() {
+		cancel()
+		wg.Wait()
+	})
+}
+
+// apply applies a batch of commands and tells the hub.
+func (r *watchRig) apply(commands ...command) []result {
+	r.t.Helper()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var data []byte
+	for i := range commands {
+		data = commands[i].appendTo(data)
+	}
+	r.index++
+	before := r.store.state.events.end()
+	var out []result
+	h := batchHeader{session: 1, seq: r.index, time: int64(r.index)}
+	if _, err := r.store.apply(r.index, 1, h, data, &out); err != nil {
+		r.t.Fatal(err)
+	}
+	for r.record {
+		events, _, ok := r.store.eventsFrom(before)
+		if !ok {
+			r.t.Fatal("events left the window before they were recorded")
+		}
+		if len(events) == 0 {
+			break
+		}
+		before += uint64(len(events))
+		for _, e := range events {
+			r.history.messages = append(r.history.messages, messageOf(e))
+		}
+	}
+	r.hub.notify()
+	return out
+}
+
+func (r *watchRig) put(key, value string) uint64 {
+	r.t.Helper()
+	return r.apply(command{op: opPut, key: key, value: value})[0].rv
+}
+
+// fill puts n keys, some in each batch.
+func (r *watchRig) fill(prefix string, n int) {
+	r.t.Helper()
+	for i := 0; i < n; i += 1000 {
+		var batch []command
+		for j := i; j < min(i+1000, n); j++ {
+			batch = append(batch, command{op: opPut, key: fmt.Sprintf("%s%06d", prefix, j), value: "v"})
+		}
+		r.apply(batch...)
+	}
+}
+
+func (r *watchRig) watch(key string, isPrefix bool, rv uint64) *watcher {
+	r.t.Helper()
+	w, err := r.hub.watch(key, isPrefix, rv)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(w.close)
+	return w
+}
+
+// drain reads until there is nothing at present, and shows what came: key@rv,
+// with a + if more of the version follow.
+func drain(w *watcher) (got []string, rv uint64, err error) {
+	for {
+		events, rv, err := w.read(nil)
+		if len(events) == 0 {
+			return got, rv, err
+		}
+		for _, e := range events {
+			s := fmt.Sprintf("%s@%d", e.key, e.rv)
+			if !e.last {
+				s += "+"
+			}
+			got = append(got, s)
+		}
+	}
+}
+
+func wantDrained(t *testing.T, w *watcher, rv uint64, want ...string) {
+	t.Helper()
+	got, gotRV, err := drain(w)
+	if err != nil || !slices.Equal(got, want) || gotRV != rv {
+		t.Errorf("read %v up to %d, %v; want %v up to %d", got, gotRV, err, want, rv)
+	}
+}
+
+func TestHub_StartInThePast(t *testing.T) {
+	r := newWatchRig(t)
+	for _, key := range []string{"a", "b", "c", "a"} {
+		r.put(key, "v")
+	}
+	wantDrained(t, r.watch("", true, 0), 4, "a@1", "b@2", "c@3", "a@4")
+	wantDrained(t, r.watch("", true, 2), 4, "c@3", "a@4")
+	wantDrained(t, r.watch("a", false, 1), 4, "a@4")
+	wantDrained(t, r.watch("b", false, 2), 4)
+	wantDrained(t, r.watch("", true, 4), 4)
+}
+
+func TestHub_Filter(t *testing.T) {
+	r := newWatchRig(t)
+	for _, key := range []string{"a", "ab", "abc", "b", "\xff", "\xff\xff", "ab/"} {
+		r.put(key, "v")
+	}
+	check := func(stage string, from uint64) {
+		for filter, want := range map[string][]string{
+			"a": {"a"}, "ab": {"ab"}, "x": {}, "\xff": {"\xff"},
+		} {
+			got, _, err := drain(r.watch(filter, false, from))
+			if err != nil || len(got) != len(want) {
+				t.Errorf("%s: key %q got %v, %v", stage, filter, got, err)
+			}
+		}
+		for filter, want := range map[string]int{"": 7, "a": 4, "ab": 3, "abc": 1, "abcd": 0, "\xff": 2} {
+			got, _, err := drain(r.watch(filter, true, from))
+			if err != nil || len(got) != want {
+				t.Errorf("%s: prefix %q got %v, %v", stage, filter, got, err)
+			}
+		}
+	}
+	check("past", 0)
+
+	// The same, live.
+	type filter struct {
+		key      string
+		isPrefix bool
+	}
+	live := map[filter]*watcher{}
+	for _, key := range []string{"", "a", "ab", "abc", "abcd", "x", "\xff"} {
+		for _, isPrefix := range []bool{true, false} {
+			w := r.watch(key, isPrefix, 7)
+			wantDrained(t, w, 7)
+			live[filter{key, isPrefix}] = w
+		}
+	}
+	for _, key := range []string{"a", "ab", "abc", "b", "\xff", "\xff\xff", "ab/"} {
+		r.put(key, "w")
+		r.hub.distribute()
+	}
+	for f, w := range live {
+		past, _, err := drain(r.watch(f.key, f.isPrefix, 7))
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantDrained(t, w, 14, past...)
+	}
+}
+
+// TestHub_Armed: what the hub does with those that have read everything.
+func TestHub_Armed(t *testing.T) {
+	r := newWatchRig(t)
+	r.put("a", "1")
+	w, other := r.watch("a", false, 1), r.watch("b", false, 1)
+	wantDrained(t, w, 1)
+	wantDrained(t, other, 1)
+	if r.hub.armed != 2 {
+		t.Fatalf("%d armed", r.hub.armed)
+	}
+	r.put("c", "1")
+	wantDrained(t, w, 1) // the hub has not looked yet
+	r.hub.distribute()
+	wantDrained(t, w, 2) // it has
+	if len(w.wake) != 0 {
+		t.Error("woken by a key that it does not want")
+	}
+	r.put("a", "2")
+	r.put("a", "3")
+	r.hub.distribute()
+	if len(w.wake) != 1 || r.hub.armed != 1 {
+		t.Errorf("%d wakes, %d armed", len(w.wake), r.hub.armed)
+	}
+	r.put("a", "4") // while it is not armed
+	wantDrained(t, w, 5, "a@3", "a@4", "a@5")
+	r.hub.distribute()
+	wantDrained(t, w, 5)
+	w.close()
+	other.close()
+	other.close() // again
+	if h := r.hub; h.armed != 0 || len(h.keys) != 0 || len(h.prefixes) != 0 || len(h.lengths) != 0 || h.busy.Load() {
+		t.Errorf("after close: %d armed, %v %v %v", h.armed, h.keys, h.prefixes, h.lengths)
+	}
+}
+
+// TestHub_ArmBehindAndAhead: two watchers that are not equally far, around what
+// the hub has looked at.
+func TestHub_ArmBehindAndAhead(t *testing.T) {
+	r := newWatchRig(t)
+	first := r.watch("x", false, 0)
+	wantDrained(t, first, 0)
+	second := r.watch("", true, 0)
+	r.put("a", "1")
+	wantDrained(t, second, 1, "a@1") // is ahead of the hub now
+	r.hub.distribute()               // must not tell it again
+	wantDrained(t, second, 1)
+	wantDrained(t, first, 1)
+	third := r.watch("a", false, 0) // is behind it
+	wantDrained(t, third, 1, "a@1")
+	r.put("a", "2")
+	r.hub.distribute()
+	wantDrained(t, third, 2, "a@2")
+	wantDrained(t, second, 2, "a@2")
+	wantDrained(t, first, 2)
+}
+
+// TestHub_Versions: a version is complete when its last event that the watcher
+// wants was read, wherever in it, in the chunks and in the reads that is.
+func TestHub_Versions(t *testing.T) {
+	r := newWatchRig(t)
+	mixed := txn{then: []command{
+		{op: opPut, key: "a1", value: "v"}, {op: opPut, key: "b1", value: "v"},
+		{op: opPut, key: "a2", value: "v"}, {op: opPut, key: "b2", value: "v"},
+	}}
+	r.apply(command{op: opTxn, value: mixed.encode()})
+	r.put("a3", "v")
+	wantDrained(t, r.watch("a", true, 0), 2, "a1@1+", "a2@1", "a3@2")
+	wantDrained(t, r.watch("b", true, 0), 2, "b1@1+", "b2@1")
+	wantDrained(t, r.watch("b1", false, 0), 2, "b1@1")
+	wantDrained(t, r.watch("", true, 0), 2, "a1@1+", "b1@1+", "a2@1+", "b2@1", "a3@2")
+}
+
+func TestHub_LargeVersion(t *testing.T) {
+	const n = 30_000
+	for _, live := range []bool{false, true} {
+		r := newWatchRig(t)
+		r.fill("k/", n)
+		start := r.put("z", "v")
+		// All of them, every one but in the middle of others, and the last one.
+		watchers := map[int]*watcher{
+			n: r.watch("k/", true, start), n / 3: r.watch("k/01", true, start), 1: r.watch("k/029999", false, start),
+		}
+		if live {
+			for _, w := range watchers {
+				wantDrained(t, w, start)
+			}
+		}
+		if got := r.apply(command{op: opDeletePrefix, key: "k/"})[0]; got.count != n {
+			t.Fatalf("%d deleted", got.count)
+		}
+		r.put("z", "w")
+		r.hub.distribute()
+		for want, w := range watchers {
+			events := 0
+			for {
+				batch, rv, err := w.read(nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if len(batch) > readEventsMax {
+					t.Errorf("a read of %d events", len(batch))
+				}
+				if len(batch) == 0 {
+					break
+				}
+				for i, e := range batch {
+					events++
+					if e.rv != start+1 || e.last != (events == want) {
+						t.Fatalf("event %d of %d: %s at %d, last=%v", events, want, e.key, e.rv, e.last)
+					}
+					if i == len(batch)-1 && (rv > start) != e.last {
+						t.Errorf("version %d is said to be complete after %d of %d", rv, events, want)
+					}
+				}
+			}
+			if events != want {
+				t.Errorf("%d events, want %d", events, want)
+			}
+			wantDrained(t, w, start+2)
+		}
+	}
+}
+
+// TestHub_ReadSize: one read keeps few bytes alive, unless one event is large.
+func TestHub_ReadSize(t *testing.T) {
+	r := newWatchRig(t)
+	for range 20 {
+		r.put("k", strings.Repeat("x", 10<<10))
+	}
+	r.put("k", strings.Repeat("x", 1<<20))
+	r.put("k", "small")
+	w := r.watch("k", false, 0)
+	var sizes []int
+	for {
+		events, _, err := w.read(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(events) == 0 {
+			break
+		}
+		size := 0
+		for _, e := range events {
+			size += len(e.item.value)
+		}
+		sizes = append(sizes, size)
+		if size > readBytesMax+10<<10 && size < 1<<20 || size > 1<<20+readBytesMax {
+			t.Errorf("a read of %d bytes", size)
+		}
+	}
+	if len(sizes) < 5 {
+		t.Errorf("reads of %v bytes", sizes)
+	}
+}
+
+// smallWindow keeps about n events.
+func (r *watchRig) smallWindow(n uint64) { r.store.setWindow(n, 64<<20) }
+
+func TestHub_Slow(t *testing.T) {
+	r := newWatchRig(t)
+	r.smallWindow(16 * chunkEventsMax)
+	w, patient := r.watch("", true, 0), r.watch("", true, 0)
+	patient.patient = true
+	fresh := r.watch("", true, 0)
+	r.put("a", "v")
+	wantDrained(t, w, 1, "a@1")
+	wantDrained(t, patient, 1, "a@1")
+	// As long as nothing was dropped nobody is slow.
+	r.fill("k/", 15*chunkEventsMax)
+	r.hub.distribute()
+	for range 2 * chunkEventsMax / readEventsMax {
+		if events, _, err := w.read(nil); len(events) != readEventsMax || err != nil {
+			t.Fatalf("%d events, %v", len(events), err)
+		}
+	}
+	// When the oldest chunk is gone and w is in the second of those that are left:
+	for r.store.eventsDropped() == 0 {
+		r.fill("k/", 100)
+		r.hub.distribute()
+	}
+	_, rv, err := w.read(nil)
+	if !errors.Is(err, errSlow) || rv != 1+2*chunkEventsMax {
+		t.Fatalf("read up to %d, %v; want errSlow after %d", rv, err, 1+2*chunkEventsMax)
+	}
+	if _, again, err := w.read(nil); again != rv || !errors.Is(err, errSlow) {
+		t.Errorf("then read up to %d, %v", again, err)
+	}
+	// It can be resumed, and then gets everything.
+	v := newWatchValidator("resumed", "", true, false, rv)
+	resumed := r.watch("", true, rv)
+	for {
+		events, _, err := resumed.read(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(events) == 0 {
+			break
+		}
+		for _, e := range events {
+			v.observe(messageOf(e))
+		}
+	}
+	v.check(&r.history)
+	v.report(t)
+	if v.done != r.store.version() {
+		t.Errorf("resumed up to %d of %d", v.done, r.store.version())
+	}
+	// Who is behind the window is not resumed, whether or not it was live.
+	for name, w := range map[string]*watcher{"patient": patient, "fresh": fresh} {
+		if _, rv, err := w.read(nil); !errors.Is(err, errExpired) || rv != w.rv {
+			t.Errorf("%s: up to %d, %v; want errExpired", name, rv, err)
+		}
+	}
+	if _, err := r.hub.watch("", true, r.store.eventsDropped()-1); !errors.Is(err, errExpired) {
+		t.Errorf("watch from before the window: %v", err)
+	}
+	wantDrained(t, r.watch("nothing", false, r.store.eventsDropped()), r.store.version())
+}
+
+// TestHub_SnapshotSkips: a snapshot takes the place of events that this node
+// never had.
+func TestHub_SnapshotSkips(t *testing.T) {
+	leader := newWatchRig(t)
+	leader.fill("k/", 3*chunkEventsMax)
+	leader.smallWindow(chunkEventsMax)
+
+	r := newWatchRig(t)
+	r.put("k/000000", "v")
+	armed, caughtUp := r.watch("other", false, 0), r.watch("", true, 1)
+	wantDrained(t, armed, 1)
+	wantDrained(t, caughtUp, 1)
+	notArmed := r.watch("k/", true, 0)
+	r.store.restore(leader.store.snapshot())
+	r.hub.distribute()
+	for name, w := range map[string]*watcher{"armed": armed, "caught up": caughtUp, "not armed": notArmed} {
+		if got, _, err := drain(w); !errors.Is(err, errExpired) || len(got) > 0 {
+			t.Errorf("%s: read %v, %v; want errExpired", name, got, err)
+		}
+	}
+
+	// If the window of the snapshot reaches back far enough nobody loses anything.
+	overlap := newWatchRig(t)
+	overlap.fill("k/", 2*chunkEventsMax)
+	w := overlap.watch("k/", true, 0)
+	if _, _, err := drain(w); err != nil {
+		t.Fatal(err)
+	}
+	ahead := newWatchRig(t)
+	ahead.fill("k/", 2*chunkEventsMax)
+	ahead.fill("k/", 1)
+	overlap.store.restore(ahead.store.snapshot())
+	overlap.hub.distribute()
+	wantDrained(t, w, 2*chunkEventsMax+1, fmt.Sprintf("k/000000@%d", 2*chunkEventsMax+1))
+}
+
+func TestHub_NotifyNeverBlocks(t *testing.T) {
+	r := newWatchRig(t) // and nobody runs the hub
+	w := r.watch("a", false, 0)
+	wantDrained(t, w, 0)
+	for range 10 {
+		r.put("a", "v")
+		r.hub.notify()
+	}
+	if len(r.hub.wake) != 1 {
+		t.Errorf("%d wakes", len(r.hub.wake))
+	}
+}
+
+func TestHub_Close(t *testing.T) {
+	r := newWatchRig(t)
+	armed, fresh := r.watch("a", false, 0), r.watch("a", false, 0)
+	wantDrained(t, armed, 0)
+	r.put("a", "v")
+	r.hub.close(errShuttingDown)
+	if len(armed.wake) != 1 {
+		t.Error("the armed watcher was not woken")
+	}
+	for range 2 {
+		for _, w := range []*watcher{armed, fresh, r.watch("a", false, 0)} {
+			if events, _, err := w.read(nil); len(events) > 0 || !errors.Is(err, errShuttingDown) {
+				t.Errorf("read %v, %v", events, err)
+			}
+		}
+	}
+	if err := r.hub.waitVersion(t.Context(), 2); !errors.Is(err, errShuttingDown) {
+		t.Errorf("waitVersion: %v", err)
+	}
+	if err := r.hub.waitVersion(t.Context(), 1); err != nil {
+		t.Errorf("waitVersion of what is there: %v", err)
+	}
+}
+
+func TestHub_WaitVersion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newWatchRig(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go func() { _ = r.hub.run(ctx) }()
+		if err := r.hub.waitVersion(ctx, 0); err != nil {
+			t.Error(err)
+		}
+		errs := map[uint64]error{}
+		var mu sync.Mutex
+		impatient, giveUp := context.WithTimeout(ctx, time.Second)
+		defer giveUp()
+		var wg sync.WaitGroup
+		for rv := uint64(1); rv <= 6; rv++ {
+			wg.Go(func() {
+				waitCtx := ctx
+				if rv == 4 {
+					waitCtx = impatient
+				}
+				err := r.hub.waitVersion(waitCtx, rv)
+				mu.Lock()
+				defer mu.Unlock()
+				errs[rv] = err
+			})
+		}
+		check := func(when string, want ...uint64) {
+			t.Helper()
+			synctest.Wait()
+			mu.Lock()
+			defer mu.Unlock()
+			for _, rv := range want {
+				if err := errs[rv]; rv == 4 && !errors.Is(err, context.DeadlineExceeded) || rv != 4 && err != nil {
+					t.Errorf("%s: %d got %v", when, rv, err)
+				}
+			}
+			if got := slices.Sorted(maps.Keys(errs)); !slices.Equal(got, want) {
+				t.Errorf("%s: released %v, want %v", when, got, want)
+			}
+		}
+		check("at first")
+		r.put("a", "v")
+		r.put("a", "v")
+		check("at version 2", 1, 2)
+		time.Sleep(2 * time.Second)
+		check("after the deadline", 1, 2, 4)
+		r.put("a", "v")
+		check("at version 3", 1, 2, 3, 4)
+		cancel()
+		wg.Wait()
+		for rv := uint64(5); rv <= 6; rv++ {
+			if err := errs[rv]; !errors.Is(err, errShuttingDown) && !errors.Is(err, context.Canceled) {
+				t.Errorf("%d at the end: %v", rv, err)
+			}
+		}
+		if r.hub.busy.Load() || len(r.hub.waiters) > 0 {
+			t.Error("somebody is left")
+		}
+	})
+}
+
+// TestHub_WaitVersionEndsTwice: a deadline that passes when the hub closes.
+func TestHub_WaitVersionEndsTwice(t *testing.T) {
+	for range 200 {
+		h := newHub(newKVStore())
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		for rv := uint64(1); rv <= 4; rv++ {
+			wg.Go(func() { _ = h.waitVersion(ctx, rv) })
+		}
+		wg.Go(cancel)
+		wg.Go(func() { h.close(errShuttingDown) })
+		wg.Wait()
+	}
+}
+
+// TestHub_Random: watchers come, go, resume, dawdle and stop, while writers
+// write all that can be written and the window moves on.
+func TestHub_Random(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	r := newWatchRig(t)
+	r.smallWindow(8 * chunkEventsMax)
+	r.run()
+	var stop atomic.Bool
+	var writers, watchers sync.WaitGroup
+	for i := range 2 {
+		writers.Go(func() {
+			random := rand.New(rand.NewPCG(seed, uint64(i)))
+			for !stop.Load() {
+				r.apply(randomBatch(random)...)
+				if random.IntN(20) == 0 {
+					time.Sleep(time.Millisecond)
+				}
+			}
+		})
+	}
+	validators := make([]*watchValidator, 30)
+	var ended [3]atomic.Int64
+	for i := range validators {
+		random := rand.New(rand.NewPCG(seed, uint64(100+i)))
+		key := randomKey(random)[:random.IntN(3)]
+		v := newWatchValidator(fmt.Sprintf("watch %d of %q", i, key), key, true, false, r.store.version())
+		if random.IntN(3) == 0 {
+			v.key, v.isPrefix = randomKey(random), false
+		}
+		validators[i] = v
+		watchers.Go(func() {
+			for from := v.start; ; from = v.resume() {
+				w, err := r.hub.watch(v.key, v.isPrefix, from)
+				if err != nil { // it must begin anew
+					ended[2].Add(1)
+					*v = *newWatchValidator(v.name, v.key, v.isPrefix, false, r.store.version())
+					continue
+				}
+				done, err := observeSome(w, v, random, &stop)
+				w.close()
+				switch {
+				case done:
+					return
+				case errors.Is(err, errSlow):
+					ended[0].Add(1)
+				case errors.Is(err, errExpired):
+					ended[1].Add(1)
+				case err != nil:
+					t.Error(err)
+				}
+			}
+		})
+	}
+	time.Sleep(sized(time.Second, 30*time.Second))
+	stop.Store(true)
+	writers.Wait()
+	r.put("the end", "v")
+	watchers.Wait()
+	events, resumes := 0, 0
+	for _, v := range validators {
+		v.check(&r.history)
+		v.report(t)
+		events, resumes = events+v.events, resumes+v.resumes
+	}
+	if err := r.history.dense(); err != nil {
+		t.Error(err)
+	}
+	t.Logf("%d events in %d versions; %d seen by watchers, %d resumes, %d ended as slow, %d behind the window, %d refused",
+		len(r.history.messages), r.history.last(), events, resumes, ended[0].Load(), ended[1].Load(), ended[2].Load())
+}
+
+// observeSome reads for a while, and when the writers have stopped to the end.
+func observeSome(w *watcher, v *watchValidator, random *rand.Rand, stop *atomic.Bool) (done bool, err error) {
+	var buf []event
+	for reads := random.IntN(500); ; reads-- {
+		events, rv, err := w.read(buf)
+		if err != nil {
+			return false, err
+		}
+		for _, e := range events {
+			v.observe(messageOf(e))
+		}
+		buf = events
+		switch {
+		case len(events) > 0:
+			if rv >= events[len(events)-1].rv != events[len(events)-1].last {
+				v.violation("up to %d after %v", rv, messageOf(events[len(events)-1]))
+			}
+			if random.IntN(50) == 0 {
+				time.Sleep(time.Duration(random.IntN(30)) * time.Millisecond)
+			}
+		case stop.Load() && rv == w.hub.store.version():
+			v.observe(watchMessage{kind: "BOOKMARK", rv: rv})
+			return true, nil
+		default:
+			v.observe(watchMessage{kind: "BOOKMARK", rv: rv})
+			select {
+			case <-w.wake:
+			case <-time.After(10 * time.Millisecond):
+			}
+		}
+		if reads <= 0 && !stop.Load() {
+			return false, nil
+		}
+	}
+}
+
+func randomKey(random *rand.Rand) string {
+	return string([]byte{'a' + byte(random.IntN(3)), '/', 'a' + byte(random.IntN(10)), 'a' + byte(random.IntN(3))})
+}
+
+// randomBatch returns commands as they may come in one entry.
+func randomBatch(random *rand.Rand) []command {
+	var batch []command
+	one := func() command {
+		if random.IntN(3) == 0 {
+			return command{op: opDelete, key: randomKey(random)}
+		}
+		return command{op: opPut, key: randomKey(random), value: fmt.Sprint(random.Uint64())}
+	}
+	for range 1 + random.IntN(20) {
+		switch random.IntN(20) {
+		case 0:
+			batch = append(batch, command{op: opDeletePrefix, key: randomKey(random)[:3]})
+		case 1, 2:
+			var t txn
+			for range 1 + random.IntN(20) {
+				t.then = append(t.then, one())
+			}
+			batch = append(batch, command{op: opTxn, value: t.encode()})
+		default:
+			batch = append(batch, one())
+		}
+	}
+	return batch
+}
