@@ -1,7 +1,6 @@
 package main
 
 import (
-	"strings"
 	"sync"
 	"time"
 
@@ -10,106 +9,110 @@ import (
 
 // fault is a bad thing that can happen to a cluster.
 type fault struct {
-	name     string
-	nodesMin int // of the cluster
+	name      string
+	nodesMin  int  // of the cluster
+	proxyOnly bool // not on every kind of network
 	// inject makes it happen. It returns the nodes that must be able to serve in spite of it; healing is the
 	// same for all faults.
 	inject func(c *chaos, leader *proc.Node) (serving []*proc.Node)
 }
 
+// leaderKilled is the fault whose duration clients are promised something about.
+const leaderKilled = "leader killed"
+
 // faults are all of them. The ones that say nothing of the leader take whom chance takes.
 var faults = []fault{
-	{"leader killed", 3, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{leaderKilled, 3, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		c.kill(leader)
 		return c.others(leader)
 	}},
-	{"leader paused", 3, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{"leader paused", 3, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		c.pause(leader)
 		return c.others(leader)
 	}},
-	{"leader asked to stop", 3, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{"leader asked to stop", 3, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		c.stopping.Go(func() { c.stop(leader) })
 		return c.others(leader)
 	}},
-	{"leader alone", 3, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{"leader alone", 3, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		c.cutBoth([]*proc.Node{leader}, c.others(leader))
 		return c.others(leader)
 	}},
-	{"leader deaf", 3, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{"leader deaf", 3, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		c.cut(c.others(leader), []*proc.Node{leader})
 		return c.others(leader)
 	}},
-	{"leader mute", 3, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{"leader mute", 3, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		c.cut([]*proc.Node{leader}, c.others(leader))
 		return c.others(leader)
 	}},
-	{"follower killed", 3, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{"follower killed", 3, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		n := c.pick(c.others(leader), 1)
 		c.kill(n...)
 		return c.others(n...)
 	}},
-	{"follower paused", 3, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{"follower paused", 3, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		n := c.pick(c.others(leader), 1)
 		c.pause(n...)
 		return c.others(n...)
 	}},
-	{"follower deaf", 3, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{"follower deaf", 3, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		n := c.pick(c.others(leader), 1)
 		c.cut(c.others(n...), n)
 		return c.others(n...)
 	}},
-	{"follower mute", 3, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{"follower mute", 3, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		n := c.pick(c.others(leader), 1)
 		c.cut(n, c.others(n...))
 		return c.others(n...)
 	}},
-	{"follower falls far behind", 3, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{"follower falls far behind", 3, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		n := c.pick(c.others(leader), 1)
 		c.kill(n...)
 		c.writeMuch(leader)
 		return c.others(n...)
 	}},
-	{"all killed", 3, func(c *chaos, _ *proc.Node) []*proc.Node {
+	{"all killed", 3, false, func(c *chaos, _ *proc.Node) []*proc.Node {
 		c.kill(c.Nodes...)
 		return nil
 	}},
-	{"all paused in turn", 3, func(c *chaos, _ *proc.Node) []*proc.Node {
+	{"all paused in turn", 3, false, func(c *chaos, _ *proc.Node) []*proc.Node {
 		for _, n := range c.pick(c.Nodes, len(c.Nodes)) {
 			c.pause(n)
 			time.Sleep(20 * time.Millisecond)
 		}
 		return nil
 	}},
-	{"rolling restart", 3, func(c *chaos, _ *proc.Node) []*proc.Node {
+	{"rolling restart", 3, false, func(c *chaos, _ *proc.Node) []*proc.Node {
 		for _, n := range c.pick(c.Nodes, len(c.Nodes)) {
 			c.stop(n)
 			c.start()
 		}
 		return nil
 	}},
-	{"as many killed as can be", 5, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{"as many killed as can be", 5, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		n := c.pick(c.Nodes, (len(c.Nodes)-1)/2)
 		c.kill(n...)
 		return c.others(n...)
 	}},
-	{"split, leader with the few", 5, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{"split, leader with the few", 5, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		few := append(c.pick(c.others(leader), (len(c.Nodes)-1)/2-1), leader)
 		c.cutBoth(few, c.others(few...))
 		return c.others(few...)
 	}},
-	{"split, leader with the many", 5, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{"split, leader with the many", 5, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		few := c.pick(c.others(leader), (len(c.Nodes)-1)/2)
 		c.cutBoth(few, c.others(few...))
 		return c.others(few...)
 	}},
 	// Two halves that only meet in the middle: the middle is in every quorum, so it can always serve.
-	{"bridge", 3, func(c *chaos, _ *proc.Node) []*proc.Node {
+	{"bridge", 3, false, func(c *chaos, _ *proc.Node) []*proc.Node {
 		nodes := c.pick(c.Nodes, len(c.Nodes))
 		half := len(nodes) / 2
 		c.cutBoth(nodes[:half], nodes[half+1:])
 		return nodes[half : half+1]
 	}},
-	{"slow links", 3, func(c *chaos, _ *proc.Node) []*proc.Node {
+	{"slow links", 3, true, func(c *chaos, _ *proc.Node) []*proc.Node {
 		for _, a := range c.Nodes {
 			for _, b := range c.others(a) {
 				c.network.Slow(a.ID, b.ID, time.Duration(c.rng.IntN(30))*time.Millisecond, 0)
@@ -117,13 +120,13 @@ var faults = []fault{
 		}
 		return c.Nodes
 	}},
-	{"narrow links", 3, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{"narrow links", 3, true, func(c *chaos, leader *proc.Node) []*proc.Node {
 		for _, n := range c.others(leader) {
 			c.network.Slow(leader.ID, n.ID, 0, 256<<10)
 		}
 		return c.Nodes
 	}},
-	{"very slow node", 3, func(c *chaos, _ *proc.Node) []*proc.Node {
+	{"very slow node", 3, true, func(c *chaos, _ *proc.Node) []*proc.Node {
 		n := c.pick(c.Nodes, 1)
 		for _, other := range c.others(n...) {
 			c.network.Slow(n[0].ID, other.ID, 300*time.Millisecond, 16<<10)
@@ -131,7 +134,7 @@ var faults = []fault{
 		}
 		return c.others(n...)
 	}},
-	{"connections reset", 3, func(c *chaos, _ *proc.Node) []*proc.Node {
+	{"connections reset", 3, true, func(c *chaos, _ *proc.Node) []*proc.Node {
 		for range 5 {
 			for _, a := range c.Nodes {
 				for _, b := range c.Nodes[a.ID:] {
@@ -142,7 +145,7 @@ var faults = []fault{
 		}
 		return c.Nodes
 	}},
-	{"two at once", 3, func(c *chaos, leader *proc.Node) []*proc.Node {
+	{"two at once", 3, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		for range 2 {
 			f := c.faults[c.rng.IntN(len(c.faults))]
 			if f.name != "two at once" && f.name != "rolling restart" && f.name != "follower falls far behind" {
@@ -197,8 +200,8 @@ func (c *chaos) writeMuch(n *proc.Node) {
 			l := c.client(n)
 			defer l.close()
 			for range writes / clients {
-				key := c.newValue(20)
-				if o := l.put("much/"+key[len(key)-1:], strings.Repeat("x", size-len(key))+key); o.outcome != liveDone {
+				v := c.newValue(size)
+				if o := l.put("much/"+v[:2], v); o.outcome != liveDone {
 					c.t.Errorf("with one node down: %v", o)
 				}
 			}

@@ -41,7 +41,7 @@ func TestChaos(t *testing.T) {
 // chaos is a cluster that faults happen to. One goroutine makes them happen.
 type chaos struct {
 	*liveCluster
-	network  *linkproxy.Network
+	network  network
 	rng      *rand.Rand
 	stopping sync.WaitGroup // nodes that were asked to
 	faults   []fault        // that this cluster is large enough for
@@ -52,39 +52,68 @@ type chaos struct {
 	recoveries []time.Duration            // from the end of a fault until all nodes have served
 }
 
+// network is what connects the nodes, and what can happen to it.
+type network interface {
+	Cut(from, to int)
+	Slow(from, to int, delay time.Duration, bytesPerSecond int)
+	Reset(a, b int)
+	Heal()
+}
+
 // newChaos starts a cluster whose nodes reach each other through proxies only.
 func newChaos(t *testing.T, nodes int) *chaos {
-	seed := cmp.Or(*chaosSeed, rand.Uint64())
-	t.Logf("-chaos-seed %d", seed)
-	c := &chaos{
-		rng:       rand.New(rand.NewPCG(seed, seed)),
-		faults:    slices.DeleteFunc(slices.Clone(faults), func(f fault) bool { return f.nodesMin > nodes }),
-		cycles:    map[string]int{},
-		failovers: map[string][]time.Duration{},
-	}
-	c.liveCluster = newIdleLiveCluster(t, proc.Options{
+	t.Helper()
+	var proxies *linkproxy.Network
+	opts := proc.Options{
 		Nodes: nodes,
-		Args:  []string{"--snapshot-entries", "300"},
 		NodeArgs: func(n *proc.Node) []string {
 			return []string{"--listen-peer", strings.TrimPrefix(n.RaftURL(), "http://")}
 		},
+		// The nodes call each other by the addresses of the proxies.
 		PeerURLs: func(_ *proc.Node, urls []string) []string {
 			for i := range urls {
-				urls[i] = c.network.URL(i + 1)
+				urls[i] = proxies.URL(i + 1)
 			}
 			return urls
 		},
-	})
+	}
+	c := newIdleChaos(t, opts)
 	targets := map[int]string{}
 	for _, n := range c.Nodes {
 		targets[n.ID] = strings.TrimPrefix(n.RaftURL(), "http://")
 	}
 	var err error
-	c.network, err = linkproxy.New(targets)
+	proxies, err = linkproxy.New(targets)
 	must(t, err)
-	t.Cleanup(func() { must(t, c.network.Close()) })
+	t.Cleanup(func() { must(t, proxies.Close()) })
+	c.network = proxies
 	c.start()
 	return c
+}
+
+// newChaosOn starts a cluster on a network that is there already.
+func newChaosOn(t *testing.T, nodes int, network network, opts proc.Options) *chaos {
+	t.Helper()
+	opts.Nodes = nodes
+	c := newIdleChaos(t, opts)
+	c.network = network
+	c.faults = slices.DeleteFunc(c.faults, func(f fault) bool { return f.proxyOnly })
+	c.start()
+	return c
+}
+
+func newIdleChaos(t *testing.T, opts proc.Options) *chaos {
+	t.Helper()
+	seed := cmp.Or(*chaosSeed, rand.Uint64())
+	t.Logf("-chaos-seed %d", seed)
+	opts.Args = append(opts.Args, "--snapshot-entries", "300")
+	return &chaos{
+		liveCluster: newIdleLiveCluster(t, opts),
+		rng:         rand.New(rand.NewPCG(seed, seed)),
+		faults:      slices.DeleteFunc(slices.Clone(faults), func(f fault) bool { return f.nodesMin > opts.Nodes }),
+		cycles:      map[string]int{},
+		failovers:   map[string][]time.Duration{},
+	}
 }
 
 // run makes faults happen for a while and judges the outcome.
@@ -103,12 +132,16 @@ func (c *chaos) run(d time.Duration) {
 	c.t.Log(c.history.count())
 }
 
-// draw returns the next fault: all of them come up equally often.
+// draw returns the next fault: all of them come up equally often, but for the one whose times are promised.
 func (c *chaos) draw() *fault {
 	for len(c.deck) == 0 {
 		for i := range c.faults {
-			if strings.Contains(c.faults[i].name, *chaosOnly) {
-				c.deck = append(c.deck, &c.faults[i])
+			f := &c.faults[i]
+			if strings.Contains(f.name, *chaosOnly) {
+				c.deck = append(c.deck, f)
+			}
+			if f.name == leaderKilled && *chaosTime > 0 {
+				c.deck = append(c.deck, f, f)
 			}
 		}
 		if len(c.deck) == 0 {
@@ -268,8 +301,8 @@ func (c *chaos) report() {
 	slices.Sort(c.recoveries)
 	c.t.Logf("%d fault cycles; once healed, all nodes served after p50 %v, p95 %v, max %v", total,
 		round(durationQuantile(c.recoveries, 0.5)), round(durationQuantile(c.recoveries, 0.95)), round(c.recoveries[len(c.recoveries)-1]))
-	if d := c.failovers["leader killed"]; *chaosTime > 0 && *chaosOnly == "" {
-		reportPauses(c.t, "leader killed", d)
+	if d := c.failovers[leaderKilled]; *chaosTime > 0 && *chaosOnly == "" {
+		reportPauses(c.t, leaderKilled, d)
 	}
 }
 

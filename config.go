@@ -155,6 +155,12 @@ func (c *config) self() *member {
 	return &c.members[i]
 }
 
+// peerSilenceMax is how long a member that should talk may be silent before it
+// gets new connections.
+func (c *config) peerSilenceMax() time.Duration {
+	return max(peerSilenceMin, peerSilenceElections*time.Duration(c.electionTicks)*c.tick)
+}
+
 // clusterID identifies the cluster that these flags describe, so that a data
 // directory or a peer of another one is noticed.
 func (c *config) clusterID() uint64 {

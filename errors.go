@@ -27,9 +27,7 @@ type apiError struct {
 	retry   bool   // the same request may succeed later
 	current uint64 // of errPrecondition: the version that the key has; 0 if it does not exist
 
-	// Of errExpired the version of the store, and when an error ends a watch where
-	// to resume it.
-	resourceVersion uint64
+	resourceVersion uint64 // of errExpired: of the store
 }
 
 func (e *apiError) Error() string {

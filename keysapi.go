@@ -2,7 +2,6 @@ package main
 
 import (
 	"net/http"
-	"os"
 	"strconv"
 	"sync"
 	"time"
@@ -17,6 +16,13 @@ import (
 const (
 	streamBufferSize   = 64 << 10
 	streamWriteTimeout = 30 * time.Second // for the client to take a part
+)
+
+// While there are writes a stream of keys takes turns with them: it works for
+// streamTurn, then it rests for twice as long.
+const (
+	streamTurn    = 2 * time.Millisecond
+	streamRestMax = 8 * time.Millisecond // when most of the work was to wait for the client
 )
 
 var (
@@ -96,7 +102,15 @@ func (h *httpAPI) streamKeys(w http.ResponseWriter, r request) error {
 	setResourceVersion(w.Header(), sc.rv)
 	s := newStream(w, r, typeNDJSON)
 	defer s.free()
+	turn, rv := time.Now(), sc.rv
 	for n := 0; ; {
+		if worked := time.Since(turn); worked > streamTurn {
+			if now := h.store.version(); now != rv {
+				rv = now
+				time.Sleep(min(2*worked, streamRestMax))
+			}
+			turn = time.Now()
+		}
 		items, err := sc.read()
 		if err != nil {
 			h.logger.Warn("cut off a stream of keys", zap.Error(err))
@@ -145,7 +159,6 @@ type stream struct {
 	w       http.ResponseWriter
 	control *http.ResponseController
 	isHead  bool
-	began time.Time
 	started bool   // a part was written
 	buf     []byte // append to it, then call flushLarge
 }
@@ -184,16 +197,10 @@ func (s *stream) flush() {
 			_ = s.control.SetReadDeadline(time.Time{}) // not supported by a test's writer
 			s.started = true
 		}
-		if s.began.IsZero() {
-			s.began=time.Now()
-			}
 		_ = s.control.SetWriteDeadline(time.Now().Add(streamWriteTimeout))
 		if _, err := s.w.Write(s.buf); err != nil {
 			s.abort()
 		}
-		f, _ := strconv.ParseFloat(os.Getenv("PACE"), 64)
-		time.Sleep(time.Duration(f * float64(time.Since(s.began))))
-		s.began = time.Now()
 	}
 	s.buf = s.buf[:0]
 }

@@ -590,7 +590,7 @@ func (t sessions) evict() {
 	}
 	var oldest uint64
 	for id, s := range t {
-		if oldest == 0 || s.used < t[oldest].used {
+		if t[oldest] == nil || s.used < t[oldest].used {
 			oldest = id
 		}
 	}

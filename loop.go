@@ -33,6 +33,7 @@ const (
 type loop struct {
 	logger  *zap.Logger
 	tick    time.Duration
+	clock   func() time.Time
 	applied func()        // called when a turn has applied something; must not block
 	wake    chan struct{} // holds one token: there is something in the inbox
 	done    chan struct{} // closed when run returns
@@ -77,6 +78,7 @@ func newLoop(tick time.Duration, applied func(), logger *zap.Logger) *loop {
 	l := &loop{
 		logger:  logger,
 		applied: applied,
+		clock:   time.Now,
 		tick:    tick,
 		wake:    make(chan struct{}, 1),
 		done:    make(chan struct{}),
@@ -99,7 +101,7 @@ func (l *loop) run(ctx context.Context, r *replica) (err error) {
 	}()
 	ticker := time.NewTicker(l.tick)
 	defer ticker.Stop()
-	r.now = time.Now()
+	r.now = l.clock()
 	for {
 		ticked := false
 		select {
@@ -119,7 +121,7 @@ func (l *loop) run(ctx context.Context, r *replica) (err error) {
 func (l *loop) turn(ticked bool) error {
 	r := l.replica
 	if ticked {
-		r.tick(time.Now())
+		r.tick(l.clock())
 	}
 	l.mu.Lock()
 	messages, calls := l.inbox.messages, l.inbox.calls
@@ -306,7 +308,7 @@ func messageSize(m *raftpb.Message) int {
 
 // propose replicates a command and returns what applying it came to.
 func (l *loop) propose(ctx context.Context, timeout time.Duration, c command) (result, error) {
-	b, i, err := l.enqueue(&c, time.Now().Add(timeout))
+	b, i, err := l.enqueue(&c, l.clock().Add(timeout))
 	if err != nil {
 		return result{}, err
 	}
@@ -392,7 +394,7 @@ func (l *loop) addMember(ctx context.Context, timeout time.Duration, m member) e
 }
 
 func (l *loop) changeMember(ctx context.Context, timeout time.Duration, c memberChange) error {
-	b, err := newMemberChange(c, time.Now().Add(timeout))
+	b, err := newMemberChange(c, l.clock().Add(timeout))
 	if err != nil {
 		return err
 	}
@@ -412,22 +414,28 @@ func (l *loop) changeMember(ctx context.Context, timeout time.Duration, c member
 // linearize returns once the store holds every write that was acknowledged
 // anywhere before the call.
 func (l *loop) linearize(ctx context.Context, timeout time.Duration) error {
-	l.mu.Lock()
-	if err := l.inbox.closed; err != nil {
-		l.mu.Unlock()
+	q, err := l.joinRound()
+	if err != nil {
 		return err
 	}
-	q := l.inbox.reads
-	if q == nil {
-		q = &readRound{done: make(chan struct{})}
-		l.inbox.reads = q
-		l.signal()
-	}
-	l.mu.Unlock()
 	if err := l.await(ctx, q.done, timeout); err != nil {
 		return errNoLeader
 	}
 	return q.err
+}
+
+// joinRound adds a read to the round that waits for the replica.
+func (l *loop) joinRound() (*readRound, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.inbox.closed != nil {
+		return nil, l.inbox.closed
+	}
+	if l.inbox.reads == nil {
+		l.inbox.reads = &readRound{done: make(chan struct{})}
+		l.signal()
+	}
+	return l.inbox.reads, nil
 }
 
 // await waits for done, at most timeout and a little.

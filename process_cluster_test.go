@@ -56,7 +56,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-func buildLiveBinary(t *testing.T) string {
+func buildLiveBinary(t testing.TB) string {
 	t.Helper()
 	b := &liveBinary
 	b.once.Do(func() {
@@ -113,7 +113,7 @@ func newIdleLiveCluster(t *testing.T, opts proc.Options) *liveCluster {
 	if opts.Binary == "" {
 		opts.Binary = buildLiveBinary(t)
 	}
-	dir, err := os.MkdirTemp("", "raftrv-test-")
+	dir, err := os.MkdirTemp("", "raftrv-live-")
 	must(t, err)
 	opts.Dir = dir
 	cluster, err := proc.NewCluster(opts)
@@ -238,7 +238,8 @@ func (c *liveCluster) eventually(check func() error) {
 
 // newValue returns a value that nobody has written, of at least size bytes.
 func (c *liveCluster) newValue(size int) string {
-	return fmt.Sprintf("%0*d", size, c.values.Add(1))
+	v := fmt.Sprintf("v%d.", c.values.Add(1))
+	return v + strings.Repeat(".", max(0, size-len(v)))
 }
 
 // liveClient sends one request at a time to one node.
@@ -377,7 +378,7 @@ func digest(value string) string {
 	if len(value) <= 64 {
 		return value
 	}
-	return fmt.Sprintf("%d bytes, CRC %08x, %s", len(value), crc32.ChecksumIEEE([]byte(value)), value[len(value)-20:])
+	return fmt.Sprintf("%.20s %d bytes, CRC %08x", value, len(value), crc32.ChecksumIEEE([]byte(value)))
 }
 
 // neverSent says whether an error means that nobody has seen the request.
@@ -398,7 +399,7 @@ func (l *liveClient) get(key string) *liveOp        { return l.request(liveGet, 
 // putNew writes a new key.
 func (l *liveClient) putNew() *liveOp {
 	v := l.c.newValue(64)
-	return l.put("new/"+v, v)
+	return l.put("new/"+strings.TrimRight(v, "."), v)
 }
 
 // mustPut writes and expects success.

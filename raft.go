@@ -128,6 +128,10 @@ type replicaConfig struct {
 	snapshotEntries uint64
 	snapshotBytes   uint64
 
+	// After a snapshot this many entries stay in memory, so that a member that
+	// is a little behind needs no snapshot.
+	catchUpEntries int
+
 	log       *raft.MemoryStorage // as recovered from disk
 	store     *kvstore            // as recovered from disk
 	confState *raftpb.ConfState   // always as of the store's applied index
@@ -155,10 +159,9 @@ const (
 	inflightBytesMax   = 32 << 20 // and their bytes
 	uncommittedSizeMax = 64 << 20 // bytes in a leader's log that wait for a quorum
 
-	// After a snapshot this much of the log stays in memory, so that a member
-	// that is a little behind needs no snapshot.
-	catchUpEntries = 10_000
-	catchUpBytes   = 16 << 20
+	// Bounds of what stays in memory of the log before a snapshot.
+	catchUpEntriesDefault = 10_000
+	catchUpBytesMax       = 16 << 20
 )
 
 // Retries of what may be lost on its way, in election timeouts.
@@ -785,8 +788,8 @@ func (r *replica) compact(index uint64) error {
 		return err
 	}
 	keep, size := len(ents), 0 // ents[keep:] stay
-	for keep > 0 && len(ents)-keep < catchUpEntries {
-		if size += len(ents[keep-1].GetData()); size > catchUpBytes {
+	for keep > 0 && len(ents)-keep < r.catchUpEntries {
+		if size += len(ents[keep-1].GetData()); size > catchUpBytesMax {
 			break
 		}
 		keep--

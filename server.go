@@ -37,6 +37,7 @@ type node struct {
 	cluster uint64
 	store   *kvstore
 	hub     *hub
+	journal *journal // nil = none
 	logger  *zap.Logger
 }
 
@@ -93,6 +94,12 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 		hub:     hub,
 		logger:  logger,
 	}
+	if cfg.journal != "" {
+		if n.journal, err = openJournal(cfg.journal, logger.Named("journal")); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, n.journal.close()) }()
+	}
 	network, err := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, logger.Named("peers"))
 	if err != nil {
 		return err
@@ -105,6 +112,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 		heartbeatTicks:  cfg.heartbeatTicks,
 		snapshotEntries: cfg.snapshotEntries,
 		snapshotBytes:   cfg.snapshotBytes,
+		catchUpEntries:  catchUpEntriesDefault,
 		log:             rec.log,
 		store:           n.store,
 		confState:       rec.confState,
@@ -117,7 +125,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 		return err
 	}
 
-	peerListener, err := net.Listen("tcp", cfg.listenPeer)
+	peerListener, err := listenPeers(cfg.listenPeer)
 	if err != nil {
 		return fmt.Errorf("listen for peers: %w", err)
 	}
@@ -231,7 +239,12 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return n.loop.run(loopCtx, r) })
 	group.Go(func() error { return n.hub.run(ctx) }) // ends watches first: the client server waits for them
+	if n.journal != nil {
+		src := journalSource{store: n.store, hub: n.hub, linearize: n.linearize, stopped: n.loop.done}
+		group.Go(func() error { return n.journal.run(ctx, src, n.config.journalSync) })
+	}
 	group.Go(func() error { return ignoreClosed(peerServer.Serve(peerListener)) })
+	group.Go(func() error { return network.watch(ctx, n.config.peerSilenceMax()) })
 	group.Go(func() error { return ignoreClosed(clientServer.Serve(clientListener)) })
 	group.Go(func() error {
 		select {

@@ -106,7 +106,8 @@ func (c *virtualCluster) newNode(cfg config) *virtualNode {
 	}
 	r, err := newReplica(replicaConfig{
 		id: cfg.id, session: randomID(), electionTicks: cfg.electionTicks, heartbeatTicks: cfg.heartbeatTicks,
-		snapshotEntries: cfg.snapshotEntries, snapshotBytes: cfg.snapshotBytes, log: rec.log, store: n.store,
+		snapshotEntries: cfg.snapshotEntries, snapshotBytes: cfg.snapshotBytes,
+		catchUpEntries: catchUpEntriesDefault, log: rec.log, store: n.store,
 		confState: rec.confState, disk: disk, transport: n, driver: n.loop, logger: logger,
 	})
 	must(t, err)
@@ -193,6 +194,13 @@ func (c *virtualCluster) isolate(nodes ...*virtualNode) {
 	for _, n := range nodes {
 		c.cut[n.config.id] = true
 	}
+}
+
+// lose makes a share of all messages get lost.
+func (c *virtualCluster) lose(share float64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.loss = share
 }
 
 // leader returns the node that the majority takes for the leader, or nil.
@@ -501,9 +509,9 @@ func TestVirtual_HandOver(t *testing.T) {
 func TestVirtual_Churn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newVirtualCluster(t, 3)
-		c.loss = 0.02
+		c.lose(0.02)
 		const clients = 12
-		end := time.Now().Add(10 * time.Second)
+		end := time.Now().Add(5 * time.Second)
 		acked := make([]int, clients) // number of the last acknowledged write
 		var wg sync.WaitGroup
 		for i := range clients {
@@ -532,9 +540,7 @@ func TestVirtual_Churn(t *testing.T) {
 			c.isolate()
 		}
 		wg.Wait()
-		c.mu.Lock()
-		c.loss = 0
-		c.mu.Unlock()
+		c.lose(0)
 		time.Sleep(3 * time.Second)
 		total := 0
 		for i, want := range acked {

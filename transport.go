@@ -6,9 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/etcd/client/pkg/v3/types"
@@ -28,6 +31,11 @@ import (
 const (
 	peerDialTimeout = time.Second
 	peerDialRetry   = 50 * time.Millisecond // a quarter of the default election timeout
+
+	// A member that should talk and does not for this long gets new connections:
+	// a few election timeouts, but no less than it takes to connect.
+	peerSilenceMin       = time.Second
+	peerSilenceElections = 5
 )
 
 // peerNetwork implements transport. It also receives: what the other members
@@ -40,10 +48,15 @@ type peerNetwork struct {
 	store   *kvstore
 	http    *rafthttp.Transport
 	peers   map[uint64]member // whom http knows; owned by the loop's goroutine
+
+	// heard has for each of them when its last message came, in unix nanoseconds.
+	// The map is replaced, never changed.
+	heard atomic.Pointer[map[uint64]*atomic.Int64]
 }
 
 func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, logger *zap.Logger) (*peerNetwork, error) {
 	n := &peerNetwork{id: id, logger: logger, storage: s, loop: l, store: st, peers: map[uint64]member{}}
+	n.heard.Store(&map[uint64]*atomic.Int64{})
 	idText := types.ID(id).String()
 	if !logger.Core().Enabled(zap.DebugLevel) {
 		logger = logger.WithOptions(zap.IncreaseLevel(zap.WarnLevel)) // it reports every step of every connection
@@ -64,6 +77,12 @@ func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, logger
 		return nil, fmt.Errorf("start transport: %w", err)
 	}
 	return n, nil
+}
+
+// listenPeers listens for the other members. A connection ends when nothing can
+// be read or written for rafthttp.ConnReadTimeout or ConnWriteTimeout.
+func listenPeers(address string) (net.Listener, error) {
+	return rafthttp.NewListener(url.URL{Scheme: "http", Host: address}, nil)
 }
 
 // close ends all connections.
@@ -136,6 +155,58 @@ func (n *peerNetwork) setMembers(members []member) {
 	for id := range gone {
 		n.http.RemovePeer(types.ID(id))
 	}
+	heard := map[uint64]*atomic.Int64{}
+	for id := range n.peers {
+		if heard[id] = (*n.heard.Load())[id]; heard[id] == nil {
+			heard[id] = new(atomic.Int64)
+		}
+	}
+	n.heard.Store(&heard)
+}
+
+// watch gives members that are silent new connections, until ctx ends.
+//
+// A connection on which every packet gets lost looks alive for long, and comes
+// back to life late: TCP tries again after pauses that grow to two minutes.
+// rafthttp means to time out its streams after 5 s without a heartbeat, but the
+// timeout that it asks for never takes effect: NewTimeoutTransport of etcd's
+// client/pkg/transport sets Dial, and net/http prefers the DialContext that is
+// set as well.
+func (n *peerNetwork) watch(ctx context.Context, silenceMax time.Duration) error {
+	tick := time.NewTicker(silenceMax / 4)
+	defer tick.Stop()
+	leader, since := raft.None, time.Now()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+		if l := n.loop.status.Load().leader; l != leader {
+			leader, since = l, time.Now()
+		}
+		// A follower hears from its leader only, and has none soon after that went
+		// silent.
+		if (leader == raft.None || leader == n.id) && time.Since(since) > silenceMax {
+			n.loop.call(func() error {
+				n.reconnect(silenceMax)
+				return nil
+			})
+		}
+	}
+}
+
+// reconnect ends the connections to all members that were silent for so long,
+// which makes rafthttp open new ones.
+func (n *peerNetwork) reconnect(silenceMax time.Duration) {
+	now := time.Now()
+	for id, heard := range *n.heard.Load() {
+		if now.Sub(time.Unix(0, heard.Load())) > silenceMax {
+			heard.Store(now.UnixNano()) // give the new ones as much time
+			n.http.RemovePeer(types.ID(id))
+			n.http.AddPeer(types.ID(id), []string{n.peers[id].PeerURL})
+		}
+	}
 }
 
 // Process implements rafthttp.Raft: a message came in. It must not block, since
@@ -147,6 +218,9 @@ func (n *peerNetwork) Process(_ context.Context, m *raftpb.Message) error {
 	if err := checkMessage(m, n.id); err != nil {
 		n.logger.Warn("refused message", zap.Uint64("from", m.GetFrom()), zap.Stringer("type", m.GetType()), zap.Error(err))
 		return nil // rafthttp would panic the connection's goroutine on an error, and the peer sends again
+	}
+	if heard := (*n.heard.Load())[m.GetFrom()]; heard != nil {
+		heard.Store(time.Now().UnixNano())
 	}
 	if m.GetType() != raftpb.MsgSnap {
 		if err := n.loop.deliver(message{Message: m}); err != nil && !errors.Is(err, errInboxFull) {
@@ -202,7 +276,7 @@ func checkMessage(m *raftpb.Message, self uint64) error {
 	if m.GetTo() != self {
 		return fmt.Errorf("it is for member %d", m.GetTo())
 	}
-	if m.GetFrom() == raft.None || m.GetFrom() == self {
+	if m.GetFrom() == raft.None || m.GetFrom() == self && !isForwarded(m) {
 		return errors.New("it has no sender")
 	}
 	if raft.IsLocalMsg(m.GetType()) {
@@ -227,6 +301,18 @@ func checkMessage(m *raftpb.Message, self uint64) error {
 		}
 	}
 	return nil
+}
+
+// isForwarded says whether followers pass such a message on to the leader under
+// the name of its first sender, to whom it may come back when that one leads by
+// then.
+func isForwarded(m *raftpb.Message) bool {
+	switch m.GetType() {
+	case raftpb.MsgProp, raftpb.MsgReadIndex, raftpb.MsgTransferLeader:
+		return true
+	default:
+		return false
+	}
 }
 
 func checkProposal(ents []*raftpb.Entry) error {
@@ -268,11 +354,11 @@ func (n *peerNetwork) serveInfo(w http.ResponseWriter, _ *http.Request) {
 	}
 }
 
-// fetchPeerInfo asks the member at url which cluster it is in.
-func fetchPeerInfo(ctx context.Context, url string) (cluster uint64, members []member, err error) {
+// fetchPeerInfo asks the member at peerURL which cluster it is in.
+func fetchPeerInfo(ctx context.Context, peerURL string) (cluster uint64, members []member, err error) {
 	ctx, cancel := context.WithTimeout(ctx, peerDialTimeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url+peerInfoPath, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, peerURL+peerInfoPath, nil)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -282,11 +368,11 @@ func fetchPeerInfo(ctx context.Context, url string) (cluster uint64, members []m
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return 0, nil, fmt.Errorf("%s answered %s", url, resp.Status)
+		return 0, nil, fmt.Errorf("%s answered %s", peerURL, resp.Status)
 	}
 	var info peerInfo
 	if err := json.NewDecoder(io.LimitReader(resp.Body, peerInfoSizeMax)).Decode(&info); err != nil {
-		return 0, nil, fmt.Errorf("%s: %w", url, err)
+		return 0, nil, fmt.Errorf("%s: %w", peerURL, err)
 	}
 	cluster, err = strconv.ParseUint(info.Cluster, 16, 64)
 	return cluster, info.Members, err

@@ -3,7 +3,6 @@ package main
 import (
 	"container/heap"
 	"context"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -16,8 +15,7 @@ import (
 // applying never waits for the hub, and a watcher that does not read costs no
 // memory beyond the window, which is there anyway.
 
-// What one read returns at most. A watcher keeps these events alive while it
-// writes them, however long that takes.
+// What one read passes on at most, so that a slow watcher keeps little of it.
 const (
 	readEventsMax = 256
 	readBytesMax  = 32 << 10 // of keys and values; one larger event makes its own
@@ -29,8 +27,9 @@ type hub struct {
 	wake  chan struct{} // holds one token: something was applied
 	busy  atomic.Bool   // somebody waits; without it notify has nothing to do
 
+	closed atomic.Pointer[apiError] // set once run has ended
+
 	mu       sync.Mutex
-	closed   error  // set once run has ended
 	next     uint64 // number of the next event to look at
 	rv       uint64 // all events up to this version were looked at
 	armed    int    // watchers in the sets; without any the hub looks at nothing
@@ -139,7 +138,7 @@ func (h *hub) arm(w *watcher) {
 	if h.armed == 0 {
 		h.next, h.rv = w.next, w.rv
 	}
-	if h.closed != nil || w.next < h.next {
+	if h.closed.Load() != nil || w.next < h.next {
 		return
 	}
 	sets := h.setsOf(w)
@@ -152,7 +151,8 @@ func (h *hub) arm(w *watcher) {
 		}
 	}
 	set[w] = struct{}{}
-	w.armed, w.caughtUp = true, true
+	w.caughtUp = true
+	w.armed.Store(true)
 	h.armed++
 	h.busy.Store(true)
 	h.notify() // what was applied before busy was set
@@ -170,8 +170,8 @@ func (h *hub) disarm(w *watcher) {
 			}
 		}
 	}
-	w.armed = false
 	w.next, w.rv = max(w.next, h.next), max(w.rv, h.rv)
+	w.armed.Store(false)
 	h.armed--
 	h.updateBusy()
 }
@@ -185,10 +185,10 @@ func (h *hub) setsOf(w *watcher) watchSets {
 
 func (h *hub) updateBusy() { h.busy.Store(h.armed > 0 || len(h.waiters) > 0) }
 
-func (h *hub) close(err error) {
+func (h *hub) close(err *apiError) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.closed = err
+	h.closed.Store(err)
 	h.wakeAll()
 	for len(h.waiters) > 0 {
 		v := heap.Pop(&h.waiters).(*versionWaiter)
@@ -206,9 +206,9 @@ type watcher struct {
 	patient  bool          // never gets errSlow
 	wake     chan struct{} // holds one token: read may return something new
 
-	// The hub's while it is armed, guarded by its mutex, and otherwise the
-	// watcher's.
-	armed    bool
+	// armed is set by the watcher and reset by the hub, under its mutex. Meanwhile
+	// the rest is the hub's, guarded by the mutex, and otherwise the watcher's.
+	armed    atomic.Bool
 	caughtUp bool   // it was armed once
 	next     uint64 // number of the next event to read
 	rv       uint64 // it wants no more events up to this version
@@ -228,7 +228,7 @@ func (h *hub) watch(key string, isPrefix bool, rv uint64) (*watcher, error) {
 func (w *watcher) close() {
 	w.hub.mu.Lock()
 	defer w.hub.mu.Unlock()
-	if w.armed {
+	if w.armed.Load() {
 		w.hub.disarm(w)
 	}
 }
@@ -240,21 +240,21 @@ func (w *watcher) signal() {
 	}
 }
 
-// read returns the next events in buf, in order and without a gap. When there
-// are none at present, wake tells when to read again. last is set in those after
-// which w gets no more events of their version; the others of the version may
-// come with the next read. All events up to version rv were returned.
+// read passes the next events to take, in order and without a gap, and returns
+// how many there were. When there are none at present, wake tells when to read
+// again. last means that w gets no more events of that version; the rest of
+// others comes with the next read. All events up to version rv were passed on.
+// take must not block nor keep the event.
 //
-// An error is final, and no event comes with it. What a watcher got after rv is
-// an incomplete version.
-func (w *watcher) read(buf []event) (events []event, rv uint64, err error) {
+// An error is final, and comes without events. What w got after rv is then an
+// incomplete version.
+func (w *watcher) read(take func(e *event, last bool)) (n int, rv uint64, err error) {
 	for {
 		if armed, rv, err := w.state(); armed || err != nil {
-			return nil, rv, err
+			return 0, rv, err
 		}
-		events, err := w.scan(buf[:0])
-		if len(events) > 0 || err != nil {
-			return events, w.rv, err
+		if n, err := w.scan(take); n > 0 || err != nil {
+			return n, w.rv, err
 		}
 		w.hub.arm(w) // if that fails there is more to read
 	}
@@ -263,53 +263,58 @@ func (w *watcher) read(buf []event) (events []event, rv uint64, err error) {
 // state says whether there is nothing to read because the hub has not seen
 // anything for w.
 func (w *watcher) state() (armed bool, rv uint64, err error) {
+	if err := w.hub.closed.Load(); err != nil {
+		return false, w.rv, err
+	}
+	if !w.armed.Load() {
+		return false, w.rv, nil
+	}
 	h := w.hub
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if w.armed {
+	if w.armed.Load() {
 		w.rv = max(w.rv, h.rv)
 	}
-	return w.armed, w.rv, h.closed
+	return w.armed.Load(), w.rv, nil
 }
 
-// scan reads the window until it has events enough, or is at the end. It stops
-// within a version only before an event that w wants.
-func (w *watcher) scan(events []event) ([]event, error) {
+// scan reads the window until it has passed on events enough, or is at the end.
+// It stops within a version only before an event that w wants.
+func (w *watcher) scan(take func(e *event, last bool)) (n int, err error) {
 	size := uint64(0)
+	var found *event // to be passed on once it is known whether it is the last of its version
+	pass := func(last bool) (full bool) {
+		take(found, last)
+		n++
+		size += found.size()
+		found = nil
+		return n >= readEventsMax || size >= readBytesMax
+	}
 	for {
 		chunk, aging, ok := w.hub.store.eventsFrom(w.next)
 		switch {
+		case !ok && n > 0:
+			return n, nil // the next read fails
 		case !ok:
-			// What was found of an incomplete version may lack its end.
-			events = slices.DeleteFunc(events, func(e event) bool { return e.rv > w.rv })
-			if len(events) > 0 {
-				return events, nil // the next read fails again
-			}
-			return nil, errExpired
-		case aging && w.caughtUp && !w.patient && len(events) == 0:
-			return nil, errSlow
+			return 0, errExpired
+		case aging && w.caughtUp && !w.patient && n == 0 && found == nil:
+			return 0, errSlow
 		case len(chunk) == 0:
-			return events, nil
+			return n, nil
 		}
 		for i := range chunk {
 			e := &chunk[i]
-			full := len(events) >= readEventsMax || size >= readBytesMax
-			if n := len(events); w.wants(e.key) {
-				if n > 0 && events[n-1].rv == e.rv {
-					events[n-1].last = false
+			if w.wants(e.key) {
+				if found != nil && pass(false) {
+					return n, nil
 				}
-				if full {
-					return events, nil
-				}
-				events = append(events, *e)
-				events[n].last = true // as far as w is concerned, until another one comes
-				size += e.size()
+				found = e
 			}
 			w.next++
 			if e.last {
 				w.rv = e.rv
-				if full {
-					return events, nil
+				if found != nil && pass(true) {
+					return n, nil
 				}
 			}
 		}
@@ -330,9 +335,9 @@ func (h *hub) waitVersion(ctx context.Context, rv uint64) error {
 	}
 	v := &versionWaiter{rv: rv, done: make(chan struct{})}
 	h.mu.Lock()
-	if h.closed != nil {
+	if err := h.closed.Load(); err != nil {
 		h.mu.Unlock()
-		return h.closed
+		return err
 	}
 	heap.Push(&h.waiters, v)
 	h.busy.Store(true)

@@ -103,11 +103,24 @@ func (r *watchRig) watch(key string, isPrefix bool, rv uint64) *watcher {
 	return w
 }
 
+// readAll returns what one read passes on.
+func readAll(w *watcher) (events []event, rv uint64, err error) {
+	n, rv, err := w.read(func(e *event, last bool) {
+		c := *e
+		c.last = last
+		events = append(events, c)
+	})
+	if n != len(events) {
+		w.hub.close(errInternal) // no test goes on from here
+	}
+	return events, rv, err
+}
+
 // drain reads until there is nothing at present, and shows what came: key@rv,
 // with a + if more of the version follow.
 func drain(w *watcher) (got []string, rv uint64, err error) {
 	for {
-		events, rv, err := w.read(nil)
+		events, rv, err := readAll(w)
 		if len(events) == 0 {
 			return got, rv, err
 		}
@@ -285,7 +298,7 @@ func TestHub_LargeVersion(t *testing.T) {
 		for want, w := range watchers {
 			events := 0
 			for {
-				batch, rv, err := w.read(nil)
+				batch, rv, err := readAll(w)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -324,7 +337,7 @@ func TestHub_ReadSize(t *testing.T) {
 	w := r.watch("k", false, 0)
 	var sizes []int
 	for {
-		events, _, err := w.read(nil)
+		events, _, err := readAll(w)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -361,7 +374,7 @@ func TestHub_Slow(t *testing.T) {
 	r.fill("k/", 15*chunkEventsMax)
 	r.hub.distribute()
 	for range 2 * chunkEventsMax / readEventsMax {
-		if events, _, err := w.read(nil); len(events) != readEventsMax || err != nil {
+		if events, _, err := readAll(w); len(events) != readEventsMax || err != nil {
 			t.Fatalf("%d events, %v", len(events), err)
 		}
 	}
@@ -370,18 +383,18 @@ func TestHub_Slow(t *testing.T) {
 		r.fill("k/", 100)
 		r.hub.distribute()
 	}
-	_, rv, err := w.read(nil)
+	_, rv, err := readAll(w)
 	if !errors.Is(err, errSlow) || rv != 1+2*chunkEventsMax {
 		t.Fatalf("read up to %d, %v; want errSlow after %d", rv, err, 1+2*chunkEventsMax)
 	}
-	if _, again, err := w.read(nil); again != rv || !errors.Is(err, errSlow) {
+	if _, again, err := readAll(w); again != rv || !errors.Is(err, errSlow) {
 		t.Errorf("then read up to %d, %v", again, err)
 	}
 	// It can be resumed, and then gets everything.
 	v := newWatchValidator("resumed", "", true, false, rv)
 	resumed := r.watch("", true, rv)
 	for {
-		events, _, err := resumed.read(nil)
+		events, _, err := readAll(resumed)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -399,7 +412,7 @@ func TestHub_Slow(t *testing.T) {
 	}
 	// Who is behind the window is not resumed, whether or not it was live.
 	for name, w := range map[string]*watcher{"patient": patient, "fresh": fresh} {
-		if _, rv, err := w.read(nil); !errors.Is(err, errExpired) || rv != w.rv {
+		if _, rv, err := readAll(w); !errors.Is(err, errExpired) || rv != w.rv {
 			t.Errorf("%s: up to %d, %v; want errExpired", name, rv, err)
 		}
 	}
@@ -469,7 +482,7 @@ func TestHub_Close(t *testing.T) {
 	}
 	for range 2 {
 		for _, w := range []*watcher{armed, fresh, r.watch("a", false, 0)} {
-			if events, _, err := w.read(nil); len(events) > 0 || !errors.Is(err, errShuttingDown) {
+			if events, _, err := readAll(w); len(events) > 0 || !errors.Is(err, errShuttingDown) {
 				t.Errorf("read %v, %v", events, err)
 			}
 		}
@@ -581,6 +594,8 @@ func TestHub_Random(t *testing.T) {
 	}
 	validators := make([]*watchValidator, 30)
 	var ended [3]atomic.Int64
+	var mu sync.Mutex
+	var retired []*watchValidator // guarded by mu
 	for i := range validators {
 		random := rand.New(rand.NewPCG(seed, uint64(100+i)))
 		key := randomKey(random)[:random.IntN(3)]
@@ -594,6 +609,10 @@ func TestHub_Random(t *testing.T) {
 				w, err := r.hub.watch(v.key, v.isPrefix, from)
 				if err != nil { // it must begin anew
 					ended[2].Add(1)
+					old := *v
+					mu.Lock()
+					retired = append(retired, &old)
+					mu.Unlock()
 					*v = *newWatchValidator(v.name, v.key, v.isPrefix, false, r.store.version())
 					continue
 				}
@@ -618,7 +637,7 @@ func TestHub_Random(t *testing.T) {
 	r.put("the end", "v")
 	watchers.Wait()
 	events, resumes := 0, 0
-	for _, v := range validators {
+	for _, v := range append(validators, retired...) {
 		v.check(&r.history)
 		v.report(t)
 		events, resumes = events+v.events, resumes+v.resumes
@@ -632,23 +651,21 @@ func TestHub_Random(t *testing.T) {
 
 // observeSome reads for a while, and when the writers have stopped to the end.
 func observeSome(w *watcher, v *watchValidator, random *rand.Rand, stop *atomic.Bool) (done bool, err error) {
-	var buf []event
-	for reads := random.IntN(500); ; reads-- {
-		events, rv, err := w.read(buf)
+	for reads := random.IntN(80); ; reads-- {
+		events, rv, err := readAll(w)
 		if err != nil {
 			return false, err
 		}
 		for _, e := range events {
 			v.observe(messageOf(e))
 		}
-		buf = events
 		switch {
 		case len(events) > 0:
 			if rv >= events[len(events)-1].rv != events[len(events)-1].last {
 				v.violation("up to %d after %v", rv, messageOf(events[len(events)-1]))
 			}
-			if random.IntN(50) == 0 {
-				time.Sleep(time.Duration(random.IntN(30)) * time.Millisecond)
+			if random.IntN(50) == 0 { // enough to fall behind
+				time.Sleep(time.Duration(random.IntN(250)) * time.Millisecond)
 			}
 		case stop.Load() && rv == w.hub.store.version():
 			v.observe(watchMessage{kind: "BOOKMARK", rv: rv})

@@ -73,7 +73,10 @@ func parseWatchMessage(line []byte) (watchMessage, error) {
 	}
 	o := &wire.Object
 	if o.ResourceVersion == nil {
-		return watchMessage{}, fmt.Errorf("no resourceVersion in %.200q", line)
+		if wire.Type != "ERROR" { // which may be within the list at the start
+			return watchMessage{}, fmt.Errorf("no resourceVersion in %.200q", line)
+		}
+		o.ResourceVersion = new(uint64)
 	}
 	return watchMessage{
 		kind: wire.Type, rv: *o.ResourceVersion, prev: o.PreviousResourceVersion,

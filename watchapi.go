@@ -1,8 +1,8 @@
 package main
 
 import (
-	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"net/http"
 	"slices"
@@ -203,8 +203,7 @@ func (l *watchList) close() {
 	}
 }
 
-// watchStream writes one watch. Between two batches of messages it holds no
-// buffer, so that a watch on which nothing happens costs little.
+// watchStream writes one watch. Between two messages it holds no buffer, so that a watch on which nothing happens costs little.
 type watchStream struct {
 	w        http.ResponseWriter
 	control  *http.ResponseController
@@ -216,28 +215,13 @@ type watchStream struct {
 
 	rv        uint64 // the client was told of all events up to it
 	bookmarks time.Time
+	listing   bool // there is nothing to resume yet
 	part      bool // the last version is not complete
+
+	buf *[]byte // what is to be written; nil = nothing
 }
 
-// watchBatch is what a stream needs to write.
-type watchBatch struct {
-	events []event
-	buf    []byte
-}
-
-var watchBatches = sync.Pool{New: func() any {
-	return &watchBatch{events: make([]event, 0, readEventsMax), buf: make([]byte, 0, watchPartSize)}
-}}
-
-// free keeps the batch for the next stream, unless an extraordinary value has
-// grown it.
-func (b *watchBatch) free() {
-	clear(b.events)
-	b.events, b.buf = b.events[:0], b.buf[:0]
-	if cap(b.buf) <= 4*watchPartSize {
-		watchBatches.Put(b)
-	}
-}
+var watchBuffers = sync.Pool{New: func() any { return new([]byte) }}
 
 // run writes until the watch ends. An error means that the client is gone.
 func (s *watchStream) run(ctx context.Context, list *watchList) error {
@@ -277,32 +261,30 @@ func (s *watchStream) run(ctx context.Context, list *watchList) error {
 
 // begin writes what comes before the first event.
 func (s *watchStream) begin(list *watchList) error {
-	b := watchBatches.Get().(*watchBatch)
-	defer b.free()
 	if s.events {
-		b.buf = append(b.buf, watchRetry...)
+		s.append(func(buf []byte) []byte { return append(buf, watchRetry...) })
 	}
 	if list != nil {
-		s.hello, s.rv = true, 0 // without the whole list there is nothing to resume
-		if err := s.writeList(b, list); err != nil {
+		if err := s.writeList(list); err != nil {
 			return err
 		}
-		s.rv = list.rv
-	}
-	if s.hello {
-		b.buf = s.appendBookmark(b.buf)
 	}
 	s.bookmarks = time.Now()
-	return s.flush(b)
+	if s.hello || list != nil {
+		return s.writeBookmark()
+	}
+	return s.flush()
 }
 
-func (s *watchStream) writeList(b *watchBatch, list *watchList) error {
+func (s *watchStream) writeList(list *watchList) error {
+	s.listing = true
 	for {
 		items, err := list.read()
 		if err != nil {
 			return errExpired.withDetail("the list took so long that too much has changed since it began; try again, and read faster")
 		}
 		if len(items) == 0 {
+			s.listing = false
 			return nil
 		}
 		if _, _, err := s.watcher.state(); err != nil {
@@ -310,9 +292,11 @@ func (s *watchStream) writeList(b *watchBatch, list *watchList) error {
 		}
 		for i := range items {
 			e := event{rv: items[i].rv, kind: eventAdded, key: items[i].key, item: items[i].item}
-			b.buf = s.appendEvent(b.buf, &e)
-			if err := s.writeLarge(b); err != nil {
-				return err
+			s.appendEvent(&e, false)
+			if len(*s.buf) >= watchPartSize {
+				if err := s.write(); err != nil {
+					return err
+				}
 			}
 		}
 	}
@@ -320,26 +304,15 @@ func (s *watchStream) writeList(b *watchBatch, list *watchList) error {
 
 // step writes the next events. idle says that there are none.
 func (s *watchStream) step() (idle bool, err error) {
-	b := watchBatches.Get().(*watchBatch)
-	defer b.free()
-	events, rv, err := s.watcher.read(b.events)
+	n, rv, err := s.watcher.read(s.appendEvent)
 	if err != nil {
 		return false, err
 	}
-	if len(events) == 0 {
-		s.rv = rv
+	s.rv = rv
+	if n == 0 {
 		return true, nil
 	}
-	b.events = events
-	for i := range events {
-		b.buf = s.appendEvent(b.buf, &events[i])
-		s.part = !events[i].last
-		if err := s.writeLarge(b); err != nil {
-			return false, err
-		}
-	}
-	s.rv = rv
-	return false, s.flush(b)
+	return false, s.flush()
 }
 
 // fail ends the watch with a message that says why, unless the client is gone.
@@ -348,62 +321,77 @@ func (s *watchStream) fail(err error) error {
 	if !ok {
 		return err
 	}
-	b := watchBatches.Get().(*watchBatch)
-	defer b.free()
-	e = e.withDetail("%s", e.detail)
-	e.resourceVersion = s.rv
-	b.buf = s.appendHead(b.buf, "ERROR", s.rv)
-	b.buf = append(b.buf, bytes.TrimSpace(newProblem(e).encode())...)
-	b.buf = s.appendTail(b.buf, false)
-	return s.flush(b)
+	object := struct {
+		problem
+		ResourceVersion *uint64 `json:"resourceVersion,omitempty"` // to resume from
+	}{problem: newProblem(e)}
+	if !s.listing {
+		object.ResourceVersion = &s.rv
+	}
+	text, err := json.Marshal(object)
+	if err != nil {
+		return err
+	}
+	s.append(func(buf []byte) []byte {
+		buf = s.appendHead(buf, "ERROR", s.rv, !s.listing)
+		buf = append(buf, text...)
+		return s.appendTail(buf, true)
+	})
+	return s.flush()
 }
 
 // writeBookmark tells the client up to where it knows everything.
 func (s *watchStream) writeBookmark() error {
-	b := watchBatches.Get().(*watchBatch)
-	defer b.free()
-	b.buf = s.appendBookmark(b.buf)
+	s.append(func(buf []byte) []byte {
+		buf = s.appendHead(buf, "BOOKMARK", s.rv, true)
+		buf = append(buf, `{"resourceVersion":`...)
+		buf = strconv.AppendUint(buf, s.rv, 10)
+		buf = append(buf, '}')
+		return s.appendTail(buf, true)
+	})
 	s.bookmarks = time.Now()
-	return s.flush(b)
-}
-
-func (s *watchStream) appendBookmark(buf []byte) []byte {
-	buf = s.appendHead(buf, "BOOKMARK", s.rv)
-	buf = append(buf, `{"resourceVersion":`...)
-	buf = strconv.AppendUint(buf, s.rv, 10)
-	buf = append(buf, '}')
-	return s.appendTail(buf, false)
+	return s.flush()
 }
 
 // What the kinds of events are called.
 var eventTypes = [...]string{eventAdded: "ADDED", eventModified: "MODIFIED", eventDeleted: "DELETED", eventExpired: "DELETED"}
 
-func (s *watchStream) appendEvent(buf []byte, e *event) []byte {
-	id := uint64(0)
-	if e.last {
-		id = e.rv // no sooner, or a client that resumes would lose half a version
-	}
-	buf = s.appendHead(buf, eventTypes[e.kind], id)
-	it := e.item
-	it.rv = e.rv // of a deletion: its own
-	buf = appendItemJSON(buf, e.key, it, false)
-	if e.prev != 0 {
-		buf = append(buf[:len(buf)-1], `,"previousResourceVersion":`...)
-		buf = strconv.AppendUint(buf, e.prev, 10)
-		if e.kind == eventExpired {
-			buf = append(buf, `,"reason":"expired"`...)
+// appendEvent adds the message of an event; if it is not the last of its version
+// others follow.
+func (s *watchStream) appendEvent(e *event, last bool) {
+	s.part = !last
+	s.append(func(buf []byte) []byte {
+		// No id sooner, or a client that resumes would lose half a version.
+		buf = s.appendHead(buf, eventTypes[e.kind], e.rv, last)
+		it := e.item
+		it.rv = e.rv // of a deletion: its own
+		buf = appendItemJSON(buf, e.key, it, false)
+		if e.prev != 0 {
+			buf = append(buf[:len(buf)-1], `,"previousResourceVersion":`...)
+			buf = strconv.AppendUint(buf, e.prev, 10)
+			if e.kind == eventExpired {
+				buf = append(buf, `,"reason":"expired"`...)
+			}
+			buf = append(buf, '}')
 		}
-		buf = append(buf, '}')
-	}
-	return s.appendTail(buf, !e.last)
+		return s.appendTail(buf, last)
+	})
 }
 
-// appendHead begins a message; id 0 is none.
-func (s *watchStream) appendHead(buf []byte, kind string, id uint64) []byte {
+// append adds to what is to be written.
+func (s *watchStream) append(message func(buf []byte) []byte) {
+	if s.buf == nil {
+		s.buf = watchBuffers.Get().(*[]byte)
+	}
+	*s.buf = message(*s.buf)
+}
+
+// appendHead begins a message. hasID says that the client can resume after it.
+func (s *watchStream) appendHead(buf []byte, kind string, id uint64, hasID bool) []byte {
 	if s.events {
 		buf = append(buf, "event: "...)
 		buf = append(buf, kind...)
-		if id != 0 {
+		if hasID {
 			buf = append(buf, "\nid: "...)
 			buf = strconv.AppendUint(buf, id, 10)
 		}
@@ -414,8 +402,8 @@ func (s *watchStream) appendHead(buf []byte, kind string, id uint64) []byte {
 	return append(buf, `","object":`...)
 }
 
-func (s *watchStream) appendTail(buf []byte, more bool) []byte {
-	if more {
+func (s *watchStream) appendTail(buf []byte, last bool) []byte {
+	if !last {
 		buf = append(buf, `,"more":true`...)
 	}
 	buf = append(buf, "}\n"...)
@@ -425,29 +413,28 @@ func (s *watchStream) appendTail(buf []byte, more bool) []byte {
 	return buf
 }
 
-// writeLarge writes what was appended if it is enough for a part.
-func (s *watchStream) writeLarge(b *watchBatch) error {
-	if len(b.buf) < watchPartSize {
-		return nil
-	}
-	return s.write(b)
-}
-
 // write gives the client time for each part, so that it may be slow but must not
 // stand still.
-func (s *watchStream) write(b *watchBatch) error {
-	for part := range slices.Chunk(b.buf, watchPartSize) {
+func (s *watchStream) write() error {
+	if s.buf == nil {
+		return nil
+	}
+	for part := range slices.Chunk(*s.buf, watchPartSize) {
 		_ = s.control.SetWriteDeadline(time.Now().Add(watchWriteTimeout)) // as above
 		if _, err := s.w.Write(part); err != nil {
 			return err
 		}
 	}
-	b.buf = b.buf[:0]
+	if cap(*s.buf) <= 4*watchPartSize { // not one that an extraordinary value has grown
+		*s.buf = (*s.buf)[:0]
+		watchBuffers.Put(s.buf)
+	}
+	s.buf = nil
 	return nil
 }
 
-func (s *watchStream) flush(b *watchBatch) error {
-	if err := s.write(b); err != nil {
+func (s *watchStream) flush() error {
+	if err := s.write(); err != nil {
 		return err
 	}
 	return s.control.Flush()

@@ -37,6 +37,11 @@ type Options struct {
 	// raft port really is. A proxy for each link replaces the entries of the others; a node's own entry
 	// says where it listens.
 	PeerURLs func(n *Node, urls []string) []string
+	// Host, if set, returns the address that a node listens at, 127.0.0.1 otherwise. It is asked once.
+	Host func(id int) string
+	// Wrap, if set, returns a command that starts a node's command, which follows it: a node may live
+	// in a network namespace. Signals go to the process that results, so it must become the node.
+	Wrap func(n *Node) []string
 	// Env is added to the environment of this process.
 	Env []string
 }
@@ -77,9 +82,13 @@ func NewCluster(opts Options) (*Cluster, error) {
 		return nil, errors.Join(err, c.removeDir())
 	}
 	for i := range opts.Nodes {
-		id := i + 1
+		id, host := i+1, "127.0.0.1"
+		if opts.Host != nil {
+			host = opts.Host(id)
+		}
 		c.Nodes = append(c.Nodes, &Node{
 			ID:        id,
+			Host:      host,
 			RaftPort:  c.ports.port(portsPerNode * i),
 			HTTPPort:  c.ports.port(portsPerNode*i + 1),
 			RedisPort: c.ports.port(portsPerNode*i + 2),

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -42,6 +43,7 @@ var client = &http.Client{
 // Node is one member of a cluster and, while it runs, its process. Ports and paths stay the same for life.
 type Node struct {
 	ID                            int
+	Host                          string
 	RaftPort, HTTPPort, RedisPort int
 	// DataDir is passed as --data-dir. It survives a stop or a kill.
 	DataDir string
@@ -101,12 +103,14 @@ type Status struct {
 }
 
 // URL is the base URL of the node's HTTP front.
-func (n *Node) URL() string { return localURL(n.HTTPPort) }
+func (n *Node) URL() string { return n.url(n.HTTPPort) }
 
 // RaftURL is where the node listens for its peers.
-func (n *Node) RaftURL() string { return localURL(n.RaftPort) }
+func (n *Node) RaftURL() string { return n.url(n.RaftPort) }
 
-func localURL(port int) string { return fmt.Sprintf("http://127.0.0.1:%d", port) }
+func (n *Node) url(port int) string {
+	return "http://" + net.JoinHostPort(n.Host, strconv.Itoa(port))
+}
 
 // Start starts the node's process and returns without waiting for it to be ready.
 func (n *Node) Start() error {
@@ -127,7 +131,11 @@ func (n *Node) Start() error {
 	defer log.Close() // the process has a descriptor of its own
 
 	opts := &n.cluster.opts
-	cmd := exec.Command(opts.Binary, n.args()...)
+	command := append([]string{opts.Binary}, n.args()...)
+	if opts.Wrap != nil {
+		command = append(opts.Wrap(n), command...)
+	}
+	cmd := exec.Command(command[0], command[1:]...)
 	cmd.Dir = n.cluster.dir
 	cmd.Env = append(os.Environ(), opts.Env...)
 	cmd.Stdout, cmd.Stderr = log, log
@@ -159,6 +167,9 @@ func (n *Node) args() []string {
 		"--cluster", strings.Join(peers, ","),
 		"--port", strconv.Itoa(n.HTTPPort),
 		"--data-dir", n.DataDir,
+	}
+	if opts.Host != nil {
+		args = append(args, "--listen", net.JoinHostPort(n.Host, strconv.Itoa(n.HTTPPort)))
 	}
 	args = append(args, opts.Args...)
 	if opts.NodeArgs != nil {

@@ -1,0 +1,174 @@
+package main
+
+import (
+	"errors"
+	"reflect"
+	"strings"
+	"testing"
+)
+
+var codecCommands = []command{
+	{},
+	{op: opPut, key: "k", value: "v"},
+	{op: opPut, key: "\x00\xff", value: "\x80", expires: 1 << 40, condition: condition{ifMatch, 1<<64 - 1}},
+	{op: opDelete, key: strings.Repeat("k", keySizeMax), condition: condition{kind: ifAbsent}},
+	{op: opExpire, key: "k", condition: condition{ifMatch, 7}, retry: retryID{key: strings.Repeat("r", idempotencyKeySizeMax), digest: [16]byte{1, 15: 2}}},
+	{op: opTxn, value: codecTxns[1].encode()},
+}
+
+var codecTxns = []txn{
+	{},
+	{
+		compare:   []comparison{{kind: byVersion, key: "k", rv: 1<<64 - 1}, {kind: byValue, key: "\xff", value: "v"}, {kind: byAbsent, key: "k"}},
+		then:      []command{{op: opPut, key: "a", value: "b", expires: 5}, {op: opGet, key: "a"}},
+		otherwise: []command{{op: opDelete, key: "c"}},
+	},
+}
+
+func TestCommand_RoundTrip(t *testing.T) {
+	for _, c := range codecCommands {
+		b := c.appendTo(nil)
+		if len(b) > c.encodedSizeMax() {
+			t.Errorf("%+v: %d bytes, more than %d", c, len(b), c.encodedSizeMax())
+		}
+		got, rest, err := decodeCommand(append(b, "rest"...))
+		if err != nil || got != c || string(rest) != "rest" {
+			t.Errorf("%+v comes back as %+v, %q, %v", c, got, rest, err)
+		}
+		for n := range b {
+			if _, _, err := decodeCommand(b[:n]); !errors.Is(err, errMalformed) {
+				t.Errorf("%d of %d bytes of %+v: %v", n, len(b), c, err)
+			}
+		}
+	}
+	for _, tx := range codecTxns {
+		s := tx.encode()
+		if got, err := decodeTxn(s); err != nil || !reflect.DeepEqual(got, tx) {
+			t.Errorf("%+v comes back as %+v, %v", tx, got, err)
+		}
+		for n := range s {
+			if _, err := decodeTxn(s[:n]); !errors.Is(err, errMalformed) {
+				t.Errorf("%d of %d bytes of %+v: %v", n, len(s), tx, err)
+			}
+		}
+	}
+}
+
+// A command owns its memory: what it was read from may be reused.
+func TestCommand_OwnsItsMemory(t *testing.T) {
+	b := codecCommands[4].appendTo(nil)
+	got, _, err := decodeCommand(b)
+	clear(b)
+	if err != nil || got != codecCommands[4] {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
+func TestBatch_Header(t *testing.T) {
+	h := batchHeader{session: 1<<64 - 1, seq: 1 << 63, time: 1<<63 - 1}
+	b := newBatch(nil)
+	b.add(&codecCommands[1])
+	h.put(b.data)
+	got, commands, err := decodeBatch(b.data)
+	if err != nil || got != h || string(commands) != string(codecCommands[1].appendTo(nil)) {
+		t.Errorf("%+v, %q, %v", got, commands, err)
+	}
+	for n := range batchHeaderSize {
+		if _, _, err := decodeBatch(b.data[:n]); !errors.Is(err, errMalformed) {
+			t.Errorf("%d bytes: %v", n, err)
+		}
+	}
+	b.data[0]++
+	if _, _, err := decodeBatch(b.data); err == nil || !strings.Contains(err.Error(), "upgrade") {
+		t.Error(err)
+	}
+}
+
+// What is read as a command is written as the same command, and reading takes no
+// more memory than the input is worth.
+func FuzzCommandDecode(f *testing.F) {
+	for _, c := range codecCommands {
+		f.Add(c.appendTo(nil))
+	}
+	f.Add([]byte{byte(opPut), 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		c, rest, err := decodeCommand(data)
+		if err != nil {
+			if !errors.Is(err, errMalformed) || c != (command{}) && len(rest) > 0 {
+				t.Fatal(c, rest, err)
+			}
+			return
+		}
+		if len(c.key)+len(c.value)+len(c.retry.key)+len(rest) > len(data) {
+			t.Fatalf("%+v of %d bytes", c, len(data))
+		}
+		again, rest, err := decodeCommand(c.appendTo(nil))
+		if err != nil || len(rest) > 0 || normal(again) != normal(c) {
+			t.Fatalf("%+v comes back as %+v, %v", c, again, err)
+		}
+	})
+}
+
+// normal is a command without what an encoder does not write.
+func normal(c command) command {
+	if c.condition.kind == always {
+		c.condition.rv = 0
+	}
+	if c.retry.key == "" {
+		c.retry = retryID{}
+	}
+	return c
+}
+
+func FuzzTxnDecode(f *testing.F) {
+	for _, t := range codecTxns {
+		f.Add(t.encode())
+	}
+	f.Add("\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")
+	f.Fuzz(func(t *testing.T, s string) {
+		tx, err := decodeTxn(s)
+		if err != nil {
+			if !errors.Is(err, errMalformed) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if n := len(tx.compare) + len(tx.then) + len(tx.otherwise); n > len(s) {
+			t.Fatalf("%d parts of %d bytes", n, len(s))
+		}
+		for _, ops := range [][]command{tx.then, tx.otherwise} {
+			for i := range ops {
+				ops[i] = normal(ops[i])
+			}
+		}
+		again, err := decodeTxn(tx.encode())
+		if err != nil || !reflect.DeepEqual(again, tx) {
+			t.Fatalf("%+v comes back as %+v, %v", tx, again, err)
+		}
+		// Whatever is in a log, applying it ends.
+		w := &writer{t: t, store: newKVStore()}
+		w.put("k", "v")
+		w.apply(command{op: opTxn, value: s})
+	})
+}
+
+// Applying what a damaged entry might hold is an error, no panic.
+func FuzzApply(f *testing.F) {
+	for _, c := range codecCommands[1:] {
+		f.Add(c.appendTo(nil))
+	}
+	f.Fuzz(func(t *testing.T, commands []byte) {
+		s := newKVStore()
+		var out []result
+		if _, err := s.apply(1, 1, batchHeader{session: 1, seq: 1}, commands, &out); err != nil {
+			return
+		}
+		st, err := readState(strings.NewReader(string(stateBytes(t, s.snapshot()))))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st.rv != s.version() || st.items.Len() != s.state.items.Len() {
+			t.Fatalf("version %d, %d items; restored %d, %d", s.version(), s.state.items.Len(), st.rv, st.items.Len())
+		}
+	})
+}

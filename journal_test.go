@@ -1,0 +1,540 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unicode/utf8"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+)
+
+// journalRig is a watchRig with a journal.
+type journalRig struct {
+	*watchRig
+	path string
+	logs *observer.ObservedLogs
+}
+
+func newJournalRig(t testing.TB) *journalRig {
+	return &journalRig{watchRig: newWatchRig(t), path: filepath.Join(t.TempDir(), "journal")}
+}
+
+func (r *journalRig) open() (*journal, error) {
+	core, logs := observer.New(zap.DebugLevel)
+	r.logs = logs
+	return openJournal(r.path, zap.New(core))
+}
+
+func (r *journalRig) mustOpen() *journal {
+	r.t.Helper()
+	j, err := r.open()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return j
+}
+
+// start runs the journal as a node does; stop stops them.
+func (r *journalRig) start() (stop func() error) {
+	r.t.Helper()
+	j := r.mustOpen()
+	r.hub = newHub(r.store)
+	ctx, cancel := context.WithCancel(context.Background())
+	stopped := make(chan struct{})
+	src := journalSource{store: r.store, hub: r.hub, stopped: stopped, linearize: func(context.Context, time.Duration) error { return nil }}
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = r.hub.run(ctx) })
+	var err error
+	wg.Go(func() { err = j.run(ctx, src, time.Second) })
+	return func() error {
+		cancel()
+		close(stopped)
+		wg.Wait()
+		return errors.Join(err, j.close())
+	}
+}
+
+// cycle lets a journal write what there is.
+func (r *journalRig) cycle() {
+	r.t.Helper()
+	if err := r.start()(); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func (r *journalRig) content() string {
+	r.t.Helper()
+	b, err := os.ReadFile(r.path)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return string(b)
+}
+
+func (r *journalRig) setContent(s string) {
+	r.t.Helper()
+	if err := os.WriteFile(r.path, []byte(s), 0o600); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// story writes one of everything.
+func (r *journalRig) story() {
+	r.put("a", `{"b": [1,
+	2.50]}`)
+	r.put("a", "no JSON: \"\n")
+	r.apply(command{op: opExpire, key: "a", condition: condition{kind: ifMatch, rv: 2}})
+	r.apply(
+		command{op: opPut, key: "\xff", value: "\xfe{}"},
+		command{op: opDelete, key: "\xff"},
+		command{op: opPut, key: "k/1", value: ""},
+		command{op: opPut, key: "k/2", value: "12345678901234567890.0"},
+		command{op: opPut, key: "k/3", value: "\"\xff\""},
+		command{op: opDeletePrefix, key: "k/"},
+	)
+}
+
+const storyJournal = `{"rv":1,"key":"a","timestamp":1000000,"obj":{"b":[1,2.50]}}
+{"rv":2,"key":"a","timestamp":2000000,"obj":"no JSON: \"\n"}
+{"rv":3,"key":"a","timestamp":3000000,"deleted":true,"reason":"expired"}
+{"rv":4,"keyBase64":"/w==","timestamp":4000000,"objBase64":"/nt9"}
+{"rv":5,"keyBase64":"/w==","timestamp":4000000,"deleted":true}
+{"rv":6,"key":"k/1","timestamp":4000000,"obj":""}
+{"rv":7,"key":"k/2","timestamp":4000000,"obj":12345678901234567890.0}
+{"rv":8,"key":"k/3","timestamp":4000000,"objBase64":"Iv8i"}
+{"rv":9,"key":"k/1","timestamp":4000000,"deleted":true,"more":true}
+{"rv":9,"key":"k/2","timestamp":4000000,"deleted":true,"more":true}
+{"rv":9,"key":"k/3","timestamp":4000000,"deleted":true}
+`
+
+func (r *journalRig) want(want string) {
+	r.t.Helper()
+	if got := r.content(); got != want {
+		r.t.Errorf("journal\n%s\nwant\n%s", got, want)
+	}
+}
+
+func TestJournal_Lines(t *testing.T) {
+	r := newJournalRig(t)
+	stop := r.start()
+	r.story()
+	if err := stop(); err != nil {
+		t.Fatal(err)
+	}
+	r.want(storyJournal)
+	info, err := os.Stat(r.path)
+	if err != nil || info.Mode() != 0o600 {
+		t.Errorf("mode %v, %v", info.Mode(), err)
+	}
+	r.cycle() // nothing to do
+	r.want(storyJournal)
+}
+
+// TestJournal_CutAnywhere: whatever a crash leaves of the file, the next run
+// makes it whole.
+func TestJournal_CutAnywhere(t *testing.T) {
+	r := newJournalRig(t)
+	r.story()
+	for cut := range len(storyJournal) + 1 {
+		r.setContent(storyJournal[:cut])
+		r.cycle()
+		if got := r.content(); got != storyJournal {
+			t.Fatalf("cut at %d of %d, after %.60q:\n%s", cut, len(storyJournal), storyJournal[max(0, cut-60):cut], got)
+		}
+	}
+	r.setContent(storyJournal[:500] + strings.Repeat("\x00", 5000)) // what some file systems leave
+	r.cycle()
+	r.want(storyJournal)
+	if logs := r.logs.FilterMessage("cut off an incomplete version").Len(); logs != 1 {
+		t.Errorf("%d warnings", logs)
+	}
+}
+
+// TestJournal_Random: runs that are cut short at random while writes go on.
+func TestJournal_Random(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	r := newJournalRig(t)
+	cuts := 0
+	for range 30 {
+		stop := r.start()
+		for range random.IntN(100) {
+			r.apply(randomBatch(random)...)
+		}
+		if err := stop(); err != nil {
+			t.Fatal(err)
+		}
+		if content := r.content(); random.IntN(2) == 0 {
+			r.setContent(content[:len(content)-random.IntN(min(len(content), 10_000)+1)])
+			cuts++
+		}
+	}
+	r.cycle()
+	r.checkJournal(r.content(), 0)
+	t.Logf("%d events, %d cuts", len(r.history.messages), cuts)
+}
+
+// checkJournal compares a journal with what happened.
+func (r *journalRig) checkJournal(content string, gaps int) {
+	r.t.Helper()
+	i := 0
+	for text := range strings.Lines(content) {
+		var line struct {
+			RV      uint64
+			Key     string
+			Deleted bool
+			More    bool
+			Obj     json.RawMessage
+			Gap     *struct{ From, To uint64 }
+		}
+		if err := json.Unmarshal([]byte(text), &line); err != nil {
+			r.t.Fatal(err)
+		}
+		if g := line.Gap; g != nil {
+			gaps--
+			if g.From > g.To || g.To != line.RV || i > 0 && r.history.messages[i-1].rv != g.From-1 {
+				r.t.Errorf("gap %s", text)
+			}
+			for i < len(r.history.messages) && r.history.messages[i].rv <= g.To {
+				i++
+			}
+			continue
+		}
+		if i == len(r.history.messages) {
+			r.t.Fatalf("this never happened: %s", text)
+		}
+		m := r.history.messages[i]
+		i++
+		if line.RV != m.rv || line.Key != m.key || line.More != m.more || line.Deleted != (m.kind == "DELETED") || !line.Deleted && string(line.Obj) != m.value && string(line.Obj) != strconv.Quote(m.value) {
+			r.t.Fatalf("%v is in the journal as %s", m, text)
+		}
+	}
+	if i != len(r.history.messages) || gaps != 0 {
+		r.t.Errorf("%d of %d events, %d more gaps expected", i, len(r.history.messages), gaps)
+	}
+}
+
+func TestJournal_Gap(t *testing.T) {
+	r := newJournalRig(t)
+	r.put("a", "1")
+	r.cycle()
+	r.setContent(r.content() + `{"rv":2,"key":"k/00000","timestamp":1,"obj":1,"more":true}` + "\n")
+	r.fill("k/", 3*chunkEventsMax)
+	r.history.messages = nil
+	r.smallWindow(1) // of which a chunk is left
+	dropped := r.store.eventsDropped()
+	r.cycle()
+	want := fmt.Sprintf(`{"rv":1,"key":"a","timestamp":1000000,"obj":1}`+"\n"+`{"rv":%d,"gap":{"from":2,"to":%[1]d}}`+"\n", dropped)
+	if got := r.content(); !strings.HasPrefix(got, want+fmt.Sprintf(`{"rv":%d,"key":`, dropped+1)) {
+		t.Errorf("journal %.300s", got)
+	}
+	if entries := r.logs.FilterMessageSnippet("events are missing").All(); len(entries) != 1 || entries[0].Level != zap.WarnLevel {
+		t.Errorf("logged %v", entries)
+	}
+	before := r.content()
+	r.cycle()
+	r.want(before)
+	r.setContent(want) // the gap is where it resumes
+	r.cycle()
+	r.want(before)
+
+	// A new journal of an old store begins with a gap.
+	r.setContent("")
+	r.cycle()
+	if got := r.content(); !strings.HasPrefix(got, fmt.Sprintf(`{"rv":%d,"gap":{"from":1,"to":%[1]d}}`+"\n", dropped)) {
+		t.Errorf("journal %.300s", got)
+	}
+}
+
+// TestJournal_GapWhileRunning: a snapshot takes the place of events.
+func TestJournal_GapWhileRunning(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		leader := newWatchRig(t)
+		leader.fill("k/", 3*chunkEventsMax)
+		leader.smallWindow(chunkEventsMax)
+		r := newJournalRig(t)
+		stop := r.start()
+		r.put("k/000000", "v")
+		synctest.Wait()
+		r.store.restore(leader.store.snapshot())
+		r.hub.notify()
+		synctest.Wait()
+		r.index = r.store.applied()
+		r.put("z", "v")
+		if err := stop(); err != nil {
+			t.Fatal(err)
+		}
+		r.history.messages = append(leader.history.messages, r.history.messages[1:]...)
+		r.checkJournal(r.content(), 1)
+	})
+}
+
+func TestJournal_Refused(t *testing.T) {
+	tests := map[string]string{
+		"foreign lines":       "hello\nworld\n",
+		"foreign text":        "hello",
+		"foreign JSON":        `{"a":1}` + "\n",
+		"no version":          `{"rv":0,"key":"a"}` + "\n",
+		"no key":              `{"rv":1}` + "\n",
+		"damage":              `{"rv":1,"key":"a"}` + "\n\x00\x00\x00" + `{"rv":2,"key":"a"}` + "\n",
+		"version without end": `{"rv":1,"key":"a","more":true}` + "\n" + `{"rv":2,"key":"a","more":true}` + "\n",
+		"empty line":          "{\"rv\":1,\"key\":\"a\"}\n\n",
+	}
+	for name, content := range tests {
+		t.Run(name, func(t *testing.T) {
+			r := newJournalRig(t)
+			r.setContent(content)
+			if _, err := r.open(); !errors.Is(err, errJournalDamage) || !strings.Contains(err.Error(), "offset") {
+				t.Errorf("opened: %v", err)
+			}
+			r.want(content)
+		})
+	}
+	t.Run("in use", func(t *testing.T) {
+		r := newJournalRig(t)
+		j := r.mustOpen()
+		if _, err := r.open(); err == nil || !strings.Contains(err.Error(), "another process") {
+			t.Errorf("opened twice: %v", err)
+		}
+		must(t, j.close())
+		must(t, r.mustOpen().close())
+	})
+	t.Run("no file", func(t *testing.T) {
+		for _, path := range []string{"/dev/null", t.TempDir(), filepath.Join(t.TempDir(), "no/directory")} {
+			if _, err := openJournal(path, zap.NewNop()); err == nil {
+				t.Errorf("%s was opened", path)
+			}
+		}
+	})
+	t.Run("another cluster", func(t *testing.T) {
+		r := newJournalRig(t)
+		r.setContent(`{"rv":7,"key":"a","obj":1}` + "\n")
+		r.put("a", "1")
+		if err := r.start()(); err == nil || !strings.Contains(err.Error(), "another cluster") {
+			t.Errorf("run: %v", err)
+		}
+	})
+	t.Run("write fails", func(t *testing.T) {
+		r := newJournalRig(t)
+		j := r.mustOpen()
+		must(t, j.close())
+		r.put("a", "1")
+		r.run()
+		src := journalSource{store: r.store, hub: r.hub}
+		if err := j.run(t.Context(), src, time.Second); err == nil || !strings.Contains(err.Error(), r.path) {
+			t.Errorf("run: %v", err)
+		}
+	})
+}
+
+// TestJournal_WaitsForStore: after a restart the store is behind the journal
+// until the log was applied again.
+func TestJournal_WaitsForStore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newJournalRig(t)
+		r.story()
+		r.cycle()
+		again := &journalRig{watchRig: newWatchRig(t), path: r.path}
+		j := again.mustOpen()
+		stopped := make(chan struct{})
+		leader := false
+		src := journalSource{store: again.store, hub: again.hub, stopped: stopped, linearize: func(context.Context, time.Duration) error {
+			if leader {
+				return nil
+			}
+			return errNoLeader
+		}}
+		done := make(chan error)
+		go func() { done <- j.run(t.Context(), src, time.Second) }()
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		again.story()
+		leader = true
+		time.Sleep(time.Second)
+		synctest.Wait()
+		again.put("b", "2")
+		again.hub.distribute()
+		synctest.Wait()
+		again.hub.close(errShuttingDown)
+		again.put("b", "3") // the last request that was answered
+		close(stopped)
+		must(t, <-done)
+		must(t, j.close())
+		again.want(storyJournal + `{"rv":10,"key":"b","timestamp":5000000,"obj":2}` + "\n" + `{"rv":11,"key":"b","timestamp":6000000,"obj":3}` + "\n")
+	})
+}
+
+// TestJournal_StopsWhileItWaits: for a leader that does not come.
+func TestJournal_StopsWhileItWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newJournalRig(t)
+		r.setContent(storyJournal)
+		j := r.mustOpen()
+		stopped := make(chan struct{})
+		src := journalSource{store: r.store, hub: r.hub, stopped: stopped, linearize: func(context.Context, time.Duration) error { return errNoLeader }}
+		done := make(chan error)
+		go func() { done <- j.run(t.Context(), src, time.Second) }()
+		time.Sleep(time.Minute)
+		r.hub.close(errShuttingDown)
+		close(stopped)
+		must(t, <-done)
+		must(t, j.close())
+		r.want(storyJournal)
+	})
+}
+
+func TestJournal_Sync(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newJournalRig(t)
+		j := r.mustOpen()
+		r.follow(j)
+		for range 3 {
+			r.put("a", "1")
+			synctest.Wait()
+			time.Sleep(time.Second / 2)
+			synctest.Wait()
+			if j.dirty.IsZero() {
+				t.Error("synced early, or not written")
+			}
+			r.put("a", "2") // does not put it off
+			time.Sleep(time.Second/2 + time.Millisecond)
+			synctest.Wait()
+			if !j.dirty.IsZero() {
+				t.Error("not synced in time")
+			}
+			time.Sleep(time.Minute)
+		}
+	})
+}
+
+// follow runs hub and journal until the test ends.
+func (r *journalRig) follow(j *journal) {
+	ctx, cancel := context.WithCancel(context.Background())
+	stopped := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = r.hub.run(ctx) })
+	wg.Go(func() {
+		if err := j.run(ctx, journalSource{store: r.store, hub: r.hub, stopped: stopped}, time.Second); err != nil {
+			r.t.Error(err)
+		}
+	})
+	r.t.Cleanup(func() {
+		cancel()
+		close(stopped)
+		wg.Wait()
+		must(r.t, j.close())
+	})
+}
+
+// A value comes out of the journal as it went in, on one line.
+func FuzzJournalLine(f *testing.F) {
+	for _, s := range []string{"", "a", "1", `"a"`, "{\"a\": [1, 2,\n3]}", "\xff", "\"\xff\"", "null", "\u2028", `{"a":1}{"b":2}`, "1e999", `"\ud800"`, "\x00", strings.Repeat("[", 100)} {
+		f.Add(s, s, true)
+	}
+	f.Fuzz(func(t *testing.T, key, value string, last bool) {
+		e := event{rv: 7, time: 1, kind: eventModified, key: key, item: item{value: value}}
+		text := appendJournalLine(nil, &e, last)
+		if !utf8.Valid(text) || bytes.IndexByte(text, '\n') != len(text)-1 {
+			t.Fatalf("line %q", text)
+		}
+		var line struct {
+			RV        uint64
+			Key       *string
+			KeyBase64 []byte
+			Obj       json.RawMessage
+			ObjBase64 []byte
+			More      bool
+		}
+		if err := json.Unmarshal(text, &line); err != nil {
+			t.Fatalf("line %q: %v", text, err)
+		}
+		if line.RV != 7 || line.More == last {
+			t.Fatalf("line %q", text)
+		}
+		if line.Key != nil && *line.Key != key || line.Key == nil && string(line.KeyBase64) != key {
+			t.Fatalf("key of %q", text)
+		}
+		switch {
+		case !utf8.ValidString(value):
+			if string(line.ObjBase64) != value {
+				t.Fatalf("line %q", text)
+			}
+		case json.Valid([]byte(value)):
+			var want bytes.Buffer
+			if err := json.Compact(&want, []byte(value)); err != nil || want.String() != string(line.Obj) {
+				t.Fatalf("line %q: %v", text, err)
+			}
+		default:
+			var got string
+			if err := json.Unmarshal(line.Obj, &got); err != nil || got != value {
+				t.Fatalf("line %q: %v", text, err)
+			}
+		}
+		if rv, end, err := findJournalEnd(bytes.NewReader(text), int64(len(text))); err != nil || (rv == 7) != last || (end == int64(len(text))) != last {
+			t.Fatalf("line %q is complete up to %d, %d, %v", text, rv, end, err)
+		}
+	})
+}
+
+// Whatever the file holds, the place to resume is after a complete line, and
+// cutting there changes nothing.
+func FuzzJournalResume(f *testing.F) {
+	f.Add([]byte(storyJournal))
+	f.Add([]byte(storyJournal[:len(storyJournal)-5]))
+	f.Add([]byte(storyJournal[:len(storyJournal)-80]))
+	f.Add([]byte("{\"rv\":3,\"gap\":{\"from\":1,\"to\":3}}\n{\"rv\":"))
+	f.Add([]byte(""))
+	f.Add([]byte("\n\n"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		rv, end, err := findJournalEnd(bytes.NewReader(data), int64(len(data)))
+		if err != nil {
+			if !errors.Is(err, errJournalDamage) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if end < 0 || end > int64(len(data)) || (end == 0) != (rv == 0) || end > 0 && data[end-1] != '\n' {
+			t.Fatalf("version %d ends at %d of %q", rv, end, data)
+		}
+		if rv2, end2, err := findJournalEnd(bytes.NewReader(data[:end]), end); rv2 != rv || end2 != end || err != nil {
+			t.Fatalf("%q: %d at %d, then %d at %d, %v", data, rv, end, rv2, end2, err)
+		}
+		// A whole line and a torn one more change only the version.
+		more := append(bytes.Clone(data[:end]), `{"rv":18446744073709551615,"key":"k"}`+"\n"+`{"rv":9`...)
+		if rv3, end3, err := findJournalEnd(bytes.NewReader(more), int64(len(more))); rv3 != 1<<64-1 || end3 != int64(len(more))-7 || err != nil {
+			t.Fatalf("%q and two lines: %d at %d, %v", data, rv3, end3, err)
+		}
+	})
+}
+
+// TestJournal_LongLines: the end is found behind lines that are longer than what
+// is read at a time, and among many.
+func TestJournal_LongLines(t *testing.T) {
+	long := fmt.Sprintf(`{"rv":1,"key":"a","obj":"%s"}`+"\n", strings.Repeat("x", 1<<20))
+	var b strings.Builder
+	b.WriteString(long)
+	want := b.Len()
+	for i := range 10_000 {
+		fmt.Fprintf(&b, `{"rv":2,"key":"%d","deleted":true,"more":true}`+"\n", i)
+	}
+	for _, tail := range []string{"", `{"rv":2,`, strings.Replace(long[:len(long)-1], `"rv":1`, `"rv":2`, 1)} {
+		content := b.String() + tail
+		if rv, end, err := findJournalEnd(strings.NewReader(content), int64(len(content))); rv != 1 || end != int64(want) || err != nil {
+			t.Errorf("with %.20q: %d at %d of %d, %v", tail, rv, end, len(content), err)
+		}
+	}
+}

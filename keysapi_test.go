@@ -1,0 +1,479 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unicode/utf8"
+)
+
+// jsonItem is an item as clients read it.
+type jsonItem struct {
+	Key                    *string    `json:"key"`
+	KeyBase64              []byte     `json:"keyBase64"`
+	Value                  *string    `json:"value"`
+	ValueBase64            []byte     `json:"valueBase64"`
+	ResourceVersion        uint64     `json:"resourceVersion"`
+	CreatedResourceVersion uint64     `json:"createdResourceVersion"`
+	ExpiresAt              *time.Time `json:"expiresAt"`
+}
+
+func (i *jsonItem) key() string   { return textOrBytes(i.Key, i.KeyBase64) }
+func (i *jsonItem) value() string { return textOrBytes(i.Value, i.ValueBase64) }
+
+func textOrBytes(text *string, b []byte) string {
+	if text != nil {
+		return *text
+	}
+	return string(b)
+}
+
+type jsonList struct {
+	ResourceVersion uint64     `json:"resourceVersion"`
+	Items           []jsonItem `json:"items"`
+	After           *string    `json:"after"`
+	AfterBase64     []byte     `json:"afterBase64"`
+}
+
+// mustDecode decodes a JSON answer of which every field is known.
+func mustDecode[T any](t *testing.T, a answer) (v T) {
+	t.Helper()
+	a.want(t, 200)
+	d := json.NewDecoder(strings.NewReader(a.body))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&v); err != nil {
+		t.Fatalf("%q: %v", a.body, err)
+	}
+	return v
+}
+
+var itemTests = []struct {
+	key  string
+	it   item
+	want string
+}{
+	{"a", item{value: "1", rv: 7, created: 3}, `{"key":"a","value":"1","resourceVersion":7,"createdResourceVersion":3}`},
+	{"a", item{rv: 1, created: 1, expires: 1767366245678}, `{"key":"a","value":"","resourceVersion":1,"createdResourceVersion":1,"expiresAt":"2026-01-02T15:04:05.678Z"}`},
+	{"\xff", item{value: "\x80\x00", rv: 1, created: 1}, `{"keyBase64":"/w==","valueBase64":"gAA=","resourceVersion":1,"createdResourceVersion":1}`},
+	{"é\"\\/", item{value: "\x00\x1f\n\r\t\x7f<>&\u2028", rv: 1<<64 - 1, created: 1}, `{"key":"é\"\\/","value":"\u0000\u001f\n\r\t` + "\x7f<>&\u2028" + `","resourceVersion":18446744073709551615,"createdResourceVersion":1}`},
+}
+
+func TestItemJSON(t *testing.T) {
+	for _, tt := range itemTests {
+		if got := string(appendItemJSON(nil, tt.key, tt.it, false)); got != tt.want {
+			t.Errorf("%s\nwant\n%s", got, tt.want)
+		}
+	}
+	got := string(appendItemJSON([]byte("x"), "a", item{value: "1", rv: 2, created: 1}, true))
+	if want := `x{"key":"a","resourceVersion":2,"createdResourceVersion":1}`; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+}
+
+// Every key and value comes back from JSON as it was, on one line, for anybody's
+// decoder.
+func FuzzItemJSON(f *testing.F) {
+	for _, tt := range itemTests {
+		f.Add(tt.key, tt.it.value, tt.it.rv, tt.it.expires)
+	}
+	f.Fuzz(func(t *testing.T, key, value string, rv uint64, expires int64) {
+		expires &= 1<<47 - 1 // RFC 3339 has years of four digits
+		b := appendItemJSON(nil, key, item{value: value, rv: rv, created: rv / 2, expires: expires}, false)
+		var got jsonItem
+		d := json.NewDecoder(strings.NewReader(string(b)))
+		d.DisallowUnknownFields()
+		if err := d.Decode(&got); err != nil {
+			t.Fatalf("%q: %v", b, err)
+		}
+		if got.key() != key || got.value() != value || got.ResourceVersion != rv || got.CreatedResourceVersion != rv/2 {
+			t.Fatalf("%q", b)
+		}
+		if (got.Key != nil) != utf8.ValidString(key) || (got.Value != nil) != utf8.ValidString(value) {
+			t.Fatalf("%q", b)
+		}
+		if got.ExpiresAt == nil != (expires == 0) || expires != 0 && got.ExpiresAt.UnixMilli() != expires {
+			t.Fatalf("%q, want %d", b, expires)
+		}
+		for _, c := range b {
+			if c < ' ' {
+				t.Fatalf("%q", b)
+			}
+		}
+	})
+}
+
+func BenchmarkItemJSON(b *testing.B) {
+	for _, size := range []int{64, 1024} {
+		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
+			var buf []byte
+			it := item{value: strings.Repeat("v", size), rv: 123456, created: 123}
+			b.SetBytes(int64(size))
+			for b.Loop() {
+				buf = appendItemJSON(buf[:0], "some/key-123456", it, false)
+			}
+		})
+	}
+}
+
+func TestHTTP_GetItem(t *testing.T) {
+	f := newFront(t)
+	for i, key := range []string{"a", "1", "a/b//c", "a/", "/", "..", "../keys", "", "-", "-/v1/txn", "\x00\xff", "é", "%", "?a=b", " ", strings.Repeat("\xff", keySizeMax)} {
+		target := "/-/v1/keys/" + keyPath(key)[1:]
+		if key == "" {
+			f.do("GET", target, "").want(t, 404)
+			continue
+		}
+		value := strconv.Itoa(i) + "\xff"[:i%2]
+		f.put(key, value)
+		a := f.do("GET", target, "")
+		it := mustDecode[jsonItem](t, a)
+		rv := f.store.version()
+		if it.key() != key || it.value() != value || it.ResourceVersion != rv {
+			t.Errorf("GET %s: %s", target, a.body)
+		}
+		a.wantHeader(t, "ETag", fmt.Sprintf("%q", fmt.Sprint(rv)))
+		a.wantHeader(t, "Resource-Version", fmt.Sprint(rv))
+		a.wantHeader(t, "Content-Type", "application/json")
+		f.do("GET", target, "", "If-None-Match: "+a.header.Get("ETag")).want(t, 304)
+		f.do("GET", target, "", `If-Match: "0"`).want(t, 412)
+		if b := f.do("HEAD", target, ""); b.code != 200 || b.body != "" || b.header.Get("Content-Length") != fmt.Sprint(len(a.body)) {
+			t.Errorf("HEAD %s: %+v", target, b)
+		}
+	}
+	a := f.do("GET", "/-/v1/keys/none", "")
+	a.want(t, 404)
+	if p := mustProblem(t, a); p.Code != "not-found" {
+		t.Errorf("%+v", p)
+	}
+	f.do("GET", "/-/v1/keys/a%zz", "").want(t, 400)
+	f.do("GET", "/-/v1/keys/"+strings.Repeat("a", keySizeMax+1), "").want(t, 400)
+	// A key of many slashes, unescaped.
+	if it := mustDecode[jsonItem](t, f.do("GET", "/-/v1/keys/a/b//c", "")); it.key() != "a/b//c" {
+		t.Error(it.key())
+	}
+}
+
+func TestHTTP_List(t *testing.T) {
+	f := newFront(t)
+	all := []string{"a", "a/1", "a/2", "a/3", "a0", "b\xff", "b\xff\xff", "é"}
+	for _, key := range all {
+		f.put(key, "value of "+key)
+	}
+	for _, tt := range []struct {
+		query string
+		want  []string
+		after string
+	}{
+		{"", all, ""},
+		{"?limit=8", all, ""},
+		{"?limit=3", all[:3], "a/2"},
+		{"?limit=3&after=a%2F2", all[3:6], "b\xff"},
+		{"?limit=3&after=b%FF", all[6:], ""},
+		{"?limit=7", all[:7], "b\xff\xff"},
+		{"?after=a", all[1:], ""},
+		{"?after=a/", all[1:], ""},
+		{"?after=" + all[7], nil, ""},
+		{"?prefix=a/", all[1:4], ""},
+		{"?prefix=a%2F&limit=1", all[1:2], "a/1"},
+		{"?prefix=a/&after=a/1", all[2:4], ""},
+		{"?prefix=a/&after=A", all[1:4], ""},
+		{"?prefix=a/&after=b", nil, ""},
+		{"?prefix=b%FF", all[5:7], ""},
+		{"?prefix=b%FF%FF", all[6:7], ""},
+		{"?prefix=c", nil, ""},
+		{"?prefix=" + strings.Repeat("c", 2*keySizeMax), nil, ""},
+	} {
+		for _, keysOnly := range []bool{false, true} {
+			target := "/-/v1/keys" + tt.query
+			if keysOnly {
+				target += map[bool]string{true: "?", false: "&"}[tt.query == ""] + "keysOnly=true"
+			}
+			a := f.do("GET", target, "")
+			list := mustDecode[jsonList](t, a)
+			wantItems(t, target, list.Items, tt.want, keysOnly)
+			if got := textOrBytes(list.After, list.AfterBase64); got != tt.after || (list.After != nil || list.AfterBase64 != nil) != (tt.after != "") {
+				t.Errorf("%s: after %q, want %q", target, got, tt.after)
+			}
+			if list.ResourceVersion != 8 || !strings.Contains(a.body, `"items":[`) {
+				t.Errorf("%s: %s", target, a.body)
+			}
+			a.wantHeader(t, "Resource-Version", "8")
+			a.wantHeader(t, "Content-Type", "application/json")
+			a.wantHeader(t, "Vary", "Accept")
+			a.wantHeader(t, "Content-Length", fmt.Sprint(len(a.body)))
+
+			stream := f.do("GET", target, "", "Accept: text/html;q=0.5, Application/X-NDJSON;q=0.9")
+			stream.want(t, 200)
+			stream.wantHeader(t, "Resource-Version", "8")
+			stream.wantHeader(t, "Content-Type", "application/x-ndjson")
+			wantItems(t, target, decodeLines(t, stream.body), tt.want, keysOnly)
+			if strings.Count(stream.body, "\n") != len(tt.want) {
+				t.Errorf("%s: %q", target, stream.body)
+			}
+		}
+	}
+	for _, accept := range []string{"application/json", "application/x-ndjson"} {
+		a := f.do("HEAD", "/-/v1/keys", "", "Accept: "+accept)
+		a.want(t, 200)
+		a.wantHeader(t, "Content-Type", accept)
+		a.wantHeader(t, "Resource-Version", "8")
+		if a.body != "" {
+			t.Errorf("%q", a.body)
+		}
+	}
+}
+
+func wantItems(t *testing.T, target string, items []jsonItem, want []string, keysOnly bool) {
+	t.Helper()
+	if len(items) != len(want) {
+		t.Errorf("%s: %d items, want %d", target, len(items), len(want))
+		return
+	}
+	for i, it := range items {
+		value := "value of " + want[i]
+		if keysOnly {
+			value = ""
+		}
+		if it.key() != want[i] || it.value() != value || it.ResourceVersion == 0 {
+			t.Errorf("%s: item %d is %+v, want %q", target, i, it, want[i])
+		}
+	}
+}
+
+func decodeLines(t *testing.T, body string) []jsonItem {
+	t.Helper()
+	var items []jsonItem
+	for line := range strings.Lines(body) {
+		var it jsonItem
+		if err := json.Unmarshal([]byte(line), &it); err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		items = append(items, it)
+	}
+	return items
+}
+
+// A list that does not fit into one buffer comes whole, with and without pages.
+func TestHTTP_LongList(t *testing.T) {
+	f := newFront(t)
+	const n = 25_000
+	var keys []string
+	for i := range n {
+		keys = append(keys, fmt.Sprintf("key-%05d", i))
+		f.put(keys[i], "value of "+keys[i])
+	}
+	stream := f.do("GET", "/-/v1/keys", "", "Accept: application/x-ndjson")
+	wantItems(t, "stream", decodeLines(t, stream.body), keys, false)
+	stream.wantHeader(t, "Transfer-Encoding", "") // net/http has decoded it
+	stream.wantHeader(t, "Content-Length", "")
+	limited := f.do("GET", "/-/v1/keys?limit=20001", "", "Accept: application/x-ndjson")
+	wantItems(t, "limited stream", decodeLines(t, limited.body), keys[:20_001], false)
+
+	var got []jsonItem
+	pages := 0
+	for after := ""; ; pages++ {
+		list := mustDecode[jsonList](t, f.do("GET", "/-/v1/keys?limit=10000&after="+after, ""))
+		got = append(got, list.Items...)
+		if list.After == nil {
+			break
+		}
+		after = *list.After
+	}
+	wantItems(t, "pages", got, keys, false)
+	if pages != 2 {
+		t.Errorf("%d pages after the first", pages)
+	}
+	if list := mustDecode[jsonList](t, f.do("GET", "/-/v1/keys", "")); len(list.Items) != listLimitDefault || *list.After != keys[listLimitDefault-1] {
+		t.Errorf("%d items", len(list.Items))
+	}
+}
+
+// A stream has the items of one version, although they change while it is read.
+func TestHTTP_StreamBesideWrites(t *testing.T) {
+	f := newFront(t)
+	const n = 50_000
+	for i := range n {
+		f.put(fmt.Sprintf("key-%05d", i), "old")
+	}
+	c := f.mustDial()
+	if _, err := io.WriteString(c, "GET /-/v1/keys HTTP/1.1\r\nHost: x\r\nAccept: application/x-ndjson\r\nConnection: close\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	r := bufio.NewReader(c)
+	res, err := http.ReadResponse(r, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := res.Header.Get("Resource-Version"); got != fmt.Sprint(n) {
+		t.Errorf("version %s", got)
+	}
+	for i := range n {
+		if i%3 == 0 {
+			f.put(fmt.Sprintf("key-%05d", i), "new")
+		} else if i%3 == 1 {
+			f.put(fmt.Sprintf("key-%05d-more", i), "new")
+		}
+	}
+	if _, err := f.backend.propose(t.Context(), 0, command{op: opDeletePrefix, key: "key-4"}); err != nil {
+		t.Fatal(err)
+	}
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	items := decodeLines(t, string(body))
+	if len(items) != n {
+		t.Fatalf("%d items", len(items))
+	}
+	for i, it := range items {
+		if it.key() != fmt.Sprintf("key-%05d", i) || it.value() != "old" || it.ResourceVersion > n {
+			t.Fatalf("item %d: %+v", i, it)
+		}
+	}
+}
+
+func TestHTTP_TooManyStreams(t *testing.T) {
+	f := newFront(t)
+	for range scansMax {
+		sc, err := f.store.scan("", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer sc.close()
+	}
+	a := f.do("GET", "/-/v1/keys", "", "Accept: application/x-ndjson")
+	a.want(t, 429)
+	a.wantHeader(t, "Retry-After", "1")
+	if p := mustProblem(t, a); p.Code != "too-many-requests" || !p.Retryable || p.Outcome != "" {
+		t.Errorf("%+v", p)
+	}
+	f.do("GET", "/-/v1/keys", "").want(t, 200)
+}
+
+// Who reads slowly gets all of it, however long that takes. Who does not read at
+// all is cut off, and cannot take what it has for the whole.
+func TestHTTP_SlowStream(t *testing.T) {
+	for _, pause := range []time.Duration{streamWriteTimeout - time.Second, streamWriteTimeout + time.Second} {
+		t.Run(pause.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newPipeFront(t)
+				const n = 50
+				for i := range n {
+					f.put(fmt.Sprintf("key-%02d", i), strings.Repeat("v", 64<<10))
+				}
+				c := f.mustDial()
+				if _, err := io.WriteString(c, "GET /-/v1/keys HTTP/1.1\r\nHost: x\r\nAccept: application/x-ndjson\r\n\r\n"); err != nil {
+					t.Fatal(err)
+				}
+				res, err := http.ReadResponse(bufio.NewReader(c), nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				lines := 0
+				r := bufio.NewReaderSize(res.Body, 128<<10)
+				for {
+					time.Sleep(pause)
+					var line []byte
+					if line, err = r.ReadBytes('\n'); err != nil {
+						break
+					}
+					lines++
+					if !json.Valid(line) {
+						t.Errorf("line %d", lines)
+					}
+				}
+				if pause < streamWriteTimeout {
+					if !errors.Is(err, io.EOF) || lines != n {
+						t.Errorf("%d lines, then %v", lines, err)
+					}
+				} else if !errors.Is(err, io.ErrUnexpectedEOF) || lines >= n {
+					t.Errorf("%d lines, then %v", lines, err)
+				}
+				synctest.Wait()
+				if left := len(f.store.state.scans); left != 0 {
+					t.Errorf("%d scans are left", left)
+				}
+			})
+		})
+	}
+}
+
+// A scan that must give up ends the connection, not the response.
+func TestHTTP_StreamThatFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newPipeFront(t)
+		for i := range scanPart { // the first part, most of which waits for the client
+			f.put(fmt.Sprintf("a%03d", i), strings.Repeat("v", 1<<10))
+		}
+		const n = 70
+		for i := range n {
+			f.put(fmt.Sprintf("b%03d", i), strings.Repeat("v", 1<<20))
+		}
+		c := f.mustDial()
+		if _, err := io.WriteString(c, "GET /-/v1/keys HTTP/1.1\r\nHost: x\r\nAccept: application/x-ndjson\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		res, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		for i := range n {
+			f.put(fmt.Sprintf("b%03d", i), "new")
+		}
+		body, err := io.ReadAll(res.Body)
+		if !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("%d bytes, then %v", len(body), err)
+		}
+		synctest.Wait()
+		if f.logs.FilterMessage("cut off a stream of keys").Len() != 1 {
+			t.Errorf("%v", f.logs.All())
+		}
+	})
+}
+
+func TestHTTP_DeletePrefix(t *testing.T) {
+	f := newFront(t)
+	for _, key := range []string{"a", "a/1", "a/2", "b"} {
+		f.put(key, "v")
+	}
+	type deleted struct{ Deleted, ResourceVersion uint64 }
+	a := f.do("DELETE", "/-/v1/keys?prefix=a%2F", "")
+	if got := mustDecode[deleted](t, a); got != (deleted{2, 5}) {
+		t.Errorf("%+v", got)
+	}
+	a.wantHeader(t, "Resource-Version", "5")
+	if got := mustDecode[deleted](t, f.do("DELETE", "/-/v1/keys?prefix=a/", "")); got != (deleted{0, 5}) {
+		t.Errorf("%+v", got)
+	}
+	if list, _ := f.store.list("", "", 10); len(list) != 2 || list[0].key != "a" || list[1].key != "b" {
+		t.Errorf("%+v", list)
+	}
+	for i := range deletePrefixMax + 1 {
+		f.put(fmt.Sprintf("many/%d", i), "v")
+	}
+	before := f.store.version()
+	a = f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: a")
+	a.want(t, 413)
+	if p := mustProblem(t, a); p.Code != "too-many-keys" || p.Outcome != notApplied || !strings.Contains(p.Detail, strconv.Itoa(deletePrefixMax)) {
+		t.Errorf("%+v", p)
+	}
+	if rv := f.store.version(); rv != before {
+		t.Errorf("version %d, want %d", rv, before)
+	}
+	f.do("DELETE", "/many/0", "").want(t, 204)
+	a = f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: a")
+	a.want(t, 413) // the same request, the same answer
+	a.wantHeader(t, "Idempotency-Replayed", "true")
+	if got := mustDecode[deleted](t, f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: b")); got != (deleted{deletePrefixMax, before + 2}) {
+		t.Errorf("%+v", got)
+	}
+}

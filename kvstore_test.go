@@ -1,0 +1,499 @@
+package main
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"pgregory.net/rapid"
+)
+
+// plainModel is what the state machine does, told as plainly as can be.
+type plainModel struct {
+	items   map[string]item
+	rv      uint64
+	now     int64
+	events  []event
+	retries map[string]plainRetry
+	seen    map[[2]uint64]bool // session and seq of the batches that were applied
+}
+
+type plainRetry struct {
+	digest [16]byte
+	time   int64
+	first  result
+}
+
+func newPlainModel() *plainModel {
+	return &plainModel{items: map[string]item{}, retries: map[string]plainRetry{}, seen: map[[2]uint64]bool{}}
+}
+
+// batch applies commands, unless it has done so before.
+func (m *plainModel) batch(h batchHeader, commands []command) (results []result) {
+	id := [2]uint64{h.session, h.seq}
+	if m.seen[id] {
+		return nil
+	}
+	m.seen[id] = true
+	m.now = max(m.now, h.time)
+	for _, c := range commands {
+		results = append(results, m.apply(c))
+	}
+	return results
+}
+
+func (m *plainModel) apply(c command) result {
+	if old, ok := m.retries[c.retry.key]; ok && c.op != opNop && m.now-old.time <= retryAgeMillis {
+		if old.digest != c.retry.digest {
+			return result{status: statusRetryOther}
+		}
+		r := old.first
+		r.replayed = true
+		return r
+	}
+	if c.op == opNop {
+		return result{}
+	}
+	before := len(m.events)
+	r := m.execute(c)
+	if len(m.events) > before {
+		m.rv++
+		m.events[len(m.events)-1].last = true
+	}
+	r.rv, r.key = m.rv, c.key
+	if c.retry.key != "" {
+		m.retries[c.retry.key] = plainRetry{c.retry.digest, m.now, r}
+	}
+	return r
+}
+
+func (m *plainModel) execute(c command) result {
+	old, exists := m.items[c.key]
+	ok := map[conditionKind]bool{always: true, ifMatch: exists && old.rv == c.condition.rv, ifExists: exists, ifAbsent: !exists}[c.condition.kind]
+	switch c.op {
+	case opPut, opDelete, opExpire:
+		if !ok {
+			return result{status: statusPrecondition, current: old.rv}
+		}
+		return result{status: m.change(c)}
+	case opDeletePrefix:
+		r := result{status: statusDeleted}
+		for _, key := range slices.Sorted(maps.Keys(m.items)) {
+			if strings.HasPrefix(key, c.key) {
+				m.change(command{op: opDelete, key: key})
+				r.count++
+			}
+		}
+		return r
+	default:
+		t, err := decodeTxn(c.value)
+		if err != nil {
+			panic(err)
+		}
+		r, ops := result{status: statusSucceeded}, t.then
+		for _, cond := range t.compare {
+			it, exists := m.items[cond.key]
+			if !map[comparisonKind]bool{
+				byVersion: it.rv == cond.rv, byCreated: it.created == cond.rv,
+				byExists: exists, byAbsent: !exists, byValue: exists && it.value == cond.value,
+			}[cond.kind] {
+				r.status, ops = statusFailed, t.otherwise
+			}
+		}
+		for _, o := range ops {
+			if o.op != opGet {
+				r.ops = append(r.ops, opResult{status: m.change(o)})
+			} else if it, ok := m.items[o.key]; ok {
+				r.ops = append(r.ops, opResult{status: statusFound, item: it})
+			} else {
+				r.ops = append(r.ops, opResult{status: statusNotFound})
+			}
+		}
+		return r
+	}
+}
+
+// change puts or deletes one key.
+func (m *plainModel) change(c command) status {
+	old, exists := m.items[c.key]
+	e := event{rv: m.rv + 1, prev: old.rv, time: m.now, key: c.key, item: old}
+	r := statusDeleted
+	switch {
+	case c.op == opPut:
+		e.item = item{value: c.value, rv: e.rv, created: e.rv, expires: c.expires}
+		e.kind, r = eventAdded, statusCreated
+		if exists {
+			e.item.created = old.created
+			e.kind, r = eventModified, statusReplaced
+		}
+		m.items[c.key] = e.item
+	case !exists:
+		return statusNotFound
+	default:
+		e.kind = eventDeleted
+		if c.op == opExpire {
+			e.kind = eventExpired
+		}
+		delete(m.items, c.key)
+	}
+	m.events = append(m.events, e)
+	return r
+}
+
+// drawCommand returns a command that may do something: few keys, few versions.
+func drawCommand(t *rapid.T, m *plainModel) command {
+	key := rapid.SampledFrom([]string{"a", "a/1", "a/2", "a/2/x", "b", "b\xff", "\xff\xff", "c"})
+	value := rapid.SampledFrom([]string{"", "x", "y", "\x00\xff"})
+	version := rapid.Uint64Range(0, m.rv+1)
+	expires := func(t *rapid.T) int64 {
+		if rapid.IntRange(0, 2).Draw(t, "ttl") > 0 {
+			return 0
+		}
+		return max(m.now, 1_000_000) + rapid.Int64Range(-10, 5000).Draw(t, "expires")
+	}
+	c := command{key: key.Draw(t, "key")}
+	switch rapid.SampledFrom([]op{opNop, opPut, opPut, opPut, opDelete, opDelete, opDeletePrefix, opTxn, opTxn}).Draw(t, "op") {
+	case opNop:
+		c.op = opNop
+	case opPut:
+		c.op, c.value, c.expires = opPut, value.Draw(t, "value"), expires(t)
+	case opDelete:
+		c.op = opDelete
+	case opDeletePrefix:
+		c.op, c.key = opDeletePrefix, c.key[:1]
+	case opTxn:
+		var tx txn
+		for range rapid.IntRange(0, 2).Draw(t, "compare") {
+			k := key.Draw(t, "key")
+			rv := m.items[k].rv // so that it often holds
+			if rapid.IntRange(0, 3).Draw(t, "other") == 0 {
+				rv = version.Draw(t, "version")
+			}
+			tx.compare = append(tx.compare, comparison{kind: rapid.SampledFrom([]comparisonKind{byVersion, byCreated, byExists, byAbsent, byValue}).Draw(t, "comparison"), key: k, rv: rv, value: value.Draw(t, "value")})
+		}
+		for _, ops := range []*[]command{&tx.then, &tx.otherwise} {
+			for range rapid.IntRange(0, 4).Draw(t, "ops") {
+				o := command{op: rapid.SampledFrom([]op{opPut, opDelete, opGet}).Draw(t, "op"), key: key.Draw(t, "key")}
+				if o.op == opPut {
+					o.value, o.expires = value.Draw(t, "value"), expires(t)
+				}
+				*ops = append(*ops, o)
+			}
+		}
+		c = command{op: opTxn, value: tx.encode()}
+	}
+	if c.op == opPut || c.op == opDelete {
+		c.condition.kind = rapid.SampledFrom([]conditionKind{always, always, ifMatch, ifMatch, ifExists, ifAbsent}).Draw(t, "condition")
+		if c.condition.kind == ifMatch {
+			c.condition.rv = m.items[c.key].rv
+			if rapid.IntRange(0, 3).Draw(t, "other") == 0 {
+				c.condition.rv = version.Draw(t, "version")
+			}
+		}
+	}
+	if rapid.IntRange(0, 2).Draw(t, "retry") == 0 {
+		c.retry.key = rapid.SampledFrom([]string{"r", "s", "t"}).Draw(t, "retry key")
+		c.retry.digest[0] = rapid.ByteRange(0, 1).Draw(t, "digest")
+	}
+	return c
+}
+
+// The state machine does what the plain model does, whatever is restored, sent
+// twice or late in between.
+func TestKVStore_Model(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		m, s := newPlainModel(), newKVStore()
+		other := newKVStore() // of another member: applies the same, restores at other times
+		now := int64(1_000_000)
+		type sent struct {
+			h        batchHeader
+			commands []command
+		}
+		var batches []sent
+		seqs := map[uint64]uint64{}
+		apply := func(b sent) {
+			var data []byte
+			for i := range b.commands {
+				data = b.commands[i].appendTo(data)
+			}
+			var out []result
+			fresh, err := s.apply(s.applied()+1, 1, b.h, data, &out)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := other.apply(other.applied()+1, 1, b.h, data, nil); err != nil {
+				t.Fatal(err)
+			}
+			for i := range out {
+				if len(out[i].ops) == 0 {
+					out[i].ops = nil // a snapshot does not tell it from an empty one
+				}
+			}
+			wantFresh := !m.seen[[2]uint64{b.h.session, b.h.seq}]
+			if want := m.batch(b.h, b.commands); fresh != wantFresh || !reflect.DeepEqual(out, want) {
+				t.Fatalf("%+v\nfresh %v, %+v\nwant %v, %+v", b, fresh, out, wantFresh, want)
+			}
+		}
+		propose := func(commands []command) {
+			session := rapid.Uint64Range(1, 3).Draw(t, "session")
+			// Some numbers are lost on their way, or arrive later.
+			seqs[session] += rapid.SampledFrom([]uint64{1, 1, 1, 2, 7}).Draw(t, "step")
+			now += rapid.SampledFrom([]int64{0, 1, 1000, -500, retryAgeMillis / 2}).Draw(t, "time")
+			b := sent{batchHeader{session: session, seq: seqs[session], time: now}, commands}
+			batches = append(batches, b)
+			apply(b)
+		}
+		roundTrip := func(s *kvstore) {
+			b := stateBytes(t, s.snapshot())
+			st, err := readState(bytes.NewReader(b))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if again := stateBytes(t, st); !bytes.Equal(b, again) {
+				t.Fatalf("a restored state is written as %d other bytes, not %d", len(again), len(b))
+			}
+			s.restore(st)
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"batch": func(t *rapid.T) {
+				var commands []command
+				for range rapid.IntRange(0, 4).Draw(t, "commands") {
+					commands = append(commands, drawCommand(t, m))
+				}
+				propose(commands)
+			},
+			"send again": func(t *rapid.T) {
+				if len(batches) == 0 {
+					t.Skip("none")
+				}
+				apply(rapid.SampledFrom(batches).Draw(t, "batch"))
+			},
+			"expire": func(t *rapid.T) {
+				at := m.now + rapid.Int64Range(0, 2000).Draw(t, "after")
+				due := s.expired(at, 3)
+				want := 0
+				for _, it := range m.items {
+					if it.expires != 0 && it.expires <= at {
+						want++
+					}
+				}
+				if len(due) != min(want, 3) {
+					t.Fatalf("%d are due, want %d", len(due), want)
+				}
+				for i, c := range due {
+					it := m.items[c.key]
+					if it.expires == 0 || it.expires > at || i > 0 && it.expires < m.items[due[i-1].key].expires {
+						t.Fatalf("%+v is due at %d", c, at)
+					}
+				}
+				if rapid.Bool().Draw(t, "too late") && len(due) > 0 {
+					propose([]command{{op: opPut, key: due[0].key, value: "newer"}})
+				}
+				propose(due)
+			},
+			"snapshot":              func(*rapid.T) { roundTrip(s) },
+			"snapshot of the other": func(*rapid.T) { roundTrip(other) },
+			"": func(t *rapid.T) {
+				checkStore(t, s, m)
+				if !bytes.Equal(stateBytes(t, s.snapshot()), stateBytes(t, other.snapshot())) {
+					t.Fatal("two members at the same index write different snapshots")
+				}
+			},
+		})
+	})
+}
+
+func stateBytes(t tester, st state) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	if err := st.writeTo(&b); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+// checkStore compares all that can be read.
+func checkStore(t tester, s *kvstore, m *plainModel) {
+	t.Helper()
+	items, rv := s.list("", "", len(m.items)+1)
+	if rv != m.rv || s.version() != m.rv || !slices.Equal(items, modelList(m.items, "", "")) {
+		t.Fatalf("version %d, %+v\nwant %d, %+v", rv, items, m.rv, m.items)
+	}
+	size, expiring := uint64(0), 0
+	for key, it := range m.items {
+		if got, _, ok := s.get(key); !ok || got != it {
+			t.Fatalf("%q is %+v, want %+v", key, got, it)
+		}
+		size += itemSize(key, it)
+		if it.expires != 0 {
+			expiring++
+		}
+	}
+	if s.size() != size || s.state.expiry.Len() != expiring {
+		t.Fatalf("size %d, want %d; %d expire, want %d", s.size(), size, s.state.expiry.Len(), expiring)
+	}
+	var events []event
+	n, ok := s.seekEvent(0)
+	for part := []event{{}}; len(part) > 0; n += uint64(len(part)) {
+		var inWindow bool
+		if part, _, inWindow = s.eventsFrom(n); !ok || !inWindow {
+			t.Fatalf("event %d is not in the window", n)
+		}
+		events = append(events, part...)
+	}
+	if !slices.Equal(events, m.events) {
+		t.Fatalf("events %+v\nwant %+v", events, m.events)
+	}
+}
+
+// A command that was withdrawn never happened, so its Idempotency-Key is free.
+func TestKVStore_WithdrawnCommandIsNotRemembered(t *testing.T) {
+	w := &writer{t: t, store: newKVStore()}
+	c := command{op: opPut, key: "k", value: "v", retry: retryID{key: "r"}}
+	b := newBatch(nil)
+	b.add(&c)
+	b.withdraw(0)
+	if _, err := w.store.apply(1, 1, batchHeader{session: 2, seq: 1}, b.data[batchHeaderSize:], nil); err != nil {
+		t.Fatal(err)
+	}
+	if r := w.apply(c); r.status != statusCreated || r.replayed || r.rv != 1 {
+		t.Errorf("%+v", r)
+	}
+	if r := w.apply(c); r.status != statusCreated || !r.replayed || r.rv != 1 {
+		t.Errorf("%+v", r)
+	}
+}
+
+func TestKVStore_TxnResultIsBounded(t *testing.T) {
+	w := &writer{t: t, store: newKVStore()}
+	half := strings.Repeat("v", txnResultMax/2)
+	w.put("old", half)
+	get := func(key string, n int) []command {
+		return slices.Repeat([]command{{op: opGet, key: key}}, n)
+	}
+	put := []command{{op: opPut, key: "new", value: half}}
+	for i, tt := range []struct {
+		then []command
+		want status
+	}{
+		{get("old", 2), statusSucceeded},
+		{get("old", 3), statusTooMany},
+		{append(get("none", 3), get("old", 2)...), statusSucceeded},
+		{append(slices.Clone(put), get("new", 3)...), statusTooMany},
+		{append(slices.Clone(put), get("new", 2)...), statusSucceeded},
+		{append([]command{{op: opDelete, key: "old"}}, get("old", 9)...), statusSucceeded},
+	} {
+		before := w.store.version()
+		r := w.apply(command{op: opTxn, value: (&txn{then: tt.then}).encode()})
+		if r.status != tt.want || r.status == statusTooMany && (r.ops != nil || w.store.version() != before) {
+			t.Errorf("%d: status %d, %d results", i, r.status, len(r.ops))
+		}
+	}
+}
+
+func TestKVStore_RefusesGapsAndUnknownCommands(t *testing.T) {
+	s := newKVStore()
+	if _, err := s.apply(2, 1, batchHeader{session: 1, seq: 1}, nil, nil); err == nil {
+		t.Error("index 2 was applied after 0")
+	}
+	if err := s.skip(2, 1); err == nil {
+		t.Error("index 2 was skipped after 0")
+	}
+	unknown := command{op: 200, key: "k"}
+	if _, err := s.apply(1, 1, batchHeader{session: 1, seq: 1}, unknown.appendTo(nil), nil); err == nil || !strings.Contains(err.Error(), "newer than this program") {
+		t.Error(err)
+	}
+	if _, err := s.apply(2, 1, batchHeader{session: 1, seq: 2}, []byte{byte(opPut)}, nil); !errors.Is(err, errMalformed) {
+		t.Error(err)
+	}
+}
+
+// randomHistory applies entries that follow from a seed, through restarts at
+// some places, and returns the digest of the last snapshot.
+func randomHistory(t tester, seed uint64, restart bool) string {
+	random := rand.New(rand.NewPCG(seed, 1))
+	s := newKVStore()
+	s.state.members[2] = member{ID: 2, PeerURL: "http://b:1"}
+	s.state.members[1] = member{ID: 1, PeerURL: "http://a:1"}
+	for id := range uint64(20) {
+		s.state.removed[id+10] = true
+	}
+	key := func() string { return fmt.Sprintf("key-%d", random.IntN(500)) }
+	now := int64(1_700_000_000_000)
+	for i := range uint64(3000) {
+		var data []byte
+		for range random.IntN(4) {
+			c := command{op: opPut, key: key(), value: strings.Repeat("v", random.IntN(300))}
+			switch random.IntN(10) {
+			case 0:
+				c = command{op: opDelete, key: key()}
+			case 1:
+				c = command{op: opDeletePrefix, key: key()}
+			case 2:
+				c.expires = now + random.Int64N(100_000)
+			case 3:
+				c = command{op: opTxn, value: (&txn{then: []command{{op: opGet, key: key()}, c, {op: opDelete, key: "x"}}}).encode()}
+			}
+			if random.IntN(3) == 0 {
+				c.retry = retryID{key: strconv.Itoa(random.IntN(400)), digest: [16]byte{byte(random.IntN(2))}}
+			}
+			data = c.appendTo(data)
+		}
+		now += random.Int64N(20_000)
+		for _, c := range s.expired(now-random.Int64N(10_000), 10) {
+			data = c.appendTo(data)
+		}
+		h := batchHeader{session: random.Uint64N(200), seq: i, time: now}
+		if _, err := s.apply(i+1, 1, h, data, nil); err != nil {
+			t.Fatal(err)
+		}
+		if restart && random.IntN(300) == 0 {
+			st, err := readState(bytes.NewReader(stateBytes(t, s.snapshot())))
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.restore(st)
+		} else if !restart {
+			random.IntN(300)
+		}
+	}
+	return fmt.Sprintf("%x", sha256.Sum256(stateBytes(t, s.snapshot())))
+}
+
+const historySeedVariable = "RAFTRV_TEST_HISTORY_SEED"
+
+// Equal states are written as equal bytes in every process, whatever its map
+// iteration, scheduling and history of restarts.
+func TestKVStore_SameBytesInEveryProcess(t *testing.T) {
+	if s := os.Getenv(historySeedVariable); s != "" {
+		seed, err := strconv.ParseUint(s, 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Println("digest", randomHistory(t, seed, false))
+		return
+	}
+	seed := rand.Uint64()
+	want := randomHistory(t, seed, true)
+	for _, procs := range []string{"1", "4"} {
+		cmd := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
+		cmd.Env = append(os.Environ(), "GOMAXPROCS="+procs, fmt.Sprintf("%s=%d", historySeedVariable, seed))
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		if !strings.Contains(string(out), "digest "+want+"\n") {
+			t.Errorf("seed %d, GOMAXPROCS %s: %s, want %s", seed, procs, out, want)
+		}
+	}
+}

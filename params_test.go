@@ -1,0 +1,424 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestHTTP_ConditionalWrites(t *testing.T) {
+	const absent, present = 0, 5 // the version that the key has
+	tests := []struct {
+		header        string
+		put, putNew   int // what PUT answers to an existing key, and to a new one
+		del, delNew   int
+		isInvalid     bool
+		onlyIfCurrent string
+	}{
+		{header: `If-Match: "5"`, put: 204, putNew: 412, del: 204, delNew: 412},
+		{header: `If-Match:   "5"  `, put: 204, putNew: 412, del: 204, delNew: 412},
+		{header: `If-Match: "4"`, put: 412, putNew: 412, del: 412, delNew: 412},
+		{header: `If-Match: *`, put: 204, putNew: 412, del: 204, delNew: 412},
+		{header: `If-None-Match: *`, put: 412, putNew: 201, del: 412, delNew: 404},
+		// ETags that are none of ours.
+		{header: `If-Match: "0"`, put: 412, putNew: 412, del: 412, delNew: 412},
+		{header: `If-Match: "05"`, put: 412, putNew: 412, del: 412, delNew: 412},
+		{header: `If-Match: "+5"`, put: 412, putNew: 412, del: 412, delNew: 412},
+		{header: `If-Match: ""`, put: 412, putNew: 412, del: 412, delNew: 412},
+		{header: `If-Match: "5a"`, put: 412, putNew: 412, del: 412, delNew: 412},
+		{header: `If-Match: "18446744073709551621"`, put: 412, putNew: 412, del: 412, delNew: 412}, // 2^64 + 5
+		{header: `If-Match: "é"`, put: 412, putNew: 412, del: 412, delNew: 412},
+		// What must not be guessed at.
+		{header: `If-Match: 5`, isInvalid: true},
+		{header: `If-Match:`, isInvalid: true},
+		{header: `If-Match: "5`, isInvalid: true},
+		{header: `If-Match: 5"`, isInvalid: true},
+		{header: `If-Match: W/"5"`, isInvalid: true},
+		{header: `If-Match: "5", "6"`, isInvalid: true},
+		{header: `If-Match: "5",`, isInvalid: true},
+		{header: "If-Match: \"5\"\r\nIf-Match: \"6\"", isInvalid: true},
+		{header: `If-Match: *, "5"`, isInvalid: true},
+		{header: `If-None-Match: "5"`, isInvalid: true},
+		{header: `If-None-Match:`, isInvalid: true},
+		{header: `If-None-Match: *, *`, isInvalid: true},
+		{header: "If-None-Match: *\r\nIf-None-Match: *", isInvalid: true},
+		{header: "If-Match: \"5\"\r\nIf-None-Match: *", isInvalid: true},
+		{header: "If-Match: *\r\nIf-None-Match: *", isInvalid: true},
+	}
+	for _, tt := range tests {
+		for _, call := range []struct {
+			method  string
+			current uint64
+			code    int
+		}{{"PUT", present, tt.put}, {"PUT", absent, tt.putNew}, {"DELETE", present, tt.del}, {"DELETE", absent, tt.delNew}} {
+			f := newFront(t)
+			for range present - 1 {
+				f.put("other", "v")
+			}
+			if call.current == absent {
+				f.put("other", "v")
+			} else {
+				f.put("k", "old")
+			}
+			a := f.do(call.method, "/k", "new", tt.header)
+			if tt.isInvalid {
+				call.code = 400
+			}
+			if a.code != call.code {
+				t.Errorf("%s at %d, %s: %d %s, want %d", call.method, call.current, tt.header, a.code, a.body, call.code)
+				continue
+			}
+			if a.code < 300 {
+				continue
+			}
+			p := mustProblem(t, a)
+			if p.Outcome != notApplied || p.Retryable || f.store.version() != present {
+				t.Errorf("%s at %d, %s: %+v", call.method, call.current, tt.header, p)
+			}
+			if a.code != 412 {
+				continue
+			}
+			etag := ""
+			if call.current != absent {
+				etag = fmt.Sprintf(`"%d"`, call.current)
+			}
+			a.wantHeader(t, "ETag", etag)
+			a.wantHeader(t, "Resource-Version", "5")
+			if p.Code != "precondition-failed" || p.Current != call.current {
+				t.Errorf("%s at %d, %s: %+v", call.method, call.current, tt.header, p)
+			}
+		}
+	}
+}
+
+// A client that increments with If-Match loses nothing.
+func TestHTTP_CompareAndSwapLoop(t *testing.T) {
+	f := newFront(t)
+	f.put("n", "")
+	const clients, increments = 8, 25
+	var wg sync.WaitGroup
+	for range clients {
+		wg.Go(func() {
+			for done := 0; done < increments; {
+				a := f.do("GET", "/n", "")
+				switch b := f.do("PUT", "/n", a.body+"x", "If-Match: "+a.header.Get("ETag")); b.code {
+				case 204:
+					done++
+				case 412:
+				default:
+					t.Errorf("%d %s", b.code, b.body)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if a := f.do("GET", "/n", ""); len(a.body) != clients*increments {
+		t.Errorf("%d increments, want %d", len(a.body), clients*increments)
+	}
+}
+
+func TestHTTP_ConditionalReads(t *testing.T) {
+	f := newFront(t)
+	f.put("k", "v")
+	f.put("other", "v")
+	for _, tt := range []struct {
+		header string
+		code   int
+	}{
+		{`If-None-Match: "1"`, 304},
+		{`If-None-Match: W/"1"`, 304},
+		{`If-None-Match: *`, 304},
+		{`If-None-Match: "7", W/"8" ,	"1"`, 304},
+		{`If-None-Match: ,,"1"`, 304},
+		{`If-None-Match: "a,b", "1"`, 304},
+		{"If-None-Match: \"2\"\r\nIf-None-Match: \"1\"", 304},
+		{`If-None-Match: "2"`, 200},
+		{`If-None-Match: "01"`, 200},
+		{`If-None-Match: 1`, 200},
+		{`If-None-Match: "`, 200},
+		{`If-None-Match: W/1`, 200},
+		{`If-None-Match: "2" x "1"`, 200},
+		{`If-None-Match:`, 200},
+		{`If-Match: "1"`, 200},
+		{`If-Match: "2", "1"`, 200},
+		{`If-Match: *`, 200},
+		{`If-Match: W/"1"`, 412},
+		{`If-Match: "2"`, 412},
+		{`If-Match: `, 412},
+		{"If-Match: \"2\"\r\nIf-None-Match: \"1\"", 412},
+	} {
+		for _, target := range []string{"/k", "/-/v1/keys/k"} {
+			for _, method := range []string{"GET", "HEAD"} {
+				a := f.do(method, target, "", tt.header)
+				if a.code != tt.code {
+					t.Errorf("%s %s, %s: %d, want %d", method, target, tt.header, a.code, tt.code)
+				}
+				a.wantHeader(t, "ETag", `"1"`)
+				a.wantHeader(t, "Resource-Version", "2")
+				if a.code == 304 && (a.body != "" || a.header.Get("Content-Length") != "") {
+					t.Errorf("%+v", a)
+				}
+			}
+		}
+		f.do("GET", "/none", "", tt.header).want(t, 404)
+	}
+}
+
+func TestHTTP_TTL(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) { // time starts at 2000-01-01
+		f := newPipeFront(t)
+		expires := func(key string) string {
+			it, _, _ := f.store.get(key)
+			if it.expires == 0 {
+				return ""
+			}
+			return time.UnixMilli(it.expires).UTC().Format(time.RFC3339Nano)
+		}
+		time.Sleep(678 * time.Millisecond)
+		f.do("PUT", "/k?ttl=90s", "v").want(t, 201)
+		if got := expires("k"); got != "2000-01-01T00:01:30.678Z" {
+			t.Error(got)
+		}
+		for _, target := range []string{"/k", "/-/v1/keys/k"} {
+			a := f.do("GET", target, "")
+			a.wantHeader(t, "Expires", "Sat, 01 Jan 2000 00:01:30 GMT")
+			a.wantHeader(t, "Cache-Control", "no-cache")
+			a = f.do("GET", target, "", `If-None-Match: "1"`)
+			a.want(t, 304)
+			a.wantHeader(t, "Expires", "Sat, 01 Jan 2000 00:01:30 GMT")
+		}
+		it := mustDecode[jsonItem](t, f.do("GET", "/-/v1/keys/k", ""))
+		if got := it.ExpiresAt.Format(time.RFC3339Nano); got != "2000-01-01T00:01:30.678Z" {
+			t.Error(got)
+		}
+		if list := mustDecode[jsonList](t, f.do("GET", "/-/v1/keys", "")); !list.Items[0].ExpiresAt.Equal(*it.ExpiresAt) {
+			t.Error(list)
+		}
+		time.Sleep(time.Minute)
+		f.do("PUT", "/k?ttl=1s", "v").want(t, 204) // counts from now
+		if got := expires("k"); got != "2000-01-01T00:01:01.678Z" {
+			t.Error(got)
+		}
+		f.do("PUT", "/k", "v").want(t, 204) // removes it
+		if got := expires("k"); got != "" {
+			t.Error(got)
+		}
+		a := f.do("GET", "/k", "")
+		a.wantHeader(t, "Expires", "")
+		a.wantHeader(t, "Cache-Control", "")
+		for _, method := range []string{"POST", "PATCH"} {
+			a := f.do(method, "/?ttl=87600h", "1")
+			if got := expires(a.header.Get("Location")[1:]); got != "2009-12-29T00:01:00.678Z" {
+				t.Errorf("%s: %s", method, got)
+			}
+		}
+		body := `{"then":[{"op":"put","key":"t","value":"v","ttl":"1h"},{"op":"get","key":"t"}]}`
+		a = f.do("POST", "/-/v1/txn", body)
+		a.want(t, 200)
+		if got := expires("t"); got != "2000-01-01T01:01:00.678Z" || !strings.Contains(a.body, `"expiresAt":"2000-01-01T01:01:00.678Z"`) {
+			t.Error(got, a.body)
+		}
+	})
+}
+
+func TestHTTP_IdempotencyKeys(t *testing.T) {
+	f := newFront(t)
+	long := strings.Repeat("k", idempotencyKeySizeMax)
+	for value, want := range map[string]string{
+		`a`:   "a",
+		`"b"`: "b",
+		` "8e03978e-40d5-43dd-bc93-6894a57f9324" `: "8e03978e-40d5-43dd-bc93-6894a57f9324",
+		`"q\"\\"`:                 `q"\`,
+		`c d`:                     "c d",
+		`a"b`:                     `a"b`,
+		`k\e`:                     `k\e`,
+		`~!#$%&'()*+,-./:`:        `~!#$%&'()*+,-./:`,
+		long:                      long,
+		`"` + long + `"`:          long,
+		``:                        "",
+		`""`:                      "",
+		`"`:                       "",
+		`"a`:                      "",
+		`"a"b"`:                   "",
+		`"a"; p=1`:                "",
+		`"a\`:                     "",
+		`"a\"`:                    "",
+		`"a\n"`:                   "",
+		"a\tb":                    "",
+		"\xc3\xa9":                "",
+		long + "k":                "",
+		"a\r\nIdempotency-Key: a": "",
+	} {
+		f.store.restore(newState())
+		f.backend.index = 0
+		a := f.do("PUT", "/k", "v", "Idempotency-Key: "+value)
+		if want == "" {
+			a.want(t, 400)
+			if p := mustProblem(t, a); p.Outcome != notApplied || !strings.HasPrefix(p.Detail, "Idempotency-Key must be given once") {
+				t.Errorf("%+v", p)
+			}
+			continue
+		}
+		a.want(t, 201)
+		if _, ok := f.store.state.retries.numbers.Get(want); !ok {
+			t.Errorf("%q is not remembered as %q", value, want)
+		}
+	}
+}
+
+// retryTests are writes, and for each of them others that are not the same.
+var retryTests = []struct {
+	method, target, body string
+	headers              []string
+	setup                func(f *front)
+	code                 int
+	others               []string // method, target, body and headers
+}{
+	{method: "PUT", target: "/k", body: "v", code: 201, others: []string{
+		"PUT|/k2|v", "PUT|/k|v2", "PUT|/k|", "DELETE|/k|", "PUT|/k?ttl=30s|v", `PUT|/k|v|If-Match: "1"`, "PUT|/k|v|If-None-Match: *", "POST|/|v", "PATCH|/|1", "POST|/-/v1/txn|{}", "DELETE|/-/v1/keys?prefix=k|",
+	}},
+	{method: "PUT", target: "/k?ttl=30s", body: "v", code: 201, others: []string{"PUT|/k?ttl=31s|v", "PUT|/k|v"}},
+	{method: "PUT", target: "/k", body: "v", headers: []string{"If-None-Match: *"}, code: 201, others: []string{"PUT|/k|v"}},
+	{method: "PUT", target: "/k", body: "v", headers: []string{`If-Match: "7"`}, code: 412, others: []string{`PUT|/k|v|If-Match: "8"`, "PUT|/k|v"}},
+	{method: "POST", target: "/", body: "v", code: 201, others: []string{"POST|/|v2", "POST|/?ttl=1s|v", "PUT|/k|v"}},
+	{method: "PATCH", target: "/", body: "1", code: 204, others: []string{"PATCH|/|2", "POST|/|1"}},
+	{method: "DELETE", target: "/k", setup: func(f *front) { f.put("k", "v") }, code: 204, others: []string{"DELETE|/k2|", "DELETE|/k||If-Match: *"}},
+	{method: "DELETE", target: "/k", code: 404, others: []string{"DELETE|/k2|"}},
+	{method: "DELETE", target: "/-/v1/keys?prefix=k", setup: func(f *front) { f.put("k", "v") }, code: 200, others: []string{"DELETE|/-/v1/keys?prefix=kk|", "DELETE|/k|"}},
+	{method: "POST", target: "/-/v1/txn", body: `{"then":[{"op":"put","key":"k","value":"v"},{"op":"get","key":"k"}]}`, code: 200, others: []string{
+		`POST|/-/v1/txn|{"then":[{"op":"put","key":"k","value":"v"}]}`, "POST|/|v",
+	}},
+	{method: "POST", target: "/-/v1/txn", body: `{"if":[{"key":"k","exists":true}],"else":[{"op":"delete","key":"k"}]}`, code: 200, others: []string{"POST|/|v"}},
+}
+
+// The same request under the same key is answered as the first time, whatever
+// happened since; another one is refused.
+func TestHTTP_Retries(t *testing.T) {
+	for _, tt := range retryTests {
+		f := newFront(t)
+		if tt.setup != nil {
+			tt.setup(f)
+		}
+		headers := append(slices.Clone(tt.headers), "Idempotency-Key: x")
+		first := f.do(tt.method, tt.target, tt.body, headers...)
+		first.want(t, tt.code)
+		first.wantHeader(t, "Idempotency-Replayed", "")
+
+		f.put("k", "changed since")
+		f.put("k2", "changed since")
+		if f.store.version() > 3 {
+			f.do("DELETE", "/k", "").want(t, 204)
+		}
+		rv := f.store.version()
+		again := f.do(tt.method, tt.target, tt.body, append(headers, "X: y")...)
+		again.wantHeader(t, "Idempotency-Replayed", "true")
+		again.header.Del("Idempotency-Replayed")
+		first.header.Del("Date")
+		again.header.Del("Date")
+		if again.code != first.code || again.body != first.body || fmt.Sprint(again.header) != fmt.Sprint(first.header) {
+			t.Errorf("%s %s: first %+v\nthen %+v", tt.method, tt.target, first, again)
+		}
+		// Nor does how long it may take make it another request.
+		separator := "?"
+		if strings.Contains(tt.target, "?") {
+			separator = "&"
+		}
+		f.do(tt.method, tt.target+separator+"timeout=7s", tt.body, headers...).want(t, tt.code)
+		for _, other := range tt.others {
+			part := strings.Split(other, "|")
+			a := f.do(part[0], part[1], part[2], append(part[3:], `Idempotency-Key: "x"`)...)
+			a.want(t, 422)
+			a.wantHeader(t, "Idempotency-Replayed", "")
+			if p := mustProblem(t, a); p.Code != "idempotency-mismatch" || p.Outcome != notApplied || p.Retryable {
+				t.Errorf("%s: %+v", other, p)
+			}
+		}
+		if got := f.store.version(); got != rv {
+			t.Errorf("%s %s: version %d, want %d", tt.method, tt.target, got, rv)
+		}
+		f.do("PUT", "/k", "v", "Idempotency-Key: y").want(t, map[bool]int{true: 204, false: 201}[rv <= 3])
+	}
+}
+
+// A retry of a POST leads to the key that the first one made.
+func TestHTTP_RetriedPostHasOneKey(t *testing.T) {
+	f := newFront(t)
+	first := f.do("POST", "/", "v", "Idempotency-Key: x")
+	again := f.do("POST", "/", "v", "Idempotency-Key: x")
+	again.want(t, 201)
+	again.wantHeader(t, "Location", first.header.Get("Location"))
+	f.wantCreated(again, "v", 1)
+	if list, _ := f.store.list("", "", 2); len(list) != 1 {
+		t.Errorf("%+v", list)
+	}
+}
+
+// When nobody knows whether a write with a key was applied, it can be sent again.
+func TestHTTP_UnknownOutcomeWithKey(t *testing.T) {
+	f := newFront(t)
+	f.backend.fail(errUnknown)
+	for _, tt := range retryTests {
+		a := f.do(tt.method, tt.target, tt.body, append(tt.headers, "Idempotency-Key: x")...)
+		a.want(t, 504)
+		a.wantHeader(t, "Retry-After", "1")
+		if p := mustProblem(t, a); p.Code != "timeout" || p.Outcome != unknown || !p.Retryable || !strings.Contains(p.Detail, "same Idempotency-Key") {
+			t.Errorf("%+v", p)
+		}
+		a = f.do(tt.method, tt.target, tt.body, tt.headers...)
+		a.want(t, 504)
+		a.wantHeader(t, "Retry-After", "")
+		if p := mustProblem(t, a); p.Retryable {
+			t.Errorf("%+v", p)
+		}
+	}
+}
+
+// FuzzHTTPHeaders: no header makes a write happen that it did not ask for.
+func FuzzHTTPHeaders(f *testing.F) {
+	for _, s := range []string{`"5"`, `*`, `W/"5"`, `"4", "5"`, `"a\"b"`, `""`, `"`, ` "5" `, `5`, `"05"`, "a b", `*,"5"`, `"5",,`, `W/`} {
+		f.Add(s, s, s)
+	}
+	f.Fuzz(func(t *testing.T, match, none, key string) {
+		header := http.Header{}
+		for name, value := range map[string]string{"If-Match": match, "If-None-Match": none, "Idempotency-Key": key} {
+			if value != "" {
+				header[name] = []string{value}
+			}
+		}
+		c, err := parseCondition(header)
+		switch {
+		case err != nil:
+			if !errors.Is(err, errInvalid) || match == "" && none == "" {
+				t.Fatal(err)
+			}
+		case match != "" && none != "" || none != "" && c.kind != ifAbsent || match != "" && c.kind != ifMatch && c.kind != ifExists || match == "" && none == "" && c != condition{}:
+			t.Fatalf("%q, %q: %+v", match, none, c)
+		case c.kind == ifMatch && c.rv != 0 && strings.TrimSpace(match) != fmt.Sprintf(`"%d"`, c.rv):
+			t.Fatalf("%q: %+v", match, c)
+		}
+		for _, rv := range []uint64{1, 5} {
+			weak, strong := anyTagMatches(header["If-None-Match"], rv, true), anyTagMatches(header["If-None-Match"], rv, false)
+			if strong && !weak || weak && !strings.Contains(none, "*") && !strings.Contains(none, fmt.Sprintf(`"%d"`, rv)) {
+				t.Fatalf("%q matches %d: %v, %v", none, rv, weak, strong)
+			}
+		}
+		r := request{Request: &http.Request{Method: "PUT", Header: header}, route: keyRoute}
+		id, err := r.retryID(condition{}, "")
+		if err != nil {
+			if !errors.Is(err, errInvalid) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if (id.key != "") != (key != "") || len(id.key) > idempotencyKeySizeMax || strings.Trim(id.key, "\"\\") != "" && !strings.Contains(strings.ReplaceAll(key, `\`, ""), strings.Trim(strings.ReplaceAll(id.key, `\`, ""), `"`)) {
+			t.Fatalf("%q is taken as %q", key, id.key)
+		}
+	})
+}

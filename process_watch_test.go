@@ -1,0 +1,813 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"raftrv/internal/proc"
+)
+
+// These tests watch real nodes: many watchers, bad ones, and nodes that come and go.
+
+// watchCrowd is many watches of one node that only count what they are told.
+type watchCrowd struct {
+	conns  []net.Conn
+	told   atomic.Int64 // events
+	lost   atomic.Int64 // connections
+	want   atomic.Int64
+	all    chan time.Time // when told reached want
+	reader sync.WaitGroup
+}
+
+// newWatchCrowd connects n watchers and waits until each of them was told where it starts.
+func newWatchCrowd(tb testing.TB, n *proc.Node, size int, query string) *watchCrowd {
+	tb.Helper()
+	raiseFileLimit(tb, size+200)
+	c := &watchCrowd{conns: make([]net.Conn, size), all: make(chan time.Time, 1)}
+	c.want.Store(-1)
+	tb.Cleanup(c.close)
+	var next, ready atomic.Int64
+	var dialers sync.WaitGroup
+	for range 32 {
+		dialers.Go(func() {
+			for i := next.Add(1) - 1; i < int64(size); i = next.Add(1) - 1 {
+				conn, err := dialWatch(n, query)
+				if err != nil {
+					tb.Error(err)
+					return
+				}
+				c.conns[i] = conn
+				c.reader.Go(func() { c.read(conn, &ready) })
+			}
+		})
+	}
+	dialers.Wait()
+	for deadline := time.Now().Add(liveTimeout); ready.Load() < int64(size); time.Sleep(10 * time.Millisecond) {
+		if tb.Failed() || time.Now().After(deadline) {
+			tb.Fatalf("%d of %d watchers are connected, %d were cut off", ready.Load(), size, c.lost.Load())
+		}
+	}
+	return c
+}
+
+// dialWatch asks for a watch and reads nothing.
+func dialWatch(n *proc.Node, query string) (net.Conn, error) {
+	conn, err := net.Dial("tcp", strings.TrimPrefix(n.URL(), "http://"))
+	if err != nil {
+		return nil, err
+	}
+	_, err = io.WriteString(conn, "GET /-/v1/watch?"+query+" HTTP/1.1\r\nHost: x\r\n\r\n")
+	return conn, err
+}
+
+// read counts messages: of all lines only they begin like that.
+func (c *watchCrowd) read(conn net.Conn, ready *atomic.Int64) {
+	defer c.lost.Add(1)
+	r := bufio.NewReaderSize(conn, 512)
+	for {
+		line, err := r.ReadSlice('\n')
+		switch {
+		case err != nil && !errors.Is(err, bufio.ErrBufferFull):
+			return
+		case bytes.HasPrefix(line, []byte(`{"type":"BOOKMARK"`)):
+			ready.Add(1)
+		case bytes.HasPrefix(line, []byte(`{"type":"`)):
+			if c.told.Add(1) == c.want.Load() {
+				c.all <- time.Now()
+			}
+		}
+	}
+}
+
+func (c *watchCrowd) close() {
+	for _, conn := range c.conns {
+		if conn != nil {
+			_ = conn.Close() // has been read
+		}
+	}
+	c.reader.Wait()
+}
+
+// round returns how long it takes from the request that writes until all have heard of it.
+func (c *watchCrowd) round(tb testing.TB, n *proc.Node, key, value string) time.Duration {
+	tb.Helper()
+	c.want.Store(c.told.Load() + int64(len(c.conns)))
+	start := time.Now()
+	req, err := http.NewRequest(http.MethodPut, keyURL(n, key), strings.NewReader(value))
+	must(tb, err)
+	res, err := http.DefaultClient.Do(req)
+	must(tb, err)
+	res.Body.Close()
+	if res.StatusCode >= 300 {
+		tb.Fatalf("PUT: %s", res.Status)
+	}
+	select {
+	case end := <-c.all:
+		return end.Sub(start)
+	case <-time.After(liveTimeout):
+		tb.Fatalf("%d of %d events came, %d connections are lost", c.told.Load(), c.want.Load(), c.lost.Load())
+		return 0
+	}
+}
+
+// raiseFileLimit lets this process, and those that it starts, have so many connections.
+func raiseFileLimit(tb testing.TB, n int) {
+	tb.Helper()
+	var limit syscall.Rlimit
+	must(tb, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
+	if limit.Cur >= uint64(n) {
+		return
+	}
+	limit.Cur = min(limit.Max, uint64(n))
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil || limit.Cur < uint64(n) {
+		tb.Skipf("SKIPPED: %d connections are needed, %d files may be open (%v)", n, limit.Max, err)
+	}
+}
+
+// quietMemory returns how much memory a node has that does nothing: the least of some looks.
+func quietMemory(n *proc.Node) int {
+	least := residentMemory(n)
+	for range 10 {
+		time.Sleep(50 * time.Millisecond)
+		least = min(least, residentMemory(n))
+	}
+	return least
+}
+
+// fanout measures a crowd on the first node. cost is what each of the watchers costs that node while nothing
+// happens, before and after the rounds, whichever is more.
+func fanout(tb testing.TB, c *proc.Cluster, size int, rounds func(crowd *watchCrowd, n *proc.Node)) (cost int) {
+	tb.Helper()
+	n := c.Nodes[0]
+	http.DefaultClient.CloseIdleConnections()
+	empty := quietMemory(n)
+	crowd := newWatchCrowd(tb, n, size, "prefix=fan/")
+	before := quietMemory(n)
+	rounds(crowd, n)
+	after := quietMemory(n)
+	if lost := crowd.lost.Load(); lost > 0 {
+		tb.Errorf("%d connections were lost", lost)
+	}
+	return (max(before, after) - empty) / size
+}
+
+// TestProcess_WatchFanout: one write reaches all watchers of its prefix in time, and those that wait cost little.
+func TestProcess_WatchFanout(t *testing.T) {
+	size := sized(1000, 10_000)
+	c := newLiveCluster(t, proc.Options{Nodes: 1})
+	var took []time.Duration
+	cost := fanout(t, c.Cluster, size, func(crowd *watchCrowd, n *proc.Node) {
+		for i := range 10 {
+			took = append(took, crowd.round(t, n, fmt.Sprint("fan/", i), "value"))
+		}
+	})
+	slices.Sort(took)
+	worst := took[len(took)-1]
+	t.Logf("%d watchers: one write reaches all of them in %v (median of %d, worst %v); idle they cost %.1f KiB each",
+		size, took[len(took)/2].Round(time.Millisecond), len(took), worst.Round(time.Millisecond), float64(cost)/1024)
+	if worst > time.Second {
+		t.Errorf("it took %v", worst)
+	}
+	if *heavy && cost > 32<<10 {
+		t.Errorf("a watcher costs %d bytes", cost)
+	}
+}
+
+// BenchmarkWatchFanout: one operation is one write that all watchers hear of, over TCP, of a node that is a
+// process of its own.
+func BenchmarkWatchFanout(b *testing.B) {
+	for _, size := range []int{100, 1000, 10_000} {
+		b.Run(fmt.Sprintf("watchers=%d", size), func(b *testing.B) {
+			c, err := proc.NewCluster(proc.Options{Binary: buildLiveBinary(b), Nodes: 1, Dir: b.TempDir()})
+			must(b, err)
+			b.Cleanup(func() { must(b, c.Stop()) })
+			ctx, cancel := context.WithTimeout(b.Context(), liveTimeout)
+			defer cancel()
+			must(b, c.Start(ctx))
+			cost := fanout(b, c, size, func(crowd *watchCrowd, n *proc.Node) {
+				i, worst := 0, time.Duration(0)
+				for b.Loop() {
+					worst = max(worst, crowd.round(b, n, fmt.Sprint("fan/", i%100), "value"))
+					i++
+				}
+				b.ReportMetric(float64(worst.Microseconds())/1000, "ms-worst")
+			})
+			b.ReportMetric(float64(cost)/1024, "KiB/watcher")
+		})
+	}
+}
+
+// TestProcess_WatchNeverRead: watchers that never read cost no memory but for what one read takes, and hold up
+// nobody.
+func TestProcess_WatchNeverRead(t *testing.T) {
+	const valueSize = 4 << 10
+	events := sized(4<<20, 64<<20) / valueSize
+	c := newLiveCluster(t, proc.Options{Nodes: 1, Args: []string{"--watch-bytes", fmt.Sprint(sized(4<<20, 64<<20))}})
+	n := c.Nodes[0]
+	value := strings.Repeat("x", valueSize)
+	keys := 0
+
+	// write writes the events, told to ten watchers that do read, and returns how
+	// late those were and what the node took at most.
+	write := func() (delays []time.Duration, most int) {
+		type told struct {
+			key string
+			at  time.Time
+		}
+		var watchers sync.WaitGroup
+		heard := make([][]told, 10)
+		for i := range heard {
+			w := &liveWatch{c: c, node: n, query: url.Values{"prefix": {"key/"}}}
+			must(t, w.open())
+			m, err := w.next() // where it starts
+			if err != nil || m.kind != "BOOKMARK" {
+				t.Fatal(m, err)
+			}
+			watchers.Go(func() {
+				defer w.close()
+				for len(heard[i]) < events {
+					m, err := w.next()
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					if m.kind != "BOOKMARK" {
+						heard[i] = append(heard[i], told{m.key, time.Now()})
+					}
+				}
+			})
+		}
+		var mu sync.Mutex
+		acked := map[string]time.Time{}
+		var next atomic.Int64
+		load := c.load(4, c.Nodes, func(l *liveClient) {
+			i := int(next.Add(1))
+			if i > events {
+				time.Sleep(time.Millisecond)
+				return
+			}
+			key := fmt.Sprintf("key/%07d", keys+i)
+			if r := l.raw(http.MethodPut, key, "", value); r.err != nil || r.status != http.StatusCreated {
+				t.Errorf("PUT: %d %s %v", r.status, r.body, r.err)
+			}
+			memory := residentMemory(n)
+			mu.Lock()
+			acked[key] = time.Now()
+			most = max(most, memory)
+			mu.Unlock()
+			if r := l.raw(http.MethodDelete, fmt.Sprintf("key/%07d", keys+i-1000), "", ""); r.err != nil {
+				t.Error(r.err)
+			}
+		})
+		watchers.Wait()
+		load.stop()
+		keys += events
+		for _, list := range heard {
+			for _, e := range list {
+				if at, ok := acked[e.key]; ok {
+					delays = append(delays, max(0, e.at.Sub(at)))
+				}
+			}
+		}
+		slices.Sort(delays)
+		return delays, most
+	}
+	p99 := func(delays []time.Duration) time.Duration { return delays[len(delays)*99/100] }
+	write() // the window fills, and the heap grows until it knows the load
+	write()
+	alone, before := write()
+	for _, size := range []int{1, sized(10, 1000)} {
+		var never []net.Conn
+		for range size {
+			conn, err := dialWatch(n, "prefix=key/")
+			must(t, err)
+			never = append(never, conn)
+		}
+		delays, most := write()
+		for _, conn := range never {
+			must(t, conn.Close())
+		}
+		growth, bound := most-before, 16<<20+size*(4*watchPartSize)
+		t.Logf("%d watchers never read beside %d MiB of events: memory grows by %d KiB (bound %d), p99 of the delay of 10 others is %v (without them %v)",
+			size, events*valueSize>>20, growth>>10, bound>>10, p99(delays), p99(alone))
+		if *heavy && growth > bound {
+			t.Errorf("memory grows by %d bytes", growth)
+		}
+		if *heavy && p99(delays) > 100*time.Millisecond {
+			t.Errorf("p99 is %v", p99(delays))
+		}
+	}
+}
+
+// liveWatch is one stream of messages of a node.
+type liveWatch struct {
+	c      *liveCluster
+	node   *proc.Node
+	query  url.Values
+	events bool   // server-sent
+	lastID string // of server-sent events
+
+	cancel context.CancelFunc
+	res    *http.Response
+	body   *bufio.Reader
+}
+
+// errWatchRefused is an answer that is no stream.
+type errWatchRefused struct {
+	status  int
+	problem problem
+}
+
+func (e *errWatchRefused) Error() string {
+	return fmt.Sprintf("%d %s: %s", e.status, e.problem.Code, e.problem.Detail)
+}
+
+// open asks for the stream.
+func (w *liveWatch) open() error {
+	ctx, cancel := context.WithCancel(context.Background())
+	w.cancel = cancel
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, w.node.URL()+"/-/v1/watch?"+w.query.Encode(), nil)
+	if err != nil {
+		return err
+	}
+	if w.events {
+		req.Header.Set("Accept", "text/event-stream")
+	}
+	if w.lastID != "" {
+		req.Header.Set("Last-Event-ID", w.lastID)
+	}
+	if w.res, err = watchClient.Do(req); err != nil {
+		return err
+	}
+	w.body = bufio.NewReaderSize(w.res.Body, 64<<10)
+	if w.res.StatusCode == http.StatusOK {
+		return nil
+	}
+	refused := &errWatchRefused{status: w.res.StatusCode}
+	if err := json.NewDecoder(w.body).Decode(&refused.problem); err != nil {
+		return err
+	}
+	return refused
+}
+
+// watchClient has a connection for each stream, and none that is used again: it could belong to a node that
+// was killed since.
+var watchClient = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DisableCompression: true}}
+
+// next returns the next message, of an ERROR what it says.
+func (w *liveWatch) next() (watchMessage, error) {
+	if !w.events {
+		line, err := w.body.ReadBytes('\n')
+		if err != nil {
+			return watchMessage{}, err
+		}
+		return parseWatchMessage(line)
+	}
+	var kind, id, data string
+	for {
+		line, err := w.body.ReadString('\n')
+		if err != nil {
+			return watchMessage{}, err
+		}
+		name, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ": ")
+		switch name {
+		case "event":
+			kind = value
+		case "id":
+			id = value
+		case "data":
+			data = value
+		case "retry":
+		case "":
+			if data == "" {
+				continue // after retry
+			}
+			m, err := parseWatchMessage([]byte(data))
+			wantID := strconv.FormatUint(m.rv, 10)
+			if m.more || m.kind == "ERROR" && id == "" { // within the list at the start
+				wantID = ""
+			}
+			if err == nil && (m.kind != kind || id != wantID) {
+				err = fmt.Errorf("event %s with id %q has the data %s", kind, id, data)
+			}
+			if id != "" {
+				w.lastID = id
+			}
+			return m, err
+		default:
+			return watchMessage{}, fmt.Errorf("no field of an event: %q", line)
+		}
+	}
+}
+
+func (w *liveWatch) close() {
+	w.cancel()
+	if w.res != nil {
+		w.res.Body.Close()
+	}
+}
+
+// TestProcess_Watch: whatever happens to the nodes, every watch is told of every event once, in order, and never
+// of half a version. The journals of the nodes say the same.
+func TestProcess_Watch(t *testing.T) {
+	watchers, faults, wantTold := sized(30, 100), sized(4, 30), int64(sized(20_000, 1_000_000))
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	c := newIdleLiveCluster(t, proc.Options{
+		Args: []string{"--snapshot-entries", "2000", "--watch-events", "8192", "--watch-bookmark", "500ms", "--journal-sync", "100ms", "--log-level", "warn"},
+		NodeArgs: func(n *proc.Node) []string {
+			return []string{"--journal", journalOf(n)}
+		},
+	})
+	c.start()
+	s := &watchScenario{t: t, c: c, seed: seed}
+	for i := range watchers {
+		s.watchers.Go(func() { s.watch(i) })
+	}
+	for i := range 6 {
+		s.writers.Go(func() { s.write(i) })
+	}
+
+	random := rand.New(rand.NewPCG(seed, 1))
+	var leaders, restarts int
+	for i := 0; i < faults || s.told.Load() < wantTold; i++ {
+		if t.Failed() {
+			break
+		}
+		n := c.leader()
+		if random.IntN(2) == 0 {
+			n = c.others(n)[random.IntN(2)]
+		} else {
+			leaders++
+		}
+		if random.IntN(3) == 0 {
+			c.stop(n)
+		} else {
+			c.kill(n)
+		}
+		restarts++
+		time.Sleep(time.Duration(random.IntN(sized(200, 1000))) * time.Millisecond)
+		c.start()
+		time.Sleep(time.Duration(200+random.IntN(sized(300, 1500))) * time.Millisecond)
+	}
+	s.stopWriting.Store(true)
+	s.writers.Wait()
+	final := c.client(c.Nodes[0]).mustPut("the end", "!").rv
+	s.final.Store(final)
+	s.watchers.Wait()
+	items, listed := s.list(final) // keys may expire yet
+	for _, n := range c.Nodes {
+		c.stop(n)
+	}
+
+	history := s.readJournals(listed)
+	if err := history.dense(); err != nil {
+		t.Fatal(err)
+	}
+	s.checkAcks(history)
+	checkItems(t, history, items)
+	bookmarks, resumes := 0, 0
+	for _, v := range s.validators {
+		v.check(history)
+		v.report(t)
+		bookmarks, resumes = bookmarks+v.bookmarks, resumes+v.resumes
+	}
+	t.Logf("%d events in %d versions, %d watchers were told of %d and got %d bookmarks; %d restarts, %d of them of the leader; %d resumes, %d watches began anew",
+		len(history.messages), history.last(), watchers, s.told.Load(), bookmarks, restarts, leaders, resumes, len(s.validators)-watchers)
+	t.Logf("streams ended with %v", s.ends)
+}
+
+func journalOf(n *proc.Node) string { return n.DataDir + ".journal" }
+
+// watchScenario is what the clients of TestProcess_Watch do.
+type watchScenario struct {
+	t    *testing.T
+	c    *liveCluster
+	seed uint64
+
+	watchers, writers sync.WaitGroup
+	stopWriting       atomic.Bool
+	final             atomic.Uint64 // the version at which watchers end; 0 = go on
+	told              atomic.Int64
+	values            atomic.Int64
+
+	mu         sync.Mutex
+	validators []*watchValidator
+	acks       []watchMessage // writes with one answer: version, key, value, kind if deleted
+	ends       map[string]int // how streams ended
+}
+
+func (s *watchScenario) ended(how string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ends == nil {
+		s.ends = map[string]int{}
+	}
+	s.ends[how]++
+}
+
+const watchScenarioKeys = 300
+
+func scenarioKey(i int) string { return fmt.Sprintf("p%d/k%02d", i%10, i/10) }
+
+// watch follows one filter over all nodes until the end.
+func (s *watchScenario) watch(i int) {
+	random := rand.New(rand.NewPCG(s.seed, uint64(1000+i)))
+	filter := scenarioKey(random.IntN(watchScenarioKeys))
+	isPrefix := i%5 != 0
+	if isPrefix {
+		filter = filter[:[]int{0, 1, 3, 3, 4, 5}[random.IntN(6)]]
+	}
+	v := s.newValidator(i, filter, isPrefix, i%3 == 0)
+	for s.final.Load() == 0 || v.done < s.final.Load() {
+		w := &liveWatch{c: s.c, node: s.c.Nodes[random.IntN(len(s.c.Nodes))], query: url.Values{}, events: random.IntN(3) == 0}
+		if isPrefix {
+			w.query.Set("prefix", filter)
+		} else {
+			w.query.Set("key", filter)
+		}
+		switch {
+		case v.listing:
+			w.query.Set("initial", "true")
+		case w.events && random.IntN(2) == 0:
+			w.query.Set("resourceVersion", "1") // as in the URL of a page that goes on
+			w.lastID = strconv.FormatUint(v.done, 10)
+		default:
+			w.query.Set("resourceVersion", strconv.FormatUint(v.done, 10))
+		}
+		if random.IntN(10) == 0 {
+			w.query.Set("timeout", "300ms")
+		}
+		err := s.follow(w, v, random)
+		w.close()
+		v.resume()
+		if refused, ok := errors.AsType[*errWatchRefused](err); ok && refused.status == http.StatusGone {
+			v = s.newValidator(i, filter, isPrefix, true)
+		} else if ok && refused.status < 500 && refused.status != http.StatusTooManyRequests {
+			s.t.Errorf("%s after %d: %v", v.name, v.done, err)
+			return
+		} else if err != nil {
+			time.Sleep(20 * time.Millisecond)
+		}
+	}
+}
+
+func (s *watchScenario) newValidator(i int, filter string, isPrefix, initial bool) *watchValidator {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v := newWatchValidator(fmt.Sprintf("watch %d of %q", i, filter), filter, isPrefix, initial, 0)
+	s.validators = append(s.validators, v)
+	return v
+}
+
+// follow reads one stream, some of it or all.
+func (s *watchScenario) follow(w *liveWatch, v *watchValidator, random *rand.Rand) error {
+	if err := w.open(); err != nil {
+		if refused, ok := errors.AsType[*errWatchRefused](err); ok {
+			s.ended(fmt.Sprint("refused ", refused.status, " ", refused.problem.Code))
+		} else {
+			s.ended("not connected")
+		}
+		return err
+	}
+	messages := 1 + random.IntN(20_000)
+	for range messages {
+		m, err := w.next()
+		switch {
+		case errors.Is(err, io.EOF):
+			s.ended("end")
+			return nil
+		case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET):
+			s.ended("connection lost")
+			return err
+		case err != nil:
+			s.ended("error")
+			v.violation("%v", err)
+			return err
+		case m.kind == "ERROR":
+			s.ended("ERROR " + m.code)
+			v.part = v.part[:0]
+			if !v.listing {
+				v.observe(watchMessage{kind: "BOOKMARK", rv: m.rv}) // it claims the same
+			}
+			if m.code == "expired" {
+				return &errWatchRefused{status: http.StatusGone}
+			}
+			return nil
+		}
+		v.observe(m)
+		if m.kind != "BOOKMARK" {
+			s.told.Add(1)
+		}
+		if final := s.final.Load(); final != 0 && v.done >= final {
+			return nil
+		}
+		if random.IntN(20_000) == 0 {
+			time.Sleep(time.Duration(random.IntN(sized(1500, 8000))) * time.Millisecond)
+		}
+	}
+	s.ended("left")
+	return nil
+}
+
+// write writes all that can be written.
+func (s *watchScenario) write(i int) {
+	random := rand.New(rand.NewPCG(s.seed, uint64(2000+i)))
+	l := s.c.client(s.c.Nodes[i%len(s.c.Nodes)])
+	defer l.close()
+	value := func() string { return fmt.Sprintf("v%d.%s", s.values.Add(1), strings.Repeat("x", random.IntN(200))) }
+	key := func() string { return scenarioKey(random.IntN(watchScenarioKeys)) }
+	for !s.stopWriting.Load() {
+		var r *liveReply
+		ack := watchMessage{key: key()}
+		switch random.IntN(40) {
+		case 0:
+			r = l.do(http.MethodDelete, l.node.URL()+"/-/v1/keys?prefix="+url.QueryEscape(ack.key[:5]), "")
+			ack.key = ""
+		case 1, 2:
+			ack.kind, ack.value = "PUT", value()
+			r = l.raw(http.MethodPut, ack.key, "?ttl=1s", ack.value)
+		case 3, 4, 5, 6:
+			ack.kind = "DELETED"
+			r = l.raw(http.MethodDelete, ack.key, "", "")
+		case 7, 8, 9, 10, 11, 12:
+			var body struct {
+				Then []map[string]string `json:"then"`
+			}
+			ops := map[string]bool{}
+			for range 2 + random.IntN(20) {
+				ops[key()] = random.IntN(4) == 0
+			}
+			for _, key := range slices.Sorted(maps.Keys(ops)) {
+				if ops[key] {
+					body.Then = append(body.Then, map[string]string{"op": "delete", "key": key})
+				} else {
+					body.Then = append(body.Then, map[string]string{"op": "put", "key": key, "value": value()})
+				}
+			}
+			b, err := json.Marshal(body)
+			if err != nil {
+				s.t.Error(err)
+				return
+			}
+			r = l.do(http.MethodPost, l.node.URL()+"/-/v1/txn", string(b))
+			ack.key = ""
+		default:
+			ack.kind, ack.value = "PUT", value()
+			r = l.raw(http.MethodPut, ack.key, "", ack.value)
+		}
+		if r.err != nil || r.status >= 500 {
+			time.Sleep(10 * time.Millisecond)
+		} else if ack.rv = r.rv(); r.status < 300 && ack.key != "" {
+			s.mu.Lock()
+			s.acks = append(s.acks, ack)
+			s.mu.Unlock()
+		}
+	}
+}
+
+// list returns all items as of a version, which is not older than rv.
+func (s *watchScenario) list(rv uint64) (items map[string]watchMessage, version uint64) {
+	s.t.Helper()
+	l := s.c.client(s.c.Nodes[1])
+	r := l.do(http.MethodGet, fmt.Sprintf("%s/-/v1/keys?limit=10000&resourceVersion=%d", l.node.URL(), rv), "")
+	var body struct {
+		ResourceVersion uint64
+		Items           []struct {
+			Key, Value      string
+			ResourceVersion uint64
+		}
+	}
+	if r.err != nil || r.status != http.StatusOK {
+		s.t.Fatalf("list: %d %s %v", r.status, r.body, r.err)
+	}
+	must(s.t, json.Unmarshal(r.body, &body))
+	items = map[string]watchMessage{}
+	for _, it := range body.Items {
+		items[it.Key] = watchMessage{key: it.Key, value: it.Value, rv: it.ResourceVersion}
+	}
+	return items, body.ResourceVersion
+}
+
+// readJournals makes the history of what the nodes have written down, which must agree.
+func (s *watchScenario) readJournals(final uint64) *watchHistory {
+	s.t.Helper()
+	versions := make([][]string, final+1)
+	for _, n := range s.c.Nodes {
+		f, err := os.Open(journalOf(n))
+		must(s.t, err)
+		defer f.Close()
+		gaps, last, part := 0, uint64(0), []string(nil)
+		for scanner := bufio.NewScanner(f); ; {
+			if !scanner.Scan() {
+				must(s.t, scanner.Err())
+				break
+			}
+			var line struct {
+				RV   uint64
+				More bool
+				Gap  *struct{ From, To uint64 }
+			}
+			must(s.t, json.Unmarshal(scanner.Bytes(), &line))
+			if g := line.Gap; g != nil {
+				if g.From != last+1 || g.To != line.RV {
+					s.t.Fatalf("journal of node %d: after %d: %s", n.ID, last, scanner.Text())
+				}
+				gaps, last = gaps+1, g.To
+				continue
+			}
+			if line.RV != last+1 {
+				s.t.Fatalf("journal of node %d: after %d: %s", n.ID, last, scanner.Text())
+			}
+			if part = append(part, scanner.Text()); line.More {
+				continue
+			}
+			if last = line.RV; last <= final {
+				if known := versions[last]; known != nil && !slices.Equal(known, part) {
+					s.t.Errorf("journal of node %d: version %d is %q, another node has %q", n.ID, last, part, known)
+				}
+				versions[last] = part
+			}
+			part = nil
+		}
+		if last < final || len(part) > 0 {
+			s.t.Errorf("journal of node %d ends at %d of %d, with %q", n.ID, last, final, part)
+		}
+		s.t.Logf("journal of node %d: %d gaps", n.ID, gaps)
+	}
+	h := &watchHistory{}
+	state := map[string]watchMessage{}
+	for rv, lines := range versions[1:] {
+		if lines == nil {
+			s.t.Fatalf("no journal has version %d", rv+1)
+		}
+		for _, text := range lines {
+			var line struct {
+				Key     string
+				Obj     string
+				Deleted bool
+				Reason  string
+				More    bool
+			}
+			must(s.t, json.Unmarshal([]byte(text), &line))
+			m := watchMessage{kind: "ADDED", rv: uint64(rv + 1), key: line.Key, value: line.Obj, more: line.More, expired: line.Reason == "expired"}
+			old, exists := state[m.key]
+			if exists {
+				m.kind, m.prev = "MODIFIED", old.rv
+			}
+			state[m.key] = m
+			if line.Deleted {
+				m.kind, m.value = "DELETED", old.value
+				delete(state, m.key)
+			}
+			h.messages = append(h.messages, m)
+		}
+	}
+	return h
+}
+
+// checkAcks: every write that was acknowledged is in the history, at its version.
+func (s *watchScenario) checkAcks(h *watchHistory) {
+	for _, ack := range s.acks {
+		i, ok := slices.BinarySearchFunc(h.messages, ack.rv, func(m watchMessage, rv uint64) int { return int(m.rv) - int(rv) })
+		if !ok || h.messages[i].key != ack.key || ack.kind == "PUT" && h.messages[i].value != ack.value || ack.kind == "DELETED" && h.messages[i].kind != ack.kind {
+			s.t.Errorf("acknowledged: %v; in the history: %v", ack, h.messages[min(i, len(h.messages)-1)])
+		}
+	}
+	s.t.Logf("%d acknowledged writes", len(s.acks))
+}
+
+// checkItems compares what is left with the history.
+func checkItems(t *testing.T, h *watchHistory, items map[string]watchMessage) {
+	t.Helper()
+	want := map[string]watchMessage{}
+	for _, m := range h.messages {
+		if m.kind == "DELETED" {
+			delete(want, m.key)
+		} else {
+			want[m.key] = watchMessage{key: m.key, value: m.value, rv: m.rv}
+		}
+	}
+	if !maps.Equal(want, items) {
+		t.Errorf("%d items are listed, %d are left in the history, or they differ", len(items), len(want))
+	}
+}

@@ -1,0 +1,114 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+)
+
+// checkRetries checks what always holds of a table.
+func checkRetries(t *testing.T, r *retryTable) {
+	t.Helper()
+	if r.records.Len() > retriesMax || r.bytes > retryBytesMax || r.records.Len() != r.numbers.Len() {
+		t.Fatalf("%d records, %d keys, %d bytes", r.records.Len(), r.numbers.Len(), r.bytes)
+	}
+	var bytes uint64
+	r.records.Scan(func(n uint64, record retryRecord) bool {
+		bytes += record.size()
+		if number, _ := r.numbers.Get(record.id.key); number != n || n >= r.next {
+			t.Fatalf("record %d of %q is known as %d; the next one is %d", n, record.id.key, number, r.next)
+		}
+		return true
+	})
+	if bytes != r.bytes {
+		t.Fatalf("%d bytes, says %d", bytes, r.bytes)
+	}
+}
+
+func retryKey(i int) retryID {
+	return retryID{key: fmt.Sprint(i), digest: [16]byte{byte(i), byte(i >> 8)}}
+}
+
+func TestRetries_Count(t *testing.T) {
+	r := newRetryTable()
+	const n = retriesMax + 1000
+	for i := range n {
+		r.add(retryKey(i), result{rv: uint64(i)}, 0)
+	}
+	checkRetries(t, &r)
+	for i := range n {
+		got, known := r.lookup(retryKey(i), 0)
+		if want := i >= n-retriesMax; known != want || known && (got.rv != uint64(i) || !got.replayed) {
+			t.Fatalf("request %d: %+v, %v", i, got, known)
+		}
+	}
+}
+
+func TestRetries_Bytes(t *testing.T) {
+	r := newRetryTable()
+	value := strings.Repeat("v", 1<<20)
+	const n = 100
+	for i := range n {
+		r.add(retryKey(i), result{rv: uint64(i), ops: []opResult{{item: item{value: value}}}}, 0)
+		checkRetries(t, &r)
+	}
+	if left := r.records.Len(); left < 60 || left > 64 {
+		t.Errorf("%d records are left", left)
+	}
+	if _, known := r.lookup(retryKey(n-1), 0); !known {
+		t.Error("the newest is gone")
+	}
+}
+
+func TestRetries_Age(t *testing.T) {
+	r := newRetryTable()
+	r.add(retryKey(1), result{rv: 1}, 1000)
+	r.add(retryKey(2), result{rv: 2}, 2000)
+	for _, tt := range []struct {
+		now          int64
+		first, other bool
+	}{
+		{0, true, true}, // a clock that goes back
+		{1000 + retryAgeMillis, true, true},
+		{1001 + retryAgeMillis, false, true},
+		{2001 + retryAgeMillis, false, false},
+	} {
+		if _, known := r.lookup(retryKey(1), tt.now); known != tt.first {
+			t.Errorf("at %d: %v", tt.now, known)
+		}
+		if _, known := r.lookup(retryKey(2), tt.now); known != tt.other {
+			t.Errorf("at %d: %v", tt.now, known)
+		}
+	}
+	// A key that is used again after its time starts anew, and the old record
+	// makes room even though it was not the oldest.
+	r.add(retryKey(2), result{rv: 3}, 2001+retryAgeMillis)
+	checkRetries(t, &r)
+	if got, known := r.lookup(retryKey(2), 2001+retryAgeMillis); !known || got.rv != 3 || r.records.Len() != 1 {
+		t.Errorf("%+v, %v, %d records", got, known, r.records.Len())
+	}
+}
+
+func TestRetries_OtherRequest(t *testing.T) {
+	r := newRetryTable()
+	r.add(retryKey(1), result{status: statusCreated, rv: 1, key: "k"}, 0)
+	other := retryKey(1)
+	other.digest[15]++
+	if got, known := r.lookup(other, 0); !known || got.status != statusRetryOther || got.replayed || got.key != "" {
+		t.Errorf("%+v, %v", got, known)
+	}
+}
+
+func TestRetries_CopyIsUndisturbed(t *testing.T) {
+	r := newRetryTable()
+	for i := range 100 {
+		r.add(retryKey(i), result{rv: uint64(i)}, 0)
+	}
+	c := r.copy()
+	r.add(retryKey(100), result{}, 1+retryAgeMillis) // and drops the others
+	checkRetries(t, &r)
+	checkRetries(t, &c)
+	if r.records.Len() != 1 || c.records.Len() != 100 {
+		t.Errorf("%d and %d records", r.records.Len(), c.records.Len())
+	}
+}

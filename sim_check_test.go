@@ -1,0 +1,626 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"fmt"
+	"hash/maphash"
+	"maps"
+	"math"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/anishathalye/porcupine"
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+)
+
+// checker watches every process from outside, turn by turn, and judges the
+// history at the end.
+type checker struct {
+	sim        *sim
+	model      *model
+	violations []violation
+
+	leaders map[uint64]uint64 // by term
+	states  map[uint64]uint64 // hash of the state's bytes, by index
+	configs map[uint64]string // raft's configuration, by the index of its last change
+
+	reached    map[string]int // how often something went wrong at a point
+	diskErrors int
+}
+
+// violation is a promise that was broken.
+type violation struct {
+	Check string        `json:"check"`
+	Text  string        `json:"text"`
+	At    time.Duration `json:"at"`
+}
+
+// seen is how far the checker has followed a process.
+type seen struct {
+	applied uint64
+	config  uint64 // index of the last change that was compared, plus 1
+}
+
+// violationsMax: the first ones tell the story.
+const violationsMax = 5
+
+func newChecker(s *sim) *checker {
+	c := &checker{
+		sim:     s,
+		model:   newModel(),
+		leaders: map[uint64]uint64{},
+		states:  map[uint64]uint64{},
+		configs: map[uint64]string{},
+		reached: map[string]int{},
+	}
+	return c
+}
+
+func (c *checker) violate(check, format string, args ...any) {
+	if len(c.violations) < violationsMax {
+		c.violations = append(c.violations, violation{Check: check, Text: fmt.Sprintf(format, args...), At: c.sim.now})
+	}
+}
+
+func (c *checker) failed() bool { return len(c.violations) > 0 }
+
+// lead records that a node leads a term. No other may.
+func (c *checker) lead(id, term uint64) {
+	other, known := c.leaders[term]
+	if !known {
+		c.leaders[term] = id
+	} else if other != id {
+		c.violate("one leader", "nodes %d and %d both lead term %d", other, id, term)
+	}
+}
+
+// sent looks at what a process tells the others.
+func (c *checker) sent(p *process, m *raftpb.Message) {
+	switch m.GetType() {
+	case raftpb.MsgApp, raftpb.MsgHeartbeat, raftpb.MsgSnap:
+		c.lead(m.GetFrom(), m.GetTerm())
+	case raftpb.MsgAppResp, raftpb.MsgVoteResp:
+		if p.disk.broken {
+			c.violate("disk error", "node %d sends %v after its disk has failed", p.node.id, m.GetType())
+		}
+	}
+}
+
+// started looks at what a process has found on its disk.
+func (c *checker) started(p *process) {
+	if len(c.model.members) == 0 {
+		maps.Copy(c.model.members, p.store.state.members)
+	}
+	p.seen.applied = p.store.state.index
+	if p.seen.applied > 0 {
+		c.whole(p)
+	}
+}
+
+// observe looks at a process after each turn.
+func (c *checker) observe(p *process) {
+	r := p.replica
+	if r.role == raft.StateLeader {
+		c.lead(p.node.id, r.term)
+	}
+	before, now := p.seen.applied, p.store.state.index
+	if now == before {
+		return
+	}
+	if now < before {
+		c.violate("applied", "node %d went back from entry %d to %d", p.node.id, before, now)
+		return
+	}
+	p.seen.applied = now
+	first, err := r.log.FirstIndex()
+	if err != nil {
+		c.violate("simulator", "node %d: %v", p.node.id, err)
+		return
+	}
+	installed := before+1 < first && p.store.state.index != before
+	if installed {
+		before = first - 1
+		if c.model.index() < before {
+			c.violate("snapshot", "node %d has a snapshot at %d, but nobody has applied more than %d", p.node.id, before, c.model.index())
+			return
+		}
+	}
+	if now > before {
+		ents, err := r.log.Entries(before+1, now+1, noLimit)
+		if err != nil {
+			c.violate("simulator", "node %d: entries %d to %d: %v", p.node.id, before+1, now, err)
+			return
+		}
+		for _, e := range ents {
+			if !c.entry(p, e) {
+				return
+			}
+		}
+	}
+	if installed {
+		c.whole(p)
+		return
+	}
+	c.since(p, before)
+	if now/hashEvery != before/hashEvery {
+		c.state(p)
+	}
+}
+
+// hashEvery is how many entries lie between two looks at the whole state.
+const hashEvery = 64
+
+// entry compares an applied entry with what others have applied there.
+func (c *checker) entry(p *process, e *raftpb.Entry) bool {
+	m := c.model
+	if e.GetIndex() == m.index()+1 {
+		if err := m.append(e); err != nil {
+			c.violate("model", "entry %d, applied by node %d: %v", e.GetIndex(), p.node.id, err)
+			return false
+		}
+		return true
+	}
+	known := m.entry(e.GetIndex())
+	if known.term != e.GetTerm() || known.hash != hashBytes(e.GetData()) {
+		c.violate("logs match", "node %d applies another entry %d (term %d) than a node before it (term %d)",
+			p.node.id, e.GetIndex(), e.GetTerm(), known.term)
+		return false
+	}
+	return true
+}
+
+// since compares what the entries after before have changed with the model.
+func (c *checker) since(p *process, before uint64) {
+	if !c.totals(p) {
+		return
+	}
+	st := &p.store.state
+	for i := before + 1; i <= st.index; i++ {
+		for _, key := range c.model.entry(i).touched {
+			it, ok := st.items.Get(key)
+			if !c.item(p, key, it, ok) {
+				return
+			}
+		}
+	}
+}
+
+// whole compares the whole state of a process with the model.
+func (c *checker) whole(p *process) {
+	st := &p.store.state
+	if st.index > c.model.index() {
+		c.violate("applied", "node %d starts at entry %d, but nobody has applied more than %d", p.node.id, st.index, c.model.index())
+		return
+	}
+	if !c.totals(p) {
+		return
+	}
+	st.items.Scan(func(key string, it item) bool { return c.item(p, key, it, true) })
+	c.state(p)
+}
+
+func (c *checker) totals(p *process) bool {
+	st, want := &p.store.state, c.model.entry(p.store.state.index)
+	if st.rv != want.rv || st.items.Len() != want.items || st.term != want.term {
+		c.violate("state", "node %d at entry %d has term %d, version %d, %d items; it should have %d, %d, %d",
+			p.node.id, st.index, st.term, st.rv, st.items.Len(), want.term, want.rv, want.items)
+		return false
+	}
+	if want.config+1 != p.seen.config {
+		p.seen.config = want.config + 1
+		c.config(p, want.config)
+	}
+	return true
+}
+
+func (c *checker) item(p *process, key string, it item, ok bool) bool {
+	if want, exists := c.model.get(key, p.store.state.rv); ok != exists || it != want {
+		c.violate("state", "node %d at entry %d has %q = %v %+v, it should have %v %+v", p.node.id, p.store.state.index, key, ok, it, exists, want)
+		return false
+	}
+	return true
+}
+
+// config compares members and raft's configuration after a change at index.
+func (c *checker) config(p *process, index uint64) {
+	st, m := &p.store.state, c.model
+	if m.entry(m.index()).config == index && (!maps.Equal(st.members, m.members) || !maps.Equal(st.removed, m.removed)) {
+		c.violate("members", "node %d at entry %d has members %v, it should have %v", p.node.id, st.index, st.members, m.members)
+	}
+	cs := p.replica.confState
+	text := fmt.Sprint(cs.GetVoters(), cs.GetLearners(), cs.GetVotersOutgoing(), cs.GetLearnersNext())
+	if other, known := c.configs[index]; !known {
+		c.configs[index] = text
+	} else if other != text {
+		c.violate("configuration", "node %d at entry %d has configuration %s, another node had %s", p.node.id, st.index, text, other)
+	}
+}
+
+// state compares the bytes of a state with those of others at the same entry.
+func (c *checker) state(p *process) {
+	var b bytes.Buffer
+	if err := p.store.state.writeTo(&b); err != nil {
+		c.violate("simulator", "%v", err)
+		return
+	}
+	c.body(p, p.store.state.index, b.Bytes())
+}
+
+var stateSeed = maphash.MakeSeed()
+
+// body compares a snapshot's body with others at the same entry.
+func (c *checker) body(p *process, index uint64, body []byte) {
+	hash := maphash.Bytes(stateSeed, body)
+	if other, known := c.states[index]; !known {
+		c.states[index] = hash
+	} else if other != hash {
+		c.violate("state bytes", "node %d at entry %d has another state than another node had", p.node.id, index)
+	}
+}
+
+// The end.
+
+// validator judges a run when it is over.
+type validator struct {
+	name  string
+	check func(*sim) error
+}
+
+// validators are all of them. A new capability adds its own here.
+var validators = []validator{
+	{"converged", validateConverged},
+	{"events", validateEvents},
+	{"outcomes", validateOutcomes},
+	{"versions", validateVersions},
+	{"linearizable", validateLinearizable},
+	{"progress", validateProgress},
+}
+
+// finish judges the run.
+func (c *checker) finish() {
+	for _, v := range validators {
+		if c.failed() {
+			return
+		}
+		if err := v.check(c.sim); err != nil {
+			c.violate(v.name, "%v", err)
+		}
+	}
+}
+
+// validateConverged: every member has applied everything and holds the same.
+func validateConverged(s *sim) error {
+	for _, n := range s.nodes {
+		if _, member := s.check.model.members[n.id]; !member {
+			continue
+		}
+		if n.process == nil {
+			return fmt.Errorf("node %d is down", n.id)
+		}
+		if got, want := n.process.store.applied(), s.check.model.index(); got != want {
+			return fmt.Errorf("node %d has applied %d of %d entries", n.id, got, want)
+		}
+		s.check.whole(n.process)
+	}
+	return nil
+}
+
+// validateEvents: the window of events is the end of all events.
+func validateEvents(s *sim) error {
+	all := s.check.model.events
+	for i, e := range all {
+		if i > 0 && (e.rv < all[i-1].rv || e.rv > all[i-1].rv+1 || (e.rv == all[i-1].rv) == all[i-1].last) {
+			return fmt.Errorf("event %d has version %d after %d", i, e.rv, all[i-1].rv)
+		}
+	}
+	for _, n := range s.nodes {
+		if _, member := s.check.model.members[n.id]; !member || n.process == nil {
+			continue
+		}
+		log := &n.process.store.state.events
+		if log.end() != uint64(len(all)) {
+			return fmt.Errorf("node %d has had %d events of %d", n.id, log.end(), len(all))
+		}
+		for at := log.first; at < log.end(); {
+			events, _, ok := log.from(at)
+			if !ok || len(events) == 0 {
+				return fmt.Errorf("node %d does not find event %d, which is in its window", n.id, at)
+			}
+			for i := range events {
+				if events[i] != all[at] {
+					return fmt.Errorf("node %d: event %d is %+v, it should be %+v", n.id, at, events[i], all[at])
+				}
+				at++
+			}
+		}
+	}
+	return nil
+}
+
+// applied returns what became of an operation in the committed log.
+func (s *sim) applied(op *simOp) (result, bool) {
+	for _, a := range op.attempts {
+		if a.batch == nil || a.batch.seq == 0 {
+			continue
+		}
+		b := s.check.model.batches[batchID{a.session, a.batch.seq}]
+		if b == nil || a.place >= len(b.results) {
+			continue
+		}
+		if r := b.results[a.place]; r.status != statusNone {
+			return r, true
+		}
+	}
+	return result{}, false
+}
+
+// validateOutcomes: what a client was told about a write is what happened.
+func validateOutcomes(s *sim) error {
+	for _, op := range s.history.ops {
+		if op.isRead() {
+			continue
+		}
+		r, applied := s.applied(op)
+		switch {
+		case op.outcome == opRefused && applied:
+			return fmt.Errorf("%v; but it was applied: %+v", op, r)
+		case op.outcome == opDone && !applied:
+			return fmt.Errorf("%v; but it was not applied", op)
+		case op.outcome == opDone && !sameResult(op.result, r):
+			return fmt.Errorf("%v; but it came to %+v", op, r)
+		}
+	}
+	return nil
+}
+
+// sameResult compares all but whether it is the answer to a retry.
+func sameResult(a, b result) bool {
+	a.replayed, b.replayed = false, false
+	return reflect.DeepEqual(a, b)
+}
+
+// validateVersions takes the resource versions at their word: each operation
+// took place at its version, so versions must follow the clock, and what was
+// read must be what was there. This finds any breach of linearizability, across
+// keys too, in n log n.
+func validateVersions(s *sim) error {
+	type moment struct {
+		at  time.Duration
+		end bool
+		op  *simOp
+	}
+	var moments []moment
+	for _, op := range s.history.ops {
+		if op.outcome == opDone {
+			moments = append(moments, moment{op.invoked, false, op}, moment{op.returned, true, op})
+		}
+	}
+	slices.SortStableFunc(moments, func(a, b moment) int {
+		if a.at == b.at { // operations that touch are concurrent: begin first
+			return cmp.Compare(boolInt(a.end), boolInt(b.end))
+		}
+		return cmp.Compare(a.at, b.at)
+	})
+	highest := uint64(0) // version of any operation that has ended
+	floors := map[*simOp]uint64{}
+	for _, m := range moments {
+		if !m.end {
+			floors[m.op] = highest
+			continue
+		}
+		if err := s.checkVersion(m.op, floors[m.op]); err != nil {
+			return err
+		}
+		if m.op.read != readWhatever && m.op.read != readAtLeast {
+			highest = max(highest, m.op.version())
+		}
+	}
+	return nil
+}
+
+func boolInt(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// version is the store's version at which an operation took place.
+func (o *simOp) version() uint64 {
+	if o.isRead() {
+		return o.rv
+	}
+	return o.result.rv
+}
+
+func (s *sim) checkVersion(op *simOp, floor uint64) error {
+	if op.read == readAtLeast {
+		floor = op.atLeast
+	}
+	rv := op.version()
+	if op.read != readWhatever && rv < floor {
+		return fmt.Errorf("%v took place at version %d, but %d had been seen before it began", op, rv, floor)
+	}
+	if op.isRead() {
+		if it, ok := s.check.model.get(op.cmd.key, rv); ok != op.found || it != op.item {
+			return fmt.Errorf("%v; but at version %d it was %v, %+v", op, rv, ok, it)
+		}
+	}
+	return nil
+}
+
+// validateLinearizable asks porcupine, which knows nothing of versions, whether
+// there is any order in which a register could have given these answers.
+func validateLinearizable(s *sim) error {
+	groups := map[string][]porcupine.Operation{}
+	for i, op := range s.history.ops {
+		if op.outcome == opRefused || op.read == readWhatever || op.read == readAtLeast || op.isRead() && op.outcome != opDone {
+			continue
+		}
+		o := porcupine.Operation{ClientId: i, Input: op, Call: int64(op.invoked), Output: op, Return: int64(op.returned)}
+		if op.outcome == opOpen {
+			r, applied := s.applied(op)
+			if !applied {
+				continue // and the run is over, so it never will be
+			}
+			resolved := *op
+			resolved.result = r
+			o.Input, o.Output, o.Return = &resolved, &resolved, math.MaxInt64
+		}
+		if group, ok := judgedTogether(op.cmd.key); ok {
+			groups[group] = append(groups[group], o)
+		}
+	}
+	for _, group := range slices.Sorted(maps.Keys(groups)) {
+		switch porcupine.CheckOperationsTimeout(registers, groups[group], porcupineTimeout) {
+		case porcupine.Illegal:
+			return fmt.Errorf("the history of %q is not linearizable (%d operations)", group, len(groups[group]))
+		case porcupine.Unknown:
+			return fmt.Errorf("the history of %q took too long to judge (%d operations)", group, len(groups[group]))
+		}
+	}
+	return nil
+}
+
+const porcupineTimeout = 20 * time.Second
+
+// judgedTogether returns the name of the keys that one register machine holds.
+// Keys that expire change without a client, so they are left to the versions.
+func judgedTogether(key string) (group string, ok bool) {
+	group, _, _ = strings.Cut(key, "/")
+	return group, group != expiringGroup
+}
+
+// registers is a few keys and their values.
+var registers = porcupine.Model{
+	Init: func() any { return map[string]string{} },
+	Step: func(state, input, output any) (bool, any) {
+		op := output.(*simOp)
+		values := state.(map[string]string)
+		if op.isRead() {
+			value, found := values[op.cmd.key]
+			return found == op.found && value == op.item.value, state
+		}
+		next := maps.Clone(values)
+		return stepRegisters(next, &op.cmd, &op.result), next
+	},
+	Equal: func(a, b any) bool { return maps.Equal(a.(map[string]string), b.(map[string]string)) },
+	DescribeOperation: func(input, _ any) string {
+		return input.(*simOp).String()
+	},
+}
+
+// stepRegisters carries out a command and says whether its result fits.
+func stepRegisters(values map[string]string, c *command, r *result) bool {
+	_, exists := values[c.key]
+	switch {
+	case r.status == statusPrecondition:
+		// Which version a key has is not known here.
+		return c.condition.kind == ifMatch || !c.condition.holds(item{}, exists)
+	case c.condition.kind != always && c.condition.kind != ifMatch && !c.condition.holds(item{}, exists):
+		return false
+	}
+	switch c.op {
+	case opPut:
+		values[c.key] = c.value
+		return (r.status == statusReplaced) == exists
+	case opDelete:
+		delete(values, c.key)
+		return (r.status == statusDeleted) == exists
+	case opDeletePrefix:
+		n := uint64(0)
+		maps.DeleteFunc(values, func(key, _ string) bool {
+			found := strings.HasPrefix(key, c.key)
+			n += uint64(boolInt(found))
+			return found
+		})
+		return r.count == n
+	case opTxn:
+		return stepTxn(values, c.value, r)
+	}
+	return false
+}
+
+func stepTxn(values map[string]string, encoded string, r *result) bool {
+	t, err := decodeTxn(encoded)
+	if err != nil {
+		return false
+	}
+	ops, judged, holds := t.otherwise, true, true
+	for _, cmp := range t.compare {
+		value, exists := values[cmp.key]
+		if cmp.kind == byVersion || cmp.kind == byCreated {
+			judged = false
+		} else if !cmp.holds(item{value: value}, exists) {
+			holds = false
+		}
+	}
+	if r.status == statusSucceeded {
+		ops = t.then
+	}
+	if judged && holds != (r.status == statusSucceeded) || len(r.ops) != len(ops) {
+		return false
+	}
+	for i, op := range ops {
+		if op.op == opGet {
+			value, found := values[op.key]
+			if found != (r.ops[i].status == statusFound) || value != r.ops[i].item.value {
+				return false
+			}
+		} else if !stepRegisters(values, &op, &result{status: r.ops[i].status}) {
+			return false
+		}
+	}
+	return true
+}
+
+// healthSpan is the time in which nothing goes wrong.
+type healthSpan struct {
+	on    bool
+	since time.Duration
+	spans []span // before
+}
+
+type span struct{ from, to time.Duration }
+
+func (h *healthSpan) begin(now time.Duration) { h.on, h.since = true, now }
+
+func (h *healthSpan) end(now time.Duration) {
+	if h.on {
+		h.spans = append(h.spans, span{h.since, now})
+	}
+	h.on = false
+}
+
+// Bounds of what clients notice once all that was wrong is repaired.
+const (
+	recoveryMax = 3 * time.Second // until everything works again
+	answerMax   = time.Second     // and from then on, for any operation
+)
+
+// validateProgress: once all is repaired, operations succeed, everywhere, and
+// soon.
+func validateProgress(s *sim) error {
+	for _, op := range s.history.ops {
+		if len(op.attempts) == 0 {
+			continue // the client found its node down
+		}
+		for _, h := range s.healthy.spans {
+			well := h.from + recoveryMax
+			failed := op.outcome != opDone && op.returned >= well
+			late := op.returned > max(op.invoked, well)+answerMax
+			if !failed && !late || op.invoked >= h.to || op.returned > h.to {
+				continue
+			}
+			if _, applied := s.applied(op); applied && op.outcome == opOpen {
+				continue // its entry came to this node in a snapshot, which does not tell results
+			}
+			return fmt.Errorf("%v; but all was well from %v to %v", op, h.from, h.to)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,480 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"time"
+)
+
+// This file is the clients, and the history of what they asked and were told.
+
+// simOutcome is what a client knows about an operation in the end.
+type simOutcome int
+
+const (
+	opOpen    simOutcome = iota // no answer, or one that does not say
+	opDone                      // answered
+	opRefused                   // did not happen and never will
+)
+
+// readKind is how fresh an answer a read asks for.
+type readKind int
+
+const (
+	notARead     readKind = iota
+	readLatest            // linearizable
+	readAtLeast           // not older than a resource version
+	readWhatever          // whatever this node has
+)
+
+// simOp is one operation of one client. If its outcome is not known the client
+// may try again, under the same Idempotency-Key; that is the same operation.
+type simOp struct {
+	client  int
+	read    readKind
+	cmd     command // of a read only the key
+	atLeast uint64
+
+	attempts []attempt
+	invoked  time.Duration
+	returned time.Duration
+	outcome  simOutcome
+	err      error
+
+	result result // of a write
+	item   item   // of a read
+	found  bool
+	rv     uint64 // of the store
+}
+
+// attempt is where an operation went.
+type attempt struct {
+	node    uint64
+	session uint64
+	batch   *batch // of a write
+	place   int
+}
+
+func (o *simOp) isRead() bool { return o.read != notARead }
+
+func (o *simOp) String() string {
+	last := attempt{}
+	if n := len(o.attempts); n > 0 {
+		last = o.attempts[n-1]
+	}
+	s := fmt.Sprintf("client %d, node %d, %v to %v: ", o.client, last.node, o.invoked, o.returned)
+	if o.isRead() {
+		return s + fmt.Sprintf("read(%d) %q at least %d: outcome %d, found %v, %+v, store at %d, %v", o.read, o.cmd.key, o.atLeast, o.outcome, o.found, o.item, o.rv, o.err)
+	}
+	return s + fmt.Sprintf("%+v: outcome %d, %+v, %v", o.cmd, o.outcome, o.result, o.err)
+}
+
+// history is all operations, in the order in which they were begun.
+type history struct {
+	ops   []*simOp
+	acked int
+}
+
+// simCall is an attempt that waits for a process.
+type simCall struct {
+	process *process
+	op      *simOp
+	done    func(outcome simOutcome, err error) // called once
+	batch   *batch
+	place   int
+	round   *readRound
+
+	answered bool // the answer is on its way to the client
+}
+
+// do sends an operation to a process.
+func (p *process) do(op *simOp, timeout time.Duration, done func(simOutcome, error)) {
+	c := &simCall{process: p, op: op, done: done}
+	p.waiting = append(p.waiting, c)
+	if op.isRead() {
+		c.read()
+	} else {
+		c.write(timeout)
+	}
+	// The loop hands back what is too old, and answers for a little longer.
+	wait := time.Duration(float64(timeout+waitGrace) / p.node.rate)
+	p.after(wait, func() {
+		if c.answered {
+			return
+		}
+		if c.batch != nil {
+			c.fail(p.loop.giveUp(c.batch, c.place))
+		} else {
+			c.fail(errNoLeader)
+		}
+	})
+}
+
+func (c *simCall) write(timeout time.Duration) {
+	p := c.process
+	b, place, err := p.loop.enqueue(&c.op.cmd, p.node.clock().Add(timeout))
+	if err != nil {
+		c.fail(err)
+		return
+	}
+	c.batch, c.place = b, place
+	c.op.attempts = append(c.op.attempts, attempt{node: p.node.id, session: p.replica.session, batch: b, place: place})
+	if plant := p.sim.plant; plant != nil && plant.answerWrite {
+		b.results = make([]result, len(b.offsets))
+		c.op.result = result{status: statusReplaced}
+		c.leave(opDone, nil)
+	}
+	p.wake()
+}
+
+func (c *simCall) read() {
+	p := c.process
+	c.op.attempts = append(c.op.attempts, attempt{node: p.node.id, session: p.replica.session})
+	plant := p.sim.plant
+	switch {
+	case c.op.read == readWhatever, plant != nil && plant.answerRead:
+		c.capture()
+	case c.op.read == readAtLeast:
+		p.answerVersions()
+	default:
+		q, err := p.loop.joinRound()
+		if err != nil {
+			c.fail(err)
+			return
+		}
+		c.round = q
+		p.wake()
+	}
+}
+
+// capture takes the answer: what the store or the batch holds now.
+func (c *simCall) capture() {
+	switch {
+	case c.op.isRead() && c.round != nil && c.round.err != nil:
+		c.fail(c.round.err)
+	case c.op.isRead():
+		c.op.item, c.op.rv, c.op.found = c.process.store.get(c.op.cmd.key)
+		c.leave(opDone, nil)
+	case c.batch.err != nil:
+		c.fail(c.batch.err)
+	default:
+		c.op.result = c.batch.results[c.place]
+		c.leave(opDone, nil)
+	}
+}
+
+// fail answers with an error.
+func (c *simCall) fail(err error) {
+	outcome := opRefused
+	if outcomeOf(err) == unknown && !c.op.isRead() {
+		outcome = opOpen
+	}
+	c.leave(outcome, err)
+}
+
+// leave sends the answer to the client, at the time that the turn has reached.
+// It is lost if the process dies before.
+func (c *simCall) leave(outcome simOutcome, err error) {
+	p := c.process
+	c.answered = true
+	if p.disk.broken && outcome == opDone && !c.op.isRead() {
+		p.sim.check.violate("disk error", "node %d answers a write after its disk has failed", p.node.id)
+	}
+	p.after(p.spent, func() {
+		p.forget(c)
+		c.done(outcome, err)
+	})
+}
+
+// lost ends a call whose process has died.
+func (c *simCall) lost() {
+	outcome := opOpen
+	if c.op.isRead() || c.batch == nil {
+		outcome = opRefused
+	}
+	c.answered = true
+	c.done(outcome, errCrashed)
+}
+
+func (p *process) forget(c *simCall) {
+	for i := range p.waiting {
+		if p.waiting[i] == c {
+			last := len(p.waiting) - 1
+			copy(p.waiting[i:], p.waiting[i+1:])
+			p.waiting[last] = nil
+			p.waiting = p.waiting[:last]
+			return
+		}
+	}
+}
+
+// answer answers the calls that match.
+func (p *process) answer(match func(*simCall) bool) {
+	for _, c := range p.waiting {
+		if !c.answered && match(c) {
+			c.capture()
+		}
+	}
+}
+
+// answerVersions answers the reads that waited for a resource version.
+func (p *process) answerVersions() {
+	rv := p.store.version()
+	p.answer(func(c *simCall) bool { return c.op.read == readAtLeast && c.op.atLeast <= rv })
+}
+
+// settle answers what the loop has finished on its way out, at once.
+func (p *process) settle() {
+	var left []*simCall
+	for _, c := range p.waiting {
+		switch {
+		case c.answered, c.batch == nil && c.round == nil:
+			left = append(left, c)
+		case c.batch != nil && isClosed(c.batch.done), c.round != nil && isClosed(c.round.done):
+			c.settle()
+		default:
+			left = append(left, c)
+		}
+	}
+	p.waiting = left
+}
+
+func (c *simCall) settle() {
+	err := error(nil)
+	if c.batch != nil {
+		err = c.batch.err
+	} else {
+		err = c.round.err
+	}
+	outcome := opRefused
+	if outcomeOf(err) == unknown {
+		outcome = opOpen
+	}
+	c.answered = true
+	c.done(outcome, err)
+}
+
+func isClosed(done <-chan struct{}) bool {
+	select {
+	case <-done:
+		return true
+	default:
+		return false
+	}
+}
+
+// outcomeOf says what an error means for a write.
+func outcomeOf(err error) outcome {
+	var e *apiError
+	if errors.As(err, &e) {
+		return e.outcome
+	}
+	return unknown
+}
+
+// simClient does one operation after the other.
+type simClient struct {
+	sim   *sim
+	id    int
+	node  uint64 // that it talked to last
+	saw   uint64 // the highest resource version that it was told
+	count int
+	load  *load
+}
+
+// load is what the clients do.
+type load struct {
+	think    time.Duration // mean pause between two operations
+	keys     int
+	stopped  bool
+	timeouts []time.Duration
+	makers   []opMaker // each as likely
+}
+
+// opMaker makes one kind of operation.
+type opMaker func(c *simClient) *simOp
+
+// addClients starts n clients.
+func (s *sim) addClients(n int, l *load) {
+	for i := range n {
+		c := &simClient{sim: s, id: i + 1, load: l}
+		s.after(s.around(l.think), c.next)
+	}
+}
+
+func (c *simClient) next() {
+	if c.load.stopped {
+		return
+	}
+	c.count++
+	op := pick(c.sim, c.load.makers)(c)
+	op.client, op.invoked = c.id, c.sim.now
+	c.sim.history.ops = append(c.sim.history.ops, op)
+	c.try(op)
+}
+
+// try sends an operation to a node that is a member.
+func (c *simClient) try(op *simOp) {
+	s := c.sim
+	if c.node == 0 || s.chance(0.2) || s.node(c.node).process == nil {
+		c.node = pick(s, s.nodes).id
+	}
+	n := s.node(c.node)
+	if _, member := s.check.model.members[n.id]; n.process == nil || !member {
+		c.node = 0
+		op.err = errNotReady
+		c.finish(op, opRefused)
+		return
+	}
+	n.process.do(op, pick(s, c.load.timeouts), func(outcome simOutcome, err error) {
+		op.err = err
+		if outcome == opOpen && op.cmd.retry.key != "" && !c.load.stopped && len(op.attempts) < 5 {
+			s.after(s.around(c.load.think), func() { c.retry(op) })
+			return
+		}
+		c.finish(op, outcome)
+	})
+}
+
+// retry tries an operation again that may have happened.
+func (c *simClient) retry(op *simOp) {
+	s := c.sim
+	n := pick(s, s.nodes)
+	if _, member := s.check.model.members[n.id]; n.process == nil || !member || c.load.stopped {
+		c.finish(op, opOpen)
+		return
+	}
+	n.process.do(op, pick(s, c.load.timeouts), func(outcome simOutcome, err error) {
+		op.err = err
+		if outcome == opRefused {
+			outcome = opOpen // this attempt was refused, the one before may have happened
+		}
+		c.finish(op, outcome)
+	})
+}
+
+func (c *simClient) finish(op *simOp, outcome simOutcome) {
+	s := c.sim
+	op.outcome, op.returned = outcome, s.now
+	if outcome == opDone {
+		s.history.acked++
+		c.saw = max(c.saw, op.rv, op.result.rv)
+	}
+	s.record(uint64(c.id), uint64(outcome), op.rv, op.result.rv)
+	s.after(s.around(c.load.think), c.next)
+}
+
+// The operations. Values are never used twice, so that a read names its write.
+// Keys with the same text before a slash are judged together.
+
+const (
+	txnGroup      = "txn"    // keys of transactions
+	prefixGroup   = "prefix" // keys that are deleted together
+	expiringGroup = "ttl"    // keys with a time to live
+)
+
+func (c *simClient) value() string { return fmt.Sprintf("c%d-%d", c.id, c.count) }
+
+// key draws a key; the first ones are used more often.
+func (c *simClient) key() string {
+	r := c.sim.rand.Float64()
+	return fmt.Sprintf("k%d", int(r*r*float64(c.load.keys)))
+}
+
+func (c *simClient) keyOf(group string) string {
+	return fmt.Sprintf("%s/%d", group, c.sim.rand.IntN(4))
+}
+
+// anyKey draws a key of any kind.
+func (c *simClient) anyKey() string {
+	if c.sim.chance(0.7) {
+		return c.key()
+	}
+	return c.keyOf(pick(c.sim, []string{txnGroup, prefixGroup, expiringGroup}))
+}
+
+func makePut(c *simClient) *simOp {
+	return &simOp{cmd: command{op: opPut, key: c.key(), value: c.value()}}
+}
+
+func makeDelete(c *simClient) *simOp {
+	return &simOp{cmd: command{op: opDelete, key: c.key()}}
+}
+
+// makeConditional makes a write that is carried out only if its key is as the
+// client believes.
+func makeConditional(c *simClient) *simOp {
+	op := makePut(c)
+	if c.sim.chance(0.3) {
+		op = makeDelete(c)
+	}
+	kind := pick(c.sim, []conditionKind{ifMatch, ifMatch, ifExists, ifAbsent})
+	op.cmd.condition = condition{kind: kind}
+	if kind == ifMatch {
+		it, _ := c.sim.check.model.get(op.cmd.key, c.saw)
+		op.cmd.condition.rv = it.rv
+	}
+	return op
+}
+
+// makeRetried makes a write that the client repeats until it has an answer.
+func makeRetried(c *simClient) *simOp {
+	op := pick(c.sim, []opMaker{makePut, makeDelete, makeConditional, makeTxn})(c)
+	op.cmd.retry = retryID{key: "retry-" + c.value()}
+	op.cmd.retry.digest[0] = byte(c.count)
+	return op
+}
+
+func makeTxn(c *simClient) *simOp {
+	t := txn{}
+	for range c.sim.rand.IntN(3) {
+		key := c.keyOf(txnGroup)
+		it, _ := c.sim.check.model.get(key, c.saw)
+		t.compare = append(t.compare, comparison{
+			kind: comparisonKind(1 + c.sim.rand.IntN(5)), key: key, rv: it.rv, value: it.value,
+		})
+	}
+	for _, ops := range []*[]command{&t.then, &t.otherwise} {
+		for i := range 1 + c.sim.rand.IntN(3) {
+			op := command{op: pick(c.sim, []op{opPut, opPut, opDelete, opGet}), key: c.keyOf(txnGroup)}
+			if op.op == opPut {
+				op.value = fmt.Sprintf("%s-%d-%d", c.value(), len(t.then), i)
+			}
+			*ops = append(*ops, op)
+		}
+	}
+	return &simOp{cmd: command{op: opTxn, key: txnGroup, value: t.encode()}}
+}
+
+func makePutExpiring(c *simClient) *simOp {
+	op := &simOp{cmd: command{op: opPut, key: c.keyOf(expiringGroup), value: c.value()}}
+	op.cmd.expires = simEpoch.Add(c.sim.now + c.sim.around(2*time.Second)).UnixMilli()
+	return op
+}
+
+func makePutPrefixed(c *simClient) *simOp {
+	return &simOp{cmd: command{op: opPut, key: c.keyOf(prefixGroup), value: c.value()}}
+}
+
+func makeDeletePrefix(c *simClient) *simOp {
+	return &simOp{cmd: command{op: opDeletePrefix, key: prefixGroup + "/"}}
+}
+
+func makeGet(c *simClient) *simOp {
+	return &simOp{read: readLatest, cmd: command{key: c.anyKey()}}
+}
+
+func makeGetAtLeast(c *simClient) *simOp {
+	return &simOp{read: readAtLeast, cmd: command{key: c.anyKey()}, atLeast: c.saw}
+}
+
+func makeGetWhatever(c *simClient) *simOp {
+	return &simOp{read: readWhatever, cmd: command{key: c.anyKey()}}
+}
+
+// opMakers are all operations; those that are here twice are twice as frequent.
+var opMakers = []opMaker{
+	makePut, makePut, makePut, makePut, makeDelete, makeConditional, makeConditional, makeRetried, makeTxn, makeTxn,
+	makePutExpiring, makePutPrefixed, makePutPrefixed, makeDeletePrefix,
+	makeGet, makeGet, makeGet, makeGet, makeGet, makeGetAtLeast, makeGetAtLeast, makeGetWhatever,
+}

@@ -1,0 +1,292 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"go.etcd.io/raft/v3/raftpb"
+)
+
+// model is the state machine written a second time, as plainly as possible and
+// with nothing forgotten: it applies the committed log as the first member to
+// apply each entry saw it, and remembers every version of every key. It shares
+// the decoders with the product and nothing else.
+type model struct {
+	entries  []modelEntry // from index modelBase + 1 on
+	now      int64
+	rv       uint64
+	items    map[string]item
+	versions map[string][]modelVersion // of each key, oldest first
+	events   []event
+	batches  map[batchID]*modelBatch
+	retries  map[string]retryRecord
+	values   map[string]uint64 // version of each value that was put; values are never used twice
+	members  map[uint64]member
+	removed  map[uint64]bool
+}
+
+// modelBase is the index of the state that a cluster starts with.
+const modelBase = 1
+
+type modelEntry struct {
+	term    uint64
+	hash    uint64
+	rv      uint64   // of the store once the entry is applied
+	items   int      // in the store then
+	config  uint64   // index of the last change of the configuration
+	touched []string // keys
+}
+
+// modelVersion is what became of a key at a resource version.
+type modelVersion struct {
+	rv     uint64
+	item   item
+	exists bool
+}
+
+type batchID struct{ session, seq uint64 }
+
+type modelBatch struct {
+	index   uint64
+	results []result
+}
+
+func newModel() *model {
+	return &model{
+		items:    map[string]item{},
+		versions: map[string][]modelVersion{},
+		batches:  map[batchID]*modelBatch{},
+		retries:  map[string]retryRecord{},
+		values:   map[string]uint64{},
+		members:  map[uint64]member{},
+		removed:  map[uint64]bool{},
+	}
+}
+
+// index returns the index of the last entry.
+func (m *model) index() uint64 { return modelBase + uint64(len(m.entries)) }
+
+// entry returns what is known of an entry; the state that the cluster started
+// with is entry modelBase.
+func (m *model) entry(index uint64) *modelEntry {
+	if index == modelBase {
+		return &modelEntry{term: 1}
+	}
+	return &m.entries[index-modelBase-1]
+}
+
+// get returns the item of a key as of a resource version.
+func (m *model) get(key string, rv uint64) (item, bool) {
+	vs := m.versions[key]
+	n, _ := slices.BinarySearchFunc(vs, rv+1, func(v modelVersion, rv uint64) int {
+		if v.rv < rv {
+			return -1
+		}
+		return 1
+	})
+	if n == 0 {
+		return item{}, false
+	}
+	return vs[n-1].item, vs[n-1].exists
+}
+
+// append applies the next entry.
+func (m *model) append(e *raftpb.Entry) error {
+	next := modelEntry{term: e.GetTerm(), hash: hashBytes(e.GetData()), config: m.entry(m.index()).config}
+	var err error
+	switch {
+	case e.GetType() == raftpb.EntryConfChange:
+		err = m.changeMember(e, &next)
+	case len(e.GetData()) > 0:
+		err = m.applyBatch(e, &next)
+	}
+	next.rv, next.items = m.rv, len(m.items)
+	m.entries = append(m.entries, next)
+	return err
+}
+
+// first records a batch and says whether it is new.
+func (m *model) first(h batchHeader, index uint64) (*modelBatch, bool) {
+	id := batchID{h.session, h.seq}
+	if b := m.batches[id]; b != nil {
+		return b, false
+	}
+	b := &modelBatch{index: index}
+	m.batches[id] = b
+	return b, true
+}
+
+func (m *model) applyBatch(e *raftpb.Entry, next *modelEntry) error {
+	h, data, err := decodeBatch(e.GetData())
+	if err != nil {
+		return err
+	}
+	b, fresh := m.first(h, e.GetIndex())
+	if !fresh {
+		return nil
+	}
+	m.now = max(m.now, h.time)
+	for len(data) > 0 {
+		var c command
+		if c, data, err = decodeCommand(data); err != nil {
+			return err
+		}
+		r, err := m.apply(&c, next)
+		if err != nil {
+			return err
+		}
+		b.results = append(b.results, r)
+	}
+	return nil
+}
+
+func (m *model) apply(c *command, next *modelEntry) (result, error) {
+	if c.op == opExpire && m.items[c.key].expires > m.now && c.condition.rv == m.items[c.key].rv {
+		return result{}, fmt.Errorf("key %q expires %d ms early", c.key, m.items[c.key].expires-m.now)
+	}
+	if c.retry.key != "" {
+		if old, ok := m.retries[c.retry.key]; ok && m.now-old.time <= retryAgeMillis {
+			if old.id != c.retry {
+				return result{status: statusRetryOther}, nil
+			}
+			r := old.first
+			r.replayed = true
+			return r, nil
+		}
+	}
+	var changes []event
+	r, err := m.execute(c, &changes)
+	if err != nil {
+		return result{}, err
+	}
+	if len(changes) > 0 {
+		m.rv++
+		changes[len(changes)-1].last = true
+	}
+	r.rv, r.key = m.rv, c.key
+	for _, e := range changes {
+		deleted := e.kind == eventDeleted || e.kind == eventExpired
+		it := e.item
+		if deleted {
+			it = item{}
+		} else if before, twice := m.values[it.value]; twice && before != m.rv {
+			return result{}, fmt.Errorf("value %q was written at version %d and again at %d", it.value, before, m.rv)
+		} else {
+			m.values[it.value] = m.rv
+		}
+		m.versions[e.key] = append(m.versions[e.key], modelVersion{rv: m.rv, item: it, exists: !deleted})
+		next.touched = append(next.touched, e.key)
+	}
+	m.events = append(m.events, changes...)
+	if c.retry.key != "" {
+		m.retries[c.retry.key] = retryRecord{id: c.retry, time: m.now, first: r}
+	}
+	return r, nil
+}
+
+func (m *model) execute(c *command, changes *[]event) (result, error) {
+	switch c.op {
+	case opNop:
+		return result{}, nil
+	case opPut, opDelete, opExpire:
+		if it, exists := m.items[c.key]; !c.condition.holds(it, exists) {
+			return result{status: statusPrecondition, current: it.rv}, nil
+		}
+		return result{status: m.change(c, changes)}, nil
+	case opDeletePrefix:
+		r := result{status: statusDeleted}
+		for _, key := range slices.Sorted(maps.Keys(m.items)) {
+			if strings.HasPrefix(key, c.key) {
+				m.change(&command{op: opDelete, key: key}, changes)
+				r.count++
+			}
+		}
+		return r, nil
+	case opTxn:
+		return m.executeTxn(c.value, changes)
+	}
+	return result{}, fmt.Errorf("the model does not know command %d", c.op)
+}
+
+func (m *model) executeTxn(value string, changes *[]event) (result, error) {
+	t, err := decodeTxn(value)
+	if err != nil {
+		return result{}, err
+	}
+	r, ops := result{status: statusSucceeded}, t.then
+	for _, cmp := range t.compare {
+		if it, exists := m.items[cmp.key]; !cmp.holds(it, exists) {
+			r.status, ops = statusFailed, t.otherwise
+		}
+	}
+	r.ops = []opResult{}
+	for _, op := range ops {
+		res := opResult{status: statusNotFound}
+		if op.op != opGet {
+			res.status = m.change(&op, changes)
+		} else if it, ok := m.items[op.key]; ok {
+			res = opResult{status: statusFound, item: it}
+		}
+		r.ops = append(r.ops, res)
+	}
+	return r, nil
+}
+
+// change puts or deletes a key.
+func (m *model) change(c *command, changes *[]event) status {
+	rv := m.rv + 1
+	old, exists := m.items[c.key]
+	e := event{rv: rv, prev: old.rv, time: m.now, key: c.key, item: old}
+	var st status
+	switch {
+	case c.op == opPut && exists:
+		st, e.kind = statusReplaced, eventModified
+		e.item = item{value: c.value, rv: rv, created: old.created, expires: c.expires}
+	case c.op == opPut:
+		st, e.kind = statusCreated, eventAdded
+		e.item = item{value: c.value, rv: rv, created: rv, expires: c.expires}
+	case !exists:
+		return statusNotFound
+	case c.op == opExpire:
+		st, e.kind = statusDeleted, eventExpired
+	default:
+		st, e.kind = statusDeleted, eventDeleted
+	}
+	if c.op == opPut {
+		m.items[c.key] = e.item
+	} else {
+		delete(m.items, c.key)
+	}
+	*changes = append(*changes, e)
+	return st
+}
+
+func (m *model) changeMember(e *raftpb.Entry, next *modelEntry) error {
+	_, h, c, err := decodeMemberChange(e)
+	if err != nil {
+		return err
+	}
+	if _, fresh := m.first(h, e.GetIndex()); !fresh {
+		return nil
+	}
+	id := c.member.ID
+	old, exists := m.members[id]
+	for _, other := range m.members {
+		if !c.remove && other.ID != id && other.PeerURL == c.member.PeerURL {
+			return nil
+		}
+	}
+	switch {
+	case c.remove && exists && len(m.members) > 1:
+		delete(m.members, id)
+		m.removed[id] = true
+	case !c.remove && !m.removed[id] && (!exists || old != c.member):
+		m.members[id] = c.member
+	default:
+		return nil
+	}
+	next.config = e.GetIndex()
+	return nil
+}

@@ -1,0 +1,475 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"runtime/debug"
+	"time"
+
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+)
+
+// simNode is a machine: it has an address, a clock and a directory, which last,
+// and a process, which does not.
+type simNode struct {
+	sim   *sim
+	id    uint64
+	url   string
+	joins bool // its first state comes from a leader
+	dir   string
+
+	// Its clock reads epoch + offset when the simulation begins, and goes rate
+	// seconds in a second.
+	offset time.Duration
+	rate   float64
+
+	lives       int
+	process     *process // nil while down
+	pausedUntil time.Duration
+	held        []func() // what waits for the end of the pause
+	retired     bool     // was removed from the cluster
+}
+
+var simEpoch = time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
+
+func (n *simNode) clock() time.Time {
+	return simEpoch.Add(n.offset + time.Duration(n.rate*float64(n.sim.now)))
+}
+
+// process is one lifetime of a replica and its loop. It is their driver, and
+// stands between them and the network and disk, so that it can die at any
+// moment: from then on nothing leaves it any more.
+type process struct {
+	sim     *sim
+	node    *simNode
+	loop    *loop
+	replica *replica
+	store   *kvstore
+	disk    *simDisk
+
+	dead      bool
+	diedAt    time.Duration
+	ticked    bool          // a tick waits for the next turn
+	scheduled bool          // a turn is among the events
+	busyUntil time.Duration // the end of the last turn
+	spent     time.Duration // how long the present turn has taken so far
+
+	trap    trap
+	waiting []*simCall
+	seen    seen // what the checker has seen of it
+}
+
+// trap makes something go wrong at a named point.
+type trap struct {
+	point string
+	fault error // errCrashed, or errDisk from a method of the disk
+	tail  tail
+}
+
+// Points that the simulator adds to those of the replica's hook. The first ones
+// are in the middle of a write, which is then cut short.
+const (
+	inSave              = "in-save"
+	inSync              = "in-sync"
+	inMark              = "in-mark"
+	inSnapshotBody      = "in-snapshot-body"
+	inSnapshotRecord    = "in-snapshot-record"
+	beforeSnapshotMeta  = "before-snapshot-meta"
+	afterSnapshotMeta   = "after-snapshot-meta"
+	inPurge             = "in-purge"
+	afterSend           = "after-send"
+	afterAnswer         = "after-answer"
+	afterSnapshotArrive = "after-snapshot-arrive"
+)
+
+// crashPoints are all named points at which a process may die.
+var crashPoints = []string{
+	"before-save", "after-save", "after-advance", "after-snapshot-file", "after-snapshot-record",
+	inSave, inSync, inMark, inSnapshotBody, inSnapshotRecord, beforeSnapshotMeta, afterSnapshotMeta, inPurge,
+	afterSend, afterAnswer, afterSnapshotArrive,
+}
+
+// diskPoints are those at which the disk can fail.
+var diskPoints = []string{inSave, inSync, inSnapshotBody, inSnapshotRecord, beforeSnapshotMeta}
+
+var (
+	errCrashed = errors.New("simulated crash")
+	errDisk    = errors.New("simulated input/output error")
+)
+
+// start starts a process, which reads what the last one has left on disk.
+func (n *simNode) start() {
+	s := n.sim
+	if n.process != nil || n.retired {
+		return
+	}
+	n.lives++
+	n.offset = time.Duration((2*s.rand.Float64() - 1) * float64(s.clockOffset))
+	p := &process{sim: s, node: n}
+	s.record(uint64(n.id), uint64(n.lives))
+	defer func() {
+		if v := recover(); v != nil {
+			s.check.violate("panic", "node %d at start: %v\n%s", n.id, v, debug.Stack())
+		}
+	}()
+	if err := p.boot(); err != nil {
+		s.check.violate("start", "node %d does not start: %v", n.id, err)
+		return
+	}
+	n.process = p
+	s.check.started(p)
+	p.after(s.between(0, s.tick), p.tick)
+}
+
+// boot does what serve does, with other parts at the edges.
+func (p *process) boot() error {
+	n, s := p.node, p.sim
+	logger := s.logger.Named(fmt.Sprintf("node%d", n.id))
+	files, err := openStorage(n.dir, logger)
+	if err != nil {
+		return err
+	}
+	p.disk = &simDisk{storage: files, process: p}
+	rec, err := n.recover(files)
+	if err != nil {
+		return errors.Join(err, files.close())
+	}
+	rec.state.events.countMax = s.eventsMax
+	p.store = &kvstore{state: rec.state}
+	p.loop = newLoop(s.tick, func() {}, logger)
+	p.loop.clock = n.clock
+	cfg := replicaConfig{
+		id:              n.id,
+		session:         s.rand.Uint64(),
+		electionTicks:   20,
+		heartbeatTicks:  2,
+		snapshotEntries: s.snapshotEntries,
+		snapshotBytes:   math.MaxUint64,
+		catchUpEntries:  s.catchUpEntries,
+		log:             rec.log,
+		store:           p.store,
+		confState:       rec.confState,
+		disk:            p.disk,
+		transport:       p,
+		driver:          p,
+		logger:          logger,
+		hook:            p.at,
+	}
+	if s.plant != nil && s.plant.disk != nil {
+		cfg.disk = s.plant.disk(p)
+	}
+	r, err := newReplica(cfg)
+	if err != nil {
+		return errors.Join(err, files.close())
+	}
+	r.now = n.clock()
+	p.replica, p.loop.replica = r, r
+	return nil
+}
+
+// recover reads the directory as a node does at start. A node that joins would
+// ask the others who they are; here it is told.
+func (n *simNode) recover(files *storage) (*recovered, error) {
+	s := n.sim
+	cfg := config{id: n.id, token: "sim"}
+	for _, m := range s.nodes {
+		if m == n || !m.joins {
+			cfg.members = append(cfg.members, member{ID: m.id, PeerURL: m.url})
+		}
+	}
+	if !n.joins {
+		return recoverState(context.Background(), cfg, files, s.logger)
+	}
+	rec, err := files.load()
+	if err == nil && rec == nil {
+		rec, err = files.create(identity{Member: n.id, Cluster: cfg.clusterID(), Joined: true})
+	}
+	if err == nil && rec.empty() {
+		for _, m := range s.check.model.members {
+			rec.state.members[m.ID] = m
+		}
+	}
+	return rec, err
+}
+
+// after runs f later, unless the process has died; while it is paused f waits.
+func (p *process) after(d time.Duration, f func()) {
+	p.sim.after(d, func() { p.unlessPaused(f) })
+}
+
+func (p *process) unlessPaused(f func()) {
+	switch {
+	case p.dead:
+	case p.node.paused():
+		p.node.held = append(p.node.held, func() { p.unlessPaused(f) })
+	default:
+		f()
+	}
+}
+
+func (p *process) tick() {
+	p.ticked = true
+	p.wake()
+	p.after(time.Duration(float64(p.sim.tick)/p.node.rate), p.tick)
+}
+
+// wake makes the loop look into its inbox as soon as it has time.
+func (p *process) wake() {
+	if p.scheduled || p.dead {
+		return
+	}
+	p.scheduled = true
+	p.sim.at(p.busyUntil, func() { p.unlessPaused(p.turn) })
+}
+
+// turn is one turn of the loop.
+func (p *process) turn() {
+	p.scheduled = false
+	select {
+	case <-p.loop.wake:
+	default:
+	}
+	ticked := p.ticked
+	p.ticked, p.spent = false, 0
+	err := p.runTurn(ticked)
+	if p.dead {
+		return
+	}
+	if err != nil {
+		p.exit(err)
+		return
+	}
+	p.sim.check.observe(p)
+	p.answerVersions()
+	p.busyUntil, p.spent = p.sim.now+p.spent, 0
+	if len(p.loop.wake) > 0 {
+		p.wake()
+	}
+}
+
+// runTurn turns a panic into a violation: raft panics when its log contradicts
+// itself.
+func (p *process) runTurn(ticked bool) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			if p.dead { // it could not know
+				err = errCrashed
+				return
+			}
+			p.sim.check.violate("panic", "node %d: %v\n%s", p.node.id, v, debug.Stack())
+			err = errCrashed
+		}
+	}()
+	return p.loop.turn(ticked)
+}
+
+// exit ends the process as run does: what waits is answered.
+func (p *process) exit(err error) {
+	switch {
+	case errors.Is(err, errDisk), errors.Is(err, errCrashed):
+	case errors.Is(err, errRemoved):
+		p.node.retired = true
+	default:
+		p.sim.check.violate("stopped", "node %d: %v", p.node.id, err)
+	}
+	p.loop.close(err)
+	p.settle()
+	p.die(tailLost)
+}
+
+// die ends the process where it is. Clients see their connections break.
+func (p *process) die(t tail) {
+	if p.dead {
+		return
+	}
+	s := p.sim
+	p.dead, p.diedAt, p.node.process = true, s.now+p.spent, nil
+	s.record(p.node.id, uint64(t))
+	p.disk.crash(t)
+	for _, c := range p.waiting {
+		c.lost()
+	}
+	p.waiting = nil
+	if s.died != nil {
+		s.died(p.node)
+	}
+	if s.plant != nil && s.plant.afterCrash != nil {
+		s.plant.afterCrash(p.node)
+	}
+}
+
+// crash kills the process, if there is one.
+func (n *simNode) crash(t tail) {
+	if n.process != nil {
+		n.process.die(t)
+	}
+}
+
+// stop ends the process as SIGTERM does.
+func (n *simNode) stop() {
+	p := n.process
+	if p == nil {
+		return
+	}
+	p.loop.call(func() error {
+		p.replica.transfer()
+		return nil
+	})
+	p.wake()
+	giveUp := n.sim.now + transferTimeout
+	var poll func()
+	poll = func() {
+		if p.replica.leader == n.id && n.sim.now < giveUp {
+			p.after(n.sim.tick, poll)
+			return
+		}
+		p.loop.close(nil)
+		p.settle()
+		p.die(tailKept)
+	}
+	p.after(n.sim.tick, poll)
+}
+
+// pause stops the process for a while, as SIGSTOP or a busy machine does.
+func (n *simNode) pause(d time.Duration) {
+	n.pausedUntil = max(n.pausedUntil, n.sim.now+d)
+	n.sim.at(n.pausedUntil, n.resume)
+}
+
+func (n *simNode) paused() bool { return n.sim.now < n.pausedUntil }
+
+// resume lets everything happen that had to wait.
+func (n *simNode) resume() {
+	if n.paused() {
+		return
+	}
+	held := n.held
+	n.held = nil
+	for _, f := range held {
+		f()
+	}
+}
+
+// at implements hook.
+func (p *process) at(point string) error {
+	if p.dead || p.crashHere(point) {
+		return errCrashed
+	}
+	return nil
+}
+
+// crashHere says whether the process dies at this point.
+func (p *process) crashHere(point string) bool {
+	if p.trap.point != point || p.trap.fault != errCrashed {
+		return false
+	}
+	p.sim.check.reached[point]++
+	p.die(p.trap.tail)
+	return true
+}
+
+// send implements transport.
+func (p *process) send(msgs []*raftpb.Message) {
+	if p.dead || len(msgs) == 0 {
+		return
+	}
+	for _, m := range msgs {
+		p.sim.network.send(p, m)
+	}
+	p.crashHere(afterSend)
+}
+
+// setMembers implements transport. Everybody can reach everybody.
+func (p *process) setMembers([]member) {}
+
+// proposed implements driver.
+func (p *process) proposed(b *batch) {
+	if p.dead {
+		return
+	}
+	p.loop.proposed(b)
+	p.answer(func(c *simCall) bool { return c.batch == b })
+	p.crashHere(afterAnswer)
+}
+
+// readable implements driver.
+func (p *process) readable(q *readRound) {
+	if p.dead {
+		return
+	}
+	p.loop.readable(q)
+	p.answer(func(c *simCall) bool { return c.round == q })
+	p.crashHere(afterAnswer)
+}
+
+// background implements driver. Work takes a while to begin and a while to be
+// noticed; a crash in between loses the news but not the work.
+func (p *process) background(work func() error, done func(error) error) {
+	p.after(p.sim.around(p.sim.disk.background), func() {
+		err := work()
+		if p.dead {
+			return
+		}
+		p.after(p.sim.around(p.sim.disk.background), func() {
+			p.loop.call(func() error { return done(err) })
+			p.wake()
+		})
+	})
+}
+
+// deliver takes a message from the network, as peerNetwork.Process does.
+func (p *process) deliver(m *raftpb.Message, body []byte) error {
+	if p.store.isRemoved(m.GetFrom()) {
+		return errPeerRemoved
+	}
+	if err := checkMessage(m, p.node.id); err != nil {
+		p.sim.check.violate("guard", "node %d refuses a message that node %d sent: %v\n%v", p.node.id, m.GetFrom(), err, m)
+		return err
+	}
+	defer p.wake()
+	meta := m.GetSnapshot().GetMetadata()
+	if m.GetType() != raftpb.MsgSnap || meta.GetIndex() <= p.store.applied() {
+		return p.loop.deliver(message{Message: m})
+	}
+	if err := p.disk.receiveBody(meta.GetIndex(), body); err != nil {
+		return err
+	}
+	if p.crashHere(afterSnapshotArrive) {
+		return errCrashed
+	}
+	st, err := p.disk.readBody(meta.GetIndex(), meta.GetTerm())
+	if err != nil {
+		p.sim.check.violate("snapshot", "node %d cannot read the body from node %d: %v", p.node.id, m.GetFrom(), err)
+		return err
+	}
+	st.events.countMax = p.sim.eventsMax
+	return p.loop.deliver(message{Message: m, body: &st})
+}
+
+// reportSnapshot tells a leader what became of a snapshot that it sent.
+func (p *process) reportSnapshot(to uint64, status raft.SnapshotStatus) {
+	p.loop.call(func() error {
+		p.replica.raw.ReportSnapshot(to, status)
+		return nil
+	})
+	p.wake()
+}
+
+// simLogger prints what the product logs, with simulated times.
+func simLogger(s *sim) *zap.Logger {
+	cfg := zap.NewDevelopmentConfig()
+	cfg.DisableCaller, cfg.DisableStacktrace = true, true
+	cfg.EncoderConfig.EncodeTime = func(_ time.Time, enc zapcore.PrimitiveArrayEncoder) {
+		enc.AppendString(fmt.Sprintf("%9.4f", s.now.Seconds()))
+	}
+	l, err := cfg.Build()
+	if err != nil {
+		return zap.NewNop()
+	}
+	return l
+}

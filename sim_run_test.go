@@ -1,0 +1,252 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// Flags of the simulator; go test passes them on: go test -run TestSim -sim.seed=7.
+var (
+	simSeed     = flag.Uint64("sim.seed", 1, "first `seed`")
+	simSeeds    = flag.Int("sim.seeds", 0, "`number` of seeds; 0 = a few")
+	simDuration = flag.Duration("sim.duration", time.Minute, "simulated `time` of each seed")
+	simWorkers  = flag.Int("sim.workers", 2, "`processes` that share the seeds")
+	simTwice    = flag.Bool("sim.twice", false, "run each seed twice and compare the traces")
+	simLogs     = flag.Bool("sim.logs", false, "print what the product logs; for one seed")
+	simReport   = flag.Bool("sim.report", false, "print the figures")
+	simWorker   = flag.Bool("sim.worker", false, "print results as JSON; set by the process that shares out the seeds")
+)
+
+// simResult is what one seed came to.
+type simResult struct {
+	Seed       uint64         `json:"seed"`
+	Trace      uint64         `json:"trace"`
+	Simulated  time.Duration  `json:"simulated"`
+	Wall       time.Duration  `json:"wall"`
+	Events     uint64         `json:"events"`
+	Nodes      int            `json:"nodes"`
+	Lives      int            `json:"lives"` // processes that were started
+	Ops        int            `json:"ops"`
+	Acked      int            `json:"acked"`
+	Messages   int            `json:"messages"`
+	Snapshots  int            `json:"snapshots"` // sent
+	Entries    uint64         `json:"entries"`
+	Changes    int            `json:"changes"` // of the members
+	Violations []violation    `json:"violations"`
+	Reached    map[string]int `json:"reached"`
+}
+
+// TestSim runs random clusters under random faults, by seed.
+func TestSim(t *testing.T) {
+	seeds := *simSeeds
+	if seeds == 0 {
+		seeds = 24
+		if testing.Short() {
+			seeds = 4
+		}
+		if raceEnabled {
+			seeds = max(2, seeds/8)
+		}
+	}
+	if *simWorker || seeds == 1 {
+		for seed := *simSeed; seed < *simSeed+uint64(seeds); seed++ {
+			r := runSeed(t, seed, *simDuration, nil)
+			if *simWorker {
+				if err := json.NewEncoder(os.Stdout).Encode(r); err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				reportSeed(t, r)
+			}
+		}
+		return
+	}
+	start := time.Now()
+	var sum simSummary
+	sum.cpu = shareSeeds(t, *simSeed, seeds, func(r simResult) {
+		reportSeed(t, r)
+		sum.add(r)
+	})
+	if *simReport {
+		sum.print(time.Since(start))
+	}
+}
+
+// runSeed runs one seed, or twice if asked for.
+func runSeed(t *testing.T, seed uint64, d time.Duration, bug *plant) simResult {
+	r := runOnce(t, seed, d, bug)
+	if *simTwice {
+		if again := runOnce(t, seed, d, bug); again.Trace != r.Trace {
+			r.Violations = append(r.Violations, violation{Check: "reproducible", Text: fmt.Sprintf("traces %x and %x", r.Trace, again.Trace)})
+		}
+	}
+	return r
+}
+
+func runOnce(t *testing.T, seed uint64, d time.Duration, bug *plant) (r simResult) {
+	start := time.Now()
+	t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
+		cfg := drawConfig(seed)
+		cfg.plant, cfg.logs = bug, *simLogs
+		defer debug.SetGCPercent(debug.SetGCPercent(400))
+		s := newSim(t, cfg)
+		s.startAll()
+		w := s.drawWeather()
+		l := s.drawLoad()
+		s.addClients(4+s.rand.IntN(9), l)
+		s.live(w, d)
+		l.stopped = true
+		s.quiet()
+		s.check.finish()
+		r = s.result(time.Since(start))
+	})
+	return r
+}
+
+// drawLoad draws what the clients do.
+func (s *sim) drawLoad() *load {
+	return &load{
+		think:    s.between(40*time.Millisecond, 160*time.Millisecond),
+		keys:     3 + s.rand.IntN(20),
+		timeouts: []time.Duration{time.Second, 2 * time.Second, 5 * time.Second},
+		makers:   opMakers,
+	}
+}
+
+func (s *sim) result(wall time.Duration) simResult {
+	r := simResult{
+		Seed: s.seed, Trace: s.trace, Simulated: s.now, Wall: wall, Events: s.count, Nodes: len(s.nodes),
+		Ops: len(s.history.ops), Acked: s.history.acked, Messages: s.network.messages, Snapshots: s.network.snapshots,
+		Entries: s.check.model.index(), Changes: len(s.check.configs) - 1, Violations: s.check.violations, Reached: s.check.reached,
+	}
+	for _, n := range s.nodes {
+		r.Lives += n.lives
+	}
+	return r
+}
+
+func reportSeed(t *testing.T, r simResult) {
+	if len(r.Violations) == 0 {
+		return
+	}
+	var b strings.Builder
+	for _, v := range r.Violations {
+		fmt.Fprintf(&b, "  at %v: %s: %s\n", v.At, v.Check, v.Text)
+	}
+	t.Errorf("seed %d:\n%sreplay with: go test -run 'TestSim$' -sim.seeds=1 -sim.seed=%d -sim.duration=%v", r.Seed, b.String(), r.Seed, *simDuration)
+}
+
+// shareSeeds runs seeds in several processes, since raft's randomness, which a
+// seed must fix, belongs to the process. Seeds that are done are reported one
+// at a time. It returns how long processors were busy.
+func shareSeeds(t *testing.T, first uint64, seeds int, done func(simResult)) (cpu time.Duration) {
+	const share = 4 // seeds that a process gets at a time
+	var (
+		mu   sync.Mutex
+		next = first
+		end  = first + uint64(seeds)
+		wg   sync.WaitGroup
+	)
+	take := func() (from uint64, n int) {
+		mu.Lock()
+		defer mu.Unlock()
+		from, n = next, int(min(share, end-next))
+		next += uint64(n)
+		return from, n
+	}
+	for range *simWorkers {
+		wg.Go(func() {
+			for {
+				from, n := take()
+				if n == 0 {
+					return
+				}
+				results, used, err := runWorker(from, n)
+				mu.Lock()
+				cpu += used
+				for _, r := range results {
+					done(r)
+				}
+				if err != nil {
+					t.Errorf("seeds %d to %d: %v", from, from+uint64(n)-1, err)
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	return cpu
+}
+
+func runWorker(first uint64, seeds int) (results []simResult, cpu time.Duration, err error) {
+	cmd := exec.Command(os.Args[0], "-test.run=^TestSim$", "-sim.worker", fmt.Sprintf("-sim.seed=%d", first),
+		fmt.Sprintf("-sim.seeds=%d", seeds), fmt.Sprintf("-sim.duration=%v", *simDuration), fmt.Sprintf("-sim.twice=%v", *simTwice))
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	lines := bufio.NewScanner(bytes.NewReader(out))
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		var r simResult
+		if json.Unmarshal(lines.Bytes(), &r) == nil && r.Seed != 0 {
+			results = append(results, r)
+		}
+	}
+	if err == nil && len(results) != seeds {
+		err = fmt.Errorf("%d results of %d", len(results), seeds)
+	}
+	if err != nil {
+		err = fmt.Errorf("%w\n%s\n%s", err, out, stderr.Bytes())
+	}
+	return results, cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(), err
+}
+
+// simSummary adds up results.
+type simSummary struct {
+	simResult
+	seeds, violated int
+	worst, cpu      time.Duration
+}
+
+func (s *simSummary) add(r simResult) {
+	s.seeds++
+	s.Simulated += r.Simulated
+	s.Wall += r.Wall
+	s.Events += r.Events
+	s.Lives += r.Lives
+	s.Ops += r.Ops
+	s.Acked += r.Acked
+	s.Messages += r.Messages
+	s.Snapshots += r.Snapshots
+	s.Entries += r.Entries
+	s.Changes += r.Changes
+	s.worst = max(s.worst, r.Wall)
+	if len(r.Violations) > 0 {
+		s.violated++
+	}
+	if s.Reached == nil {
+		s.Reached = map[string]int{}
+	}
+	for point, n := range r.Reached {
+		s.Reached[point] += n
+	}
+}
+
+func (s *simSummary) print(wall time.Duration) {
+	fmt.Printf("%d seeds, %.2f simulated hours in %.1f s (%.0f times real time), %.1f s of processor time; the slowest seed took %.2f s\n",
+		s.seeds, s.Simulated.Hours(), wall.Seconds(), s.Simulated.Seconds()/wall.Seconds(), s.cpu.Seconds(), s.worst.Seconds())
+	fmt.Printf("%d operations, %d acknowledged; %d entries, %d messages, %d snapshots sent, %d processes, %d membership changes\n",
+		s.Ops, s.Acked, s.Entries, s.Messages, s.Snapshots, s.Lives, s.Changes)
+	fmt.Printf("crashed or failed at: %v\n", s.Reached)
+	fmt.Printf("%d seeds with violations\n", s.violated)
+}
