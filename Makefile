@@ -40,7 +40,7 @@ load: raftrv ## run the k6 load test, on the running cluster or else its own; sl
 	$(WITHCLUSTER) -- $(K6)
 
 .PHONY: check
-check: fmt-check vet lint race load-own vuln ## everything that CI runs
+check: fmt-check vet lint race browser load-own vuln ## everything that CI runs
 
 .PHONY: fmt-check
 fmt-check:
@@ -57,6 +57,11 @@ lint: ## run golangci-lint
 .PHONY: race
 race: ## run the Go tests under the race detector
 	$(GO) test -race ./...
+
+# A module of its own, since only this test needs what drives a browser. -v says so if it is skipped.
+.PHONY: browser
+browser: ## watch with a real browser, if there is one
+	cd internal/browser && $(GO) vet ./... && $(GO) test -v ./...
 
 # The machines of CI are slow and shared: the load test may take longer there. What it finds is the same.
 .PHONY: load-own

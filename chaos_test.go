@@ -27,14 +27,23 @@ var (
 )
 
 // chaosSlice is how long each cluster suffers if -chaos does not say.
-const chaosSlice = 6 * time.Second
+const chaosSlice = 4 * time.Second
 
 func TestChaos(t *testing.T) {
+	start := time.Now()
+	var cycles, requests int
 	for _, nodes := range []int{3, 5} {
 		t.Run(fmt.Sprintf("nodes=%d", nodes), func(t *testing.T) {
 			c := newChaos(t, nodes)
 			c.run(max(*chaosTime/2, chaosSlice))
+			cycles += c.total()
+			requests += len(c.history.snapshot())
 		})
+	}
+	t.Logf("%d fault cycles and %d requests in %v", cycles, requests, time.Since(start).Round(time.Second))
+	const full, cyclesMin, requestsMin = 5 * time.Minute, 300, 100_000
+	if *chaosTime >= full && *chaosOnly == "" && (cycles < cyclesMin || requests < requestsMin) {
+		t.Errorf("want at least %d cycles and %d requests; was the machine busy with something else?", cyclesMin, requestsMin)
 	}
 }
 
@@ -122,7 +131,7 @@ func (c *chaos) run(d time.Duration) {
 	load := c.chaosLoad()
 	// Some of the time is for reading back.
 	end := time.Now().Add(d * 85 / 100)
-	for cycle := 1; time.Now().Before(end) && !c.t.Failed(); cycle++ {
+	for time.Now().Before(end) && !c.t.Failed() {
 		c.cycle(c.draw())
 	}
 	load.stop()
@@ -137,9 +146,10 @@ func (c *chaos) draw() *fault {
 	for len(c.deck) == 0 {
 		for i := range c.faults {
 			f := &c.faults[i]
-			if strings.Contains(f.name, *chaosOnly) {
-				c.deck = append(c.deck, f)
+			if !strings.Contains(f.name, *chaosOnly) {
+				continue
 			}
+			c.deck = append(c.deck, f)
 			if f.name == leaderKilled && *chaosTime > 0 {
 				c.deck = append(c.deck, f, f)
 			}
@@ -163,7 +173,7 @@ func (c *chaos) cycle(f *fault) {
 		c.failovers[f.name] = append(c.failovers[f.name], took)
 	}
 	// Long enough for an election or two, short enough for many cycles.
-	hold := time.Duration(c.rng.IntN(400)) * time.Millisecond
+	hold := time.Duration(c.rng.IntN(300)) * time.Millisecond
 	time.Sleep(time.Until(start.Add(hold)))
 	healed := time.Now()
 	c.heal()
@@ -232,12 +242,18 @@ func (c *chaos) chaosLoad() *liveLoad {
 		var o *liveOp
 		key := fmt.Sprintf("shared/%d/%d", time.Since(began)/keyLife, rand.IntN(keys))
 		switch r := rand.IntN(10); {
-		case l.writesNew:
+		case l.writesNew && r < 5:
 			o = l.putNew()
+		case l.writesNew:
+			o = l.putOnce()
 		case r == 0:
-			o = l.request(liveDelete, key, "")
-		case r < 5:
+			o = l.delete(key)
+		case r < 4:
 			o = l.put(key, l.c.newValue(20))
+		case r < 6:
+			if o = l.get(key); o.outcome == liveDone {
+				o = l.replace(o, l.c.newValue(20))
+			}
 		default:
 			o = l.get(key)
 		}
@@ -285,25 +301,34 @@ func (c *chaos) watchVersions() (stop func()) {
 	}
 }
 
+// total returns how many faults have happened.
+func (c *chaos) total() int {
+	total := 0
+	for _, n := range c.cycles {
+		total += n
+	}
+	return total
+}
+
 // report prints what happened.
 func (c *chaos) report() {
-	total := 0
 	for _, name := range slices.Sorted(maps.Keys(c.cycles)) {
-		total += c.cycles[name]
-		line := fmt.Sprintf("%-40s %3d times", name, c.cycles[name])
-		if d := c.failovers[name]; len(d) > 0 {
-			slices.Sort(d)
-			line += fmt.Sprintf(", served again after p50 %v, p95 %v, max %v", round(durationQuantile(d, 0.5)),
-				round(durationQuantile(d, 0.95)), round(d[len(d)-1]))
-		}
-		c.t.Log(line)
+		c.t.Logf("%-28s %3d times%s", name, c.cycles[name], describe(", served again", c.failovers[name]))
 	}
-	slices.Sort(c.recoveries)
-	c.t.Logf("%d fault cycles; once healed, all nodes served after p50 %v, p95 %v, max %v", total,
-		round(durationQuantile(c.recoveries, 0.5)), round(durationQuantile(c.recoveries, 0.95)), round(c.recoveries[len(c.recoveries)-1]))
-	if d := c.failovers[leaderKilled]; *chaosTime > 0 && *chaosOnly == "" {
-		reportPauses(c.t, leaderKilled, d)
+	c.t.Logf("%d fault cycles%s", c.total(), describe("; once healed, all nodes served", c.recoveries))
+	if *chaosTime > 0 && *chaosOnly == "" {
+		reportPauses(c.t, leaderKilled, c.failovers[leaderKilled])
 	}
+}
+
+// describe returns the distribution of times, or nothing if there are none.
+func describe(what string, times []time.Duration) string {
+	if len(times) == 0 {
+		return ""
+	}
+	slices.Sort(times)
+	return fmt.Sprintf("%s after p50 %v, p95 %v, max %v", what,
+		round(durationQuantile(times, 0.5)), round(durationQuantile(times, 0.95)), round(times[len(times)-1]))
 }
 
 func round(d time.Duration) time.Duration { return d.Round(time.Millisecond) }

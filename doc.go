@@ -12,6 +12,10 @@
 //	raft.go       the replica, a step machine over raft: persist, send, apply
 //	command.go    what is replicated, as bytes
 //	kvstore.go    the state machine: what an applied command does
+//	events.go     what changed recently, so that a watch can start in the past
+//	watch.go      the hub: who waits for which event
+//	watchapi.go   a watch as lines of JSON or server-sent events
+//	journal.go    every write as a line in a file
 //	snapshot.go   a state as a stream of bytes
 //	storage.go    the data directory: log and snapshots
 //	watermark.go  how a log that lost something is noticed

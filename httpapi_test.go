@@ -234,7 +234,9 @@ func (f *front) send(method, target string, headers []string, body string) answe
 	defer func() { _ = c.Close() }() // has been read
 	raw := method + " " + target + " HTTP/1.1\r\nHost: x\r\n" + strings.Join(headers, "\r\n") + "\r\n\r\n" + body
 	go func() { _, _ = io.WriteString(c, raw) }() // fails when the server does not want all of it
-	return readAnswer(f.t, bufio.NewReader(c), method)
+	a := readAnswer(f.t, bufio.NewReader(c), method)
+	checkDocumented(f.t, method, target, a)
+	return a
 }
 
 func readAnswer(t *testing.T, r *bufio.Reader, method string) answer {
@@ -831,7 +833,6 @@ func TestHTTP_BackendErrors(t *testing.T) {
 		{errShuttingDown, 503, "shutting-down", notApplied, "1"},
 		{errUnknown, 504, "timeout", unknown, ""},
 		{fmt.Errorf("propose: %w", errUnknown), 504, "timeout", unknown, ""},
-		{&apiError{code: "too-many-requests", status: 429, outcome: notApplied, title: "Too many requests", retry: true}, 429, "too-many-requests", notApplied, "1"},
 		{errors.New("secret"), 500, "internal", unknown, ""},
 	} {
 		f := newFront(t)

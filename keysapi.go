@@ -60,7 +60,6 @@ func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 	if err := h.catchUp(r); err != nil {
 		return err
 	}
-	w.Header()["Vary"] = varyAccept
 	if asStream {
 		return h.streamKeys(w, r)
 	}
@@ -69,6 +68,7 @@ func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 	}
 	items, rv := h.store.list(p.prefix, p.after, p.limit+1) // one more than asked for tells whether there are more
 	setResourceVersion(w.Header(), rv)
+	w.Header()["Vary"] = varyAccept
 	s := newStream(w, r, typeJSON)
 	defer s.free()
 	s.buf = append(s.buf, `{"resourceVersion":`...)
@@ -100,6 +100,7 @@ func (h *httpAPI) streamKeys(w http.ResponseWriter, r request) error {
 	}
 	defer sc.close()
 	setResourceVersion(w.Header(), sc.rv)
+	w.Header()["Vary"] = varyAccept
 	s := newStream(w, r, typeNDJSON)
 	defer s.free()
 	turn, rv := time.Now(), sc.rv

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
@@ -30,7 +31,10 @@ import (
 // This file is what the tests with real processes are made of: a cluster, its clients, and load. Everything
 // that clients do goes into one history, which is judged at the end.
 
-var heavy = flag.Bool("heavy", false, "run the process tests at full size: a minute of load, a gigabyte of log, a million keys")
+var (
+	heavy    = flag.Bool("heavy", false, "run the process tests at full size: a minute of load, a gigabyte of log, a million keys")
+	liveRace = flag.Bool("live-race", false, "run nodes that are built with the race detector")
+)
 
 // sized returns how much of something a test does.
 func sized[T any](short, full T) T {
@@ -63,7 +67,7 @@ func buildLiveBinary(t testing.TB) string {
 		if b.dir, b.err = os.MkdirTemp("", "raftrv-binary-"); b.err != nil {
 			return
 		}
-		out, err := exec.Command("go", "build", "-o", filepath.Join(b.dir, "raftrv"), ".").CombinedOutput()
+		out, err := exec.Command("go", "build", fmt.Sprintf("-race=%v", *liveRace), "-o", filepath.Join(b.dir, "raftrv"), ".").CombinedOutput()
 		if err != nil {
 			b.err = fmt.Errorf("build: %w\n%s", err, out)
 		}
@@ -119,9 +123,17 @@ func newIdleLiveCluster(t *testing.T, opts proc.Options) *liveCluster {
 	cluster, err := proc.NewCluster(opts)
 	must(t, err)
 	c := &liveCluster{Cluster: cluster, t: t, dir: dir, history: newLiveHistory(), disturbed: map[int]int{}}
+	done := make(chan struct{})
+	go c.history.watchStalls(done)
 	t.Cleanup(func() {
+		close(done)
 		if err := cluster.Stop(); err != nil {
 			t.Error(err)
+		}
+		for _, n := range cluster.Nodes {
+			if b, err := os.ReadFile(n.LogFile); err == nil && bytes.Contains(b, []byte("DATA RACE")) {
+				t.Errorf("node %d has a data race; see %s", n.ID, n.LogFile)
+			}
 		}
 		if t.Failed() {
 			t.Logf("logs and data are in %s", dir)
@@ -291,8 +303,8 @@ func parseRV(s string) uint64 {
 	return n
 }
 
-// do sends a request and reads the whole answer.
-func (l *liveClient) do(method, url, body string) *liveReply {
+// do sends a request and reads the whole answer. Headers are pairs of name and value.
+func (l *liveClient) do(method, url, body string, headers ...string) *liveReply {
 	ctx, cancel := context.WithTimeout(context.Background(), l.timeout+l.patience)
 	defer cancel()
 	var r liveReply
@@ -301,6 +313,12 @@ func (l *liveClient) do(method, url, body string) *liveReply {
 		req, err := http.NewRequestWithContext(ctx, method, url, strings.NewReader(body))
 		if err != nil {
 			return err
+		}
+		// With an Idempotency-Key Go would send it again by itself, and hide that the first attempt may have
+		// happened. It cannot without this.
+		req.GetBody = nil
+		for i := 0; i < len(headers); i += 2 {
+			req.Header.Set(headers[i], headers[i+1])
 		}
 		res, err := l.http.Do(req)
 		if err != nil {
@@ -324,15 +342,23 @@ func (l *liveClient) raw(method, key, query, body string) *liveReply {
 }
 
 // request sends a request with the client's deadline and records what became of it.
-func (l *liveClient) request(kind liveKind, key, value string) *liveOp {
-	method := [...]string{http.MethodPut, http.MethodGet, http.MethodDelete}[kind]
-	o := &liveOp{kind: kind, client: l.id, node: l.node.ID, key: key, value: digest(value)}
-	before := l.c.disturbances(l.node)
+func (l *liveClient) request(o *liveOp, value string, headers ...string) *liveOp {
+	o.client, o.value = l.id, digest(value)
 	o.start = l.c.history.now()
-	r := l.do(method, keyURL(l.node, key)+"?timeout="+url.QueryEscape(l.timeout.String()), value)
+	l.try(o, value, headers...)
+	l.c.history.add(o)
+	return o
+}
+
+// try sends a request once.
+func (l *liveClient) try(o *liveOp, value string, headers ...string) {
+	method := [...]string{http.MethodPut, http.MethodGet, http.MethodDelete, http.MethodPut}[o.kind]
+	o.node = l.node.ID
+	before, start := l.c.disturbances(l.node), l.c.history.now()
+	r := l.do(method, keyURL(l.node, o.key)+"?timeout="+url.QueryEscape(l.timeout.String()), value, headers...)
 	o.end = l.c.history.now()
 	if after := l.c.disturbances(l.node); after == before && after%2 == 0 {
-		o.late = max(0, o.end-o.start-l.timeout)
+		o.late = max(o.late, o.end-start-l.timeout)
 	}
 	l.judge(o, r)
 	if o.outcome == liveUnknown {
@@ -340,12 +366,11 @@ func (l *liveClient) request(kind liveKind, key, value string) *liveOp {
 		l.id = int(l.c.clients.Add(1))
 		l.http.CloseIdleConnections()
 	}
-	l.c.history.add(o)
-	return o
 }
 
 // judge says what a reply means.
 func (l *liveClient) judge(o *liveOp, r *liveReply) {
+	o.outcome = liveDone
 	switch {
 	case neverSent(r.err):
 		o.outcome = liveRefused
@@ -353,11 +378,13 @@ func (l *liveClient) judge(o *liveOp, r *liveReply) {
 		o.outcome = liveUnknown
 	case o.kind == liveGet && r.status == http.StatusOK:
 		o.found, o.value, o.itemRV, o.rv = true, digest(string(r.body)), r.etag(), r.rv()
-	case o.kind == livePut && (r.status == http.StatusCreated || r.status == http.StatusNoContent),
+	case o.isPut() && (r.status == http.StatusCreated || r.status == http.StatusNoContent),
 		o.kind == liveDelete && r.status == http.StatusNoContent:
-		o.found, o.rv = true, r.rv()
-	case o.kind != livePut && r.status == http.StatusNotFound && r.problem.Code == "not-found":
+		o.wrote, o.rv = true, r.rv()
+	case !o.isPut() && r.status == http.StatusNotFound && r.problem.Code == "not-found":
 		o.rv = r.rv()
+	case o.kind == livePutIf && r.status == http.StatusPreconditionFailed:
+		o.itemRV, o.rv = r.etag(), r.rv()
 	case o.kind == liveGet && r.status >= 500:
 		o.outcome = liveUnknown
 	case r.problem.Outcome == notApplied && r.status == http.StatusServiceUnavailable:
@@ -368,7 +395,7 @@ func (l *liveClient) judge(o *liveOp, r *liveReply) {
 		o.outcome = liveUnknown
 		l.c.surprise("%v\n\tgot %d %s", o, r.status, bytes.TrimSpace(r.body))
 	}
-	if o.outcome == liveDone && o.isWrite() && (o.rv == 0 || o.kind == livePut && r.etag() != o.rv) {
+	if o.wrote && (o.rv == 0 || o.isPut() && r.etag() != o.rv) {
 		l.c.surprise("%v\n\thas Resource-Version %d but ETag %d", o, o.rv, r.etag())
 	}
 }
@@ -393,8 +420,49 @@ func (c *liveCluster) surprise(format string, args ...any) {
 	c.surprises.addf(format, args...)
 }
 
-func (l *liveClient) put(key, value string) *liveOp { return l.request(livePut, key, value) }
-func (l *liveClient) get(key string) *liveOp        { return l.request(liveGet, key, "") }
+func (l *liveClient) put(key, value string) *liveOp {
+	return l.request(&liveOp{kind: livePut, key: key}, value)
+}
+
+func (l *liveClient) get(key string) *liveOp {
+	return l.request(&liveOp{kind: liveGet, key: key}, "")
+}
+
+func (l *liveClient) delete(key string) *liveOp {
+	return l.request(&liveOp{kind: liveDelete, key: key}, "")
+}
+
+// replace writes a key if it is still as it was read.
+func (l *liveClient) replace(read *liveOp, value string) *liveOp {
+	o := &liveOp{kind: livePutIf, key: read.key, ifRV: read.itemRV, ifValue: read.value}
+	if !read.found {
+		return l.request(o, value, "If-None-Match", "*")
+	}
+	return l.request(o, value, "If-Match", fmt.Sprintf("%q", strconv.FormatUint(read.itemRV, 10)))
+}
+
+// putOnce writes a new key and, as long as it gets no answer, sends the same request again, to whatever node.
+// For the history this is one request: the cluster must take it for one, too.
+func (l *liveClient) putOnce() *liveOp {
+	value := l.c.newValue(64)
+	id := strings.TrimRight(value, ".")
+	o := &liveOp{kind: livePut, key: "once/" + id, client: l.id, value: value, start: l.c.history.now()}
+	maybe := false // an earlier attempt may have happened
+	for range 5 {
+		l.try(o, value, "Idempotency-Key", id)
+		if o.outcome == liveDone {
+			break
+		}
+		maybe = maybe || o.outcome == liveUnknown
+		l.node = l.c.Nodes[rand.IntN(len(l.c.Nodes))]
+		l.http.CloseIdleConnections()
+	}
+	if maybe && o.outcome == liveRefused {
+		o.outcome = liveUnknown
+	}
+	l.c.history.add(o)
+	return o
+}
 
 // putNew writes a new key.
 func (l *liveClient) putNew() *liveOp {

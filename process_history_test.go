@@ -34,13 +34,15 @@ const (
 	livePut liveKind = iota
 	liveGet
 	liveDelete
+	livePutIf // a put under the condition that the key has a version, or does not exist
 )
 
 // liveOutcome is what the client may conclude from the answer, or from having none.
 type liveOutcome byte
 
 const (
-	// liveDone: answered. A delete that found nothing is done, too.
+	// liveDone: answered. A delete that found nothing is done, too, and so is a write whose condition did not
+	// hold.
 	liveDone liveOutcome = iota
 	// liveRefused: the answer says that it did not happen and never will.
 	liveRefused
@@ -57,21 +59,29 @@ type liveOp struct {
 	value      string        // written (never twice in a history), or read
 	start, end time.Duration // since the history began
 
+	// Of a livePutIf: the version that the key must have, and the value that had it; 0 = it must not exist.
+	ifRV    uint64
+	ifValue string
+
 	outcome liveOutcome
-	found   bool   // of a read or delete: there was a value
-	rv      uint64 // of a write: its version. Otherwise the store's, when it was read
-	itemRV  uint64 // of a read: the version of the value
+	wrote   bool   // of a write that was answered: it changed something
+	found   bool   // of a read: there was a value
+	rv      uint64 // of what wrote: its version. Otherwise the store's, when it was read
+	itemRV  uint64 // of a read, or of a condition that did not hold: the version of the value; 0 = none
 
 	late time.Duration // how long after its deadline it ended, though its node was left in peace
 }
 
-// isWrite says whether the request took a resource version.
+// isWrite says whether the request took a resource version, or may have.
 func (o *liveOp) isWrite() bool {
-	return o.kind == livePut || o.kind == liveDelete && (o.found || o.outcome != liveDone)
+	return o.kind != liveGet && (o.wrote || o.outcome != liveDone)
 }
 
+// isPut says whether the request writes a value.
+func (o *liveOp) isPut() bool { return o.kind == livePut || o.kind == livePutIf }
+
 func (o *liveOp) String() string {
-	name := [...]string{"put", "get", "delete"}[o.kind]
+	name := [...]string{"put", "get", "delete", fmt.Sprintf("put if version is %d:", o.ifRV)}[o.kind]
 	outcome := [...]string{"done", "refused", "unknown"}[o.outcome]
 	return fmt.Sprintf("%s %q by client %d at node %d from %v to %v: %s, value %.40q, version %d, value's version %d",
 		name, o.key, o.client, o.node, o.start, o.end, outcome, o.value, o.rv, o.itemRV)
@@ -82,9 +92,13 @@ type liveHistory struct {
 	began time.Time
 	acked atomic.Int64 // writes so far
 
-	mu  sync.Mutex
-	ops []*liveOp
+	mu     sync.Mutex
+	ops    []*liveOp
+	stalls []stall // in the order of their ends
 }
+
+// stall is a time when this process did not get to run although it was ready to.
+type stall struct{ end, length time.Duration }
 
 func newLiveHistory() *liveHistory { return &liveHistory{began: time.Now()} }
 
@@ -193,7 +207,7 @@ func (v *liveVerdict) err() error {
 // checkVersions is the first judge. If the history holds every write between the resource versions first
 // (exclusive) and last, it counts them, too; last == 0 skips that.
 func (h *liveHistory) checkVersions(first, last uint64) error {
-	c := versionCheck{ops: h.snapshot(), byValue: map[string]*liveOp{}, byKey: map[string][]*liveOp{}, gone: map[string][]*liveOp{}}
+	c := versionCheck{ops: h.snapshot(), byValue: map[string]*liveOp{}, byKey: map[string][]*liveOp{}, open: map[string][]*liveOp{}}
 	c.learn()
 	c.unique()
 	if err := c.verdict.err(); err != nil {
@@ -213,14 +227,14 @@ type versionCheck struct {
 	verdict liveVerdict
 	byValue map[string]*liveOp   // puts
 	byKey   map[string][]*liveOp // writes whose version is known, in its order
-	gone    map[string][]*liveOp // deletes that nobody knows the outcome of
-	open    int                  // writes that may have taken a version, which nobody has seen
+	open    map[string][]*liveOp // writes that may have happened, at a version that nobody knows
+	opens   int                  // and how many
 }
 
 // learn finds the versions of writes without an answer that a read has seen.
 func (c *versionCheck) learn() {
 	for _, o := range c.ops {
-		if o.kind != livePut {
+		if !o.isPut() {
 			continue
 		}
 		if other := c.byValue[o.value]; other != nil {
@@ -236,7 +250,7 @@ func (c *versionCheck) learn() {
 		switch {
 		case w == nil || w.key != o.key:
 			c.verdict.addf("a value that nobody wrote there: %v", o)
-		case w.outcome == liveRefused:
+		case w.outcome == liveRefused || w.outcome == liveDone && !w.wrote:
 			c.verdict.addf("a write that was refused has happened:\n\t%v\n\t%v", w, o)
 		case w.rv == 0:
 			w.rv = o.itemRV
@@ -253,10 +267,8 @@ func (c *versionCheck) unique() {
 		switch {
 		case !o.isWrite() || o.outcome == liveRefused:
 		case o.rv == 0:
-			c.open++
-			if o.kind == liveDelete {
-				c.gone[o.key] = append(c.gone[o.key], o)
-			}
+			c.open[o.key] = append(c.open[o.key], o)
+			c.opens++
 		case byRV[o.rv] != nil:
 			c.verdict.addf("two writes have the same version:\n\t%v\n\t%v", byRV[o.rv], o)
 		default:
@@ -312,34 +324,64 @@ func (c *versionCheck) order() {
 	}
 }
 
-// reads checks that each read returned what the last write before it had written.
+// lastWrite returns the last write of a key at or before version rv, or nil.
+func (c *versionCheck) lastWrite(key string, rv uint64) *liveOp {
+	writes := c.byKey[key]
+	i, exact := slices.BinarySearchFunc(writes, rv, func(w *liveOp, rv uint64) int { return cmp.Compare(w.rv, rv) })
+	if exact {
+		i++
+	}
+	if i == 0 {
+		return nil
+	}
+	return writes[i-1]
+}
+
+// reads checks that each read returned what the last write before it had written, and that each condition was
+// judged by that.
 func (c *versionCheck) reads() {
 	for _, o := range c.ops {
-		if o.isWrite() || o.outcome != liveDone {
-			continue
-		}
-		writes := c.byKey[o.key]
-		i, exact := slices.BinarySearchFunc(writes, o.rv, func(w *liveOp, rv uint64) int { return cmp.Compare(w.rv, rv) })
-		if exact {
-			i++
-		}
 		var last *liveOp
-		if i > 0 {
-			last = writes[i-1]
-		}
-		exists := last != nil && last.kind == livePut
+		var seen uint64 // version of the key, by the answer
 		switch {
-		case o.found && !exists, o.kind == liveGet && o.found && last.rv != o.itemRV:
+		case o.outcome != liveDone || o.kind == livePut:
+			continue // says nothing of what was before it
+		case o.wrote:
+			// A delete has found something, whatever it was. A condition has found what it wanted.
+			if last = c.lastWrite(o.key, o.rv-1); o.kind == liveDelete {
+				if (last == nil || !last.isPut()) && !c.maybe(o, true) {
+					c.verdict.addf("deleted what was not there:\n\t%v\n\t%v", last, o)
+				}
+				continue
+			}
+			seen = o.ifRV
+		default:
+			last, seen = c.lastWrite(o.key, o.rv), o.itemRV
+			if o.kind == livePutIf && seen == o.ifRV {
+				c.verdict.addf("a condition that held was said not to: %v", o)
+			}
+		}
+		var want uint64
+		if last != nil && last.isPut() {
+			want = last.rv
+		}
+		switch {
+		case seen == want:
+		case seen == 0 && c.maybe(o, false):
+		case seen > want && o.kind == livePutIf && c.maybe(o, true): // a read would have told its value
+		case o.wrote:
+			c.verdict.addf("a condition did not hold, and the write happened:\n\t%v\n\t%v", last, o)
+		case seen != 0:
 			c.verdict.addf("a read is older than it says:\n\t%v\n\t%v", last, o)
-		case !o.found && exists && !c.maybeGone(o, last):
+		default:
 			c.verdict.addf("an acknowledged write is lost:\n\t%v\n\t%v", last, o)
 		}
 	}
 }
 
-// maybeGone says whether a delete without an answer can be why a read found nothing.
-func (c *versionCheck) maybeGone(read, last *liveOp) bool {
-	return slices.ContainsFunc(c.gone[read.key], func(d *liveOp) bool { return d.start < read.end })
+// maybe says whether a put, or a delete, that nobody knows the version of can be what a request has seen.
+func (c *versionCheck) maybe(o *liveOp, put bool) bool {
+	return slices.ContainsFunc(c.open[o.key], func(w *liveOp) bool { return w.isPut() == put && w.start < o.end })
 }
 
 // dense checks that every version belongs to a write of the history.
@@ -353,9 +395,9 @@ func (c *versionCheck) dense(first, last uint64) {
 			known++
 		}
 	}
-	if missing := last - first - known; known > last-first || missing > uint64(c.open) {
+	if missing := last - first - known; known > last-first || missing > uint64(c.opens) {
 		c.verdict.addf("the store counts %d writes; clients know of %d, and of %d more that may have happened",
-			last-first, known, c.open)
+			last-first, known, c.opens)
 	}
 }
 
@@ -363,15 +405,49 @@ func (c *versionCheck) dense(first, last uint64) {
 // rest is for the way.
 const lateMax = 100 * time.Millisecond
 
-// checkDeadlines checks that no request hung.
+// checkDeadlines checks that no request hung. A machine that has not even let this process run is given as much
+// time as that took.
 func (h *liveHistory) checkDeadlines() error {
 	var verdict liveVerdict
 	for _, o := range h.snapshot() {
-		if o.late > lateMax {
+		if o.late > lateMax && o.late > lateMax+h.stalled(o.start, o.end) {
 			verdict.addf("ended %v after its deadline: %v", o.late, o)
 		}
 	}
 	return verdict.err()
+}
+
+// watchStalls notes when the machine is too busy for this process, until done is closed.
+func (h *liveHistory) watchStalls(done <-chan struct{}) {
+	const nap = 5 * time.Millisecond
+	for {
+		select {
+		case <-done:
+			return
+		default:
+		}
+		start := time.Now()
+		time.Sleep(nap)
+		if over := time.Since(start) - nap; over > nap {
+			h.mu.Lock()
+			h.stalls = append(h.stalls, stall{h.now(), over})
+			h.mu.Unlock()
+		}
+	}
+}
+
+// stalled returns how long all stalls between two times were together.
+func (h *liveHistory) stalled(start, end time.Duration) (sum time.Duration) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	first, _ := slices.BinarySearchFunc(h.stalls, start, func(s stall, t time.Duration) int { return cmp.Compare(s.end, t) })
+	for _, s := range h.stalls[first:] {
+		if s.end-s.length > end {
+			break
+		}
+		sum += s.length
+	}
+	return sum
 }
 
 // registerState is what a key holds in the eyes of the second judge.
@@ -389,7 +465,13 @@ var registerModel = porcupine.Model{
 		case livePut:
 			return true, registerState{exists: true, value: o.value}
 		case liveDelete:
-			return o.outcome == liveUnknown || o.found == s.exists, registerState{}
+			return o.outcome == liveUnknown || o.wrote == s.exists, registerState{}
+		case livePutIf:
+			holds := s == registerState{exists: o.ifRV != 0, value: o.ifValue}
+			if !holds {
+				return !o.wrote, s
+			}
+			return o.wrote || o.outcome == liveUnknown, registerState{exists: true, value: o.value}
 		default:
 			return s == registerState{exists: o.found, value: o.value}, s
 		}
@@ -440,16 +522,28 @@ func (h *liveHistory) checkLinearizable(dir string) error {
 func TestLiveHistory_Judges(t *testing.T) {
 	const ms = time.Millisecond
 	put := func(start, end int, value string, rv uint64) *liveOp {
-		return &liveOp{kind: livePut, key: "k", value: value, rv: rv, start: time.Duration(start) * ms, end: time.Duration(end) * ms}
+		return &liveOp{kind: livePut, key: "k", value: value, wrote: true, rv: rv, start: time.Duration(start) * ms, end: time.Duration(end) * ms}
 	}
 	get := func(start, end int, value string, itemRV, rv uint64) *liveOp {
 		return &liveOp{kind: liveGet, key: "k", value: value, found: value != "", itemRV: itemRV, rv: rv,
 			start: time.Duration(start) * ms, end: time.Duration(end) * ms}
 	}
-	del := func(start, end int, found bool, rv uint64) *liveOp {
-		return &liveOp{kind: liveDelete, key: "k", found: found, rv: rv, start: time.Duration(start) * ms, end: time.Duration(end) * ms}
+	del := func(start, end int, wrote bool, rv uint64) *liveOp {
+		return &liveOp{kind: liveDelete, key: "k", wrote: wrote, rv: rv, start: time.Duration(start) * ms, end: time.Duration(end) * ms}
 	}
-	with := func(o *liveOp, outcome liveOutcome) *liveOp { o.outcome = outcome; return o }
+	with := func(o *liveOp, outcome liveOutcome) *liveOp {
+		o.outcome, o.wrote = outcome, false
+		return o
+	}
+	putIf := func(start, end int, ifValue string, ifRV uint64, value string, rv uint64) *liveOp {
+		o := put(start, end, value, rv)
+		o.kind, o.ifValue, o.ifRV = livePutIf, ifValue, ifRV
+		return o
+	}
+	failed := func(o *liveOp, itemRV uint64) *liveOp {
+		o.wrote, o.itemRV = false, itemRV
+		return o
+	}
 	tests := []struct {
 		name     string
 		ops      []*liveOp
@@ -463,6 +557,17 @@ func TestLiveHistory_Judges(t *testing.T) {
 			get(3, 4, "a", 1, 1), get(8, 9, "b", 2, 2)}, 2, "", false},
 		{"unknown, overwritten unseen", []*liveOp{with(put(1, 3, "b", 0), liveUnknown), put(4, 5, "a", 2), get(6, 7, "a", 2, 2)}, 2, "", false},
 		{"unknown delete", []*liveOp{put(0, 1, "a", 1), with(del(1, 3, false, 0), liveUnknown), get(4, 5, "", 0, 2)}, 2, "", false},
+		{"conditions", []*liveOp{putIf(0, 1, "", 0, "a", 1), failed(putIf(2, 3, "", 0, "b", 1), 1), putIf(4, 5, "a", 1, "c", 2),
+			failed(putIf(6, 7, "a", 1, "d", 2), 2), del(8, 9, true, 3), failed(putIf(10, 11, "c", 2, "e", 3), 0)}, 3, "", false},
+		{"unknown condition, held", []*liveOp{put(0, 1, "a", 1), with(putIf(2, 3, "a", 1, "b", 0), liveUnknown), get(4, 5, "b", 2, 2)}, 2, "", false},
+		{"unknown condition, did not hold", []*liveOp{put(0, 1, "a", 1), with(putIf(2, 3, "", 0, "b", 0), liveUnknown), get(4, 5, "a", 1, 1)}, 1, "", false},
+		{"unknown, deleted unseen", []*liveOp{with(put(0, 1, "a", 0), liveUnknown), del(4, 5, true, 2), get(6, 7, "", 0, 2)}, 2, "", false},
+		{"unknown, seen by a condition", []*liveOp{put(0, 1, "a", 1), with(put(1, 2, "b", 0), liveUnknown), failed(putIf(3, 4, "a", 1, "c", 2), 2)}, 2, "", false},
+		{"two creators", []*liveOp{putIf(0, 3, "", 0, "a", 1), putIf(1, 4, "", 0, "b", 2)}, 2, "did not hold", true},
+		{"condition on an old version", []*liveOp{put(0, 1, "a", 1), put(2, 3, "b", 2), putIf(4, 5, "a", 1, "c", 3)}, 3, "did not hold", true},
+		{"condition refused that held", []*liveOp{put(0, 1, "a", 1), failed(putIf(2, 3, "a", 1, "b", 1), 1)}, 1, "that held", true},
+		{"failed condition happens", []*liveOp{put(0, 1, "a", 1), failed(putIf(2, 3, "", 0, "b", 1), 1), get(4, 5, "b", 2, 2)}, 2, "was refused", true},
+		{"deleted nothing", []*liveOp{put(0, 1, "a", 1), del(2, 3, true, 2), del(4, 5, true, 3)}, 3, "not there", true},
 		{"lost write", []*liveOp{put(0, 1, "a", 1), get(2, 3, "", 0, 1)}, 1, "lost", true},
 		{"stale read", []*liveOp{put(0, 1, "a", 1), put(2, 3, "b", 2), get(4, 5, "a", 1, 1)}, 2, "goes back", true},
 		{"stale read with a new label", []*liveOp{put(0, 1, "a", 1), put(2, 3, "b", 2), get(4, 5, "a", 1, 2)}, 2, "older than it says", true},

@@ -802,10 +802,12 @@ func (r *replica) compact(index uint64) error {
 
 const noLimit = ^uint64(0)
 
-// transfer asks a leader to hand over to the member that is furthest. It does
-// nothing on a follower.
+// transfer asks a leader to hand over to the member that is furthest, of those
+// that it has heard of lately. It does nothing on a follower, while a transfer
+// is on its way, and while the leader has heard of nobody: after its election,
+// and for a moment each time that it checks its quorum.
 func (r *replica) transfer() {
-	if r.role != raft.StateLeader {
+	if r.role != raft.StateLeader || r.raw.BasicStatus().LeadTransferee != raft.None {
 		return
 	}
 	var best, match uint64

@@ -297,11 +297,12 @@ func (n *node) transferLeadership() {
 	defer deadline.Stop()
 	poll := time.NewTicker(n.config.tick)
 	defer poll.Stop()
-	n.loop.call(func() error {
-		n.loop.replica.transfer()
-		return nil
-	})
 	for n.loop.status.Load().leader == n.config.id {
+		// More than once: at times a leader does not know which members are there.
+		n.loop.call(func() error {
+			n.loop.replica.transfer()
+			return nil
+		})
 		select {
 		case <-poll.C:
 		case <-deadline.C:

@@ -274,6 +274,7 @@ type validator struct {
 var validators = []validator{
 	{"converged", validateConverged},
 	{"events", validateEvents},
+	{"watch", validateWatchers},
 	{"outcomes", validateOutcomes},
 	{"versions", validateVersions},
 	{"linearizable", validateLinearizable},
@@ -282,6 +283,13 @@ var validators = []validator{
 
 // finish judges the run.
 func (c *checker) finish() {
+	if plant := c.sim.plant; plant != nil && plant.answerWrite {
+		for _, op := range c.sim.history.ops { // what was answered too early was no result
+			if r, applied := c.sim.applied(op); applied {
+				op.result = r
+			}
+		}
+	}
 	for _, v := range validators {
 		if c.failed() {
 			return
@@ -295,7 +303,7 @@ func (c *checker) finish() {
 // validateConverged: every member has applied everything and holds the same.
 func validateConverged(s *sim) error {
 	for _, n := range s.nodes {
-		if _, member := s.check.model.members[n.id]; !member {
+		if _, member := s.check.model.members[n.id]; !member || n.retired {
 			continue
 		}
 		if n.process == nil {
@@ -445,7 +453,12 @@ func (s *sim) checkVersion(op *simOp, floor uint64) error {
 	if op.read != readWhatever && rv < floor {
 		return fmt.Errorf("%v took place at version %d, but %d had been seen before it began", op, rv, floor)
 	}
-	if op.isRead() {
+	switch {
+	case op.list:
+		if want := s.check.model.list(op.cmd.key, rv); !slices.Equal(op.items, want) {
+			return fmt.Errorf("%v: %+v; but at version %d there were %+v", op, op.items, rv, want)
+		}
+	case op.isRead():
 		if it, ok := s.check.model.get(op.cmd.key, rv); ok != op.found || it != op.item {
 			return fmt.Errorf("%v; but at version %d it was %v, %+v", op, rv, ok, it)
 		}
@@ -458,7 +471,7 @@ func (s *sim) checkVersion(op *simOp, floor uint64) error {
 func validateLinearizable(s *sim) error {
 	groups := map[string][]porcupine.Operation{}
 	for i, op := range s.history.ops {
-		if op.outcome == opRefused || op.read == readWhatever || op.read == readAtLeast || op.isRead() && op.outcome != opDone {
+		if op.outcome == opRefused || op.list || op.isRead() && (op.read != readLatest || op.outcome != opDone) {
 			continue
 		}
 		o := porcupine.Operation{ClientId: i, Input: op, Call: int64(op.invoked), Output: op, Return: int64(op.returned)}

@@ -3,6 +3,8 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math"
+	"strings"
 	"time"
 )
 
@@ -17,6 +19,8 @@ const (
 	opRefused                   // did not happen and never will
 )
 
+func (o simOutcome) String() string { return [...]string{"unknown", "done", "refused"}[o] }
+
 // readKind is how fresh an answer a read asks for.
 type readKind int
 
@@ -27,11 +31,14 @@ const (
 	readWhatever          // whatever this node has
 )
 
+func (k readKind) String() string { return [...]string{"", "latest", "at least", "whatever"}[k] }
+
 // simOp is one operation of one client. If its outcome is not known the client
 // may try again, under the same Idempotency-Key; that is the same operation.
 type simOp struct {
 	client  int
 	read    readKind
+	list    bool    // read all items whose keys begin with the key
 	cmd     command // of a read only the key
 	atLeast uint64
 
@@ -44,7 +51,8 @@ type simOp struct {
 	result result // of a write
 	item   item   // of a read
 	found  bool
-	rv     uint64 // of the store
+	items  []keyItem // of a list
+	rv     uint64    // of the store, when it was read
 }
 
 // attempt is where an operation went.
@@ -58,15 +66,24 @@ type attempt struct {
 func (o *simOp) isRead() bool { return o.read != notARead }
 
 func (o *simOp) String() string {
-	last := attempt{}
-	if n := len(o.attempts); n > 0 {
-		last = o.attempts[n-1]
+	var b strings.Builder
+	fmt.Fprintf(&b, "client %d", o.client)
+	for _, a := range o.attempts {
+		fmt.Fprintf(&b, ", node %d", a.node)
 	}
-	s := fmt.Sprintf("client %d, node %d, %v to %v: ", o.client, last.node, o.invoked, o.returned)
-	if o.isRead() {
-		return s + fmt.Sprintf("read(%d) %q at least %d: outcome %d, found %v, %+v, store at %d, %v", o.read, o.cmd.key, o.atLeast, o.outcome, o.found, o.item, o.rv, o.err)
+	fmt.Fprintf(&b, ", %v to %v: ", o.invoked, o.returned)
+	switch {
+	case o.list:
+		fmt.Fprintf(&b, "list %q (%v): %d items at version %d", o.cmd.key, o.read, len(o.items), o.rv)
+	case o.isRead():
+		fmt.Fprintf(&b, "get %q (%v): %v %+v at version %d", o.cmd.key, o.read, o.found, o.item, o.rv)
+	case o.cmd.op == opTxn:
+		t, _ := decodeTxn(o.cmd.value)
+		fmt.Fprintf(&b, "transaction %+v: %+v", t, o.result)
+	default:
+		fmt.Fprintf(&b, "write %+v: %+v", o.cmd, o.result)
 	}
-	return s + fmt.Sprintf("%+v: outcome %d, %+v, %v", o.cmd, o.outcome, o.result, o.err)
+	return b.String() + fmt.Sprintf(", %v, %v", o.outcome, o.err)
 }
 
 // history is all operations, in the order in which they were begun.
@@ -120,7 +137,6 @@ func (c *simCall) write(timeout time.Duration) {
 	c.batch, c.place = b, place
 	c.op.attempts = append(c.op.attempts, attempt{node: p.node.id, session: p.replica.session, batch: b, place: place})
 	if plant := p.sim.plant; plant != nil && plant.answerWrite {
-		b.results = make([]result, len(b.offsets))
 		c.op.result = result{status: statusReplaced}
 		c.leave(opDone, nil)
 	}
@@ -153,13 +169,23 @@ func (c *simCall) capture() {
 	case c.op.isRead() && c.round != nil && c.round.err != nil:
 		c.fail(c.round.err)
 	case c.op.isRead():
-		c.op.item, c.op.rv, c.op.found = c.process.store.get(c.op.cmd.key)
+		c.look()
 		c.leave(opDone, nil)
 	case c.batch.err != nil:
 		c.fail(c.batch.err)
 	default:
 		c.op.result = c.batch.results[c.place]
 		c.leave(opDone, nil)
+	}
+}
+
+// look reads the store.
+func (c *simCall) look() {
+	op, store := c.op, c.process.store
+	if op.list {
+		op.items, op.rv = store.list(op.cmd.key, "", math.MaxInt)
+	} else {
+		op.item, op.rv, op.found = store.get(op.cmd.key)
 	}
 }
 
@@ -472,9 +498,15 @@ func makeGetWhatever(c *simClient) *simOp {
 	return &simOp{read: readWhatever, cmd: command{key: c.anyKey()}}
 }
 
+func makeList(c *simClient) *simOp {
+	op := pick(c.sim, []opMaker{makeGet, makeGetAtLeast, makeGetWhatever})(c)
+	op.list, op.cmd.key = true, pick(c.sim, []string{"", txnGroup, prefixGroup, expiringGroup})
+	return op
+}
+
 // opMakers are all operations; those that are here twice are twice as frequent.
 var opMakers = []opMaker{
 	makePut, makePut, makePut, makePut, makeDelete, makeConditional, makeConditional, makeRetried, makeTxn, makeTxn,
 	makePutExpiring, makePutPrefixed, makePutPrefixed, makeDeletePrefix,
-	makeGet, makeGet, makeGet, makeGet, makeGet, makeGetAtLeast, makeGetAtLeast, makeGetWhatever,
+	makeGet, makeGet, makeGet, makeGet, makeGet, makeGetAtLeast, makeGetAtLeast, makeGetWhatever, makeList,
 }

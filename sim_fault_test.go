@@ -247,11 +247,7 @@ func faultPauseLeader(s *sim) { s.leader().pause(s.around(s.outage)) }
 
 func faultTransfer(s *sim) {
 	if p := s.leader().process; p != nil {
-		p.loop.call(func() error {
-			p.replica.transfer()
-			return nil
-		})
-		p.wake()
+		p.transfer()
 	}
 }
 

@@ -92,6 +92,17 @@ func (m *model) get(key string, rv uint64) (item, bool) {
 	return vs[n-1].item, vs[n-1].exists
 }
 
+// list returns the items with a prefix as of a resource version.
+func (m *model) list(prefix string, rv uint64) []keyItem {
+	var items []keyItem
+	for _, key := range slices.Sorted(maps.Keys(m.versions)) {
+		if it, ok := m.get(key, rv); ok && strings.HasPrefix(key, prefix) {
+			items = append(items, keyItem{key, it})
+		}
+	}
+	return items
+}
+
 // append applies the next entry.
 func (m *model) append(e *raftpb.Entry) error {
 	next := modelEntry{term: e.GetTerm(), hash: hashBytes(e.GetData()), config: m.entry(m.index()).config}

@@ -29,8 +29,13 @@ type simNetwork struct {
 	// some back.
 	filter func(m *raftpb.Message) bool
 
-	messages, bytes, snapshots int
-	countBytes                 bool
+	messages  int
+	requests  int // messages that are no answers
+	bytes     int // counted if countBytes is set
+	rejects   int // answers that say that logs do not match
+	snapshots int
+
+	countBytes bool
 }
 
 // nodesMax bounds the node ids of a simulation.
@@ -67,7 +72,17 @@ func (n *simNetwork) partition(side func(id uint64) bool) {
 // send takes a message from a process, at the time that its turn has reached.
 func (n *simNetwork) send(from *process, m *raftpb.Message) {
 	s := n.sim
+	if s.plant != nil && s.plant.outgoing != nil {
+		if m = s.plant.outgoing(from, m); m == nil {
+			return
+		}
+	}
 	n.messages++
+	if !raft.IsResponseMsg(m.GetType()) {
+		n.requests++
+	} else if m.GetType() == raftpb.MsgAppResp && m.GetReject() {
+		n.rejects++
+	}
 	if n.countBytes {
 		n.bytes += proto.Size(m)
 	}

@@ -118,6 +118,10 @@ func (n *simNode) start() {
 		}
 	}()
 	if err := p.boot(); err != nil {
+		if s.plant != nil && s.plant.afterCrash != nil {
+			n.retired = true // it is right to refuse a damaged directory
+			return
+		}
 		s.check.violate("start", "node %d does not start: %v", n.id, err)
 		return
 	}
@@ -139,15 +143,15 @@ func (p *process) boot() error {
 	if err != nil {
 		return errors.Join(err, files.close())
 	}
-	rec.state.events.countMax = s.eventsMax
 	p.store = &kvstore{state: rec.state}
+	p.store.setWindow(s.eventsMax, eventBytesMaxDefault)
 	p.loop = newLoop(s.tick, func() {}, logger)
 	p.loop.clock = n.clock
 	cfg := replicaConfig{
 		id:              n.id,
 		session:         s.rand.Uint64(),
-		electionTicks:   20,
-		heartbeatTicks:  2,
+		electionTicks:   s.electionTicks,
+		heartbeatTicks:  s.heartbeatTicks,
 		snapshotEntries: s.snapshotEntries,
 		snapshotBytes:   math.MaxUint64,
 		catchUpEntries:  s.catchUpEntries,
@@ -161,7 +165,7 @@ func (p *process) boot() error {
 		hook:            p.at,
 	}
 	if s.plant != nil && s.plant.disk != nil {
-		cfg.disk = s.plant.disk(p)
+		cfg.disk = s.plant.disk(p, p.disk)
 	}
 	r, err := newReplica(cfg)
 	if err != nil {
@@ -316,15 +320,11 @@ func (n *simNode) stop() {
 	if p == nil {
 		return
 	}
-	p.loop.call(func() error {
-		p.replica.transfer()
-		return nil
-	})
-	p.wake()
 	giveUp := n.sim.now + transferTimeout
 	var poll func()
 	poll = func() {
 		if p.replica.leader == n.id && n.sim.now < giveUp {
+			p.transfer()
 			p.after(n.sim.tick, poll)
 			return
 		}
@@ -332,7 +332,16 @@ func (n *simNode) stop() {
 		p.settle()
 		p.die(tailKept)
 	}
-	p.after(n.sim.tick, poll)
+	poll()
+}
+
+// transfer asks the process to hand over leadership.
+func (p *process) transfer() {
+	p.loop.call(func() error {
+		p.replica.transfer()
+		return nil
+	})
+	p.wake()
 }
 
 // pause stops the process for a while, as SIGSTOP or a busy machine does.
@@ -447,7 +456,6 @@ func (p *process) deliver(m *raftpb.Message, body []byte) error {
 		p.sim.check.violate("snapshot", "node %d cannot read the body from node %d: %v", p.node.id, m.GetFrom(), err)
 		return err
 	}
-	st.events.countMax = p.sim.eventsMax
 	return p.loop.deliver(message{Message: m, body: &st})
 }
 

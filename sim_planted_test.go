@@ -1,13 +1,365 @@
 package main
 
-import "go.etcd.io/raft/v3/raftpb"
+import (
+	"bufio"
+	"bytes"
+	"encoding/binary"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
 
-// plant is a bug, planted at the edges of the product.
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/protobuf/proto"
+)
+
+// This file plants bugs: the faults that programs like this one have had. Each
+// must be found by the simulator within a few seeds. A harness that does not
+// find them would not find the next one either.
+//
+// The product has no switches for them. A planted bug sits at the edges: a disk
+// that lies, a network that meddles with messages, a driver that answers too
+// early, a machine that damages its directory.
+
+// plant is a planted bug.
 type plant struct {
-	name        string
-	disk        func(p *process) disk
-	incoming    func(p *process, m *raftpb.Message)
-	answerRead  bool
-	answerWrite bool
-	afterCrash  func(n *simNode)
+	name string
+
+	disk       func(p *process, d disk) disk
+	outgoing   func(p *process, m *raftpb.Message) *raftpb.Message // nil = it gets lost
+	incoming   func(p *process, m *raftpb.Message)
+	afterCrash func(n *simNode)
+
+	answerRead  bool // reads are answered at once, from what the node has
+	answerWrite bool // writes are answered as soon as they are queued
+
+	// prepare makes the bug more likely to show.
+	prepare func(w *weather)
+}
+
+// plants returns all planted bugs. Some have a memory, so each run gets its own.
+func plants() []*plant {
+	return []*plant{
+		{name: "local read", answerRead: true},
+		{name: "ack before commit", answerWrite: true},
+		{name: "ack before fsync", disk: lateDisk(100 * time.Millisecond), prepare: onlyFaults(faultPowerCut, faultCrash)},
+		{name: "send before save", disk: lateDisk(2 * time.Millisecond), prepare: onlyFaults(faultPowerCut, faultCrash)},
+		{name: "disk errors ignored", disk: func(_ *process, d disk) disk { return deafDisk{d} }, prepare: onlyFaults(faultDisk, faultCrash)},
+		{name: "hard state not saved", disk: func(_ *process, d disk) disk { return &forgetfulDisk{disk: d} }, prepare: onlyFaults(faultPowerCut, faultCrash, faultTransfer)},
+		{name: "truncated tail accepted", afterCrash: truncateLog, prepare: onlyFaults(faultCrash, faultPowerCut, faultIsolateLeader)},
+		{name: "wiped directory rejoins", afterCrash: wipe, prepare: onlyFaults(faultCrash, faultPowerCut, faultIsolateLeader)},
+		{name: "dedupe table not in the snapshot", disk: snapshotsWith(func(st *state) { st.sessions = sessions{} })},
+		{name: "snapshot ahead of apply", disk: func(_ *process, d disk) disk { return &hastyDisk{disk: d} }},
+		{name: "map order in a snapshot", disk: func(p *process, d disk) disk { return disorderlyDisk{d, p} }},
+		{name: "snapshot installed without its ConfState", incoming: firstConfState, prepare: onlyFaults(faultMembers, faultMembers, faultCrash)},
+		{name: "pending batch not proposed again", outgoing: onceProposed(func(*raftpb.Message) *raftpb.Message { return nil }), prepare: onlyFaults(faultIsolateLeader, faultPauseLeader)},
+		{name: "retry applied as a new write", outgoing: onceProposed(asNewBatch)},
+		{name: "stale ReadIndex context", incoming: anyAttempt, prepare: onlyFaults(faultSlow)},
+		{name: "read does not wait for apply", incoming: readAtOnce},
+	}
+}
+
+func onlyFaults(faults ...simFault) func(*weather) {
+	return func(w *weather) { w.faults = faults }
+}
+
+// lateDisk saves some time after it has said so.
+func lateDisk(delay time.Duration) func(*process, disk) disk {
+	return func(p *process, d disk) disk { return &late{disk: d, process: p, delay: delay} }
+}
+
+type late struct {
+	disk
+	process *process
+	delay   time.Duration
+	held    []func() error
+}
+
+func (d *late) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
+	if len(d.held) == 0 {
+		d.process.after(d.delay, func() { _ = d.flush() }) // nobody looks
+	}
+	d.held = append(d.held, func() error { return d.disk.save(hs, ents) })
+	return nil
+}
+
+func (d *late) flush() error {
+	held := d.held
+	d.held = nil
+	for _, save := range held {
+		if err := save(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *late) sync() error { return nil }
+
+func (d *late) commitSnapshot(snap *raftpb.Snapshot) error {
+	if err := d.flush(); err != nil { // the log must stay in order
+		return err
+	}
+	return d.disk.commitSnapshot(snap)
+}
+
+// deafDisk ignores errors.
+type deafDisk struct{ disk }
+
+func (d deafDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
+	if err := d.disk.save(hs, ents); err != errDisk {
+		return err
+	}
+	return nil
+}
+
+// forgetfulDisk saves terms and votes only when there are entries to save.
+type forgetfulDisk struct {
+	disk
+	saved *raftpb.HardState
+}
+
+func (d *forgetfulDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
+	if len(ents) > 0 && !raft.IsEmptyHardState(hs) {
+		d.saved = hs
+	} else if hs != nil && d.saved != nil {
+		hs = &raftpb.HardState{Term: d.saved.Term, Vote: d.saved.Vote, Commit: hs.Commit}
+	}
+	return d.disk.save(hs, ents)
+}
+
+// changingDisk writes other snapshots than it is told to.
+type changingDisk struct {
+	disk
+	change func(st *state)
+}
+
+func snapshotsWith(change func(st *state)) func(*process, disk) disk {
+	return func(_ *process, d disk) disk { return changingDisk{d, change} }
+}
+
+func (d changingDisk) writeSnapshot(snap *raftpb.Snapshot, st *state) error {
+	changed := *st
+	d.change(&changed)
+	return d.disk.writeSnapshot(snap, &changed)
+}
+
+// hastyDisk writes the state that the last snapshot should have had, under the
+// index of this one.
+type hastyDisk struct {
+	disk
+	last *state
+}
+
+func (d *hastyDisk) writeSnapshot(snap *raftpb.Snapshot, st *state) error {
+	older := *st
+	if d.last != nil {
+		older = *d.last
+		older.index, older.term = st.index, st.term
+	}
+	d.last = st
+	return d.disk.writeSnapshot(snap, &older)
+}
+
+// disorderlyDisk writes the sessions of a snapshot in the order of a Go map.
+type disorderlyDisk struct {
+	disk
+	process *process
+}
+
+func (d disorderlyDisk) writeSnapshot(snap *raftpb.Snapshot, st *state) error {
+	if err := d.disk.writeSnapshot(snap, st); err != nil {
+		return err
+	}
+	path := d.process.disk.bodyPath(st.index)
+	body, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if body, err = swapSessions(body); err != nil || body == nil {
+		return err
+	}
+	d.process.sim.check.body(d.process, st.index, body)
+	return os.WriteFile(path, body, fileMode)
+}
+
+// swapSessions exchanges the first two session records of a snapshot, if it has
+// two.
+func swapSessions(body []byte) ([]byte, error) {
+	payload, err := io.ReadAll(&frameReader{r: bytes.NewReader(body)})
+	if err != nil {
+		return nil, err
+	}
+	rest := bytes.NewReader(payload)
+	d := snapshotDecoder{r: bufio.NewReader(rest)}
+	offset := func() int { return len(payload) - rest.Len() - d.r.Buffered() }
+	if _, err := d.r.Discard(len(snapshotMagic)); err != nil {
+		return nil, err
+	}
+	const headerFields = 6 // format, index, term, rv, now, number of the next retry
+	for range headerFields {
+		d.uint()
+	}
+	starts, scratch := []int{offset()}, newState()
+	for range 2 {
+		if d.uint() != recordSession {
+			return nil, d.err
+		}
+		if err := d.record(recordSession, &scratch); err != nil {
+			return nil, err
+		}
+		starts = append(starts, offset())
+	}
+	swapped := slices.Concat(payload[:starts[0]], payload[starts[1]:starts[2]], payload[starts[0]:starts[1]], payload[starts[2]:])
+	var out bytes.Buffer
+	_, err = (&frameWriter{w: &out}).Write(swapped)
+	return out.Bytes(), err
+}
+
+// truncateLog cuts synced records off the log, and the watermark that would
+// tell.
+func truncateLog(n *simNode) {
+	s := n.sim
+	paths, err := filepath.Glob(filepath.Join(n.dir, walDir, "*.wal"))
+	if err != nil || len(paths) == 0 || s.chance(0.5) {
+		return
+	}
+	path := paths[len(paths)-1]
+	content, err := os.ReadFile(path)
+	if err != nil {
+		s.check.violate("simulator", "%v", err)
+		return
+	}
+	used := len(bytes.TrimRight(content, "\x00"))
+	keep := max(1024, used-s.rand.IntN(4096)) / sectorSize * sectorSize
+	if keep >= used {
+		return
+	}
+	clear(content[keep:])
+	err = os.WriteFile(path, content, fileMode)
+	if err == nil {
+		err = forgetWatermark(n.dir)
+	}
+	if err != nil {
+		s.check.violate("simulator", "%v", err)
+	}
+}
+
+func forgetWatermark(dir string) error {
+	if err := os.Remove(filepath.Join(dir, watermarkName)); err != nil {
+		return err
+	}
+	w, err := openWatermark(dir, true)
+	if err != nil {
+		return err
+	}
+	defer w.file.Close()
+	return w.write(watermark{})
+}
+
+// wipe deletes everything that a node had.
+func wipe(n *simNode) {
+	if n.sim.chance(0.3) {
+		_ = os.RemoveAll(n.dir)
+	}
+}
+
+// firstConfState takes the configuration out of a received snapshot, and puts
+// in the one that the cluster began with.
+func firstConfState(p *process, m *raftpb.Message) {
+	if m.GetType() != raftpb.MsgSnap {
+		return
+	}
+	cs := &raftpb.ConfState{}
+	for _, n := range p.sim.nodes {
+		if !n.joins {
+			cs.Voters = append(cs.Voters, n.id)
+		}
+	}
+	m.Snapshot.Metadata.ConfState = cs
+}
+
+// onceProposed lets every batch of a process through once, and does something
+// else with the next attempts.
+func onceProposed(again func(*raftpb.Message) *raftpb.Message) func(*process, *raftpb.Message) *raftpb.Message {
+	proposed := map[batchID]bool{}
+	return func(_ *process, m *raftpb.Message) *raftpb.Message {
+		if m.GetType() != raftpb.MsgProp || m.GetEntries()[0].GetType() != raftpb.EntryNormal {
+			return m
+		}
+		h, _, err := decodeBatch(m.GetEntries()[0].GetData())
+		if err != nil {
+			return m
+		}
+		id := batchID{h.session, h.seq}
+		if proposed[id] {
+			return again(m)
+		}
+		proposed[id] = true
+		return m
+	}
+}
+
+// asNewBatch gives a batch another identity.
+func asNewBatch(m *raftpb.Message) *raftpb.Message {
+	m = proto.CloneOf(m)
+	data := m.Entries[0].Data
+	h, _, err := decodeBatch(data)
+	if err == nil {
+		h.session++
+		h.put(data)
+	}
+	return m
+}
+
+// anyAttempt makes a read take the answer of any attempt for its own, as if
+// contexts were used again.
+func anyAttempt(p *process, m *raftpb.Message) {
+	if q := p.replica.reading; m.GetType() == raftpb.MsgReadIndexResp && q != nil {
+		m.Entries[0].Data = binary.LittleEndian.AppendUint64(m.Entries[0].Data[:8:8], q.attempt)
+	}
+}
+
+// readAtOnce makes a follower read before it has applied what it should.
+func readAtOnce(_ *process, m *raftpb.Message) {
+	if m.GetType() == raftpb.MsgReadIndexResp {
+		m.Index = proto.Uint64(0)
+	}
+}
+
+var (
+	plantedReport = flag.Bool("planted.report", false, "print the table of planted bugs")
+	plantedSeeds  = flag.Int("planted.seeds", 40, "largest `number` of seeds for each planted bug")
+)
+
+// TestPlanted looks for each planted bug, seed by seed, until a check notices.
+func TestPlanted(t *testing.T) {
+	if testing.Short() || raceEnabled {
+		t.Skip("takes a while, and finds no races")
+	}
+	if *plantedReport {
+		fmt.Printf("%-42s %-16s %5s %8s\n", "planted bug", "found by", "seeds", "wall")
+	}
+	for i, bug := range plants() {
+		t.Run(bug.name, func(t *testing.T) {
+			start := time.Now()
+			for seed := uint64(1); seed <= uint64(*plantedSeeds); seed++ {
+				r := runOnce(t, seed, 30*time.Second, plants()[i])
+				if len(r.Violations) == 0 {
+					continue
+				}
+				if *plantedReport {
+					fmt.Printf("%-42s %-16s %5d %7.2fs\n", bug.name, r.Violations[0].Check, seed, time.Since(start).Seconds())
+				}
+				t.Logf("seed %d at %v: %s: %.300s", seed, r.Violations[0].At, r.Violations[0].Check, r.Violations[0].Text)
+				return
+			}
+			t.Errorf("not found in %d seeds, %v", *plantedSeeds, time.Since(start))
+		})
+	}
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/json"
 	"flag"
@@ -42,6 +41,7 @@ type simResult struct {
 	Snapshots  int            `json:"snapshots"` // sent
 	Entries    uint64         `json:"entries"`
 	Changes    int            `json:"changes"` // of the members
+	Watched    int            `json:"watched"` // events
 	Violations []violation    `json:"violations"`
 	Reached    map[string]int `json:"reached"`
 }
@@ -73,12 +73,37 @@ func TestSim(t *testing.T) {
 	}
 	start := time.Now()
 	var sum simSummary
-	sum.cpu = shareSeeds(t, *simSeed, seeds, func(r simResult) {
-		reportSeed(t, r)
-		sum.add(r)
+	sum.cpu = shareSeeds(t, *simSeed, seeds, func(from uint64, n int) []string {
+		return []string{
+			"-test.run=^TestSim$", "-sim.worker", fmt.Sprintf("-sim.seed=%d", from), fmt.Sprintf("-sim.seeds=%d", n),
+			fmt.Sprintf("-sim.duration=%v", *simDuration), fmt.Sprintf("-sim.twice=%v", *simTwice),
+		}
+	}, func(line []byte) {
+		var r simResult
+		if json.Unmarshal(line, &r) == nil && r.Seed != 0 {
+			reportSeed(t, r)
+			sum.add(r)
+		}
 	})
+	if sum.seeds != seeds {
+		t.Errorf("%d results of %d", sum.seeds, seeds)
+	}
 	if *simReport {
 		sum.print(time.Since(start))
+	}
+}
+
+// TestSimReproducible wants a seed to do the same each time.
+func TestSimReproducible(t *testing.T) {
+	seeds := uint64(5)
+	if testing.Short() || raceEnabled {
+		seeds = 1
+	}
+	for seed := range seeds {
+		first := runOnce(t, seed, 10*time.Second, nil)
+		if again := runOnce(t, seed, 10*time.Second, nil); again.Trace != first.Trace || again.Events != first.Events {
+			t.Errorf("seed %d: %d events, trace %x, and then %d, %x", seed, first.Events, first.Trace, again.Events, again.Trace)
+		}
 	}
 }
 
@@ -102,8 +127,12 @@ func runOnce(t *testing.T, seed uint64, d time.Duration, bug *plant) (r simResul
 		s := newSim(t, cfg)
 		s.startAll()
 		w := s.drawWeather()
+		if bug != nil && bug.prepare != nil {
+			bug.prepare(w)
+		}
 		l := s.drawLoad()
 		s.addClients(4+s.rand.IntN(9), l)
+		s.addWatchers(2)
 		s.live(w, d)
 		l.stopped = true
 		s.quiet()
@@ -132,6 +161,9 @@ func (s *sim) result(wall time.Duration) simResult {
 	for _, n := range s.nodes {
 		r.Lives += n.lives
 	}
+	for _, w := range s.watchers {
+		r.Watched += w.count
+	}
 	return r
 }
 
@@ -147,9 +179,10 @@ func reportSeed(t *testing.T, r simResult) {
 }
 
 // shareSeeds runs seeds in several processes, since raft's randomness, which a
-// seed must fix, belongs to the process. Seeds that are done are reported one
-// at a time. It returns how long processors were busy.
-func shareSeeds(t *testing.T, first uint64, seeds int, done func(simResult)) (cpu time.Duration) {
+// seed must fix, belongs to the process. Each process is this test binary with
+// the arguments for a few seeds; the lines that it prints are handed to line,
+// one at a time. shareSeeds returns how long processors were busy.
+func shareSeeds(t *testing.T, first uint64, seeds int, args func(from uint64, n int) []string, line func([]byte)) (cpu time.Duration) {
 	const share = 4 // seeds that a process gets at a time
 	var (
 		mu   sync.Mutex
@@ -164,51 +197,33 @@ func shareSeeds(t *testing.T, first uint64, seeds int, done func(simResult)) (cp
 		next += uint64(n)
 		return from, n
 	}
-	for range *simWorkers {
-		wg.Go(func() {
-			for {
-				from, n := take()
-				if n == 0 {
-					return
+	work := func() {
+		for from, n := take(); n > 0; from, n = take() {
+			cmd := exec.Command(os.Args[0], args(from, n)...)
+			var stderr bytes.Buffer
+			cmd.Stderr = &stderr
+			out, err := cmd.Output()
+			mu.Lock()
+			cpu += cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+			var text []byte
+			for l := range bytes.Lines(out) {
+				if l[0] == '{' {
+					line(l)
+				} else {
+					text = append(text, l...)
 				}
-				results, used, err := runWorker(from, n)
-				mu.Lock()
-				cpu += used
-				for _, r := range results {
-					done(r)
-				}
-				if err != nil {
-					t.Errorf("seeds %d to %d: %v", from, from+uint64(n)-1, err)
-				}
-				mu.Unlock()
 			}
-		})
+			if err != nil {
+				t.Errorf("seeds %d to %d: %v\n%s%s", from, from+uint64(n)-1, err, text, stderr.Bytes())
+			}
+			mu.Unlock()
+		}
+	}
+	for range *simWorkers {
+		wg.Go(work)
 	}
 	wg.Wait()
 	return cpu
-}
-
-func runWorker(first uint64, seeds int) (results []simResult, cpu time.Duration, err error) {
-	cmd := exec.Command(os.Args[0], "-test.run=^TestSim$", "-sim.worker", fmt.Sprintf("-sim.seed=%d", first),
-		fmt.Sprintf("-sim.seeds=%d", seeds), fmt.Sprintf("-sim.duration=%v", *simDuration), fmt.Sprintf("-sim.twice=%v", *simTwice))
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
-	lines := bufio.NewScanner(bytes.NewReader(out))
-	lines.Buffer(nil, 1<<20)
-	for lines.Scan() {
-		var r simResult
-		if json.Unmarshal(lines.Bytes(), &r) == nil && r.Seed != 0 {
-			results = append(results, r)
-		}
-	}
-	if err == nil && len(results) != seeds {
-		err = fmt.Errorf("%d results of %d", len(results), seeds)
-	}
-	if err != nil {
-		err = fmt.Errorf("%w\n%s\n%s", err, out, stderr.Bytes())
-	}
-	return results, cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(), err
 }
 
 // simSummary adds up results.
@@ -230,6 +245,7 @@ func (s *simSummary) add(r simResult) {
 	s.Snapshots += r.Snapshots
 	s.Entries += r.Entries
 	s.Changes += r.Changes
+	s.Watched += r.Watched
 	s.worst = max(s.worst, r.Wall)
 	if len(r.Violations) > 0 {
 		s.violated++
@@ -245,8 +261,9 @@ func (s *simSummary) add(r simResult) {
 func (s *simSummary) print(wall time.Duration) {
 	fmt.Printf("%d seeds, %.2f simulated hours in %.1f s (%.0f times real time), %.1f s of processor time; the slowest seed took %.2f s\n",
 		s.seeds, s.Simulated.Hours(), wall.Seconds(), s.Simulated.Seconds()/wall.Seconds(), s.cpu.Seconds(), s.worst.Seconds())
-	fmt.Printf("%d operations, %d acknowledged; %d entries, %d messages, %d snapshots sent, %d processes, %d membership changes\n",
-		s.Ops, s.Acked, s.Entries, s.Messages, s.Snapshots, s.Lives, s.Changes)
+	fmt.Printf("%d operations, %d acknowledged; %d events watched\n", s.Ops, s.Acked, s.Watched)
+	fmt.Printf("%d entries, %d messages, %d snapshots sent, %d processes, %d membership changes\n",
+		s.Entries, s.Messages, s.Snapshots, s.Lives, s.Changes)
 	fmt.Printf("crashed or failed at: %v\n", s.Reached)
 	fmt.Printf("%d seeds with violations\n", s.violated)
 }

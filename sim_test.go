@@ -22,11 +22,14 @@ import (
 //	sim_net_test.go      the network
 //	sim_disk_test.go     the disk, and what a crash leaves on it
 //	sim_client_test.go   clients, and the history of what they saw
+//	sim_watch_test.go    clients that watch
 //	sim_fault_test.go    what goes wrong, and when
 //	sim_model_test.go    what the state machine should do, written a second time
 //	sim_check_test.go    what must hold
 //	sim_run_test.go      TestSim: many seeds in several processes
 //	sim_planted_test.go  TestPlanted: bugs that the checks must find
+//	sim_directed_test.go scenarios by hand, down to single messages
+//	lab_test.go          TestLab: the 25 scenarios of the raft course
 //
 // The code under test is the product's: the replica, its loop without the
 // goroutine, the state machine, and the storage on etcd's log in a real
@@ -39,6 +42,8 @@ type simConfig struct {
 	nodes int
 
 	tick            time.Duration
+	electionTicks   int
+	heartbeatTicks  int
 	snapshotEntries uint64
 	catchUpEntries  int // of the log that stay in memory behind a snapshot
 	eventsMax       uint64
@@ -58,6 +63,8 @@ func defaultSimConfig(seed uint64, nodes int) simConfig {
 		seed:            seed,
 		nodes:           nodes,
 		tick:            10 * time.Millisecond,
+		electionTicks:   20,
+		heartbeatTicks:  2,
 		snapshotEntries: 1000,
 		catchUpEntries:  100,
 		eventsMax:       1,
@@ -82,6 +89,8 @@ type sim struct {
 	network *simNetwork
 	history *history
 	check   *checker
+
+	watchers []*simWatcher
 
 	// Of the weather.
 	healthy  healthSpan

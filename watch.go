@@ -263,19 +263,18 @@ func (w *watcher) read(take func(e *event, last bool)) (n int, rv uint64, err er
 // state says whether there is nothing to read because the hub has not seen
 // anything for w.
 func (w *watcher) state() (armed bool, rv uint64, err error) {
-	if err := w.hub.closed.Load(); err != nil {
+	h := w.hub
+	if w.armed.Load() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if armed = w.armed.Load(); armed { // still
+			w.rv = max(w.rv, h.rv)
+		}
+	}
+	if err := h.closed.Load(); err != nil {
 		return false, w.rv, err
 	}
-	if !w.armed.Load() {
-		return false, w.rv, nil
-	}
-	h := w.hub
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if w.armed.Load() {
-		w.rv = max(w.rv, h.rv)
-	}
-	return w.armed.Load(), w.rv, nil
+	return armed, w.rv, nil
 }
 
 // scan reads the window until it has passed on events enough, or is at the end.

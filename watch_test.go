@@ -712,3 +712,50 @@ func randomBatch(random *rand.Rand) []command {
 	}
 	return batch
 }
+
+// TestHub_CloseRaces: watchers come and go while the hub ends.
+func TestHub_CloseRaces(t *testing.T) {
+	for range sized(20, 1000) {
+		r := newWatchRig(t)
+		r.record = false
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() { _ = r.hub.run(ctx) })
+		for i := range 8 {
+			wg.Go(func() {
+				for {
+					w, err := r.hub.watch([]string{"", "k", "k1"}[i%3], i%2 == 0, r.store.version())
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					for range i + 1 {
+						if _, _, err = readAll(w); err != nil {
+							break
+						}
+						select {
+						case <-w.wake:
+						case <-time.After(time.Millisecond):
+						}
+					}
+					w.close()
+					if err != nil {
+						if !errors.Is(err, errShuttingDown) {
+							t.Error(err)
+						}
+						return
+					}
+				}
+			})
+		}
+		for i := range 50 {
+			r.put(fmt.Sprint("k", i%3), "v")
+		}
+		cancel()
+		r.put("k1", "v")
+		wg.Wait()
+		if h := r.hub; h.armed != 0 || len(h.keys) != 0 || len(h.prefixes) != 0 || len(h.lengths) != 0 || h.busy.Load() {
+			t.Fatalf("after the end: %d armed, %v %v %v", h.armed, h.keys, h.prefixes, h.lengths)
+		}
+	}
+}

@@ -284,7 +284,7 @@ func (s *watchStream) writeList(list *watchList) error {
 			return errExpired.withDetail("the list took so long that too much has changed since it began; try again, and read faster")
 		}
 		if len(items) == 0 {
-			s.listing = false
+			s.listing, s.part = false, false // the bookmark that follows ends the list
 			return nil
 		}
 		if _, _, err := s.watcher.state(); err != nil {

@@ -1,0 +1,189 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"raftrv/internal/proc"
+)
+
+var rewrite = flag.Bool("rewrite", false, "write what came back into the files that are compared with it")
+
+const (
+	apiPage = "docs/api.md"
+
+	// In the page, for those of the node:
+	apiAddress     = "http://127.0.0.1:12380"
+	apiPeerAddress = "http://127.0.0.1:12379"
+)
+
+// example is a command of a page and its output.
+type example struct {
+	command string
+	want    string
+}
+
+// splitExamples separates a page into its ```console blocks, in which a line
+// that begins with "$ " is a command, and the text around them. Lines of a
+// command are joined until its quotes are closed.
+func splitExamples(page string) (text []string, blocks [][]example) {
+	for {
+		before, rest, ok := strings.Cut(page, "```console\n")
+		if !ok {
+			return append(text, page), blocks
+		}
+		block, after, _ := strings.Cut(rest, "```")
+		var examples []example
+		isOpen := false
+		for line := range strings.Lines(block) {
+			command, isCommand := strings.CutPrefix(line, "$ ")
+			switch last := len(examples) - 1; {
+			case isOpen:
+				examples[last].command += line
+				isOpen = strings.Count(examples[last].command, "'")%2 != 0
+			case isCommand:
+				examples = append(examples, example{command: command})
+				isOpen = strings.Count(command, "'")%2 != 0
+			default:
+				examples[last].want += line
+			}
+		}
+		text, blocks = append(text, before), append(blocks, examples)
+		page = after
+	}
+}
+
+// Replaced in what comes back, since it differs from run to run.
+var outputRules = []struct {
+	pattern     *regexp.Regexp
+	replacement string
+}{
+	{regexp.MustCompile(`\r\n`), "\n"},
+	{regexp.MustCompile(`Content-Length: \d{3,}`), "Content-Length: 321"}, // of bodies with something that is replaced
+	{regexp.MustCompile(`(Date|Expires): .*GMT`), "$1: Fri, 20 Nov 2026 12:00:00 GMT"},
+	{regexp.MustCompile(`"expiresAt":"[^"]*"`), `"expiresAt":"2026-11-20T12:00:00.000Z"`},
+	{regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}`), "019aa0f0-5c00-7000-8000-000000000001"},
+	{regexp.MustCompile(`"clusterId":"[^"]*"`), `"clusterId":"5d0c9b8a7f6e4d3b"`},
+	{regexp.MustCompile(`"(term|committedIndex|appliedIndex)":\d+`), `"$1":0`},
+	{regexp.MustCompile(`"goVersion":"[^"]*"`), `"goVersion":"go1.26"`},
+	{regexp.MustCompile(`"version":"[^"]*"`), `"version":"v1"`},
+}
+
+// TestDocs_API runs every command of the page and compares what comes back.
+func TestDocs_API(t *testing.T) {
+	if _, err := exec.LookPath("curl"); err != nil {
+		t.Skip("there is no curl here")
+	}
+	c := newLiveCluster(t, proc.Options{Nodes: 1})
+	b, err := os.ReadFile(apiPage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, blocks := splitExamples(string(b))
+	var page strings.Builder
+	for i, block := range blocks {
+		page.WriteString(text[i] + "```console\n")
+		for _, e := range block {
+			got := c.runExample(e.command)
+			fmt.Fprintf(&page, "$ %s%s", e.command, got)
+			if got != e.want && !*rewrite {
+				t.Errorf("$ %s%s\nwant\n%s", e.command, got, e.want)
+			}
+		}
+		page.WriteString("```")
+	}
+	page.WriteString(text[len(text)-1])
+	if *rewrite {
+		if err := os.WriteFile(apiPage, []byte(page.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// runExample runs a command with its address replaced by that of the node.
+func (c *liveCluster) runExample(command string) string {
+	c.t.Helper()
+	if !strings.HasPrefix(command, "curl ") {
+		c.t.Fatalf("%s is no curl command", command)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	n := c.Nodes[0]
+	command = strings.NewReplacer(apiAddress, n.URL(), apiPeerAddress, n.RaftURL()).Replace(command)
+	cmd := exec.CommandContext(ctx, "bash", "-c", command)
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	out, err := cmd.Output()
+	if err != nil {
+		c.t.Errorf("%s: %v", command, err)
+	}
+	got := strings.NewReplacer(n.URL(), apiAddress, n.RaftURL(), apiPeerAddress).Replace(string(out))
+	for _, rule := range outputRules {
+		got = rule.pattern.ReplaceAllString(got, rule.replacement)
+	}
+	if got != "" && !strings.HasSuffix(got, "\n") {
+		got += "\n"
+	}
+	return got
+}
+
+var (
+	curlMethod = regexp.MustCompile(`(?:^| )-X ([A-Z]+)`)
+	curlURL    = regexp.MustCompile(regexp.QuoteMeta(apiAddress) + `([^' \n]*)`)
+	curlBody   = regexp.MustCompile(`(?:^| )(-d|--data-binary) `)
+)
+
+// Every call and every code of an error is on the page.
+func TestDocs_APIIsComplete(t *testing.T) {
+	b, err := os.ReadFile(apiPage)
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown := map[string]bool{}
+	_, blocks := splitExamples(string(b))
+	for _, block := range blocks {
+		for _, e := range block {
+			method := http.MethodGet
+			if curlBody.MatchString(e.command) {
+				method = http.MethodPost
+			}
+			if m := curlMethod.FindStringSubmatch(e.command); m != nil {
+				method = m[1]
+			}
+			target := curlURL.FindStringSubmatch(e.command)
+			if target == nil {
+				t.Fatalf("%s has no URL", e.command)
+			}
+			path, _, err := splitTarget(target[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			if rt := routeOf(path); rt != nil {
+				shown[method+" "+rt.path] = true
+			}
+		}
+	}
+	for _, rt := range allRoutes() {
+		for _, c := range rt.calls {
+			if !shown[c.method+" "+rt.path] {
+				t.Errorf("%s %s is not on the page", c.method, rt.path)
+			}
+		}
+	}
+	source, err := os.ReadFile("errors.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile(`code: "([a-z-]+)"`).FindAllStringSubmatch(string(source), -1) {
+		if !strings.Contains(string(b), "| `"+m[1]+"` |") {
+			t.Errorf("the code %s is not on the page", m[1])
+		}
+	}
+}
