@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -34,7 +35,9 @@ func TestAudit(t *testing.T) {
 					l := c.client(c.Nodes[i%nodes])
 					defer l.close()
 					for range writes {
-						l.mustPut("audit/"+strconv.Itoa(i), "audit-"+c.newValue(10)+".")
+						if o := l.put("audit/"+strconv.Itoa(i), "audit-"+c.newValue(10)); o.outcome != liveDone {
+							t.Errorf("not written: %v", o)
+						}
 					}
 				})
 			}
@@ -126,7 +129,7 @@ func (a *audit) read(node int, r io.Reader) error {
 	in := bufio.NewReader(r)
 	for {
 		line, err := in.ReadString('\n')
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {

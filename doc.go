@@ -12,9 +12,17 @@
 //	raft.go       the replica, a step machine over raft: persist, send, apply
 //	command.go    what is replicated, as bytes
 //	kvstore.go    the state machine: what an applied command does
+//	retries.go    the outcome of requests that may come again
+//	scan.go       many items as they were at one version, while writes go on
 //	events.go     what changed recently, so that a watch can start in the past
 //	watch.go      the hub: who waits for which event
+//	routes.go     the table of all calls
+//	params.go     the query, conditions, TTL and Idempotency-Key of a request
+//	keysapi.go    keys as JSON: one, lists, streams
+//	txnapi.go     transactions as JSON
+//	item.go       the JSON form of an item
 //	watchapi.go   a watch as lines of JSON or server-sent events
+//	openapi.go    the description of the HTTP interface, openapi.json
 //	journal.go    every write as a line in a file
 //	snapshot.go   a state as a stream of bytes
 //	storage.go    the data directory: log and snapshots

@@ -67,7 +67,6 @@ var outputRules = []struct {
 	replacement string
 }{
 	{regexp.MustCompile(`\r\n`), "\n"},
-	{regexp.MustCompile(`Content-Length: \d{3,}`), "Content-Length: 321"}, // of bodies with something that is replaced
 	{regexp.MustCompile(`(Date|Expires): .*GMT`), "$1: Fri, 20 Nov 2026 12:00:00 GMT"},
 	{regexp.MustCompile(`"expiresAt":"[^"]*"`), `"expiresAt":"2026-11-20T12:00:00.000Z"`},
 	{regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}`), "019aa0f0-5c00-7000-8000-000000000001"},

@@ -233,7 +233,7 @@ func TestJournal_Gap(t *testing.T) {
 	r.put("a", "1")
 	r.cycle()
 	r.setContent(r.content() + `{"rv":2,"key":"k/00000","timestamp":1,"obj":1,"more":true}` + "\n")
-	r.fill("k/", 3*chunkEventsMax)
+	r.fill(3 * chunkEventsMax)
 	r.history.messages = nil
 	r.smallWindow(1) // of which a chunk is left
 	dropped := r.store.eventsDropped()
@@ -264,7 +264,7 @@ func TestJournal_Gap(t *testing.T) {
 func TestJournal_GapWhileRunning(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		leader := newWatchRig(t)
-		leader.fill("k/", 3*chunkEventsMax)
+		leader.fill(3 * chunkEventsMax)
 		leader.smallWindow(chunkEventsMax)
 		r := newJournalRig(t)
 		stop := r.start()

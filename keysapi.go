@@ -103,6 +103,9 @@ func (h *httpAPI) streamKeys(w http.ResponseWriter, r request) error {
 	w.Header()["Vary"] = varyAccept
 	s := newStream(w, r, typeNDJSON)
 	defer s.free()
+	if s.isHead {
+		return nil
+	}
 	turn, rv := time.Now(), sc.rv
 	for n := 0; ; {
 		if worked := time.Since(turn); worked > streamTurn {
@@ -125,7 +128,7 @@ func (h *httpAPI) streamKeys(w http.ResponseWriter, r request) error {
 			s.buf = append(appendItemJSON(s.buf, it.key, it.item, r.params.keysOnly), '\n')
 			s.flushLarge()
 		}
-		if len(items) == 0 || s.isHead {
+		if len(items) == 0 {
 			s.end()
 			return nil
 		}
@@ -208,7 +211,7 @@ func (s *stream) flush() {
 
 // end writes the rest. A response of one part gets its length.
 func (s *stream) end() {
-	if !s.started {
+	if !s.started && !s.isHead {
 		s.w.Header()["Content-Length"] = []string{strconv.Itoa(len(s.buf))}
 	}
 	s.flush()

@@ -274,6 +274,11 @@ func TestHTTP_LongList(t *testing.T) {
 	wantItems(t, "stream", decodeLines(t, stream.body), keys, false)
 	stream.wantHeader(t, "Transfer-Encoding", "") // net/http has decoded it
 	stream.wantHeader(t, "Content-Length", "")
+	for _, accept := range []string{"application/json", "application/x-ndjson"} {
+		a := f.do("HEAD", "/-/v1/keys?limit=10000", "", "Accept: "+accept)
+		a.want(t, 200)
+		a.wantHeader(t, "Content-Length", "") // which nobody knows yet
+	}
 	limited := f.do("GET", "/-/v1/keys?limit=20001", "", "Accept: application/x-ndjson")
 	wantItems(t, "limited stream", decodeLines(t, limited.body), keys[:20_001], false)
 

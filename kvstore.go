@@ -497,8 +497,8 @@ func (s *state) changeMember(c memberChange) error {
 	switch {
 	case c.remove && !exists:
 		return fmt.Errorf("member %d does not exist", id)
-	case c.remove && len(s.members) == 1:
-		return fmt.Errorf("member %d is the last one", id)
+	case exists && !old.Learner && s.voters() == 1 && (c.remove || c.member.Learner):
+		return fmt.Errorf("member %d is the last one that votes", id) // raft panics without one
 	case c.remove:
 		delete(s.members, id)
 		s.removed[id] = true
@@ -515,6 +515,17 @@ func (s *state) changeMember(c memberChange) error {
 	}
 	s.members[id] = c.member
 	return nil
+}
+
+// voters returns how many members vote.
+func (s *state) voters() int {
+	n := 0
+	for _, m := range s.members {
+		if !m.Learner {
+			n++
+		}
+	}
+	return n
 }
 
 // Bounds of the table that makes a batch apply once. A session is one process

@@ -497,3 +497,42 @@ func TestKVStore_SameBytesInEveryProcess(t *testing.T) {
 		}
 	}
 }
+
+// A batch is applied once, in whatever order those of a session arrive. What
+// lies too far back counts as applied.
+func TestSessions_Window(t *testing.T) {
+	s, index := sessions{}, uint64(0)
+	first := func(session, seq uint64) bool {
+		index++
+		return s.first(batchHeader{session: session, seq: seq}, index)
+	}
+	const far = 5 * sessionWindow
+	for i, step := range []struct {
+		seq  uint64
+		want bool
+	}{
+		{3, true}, {1, true}, {3, false}, {1, false}, {2, true}, {2, false},
+		{sessionWindow, true}, {4, true}, {4, false},
+		{far, true}, {far, false}, {far - sessionWindow, false}, {far - sessionWindow + 1, true}, {far - sessionWindow + 1, false},
+		{far + 1, true}, {far - sessionWindow + 1, false}, {far - sessionWindow + 2, true}, {5, false},
+	} {
+		if got := first(7, step.seq); got != step.want {
+			t.Errorf("step %d, %d: %v", i, step.seq, got)
+		}
+	}
+	// The sessions that were used longest ago make room, be one of them 0.
+	for id := range uint64(sessionsMax) {
+		if id != 7 && !first(id, 1) {
+			t.Errorf("session %d is known", id)
+		}
+	}
+	if first(7, far) || first(0, 1) || len(s) != sessionsMax { // which makes 1 the oldest
+		t.Errorf("%d sessions", len(s))
+	}
+	if !first(sessionsMax, 1) || len(s) != sessionsMax {
+		t.Errorf("%d sessions", len(s))
+	}
+	if s[1] != nil || s[0] == nil || s[7] == nil || s[2] == nil {
+		t.Error("another session than 1 was forgotten")
+	}
+}

@@ -97,7 +97,7 @@ type liveCluster struct {
 
 	mu        sync.Mutex
 	surprises liveVerdict // answers that no client should ever get
-	disturbed map[int]int // node id -> calls of disturb
+	disturbed map[int]int // node id -> see disturbances
 }
 
 // newLiveCluster starts a cluster and waits until it is ready.
@@ -170,15 +170,14 @@ func (c *liveCluster) others(not ...*proc.Node) []*proc.Node {
 	return slices.DeleteFunc(slices.Clone(c.Nodes), func(n *proc.Node) bool { return slices.Contains(not, n) })
 }
 
-// disturb begins or ends something that the clients of a node may notice. Requests that overlap it have no
-// deadline.
+// disturb begins something that the clients of a node may notice. Requests that overlap it have no deadline.
 func (c *liveCluster) disturb(n *proc.Node) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.disturbed[n.ID]++
+	c.disturbed[n.ID] += 1 + c.disturbed[n.ID]%2
 }
 
-// disturbances returns how often disturb was called: an odd number while a disturbance lasts.
+// disturbances returns a number that is odd while something disturbs the node, and grows each time.
 func (c *liveCluster) disturbances(n *proc.Node) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -169,9 +168,6 @@ const (
 	proposalRetryElections = 3
 	readRetryElections     = 1
 )
-
-// errRemoved ends a replica whose member was removed from the cluster.
-var errRemoved = errors.New("this member was removed from the cluster")
 
 type replica struct {
 	replicaConfig
@@ -667,6 +663,12 @@ func (r *replica) applyConfChange(e *raftpb.Entry) error {
 	if err != nil {
 		return err
 	}
+	// The commit index is not always synced. A member that forgot in a crash that
+	// this change is committed would go on to count votes in the configuration
+	// before it, maybe the vote of a member that is gone for good.
+	if err := r.disk.sync(); err != nil {
+		return err
+	}
 	fresh, refused, err := r.store.applyMember(e.GetIndex(), e.GetTerm(), h, change)
 	if err != nil {
 		return err
@@ -688,7 +690,9 @@ func (r *replica) applyConfChange(e *raftpb.Entry) error {
 		r.handBack(own)
 	}
 	if r.store.isRemoved(r.id) {
-		return errRemoved
+		// It does not end here: those that do not know yet that the change is
+		// committed may need its vote to find out. One that knows will tell it.
+		r.logger.Warn("this member was removed from the cluster")
 	}
 	return nil
 }

@@ -281,3 +281,75 @@ func TestTransferSoonAfterElection(t *testing.T) {
 		t.Fatalf("node %d still leads %v after it was told to stop", leader.id, s.now-begin)
 	}
 }
+
+// change proposes a change of the members and waits until it is in the log.
+func (s *sim) change(t *testing.T, n *simNode, c memberChange) {
+	t.Helper()
+	before := s.check.model.index()
+	s.changeMemberAt(n, c)
+	if !s.runUntil(5*time.Second, func() bool { return s.check.model.index() > before }) {
+		t.Fatalf("not proposed: %+v; %v", c, s.check.violations)
+	}
+}
+
+// TestLastVoter: a learner does not make the last voter dispensable. It once
+// did, and raft panicked on every node that applied the change, for ever.
+func TestLastVoter(t *testing.T) {
+	for _, remove := range []bool{false, true} {
+		s, leader := newScenario(t, defaultSimConfig(1, 1))
+		learner := s.addNode("http://n2", true)
+		s.change(t, leader, memberChange{member: member{ID: learner.id, PeerURL: learner.url, Learner: true}})
+		learner.start()
+		s.change(t, leader, memberChange{member: member{ID: leader.id, PeerURL: leader.url, Learner: true}, remove: remove})
+		s.wait(t, s.begin(leader, putOp("k", "v"), time.Second))
+		s.run(time.Second)
+		s.judge(t)
+	}
+}
+
+// TestRemovalFromTwo removes one of two members. The other one must be able to
+// go on alone, even if it did not hear that the change is committed, or forgot
+// it in a crash: once both left a cluster that could never elect a leader.
+func TestRemovalFromTwo(t *testing.T) {
+	for _, tt := range []struct {
+		name        string
+		removeOther bool // the follower, or else the leader
+		lose        bool // what tells the other one that the change is committed
+	}{
+		{"crash of the leader", true, false},
+		{"crash of the follower", false, false},
+		{"lost commit", false, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s, leader := newScenario(t, defaultSimConfig(1, 2))
+			follower := s.node(leader.id%2 + 1)
+			s.wait(t, s.begin(leader, putOp("k", "v"), time.Second))
+			gone, left := leader, follower
+			if tt.removeOther {
+				gone, left = follower, leader
+			}
+			if tt.lose {
+				before := s.check.model.index()
+				s.hold(func(m *raftpb.Message) bool {
+					return m.GetFrom() == leader.id && (m.GetType() == raftpb.MsgApp || m.GetType() == raftpb.MsgHeartbeat) && m.GetCommit() > before
+				})
+			}
+			s.change(t, leader, memberChange{member: member{ID: gone.id}, remove: true})
+			if !tt.lose {
+				s.runUntil(time.Second, func() bool { return left.process.store.isRemoved(gone.id) })
+				left.crash(tailLost)
+				s.run(time.Second) // time enough for the one that is gone to end
+				left.start()
+			}
+			s.network.filter = nil
+			if !s.runUntil(5*time.Second, func() bool { return leads(left) }) {
+				t.Fatalf("node %d cannot lead alone; %v", left.id, s.check.violations)
+			}
+			s.wait(t, s.begin(left, putOp("k", "w"), time.Second))
+			if !s.runUntil(5*time.Second, func() bool { return gone.retired }) {
+				t.Errorf("nobody told node %d that it was removed", gone.id)
+			}
+			s.judge(t)
+		})
+	}
+}

@@ -43,11 +43,12 @@ func drawConfig(seed uint64) simConfig {
 	sizes := []int{1, 2, 3, 3, 3, 3, 4, 5, 5, 7}
 	cfg := defaultSimConfig(seed, sizes[r.IntN(len(sizes))])
 	cfg.snapshotEntries = 3 + r.Uint64N(48)
-	cfg.catchUpEntries = 5 + r.IntN(30)
+	cfg.catchUpEntries = 5 + r.IntN(15)
 	cfg.net.delayMin = between(20*time.Microsecond, time.Millisecond)
 	cfg.net.delayMax = cfg.net.delayMin + between(100*time.Microsecond, 5*time.Millisecond)
 	cfg.disk.syncMax = cfg.disk.syncMin + between(100*time.Microsecond, 4*time.Millisecond)
 	cfg.disk.background = between(time.Millisecond, 50*time.Millisecond)
+	cfg.brokenStarts = 0.3
 	if r.IntN(2) == 0 {
 		cfg.clockRate, cfg.clockOffset = 0.2, time.Hour
 	}
@@ -119,7 +120,6 @@ func (s *sim) beginStorm(w *weather) {
 func (s *sim) beginCalm() {
 	s.network.netConfig, s.disk.slow = s.net, 0
 	s.network.heal()
-	s.retire()
 	for _, n := range s.nodes {
 		n.pausedUntil = s.now
 		n.resume()
@@ -258,30 +258,23 @@ const (
 	changeTimeout = 1500 * time.Millisecond
 )
 
-// faultMembers adds, promotes or removes a member.
+// faultMembers adds, promotes, demotes or removes a member.
 func faultMembers(s *sim) {
 	members := slices.SortedFunc(maps.Values(s.check.model.members), func(a, b member) int { return cmp.Compare(a.ID, b.ID) })
 	if len(members) == 0 || s.now < s.changing {
 		return
 	}
 	s.changing = s.now + changeTimeout
-	s.retire()
 	m := pick(s, members)
-	voters := 0
-	for _, m := range members {
-		if !m.Learner {
-			voters++
-		}
-	}
 	switch {
-	case m.Learner && s.chance(0.7):
-		m.Learner = false
+	case m.Learner && s.chance(0.7), !m.Learner && s.chance(0.1):
+		m.Learner = !m.Learner
 		s.changeMember(memberChange{member: m})
 	case len(members) < membersMax && len(s.nodes) < nodesMax && s.chance(0.5):
 		n := s.addNode(fmt.Sprintf("http://n%d", len(s.nodes)+1), true)
 		s.changeMember(memberChange{member: member{ID: n.id, PeerURL: n.url, Learner: s.chance(0.5)}})
 		s.after(s.around(100*time.Millisecond), n.start)
-	case m.Learner || voters > 2 || voters == 2 && s.chance(0.3):
+	case len(members) > 3 || s.chance(0.3):
 		s.changeMember(memberChange{member: m, remove: true})
 	}
 }
@@ -289,10 +282,12 @@ func faultMembers(s *sim) {
 // changeMember proposes a change at some member. Whether it succeeds is seen in
 // the log.
 func (s *sim) changeMember(c memberChange) {
-	n := pick(s, s.nodes)
-	if n.process == nil {
-		return
+	if n := pick(s, s.nodes); n.process != nil {
+		s.changeMemberAt(n, c)
 	}
+}
+
+func (s *sim) changeMemberAt(n *simNode, c memberChange) {
 	p := n.process
 	b, err := newMemberChange(c, n.clock().Add(time.Duration(float64(changeTimeout)*n.rate)))
 	if err != nil {
@@ -303,15 +298,4 @@ func (s *sim) changeMember(c memberChange) {
 	p.loop.push(b)
 	p.loop.mu.Unlock()
 	p.wake()
-}
-
-// retire stops the nodes that were removed and have not noticed, as a person
-// does.
-func (s *sim) retire() {
-	for _, n := range s.nodes {
-		if s.check.model.removed[n.id] && !n.retired {
-			n.retired = true
-			n.crash(tailLost)
-		}
-	}
 }

@@ -284,19 +284,24 @@ func (m *model) changeMember(e *raftpb.Entry, next *modelEntry) error {
 	}
 	id := c.member.ID
 	old, exists := m.members[id]
+	voters := map[uint64]bool{}
 	for _, other := range m.members {
+		if !other.Learner {
+			voters[other.ID] = true
+		}
 		if !c.remove && other.ID != id && other.PeerURL == c.member.PeerURL {
 			return nil
 		}
 	}
+	lastVoter := voters[id] && len(voters) == 1 && (c.remove || c.member.Learner)
 	switch {
-	case c.remove && exists && len(m.members) > 1:
+	case lastVoter, c.remove && !exists, !c.remove && m.removed[id], !c.remove && exists && old == c.member:
+		return nil
+	case c.remove:
 		delete(m.members, id)
 		m.removed[id] = true
-	case !c.remove && !m.removed[id] && (!exists || old != c.member):
-		m.members[id] = c.member
 	default:
-		return nil
+		m.members[id] = c.member
 	}
 	next.config = e.GetIndex()
 	return nil

@@ -69,6 +69,12 @@ func (n *simNetwork) partition(side func(id uint64) bool) {
 	}
 }
 
+// connected says whether both nodes are up and can talk.
+func (n *simNetwork) connected(a, b uint64) bool {
+	up := n.sim.node(a).process != nil && n.sim.node(b).process != nil
+	return up && !n.cut[a][b] && !n.cut[b][a]
+}
+
 // send takes a message from a process, at the time that its turn has reached.
 func (n *simNetwork) send(from *process, m *raftpb.Message) {
 	s := n.sim

@@ -111,12 +111,18 @@ func (n *simNode) start() {
 	n.lives++
 	n.offset = time.Duration((2*s.rand.Float64() - 1) * float64(s.clockOffset))
 	p := &process{sim: s, node: n}
-	s.record(uint64(n.id), uint64(n.lives))
+	s.record(n.id, uint64(n.lives))
 	defer func() {
 		if v := recover(); v != nil {
 			s.check.violate("panic", "node %d at start: %v\n%s", n.id, v, debug.Stack())
 		}
 	}()
+	if n.lives == 1 && s.chance(s.brokenStarts) {
+		if err := n.breakOff(); err != nil {
+			s.check.violate("simulator", "first start of node %d: %v", n.id, err)
+			return
+		}
+	}
 	if err := p.boot(); err != nil {
 		if s.plant != nil && s.plant.afterCrash != nil {
 			n.retired = true // it is right to refuse a damaged directory
@@ -128,6 +134,7 @@ func (n *simNode) start() {
 	n.process = p
 	s.check.started(p)
 	p.after(s.between(0, s.tick), p.tick)
+	p.after(s.around(dialEvery), p.dial)
 }
 
 // boot does what serve does, with other parts at the edges.
@@ -179,13 +186,7 @@ func (p *process) boot() error {
 // recover reads the directory as a node does at start. A node that joins would
 // ask the others who they are; here it is told.
 func (n *simNode) recover(files *storage) (*recovered, error) {
-	s := n.sim
-	cfg := config{id: n.id, token: "sim"}
-	for _, m := range s.nodes {
-		if m == n || !m.joins {
-			cfg.members = append(cfg.members, member{ID: m.id, PeerURL: m.url})
-		}
-	}
+	s, cfg := n.sim, n.bootConfig()
 	if !n.joins {
 		return recoverState(context.Background(), cfg, files, s.logger)
 	}
@@ -199,6 +200,43 @@ func (n *simNode) recover(files *storage) (*recovered, error) {
 		}
 	}
 	return rec, err
+}
+
+// bootConfig is what the node is started with.
+func (n *simNode) bootConfig() config {
+	cfg := config{id: n.id, token: "sim"}
+	for _, m := range n.sim.nodes {
+		if m == n || !m.joins {
+			cfg.members = append(cfg.members, member{ID: m.id, PeerURL: m.url})
+		}
+	}
+	return cfg
+}
+
+// breakOff leaves the directory as a crash in the middle of the first start
+// does: with an empty log, or with the first snapshot too, which may have its
+// record or not. The next start must go on from there.
+func (n *simNode) breakOff() error {
+	files, err := openStorage(n.dir, n.sim.logger)
+	if err != nil {
+		return err
+	}
+	cfg := n.bootConfig()
+	rec, err := files.create(identity{Member: n.id, Cluster: cfg.clusterID(), Joined: n.joins})
+	if err == nil && !n.joins && n.sim.chance(0.7) {
+		st, cs := rec.state, &raftpb.ConfState{}
+		st.index, st.term = modelBase, 1
+		for _, m := range cfg.members {
+			st.members[m.ID] = m
+			cs.Voters = append(cs.Voters, m.ID)
+		}
+		meta := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{ConfState: cs, Index: new(st.index), Term: new(st.term)}}
+		err = files.writeSnapshot(meta, &st)
+		if err == nil && n.sim.chance(0.5) {
+			err = files.commitSnapshot(meta)
+		}
+	}
+	return errors.Join(err, files.close())
 }
 
 // after runs f later, unless the process has died; while it is paused f waits.
@@ -220,6 +258,20 @@ func (p *process) tick() {
 	p.ticked = true
 	p.wake()
 	p.after(time.Duration(float64(p.sim.tick)/p.node.rate), p.tick)
+}
+
+// dialEvery is about how often a node tries to connect to the others.
+const dialEvery = 200 * time.Millisecond
+
+// dial finds out whether the node was removed: rafthttp keeps connections to all
+// members, and one that knows refuses them, which ends the node.
+func (p *process) dial() {
+	other := pick(p.sim, p.sim.nodes)
+	if p.sim.network.connected(p.node.id, other.id) && other.process.store.isRemoved(p.node.id) {
+		p.exit(errPeerRemoved)
+		return
+	}
+	p.after(p.sim.around(dialEvery), p.dial)
 }
 
 // wake makes the loop look into its inbox as soon as it has time.
@@ -276,7 +328,7 @@ func (p *process) runTurn(ticked bool) (err error) {
 func (p *process) exit(err error) {
 	switch {
 	case errors.Is(err, errDisk), errors.Is(err, errCrashed):
-	case errors.Is(err, errRemoved):
+	case errors.Is(err, errPeerRemoved):
 		p.node.retired = true
 	default:
 		p.sim.check.violate("stopped", "node %d: %v", p.node.id, err)

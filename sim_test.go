@@ -53,6 +53,8 @@ type simConfig struct {
 	clockRate   float64       // clocks go this much too fast or slow
 	clockOffset time.Duration // and are this much ahead or behind
 
+	brokenStarts float64 // probability that a crash comes in the middle of a first start
+
 	plant *plant // a planted bug, or nil
 	logs  bool
 }

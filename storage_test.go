@@ -22,7 +22,6 @@ func readFile(t *testing.T, path string) string {
 	return string(b)
 }
 
-
 // smallSegments makes the log cut segments often, and writes less to create one.
 func smallSegments(t *testing.T) {
 	old := wal.SegmentSizeBytes

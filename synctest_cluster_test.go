@@ -54,10 +54,11 @@ type virtualNode struct {
 	ended   chan error // what run returned
 }
 
-// newVirtualCluster starts nodes and waits until they have a leader. It must be called inside a bubble.
-func newVirtualCluster(t *testing.T, size int) *virtualCluster {
+// newVirtualCluster starts three nodes and waits until they have a leader. It must be called inside a bubble.
+func newVirtualCluster(t *testing.T) *virtualCluster {
 	t.Helper()
 	smallSegments(t)
+	const size = 3
 	c := &virtualCluster{t: t, cut: map[uint64]bool{}}
 	var urls []string
 	for i := range size {
@@ -259,7 +260,7 @@ func (r virtualReply) String() string {
 // TestVirtual_MessageDelays: a healthy cluster waits for messages and for nothing else, no tick and no timer.
 func TestVirtual_MessageDelays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newVirtualCluster(t, 3)
+		c := newVirtualCluster(t)
 		leader, follower := c.leader(), c.followers()[0]
 		time.Sleep(time.Second) // the first entry of the term is committed
 		tests := []struct {
@@ -287,7 +288,7 @@ func TestVirtual_MessageDelays(t *testing.T) {
 // leader get an answer by their deadline.
 func TestVirtual_LeaderCutOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newVirtualCluster(t, 3)
+		c := newVirtualCluster(t)
 		leader, followers := c.leader(), c.followers()
 		const timeout = 2 * time.Second
 		var wg sync.WaitGroup
@@ -333,7 +334,7 @@ func TestVirtual_LeaderCutOff(t *testing.T) {
 // TestVirtual_NoMajority: every request gets its answer at its deadline, not before and not later.
 func TestVirtual_NoMajority(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newVirtualCluster(t, 3)
+		c := newVirtualCluster(t)
 		n := c.leader()
 		if r := n.do(http.MethodPut, "/kept", "v"); r.status != http.StatusCreated {
 			t.Fatal(r)
@@ -368,7 +369,7 @@ func TestVirtual_NoMajority(t *testing.T) {
 // next leader to replicate.
 func TestVirtual_DeadWritesLeaveNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newVirtualCluster(t, 3)
+		c := newVirtualCluster(t)
 		n := c.leader()
 		c.isolate(c.followers()...)
 		time.Sleep(time.Second) // it has noticed
@@ -401,7 +402,7 @@ func TestVirtual_DeadWritesLeaveNothing(t *testing.T) {
 // TestVirtual_LoopEnds: whoever waits when the loop ends is told at once.
 func TestVirtual_LoopEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newVirtualCluster(t, 3)
+		c := newVirtualCluster(t)
 		n := c.leader()
 		c.isolate(c.followers()...)
 		var wg sync.WaitGroup
@@ -429,7 +430,7 @@ func TestVirtual_LoopEnds(t *testing.T) {
 // TestVirtual_DiskFails: an error of the disk ends the loop, and nobody who waits is told that it went well.
 func TestVirtual_DiskFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newVirtualCluster(t, 3)
+		c := newVirtualCluster(t)
 		n := c.leader()
 		broken := errors.New("disk on fire")
 		failing := make(chan struct{})
@@ -460,7 +461,7 @@ func TestVirtual_DiskFails(t *testing.T) {
 // TestVirtual_HandOver: a leader that stops hands over first, and clients of the others hardly notice.
 func TestVirtual_HandOver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newVirtualCluster(t, 3)
+		c := newVirtualCluster(t)
 		leader, follower := c.leader(), c.followers()[0]
 		time.Sleep(time.Second)
 		stopped := make(chan struct{})
@@ -508,7 +509,7 @@ func TestVirtual_HandOver(t *testing.T) {
 // race detector; the simulator finds more, but runs on one goroutine.
 func TestVirtual_Churn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := newVirtualCluster(t, 3)
+		c := newVirtualCluster(t)
 		c.lose(0.02)
 		const clients = 12
 		end := time.Now().Add(5 * time.Second)

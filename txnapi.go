@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -178,7 +179,7 @@ func (p *txnParser) comparison(place string, part json.RawMessage) comparison {
 		n++
 	}
 	if b.Value != nil || b.ValueBase64 != nil {
-		c.kind, c.value = byValue, p.bytes(place+".value", b.Value, b.ValueBase64)
+		c.kind, c.value = byValue, p.value(place, b.Value, b.ValueBase64)
 		n++
 	}
 	if n != 1 {
@@ -219,7 +220,7 @@ func (p *txnParser) operation(place string, part json.RawMessage) command {
 		if !hasValue {
 			p.fail(place+".value", "a put needs value or valueBase64")
 		}
-		c.value = p.bytes(place+".value", b.Value, b.ValueBase64)
+		c.value = p.value(place, b.Value, b.ValueBase64)
 		c.expires = p.deadline(place+".ttl", b.TTL)
 		return c
 	case "delete":
@@ -261,8 +262,13 @@ func (p *txnParser) bytes(place string, text, encoded *string) string {
 		}
 		s = string(b)
 	}
-	if len(s) > p.valueSizeMax && p.err == nil { // a key has its own limit, below this one
-		p.err = errTooLarge.withDetail("%s: has %d bytes; at most %d are taken", place, len(s), p.valueSizeMax)
+	return s
+}
+
+func (p *txnParser) value(place string, text, encoded *string) string {
+	s := p.bytes(place+".value", text, encoded)
+	if len(s) > p.valueSizeMax && p.err == nil {
+		p.err = errTooLarge.withDetail("%s.value: has %d bytes; at most %d are taken", place, len(s), p.valueSizeMax)
 	}
 	return s
 }
@@ -287,7 +293,7 @@ func errorDetail(err error) string {
 
 // decodeStrictly decodes one JSON document and refuses fields that v lacks.
 func decodeStrictly(data []byte, v any) error {
-	d := json.NewDecoder(strings.NewReader(string(data)))
+	d := json.NewDecoder(bytes.NewReader(data))
 	d.DisallowUnknownFields()
 	if err := d.Decode(v); err != nil {
 		return err

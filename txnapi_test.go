@@ -131,6 +131,16 @@ func TestHTTP_TxnErrors(t *testing.T) {
 	f.do("POST", "/-/v1/txn", body).want(t, 200)
 }
 
+// The limit of values is none of keys.
+func TestTxn_SmallValues(t *testing.T) {
+	if _, err := parseTxn(`{"then":[{"op":"put","key":"longer than a value","value":"12345"}]}`, 5); err != nil {
+		t.Error(err)
+	}
+	if _, err := parseTxn(`{"if":[{"key":"k","valueBase64":"MTIzNDU2"}]}`, 5); !errors.Is(err, errTooLarge) {
+		t.Error(err)
+	}
+}
+
 // What a transaction returns is bounded, wherever the values come from.
 func TestHTTP_TxnResultTooLarge(t *testing.T) {
 	f := newFront(t)

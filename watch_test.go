@@ -81,13 +81,13 @@ func (r *watchRig) put(key, value string) uint64 {
 	return r.apply(command{op: opPut, key: key, value: value})[0].rv
 }
 
-// fill puts n keys, some in each batch.
-func (r *watchRig) fill(prefix string, n int) {
+// fill puts n keys below k/, some in each batch.
+func (r *watchRig) fill(n int) {
 	r.t.Helper()
 	for i := 0; i < n; i += 1000 {
 		var batch []command
 		for j := i; j < min(i+1000, n); j++ {
-			batch = append(batch, command{op: opPut, key: fmt.Sprintf("%s%06d", prefix, j), value: "v"})
+			batch = append(batch, command{op: opPut, key: fmt.Sprintf("k/%06d", j), value: "v"})
 		}
 		r.apply(batch...)
 	}
@@ -279,7 +279,7 @@ func TestHub_LargeVersion(t *testing.T) {
 	const n = 30_000
 	for _, live := range []bool{false, true} {
 		r := newWatchRig(t)
-		r.fill("k/", n)
+		r.fill(n)
 		start := r.put("z", "v")
 		// All of them, every one but in the middle of others, and the last one.
 		watchers := map[int]*watcher{
@@ -371,7 +371,7 @@ func TestHub_Slow(t *testing.T) {
 	wantDrained(t, w, 1, "a@1")
 	wantDrained(t, patient, 1, "a@1")
 	// As long as nothing was dropped nobody is slow.
-	r.fill("k/", 15*chunkEventsMax)
+	r.fill(15 * chunkEventsMax)
 	r.hub.distribute()
 	for range 2 * chunkEventsMax / readEventsMax {
 		if events, _, err := readAll(w); len(events) != readEventsMax || err != nil {
@@ -380,7 +380,7 @@ func TestHub_Slow(t *testing.T) {
 	}
 	// When the oldest chunk is gone and w is in the second of those that are left:
 	for r.store.eventsDropped() == 0 {
-		r.fill("k/", 100)
+		r.fill(100)
 		r.hub.distribute()
 	}
 	_, rv, err := readAll(w)
@@ -426,7 +426,7 @@ func TestHub_Slow(t *testing.T) {
 // never had.
 func TestHub_SnapshotSkips(t *testing.T) {
 	leader := newWatchRig(t)
-	leader.fill("k/", 3*chunkEventsMax)
+	leader.fill(3 * chunkEventsMax)
 	leader.smallWindow(chunkEventsMax)
 
 	r := newWatchRig(t)
@@ -445,14 +445,14 @@ func TestHub_SnapshotSkips(t *testing.T) {
 
 	// If the window of the snapshot reaches back far enough nobody loses anything.
 	overlap := newWatchRig(t)
-	overlap.fill("k/", 2*chunkEventsMax)
+	overlap.fill(2 * chunkEventsMax)
 	w := overlap.watch("k/", true, 0)
 	if _, _, err := drain(w); err != nil {
 		t.Fatal(err)
 	}
 	ahead := newWatchRig(t)
-	ahead.fill("k/", 2*chunkEventsMax)
-	ahead.fill("k/", 1)
+	ahead.fill(2 * chunkEventsMax)
+	ahead.fill(1)
 	overlap.store.restore(ahead.store.snapshot())
 	overlap.hub.distribute()
 	wantDrained(t, w, 2*chunkEventsMax+1, fmt.Sprintf("k/000000@%d", 2*chunkEventsMax+1))

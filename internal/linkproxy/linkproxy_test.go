@@ -143,7 +143,7 @@ func TestNetwork_CutHidesTheEnd(t *testing.T) {
 	case <-time.After(50 * time.Millisecond):
 	}
 	n.Heal()
-	<-ended
+	must(t, <-ended)
 }
 
 func TestNetwork_Reset(t *testing.T) {
@@ -179,7 +179,7 @@ func TestNetwork_UnknownSender(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.RemoteAddr) })}
-	go server.Serve(l)
+	go func() { _ = server.Serve(l) }() // http.ErrServerClosed
 	defer server.Close()
 	n, err := New(map[int]string{1: l.Addr().String()})
 	must(t, err)
