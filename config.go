@@ -86,7 +86,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.Uint64Var(&c.snapshotBytes, "snapshot-bytes", 64<<20, "... or this many `bytes`, whichever comes first")
 	f.IntVar(&c.valueSizeMax, "max-value-bytes", valueSizeMaxDefault, "largest value, in `bytes`")
 	f.DurationVar(&c.requestTimeout, "request-timeout", 5*time.Second, "deadline of a request that does not set ?timeout=")
-	f.IntVar(&c.connectionsMax, "max-connections", 16384, "largest `number` of client connections")
+	f.IntVar(&c.connectionsMax, "max-connections", connectionsMaxDefault, "largest `number` of client connections")
 	f.Uint64Var(&c.watchEvents, "watch-events", eventsMaxDefault, "`number` of recent events that are kept, so that watches can resume ...")
 	f.Uint64Var(&c.watchBytes, "watch-bytes", eventBytesMaxDefault, "... or this many `bytes` of them, whichever is less; the same on all nodes")
 	f.DurationVar(&c.watchBookmark, "watch-bookmark", 10*time.Second, "longest `time` between two bookmarks of a watch")

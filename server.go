@@ -131,8 +131,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 	}
 	clientListener, err := listen(ctx, cfg.listen, listenerConfig{connectionsMax: cfg.connectionsMax, refusal: httpRefusal()})
 	if err != nil {
-		peerListener.Close()
-		return fmt.Errorf("listen for clients: %w", err)
+		return errors.Join(fmt.Errorf("listen for clients: %w", err), peerListener.Close())
 	}
 	return n.run(ctx, r, network, peerListener, clientListener)
 }

@@ -183,7 +183,7 @@ func (d *snapshotDecoder) record(kind uint64, st *state) error {
 		var m member
 		if b := d.string(); d.err == nil {
 			if err := json.Unmarshal([]byte(b), &m); err != nil {
-				return fmt.Errorf("%w: member: %v", errSnapshotDamage, err)
+				return fmt.Errorf("%w: member: %w", errSnapshotDamage, err)
 			}
 		}
 		st.members[m.ID] = m

@@ -225,7 +225,7 @@ func (s *storage) checkLog() error {
 		return fmt.Errorf("read log %s: %w", s.path(walDir), err)
 	}
 	if !end.covers(s.mark.last) {
-		return fmt.Errorf("log %s ends at byte %d with %v (%v), but it had reached %v: %s",
+		return fmt.Errorf("log %s ends at byte %d with %v (%w), but it had reached %v: %s",
 			end.path, end.offset, end.watermark, cmp.Or(end.err, io.EOF), s.mark.last, adviceForDamage)
 	}
 	// A record that breaks off behind the watermark is a write that a crash cut
@@ -371,7 +371,7 @@ func (s *storage) writeSnapshot(meta *raftpb.Snapshot, st *state) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) // does nothing after the rename
+	defer func() { _ = os.Remove(f.Name()) }() // fails after the rename
 	err = st.writeTo(f)
 	if err == nil {
 		err = f.Sync()

@@ -126,7 +126,7 @@ func (n *peerNetwork) sendSnapshot(m *raftpb.Message) {
 	}
 	info, err := f.Stat()
 	if err != nil {
-		f.Close()
+		_ = f.Close() // it was only read
 		n.ReportSnapshot(m.GetTo(), raft.SnapshotFailure)
 		return
 	}

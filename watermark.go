@@ -105,7 +105,7 @@ func (w *watermarkFile) read(mayBeEmpty bool) error {
 			}
 		}
 	}
-	if w.number == 0 && !(mayBeEmpty && n == 0) {
+	if w.number == 0 && (!mayBeEmpty || n > 0) {
 		return errors.New("no slot is readable")
 	}
 	return nil
