@@ -56,7 +56,7 @@ lint: ## run golangci-lint
 
 .PHONY: race
 race: ## run the Go tests under the race detector
-	$(GO) test -race ./...
+	$(GO) test -race -timeout 20m ./...
 
 # A module of its own, since only this test needs what drives a browser. -v says so if it is skipped.
 .PHONY: browser
@@ -66,7 +66,7 @@ browser: ## watch with a real browser, if there is one
 # The machines of CI are slow and shared: the load test may take longer there. What it finds is the same.
 .PHONY: load-own
 load-own: raftrv
-	RAFTRV_MAX_DURATION=$${RAFTRV_MAX_DURATION:-60} $(WITHCLUSTER) -own -- $(K6)
+	RAFTRV_MAX_DURATION=$${RAFTRV_MAX_DURATION:-150} $(WITHCLUSTER) -own -- $(K6)
 
 # Known vulnerabilities in what we link. Without a network there is no answer, which is no failure.
 .PHONY: vuln
@@ -79,6 +79,28 @@ vuln: ## look for known vulnerabilities in the dependencies
 	else \
 		exit $$status; \
 	fi
+
+.PHONY: lab
+lab: ## run the 25 scenarios of the raft labs and print the course's lines
+	$(GO) test -count=1 -run 'TestLab$$' -lab.report .
+
+SEEDS ?= 500
+
+.PHONY: sim
+sim: ## run the simulator; SEEDS=500
+	$(GO) test -count=1 -run 'TestSim$$' -sim.seeds=$(SEEDS) -sim.report -timeout 2h .
+
+.PHONY: planted
+planted: ## plant bugs and print how soon the simulator finds each
+	$(GO) test -count=1 -run 'TestPlanted$$' -planted.report -timeout 1h .
+
+.PHONY: process
+process: ## real processes: stops, kills, a node far behind, at full size
+	$(GO) test -count=1 -run 'TestProcess|TestServe' -heavy -timeout 30m -v .
+
+.PHONY: chaos
+chaos: ## real processes under kills, pauses and partitions, for minutes
+	$(GO) test -count=1 -run TestChaos -chaos 5m -timeout 30m -v .
 
 .PHONY: bench
 bench: ## run the Go benchmarks
