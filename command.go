@@ -42,8 +42,8 @@ const (
 	opNop    op = 0 // a command that was withdrawn before it was proposed
 	opPut    op = 1
 	opDelete op = 2
-	// opMember carries a member's addresses beside a configuration change; its
-	// value is a JSON encoded member. It never comes from a client.
+	// opMember says who a member is, beside a configuration change, or alone to
+	// update what is known of one. Its value is a JSON encoded member.
 	opMember op = 3
 	// opExpire deletes a key whose time has come, unless it was written since;
 	// condition holds the version that expires. Leaders propose it.
@@ -51,6 +51,9 @@ const (
 	opDeletePrefix op = 5 // key is the prefix
 	opTxn          op = 6 // value is an encoded txn
 	opGet          op = 7 // only inside a transaction
+	// opRefuse is what a leader puts in the place of a configuration change that
+	// it must not make, so that its proposer learns why: value says it.
+	opRefuse op = 8
 )
 
 // command is one write. Everything that apply needs rides in it, so that apply
@@ -337,6 +340,8 @@ const (
 	statusSucceeded status = 8 // then was carried out
 	statusFailed    status = 9 // otherwise was carried out
 	statusFound     status = 10
+
+	statusRefused status = 11 // a configuration change; key says why
 )
 
 // result is the answer to one command.

@@ -26,6 +26,7 @@ type config struct {
 	port       int
 	listen     string
 	listenPeer string
+	clientURL  string
 	dataDir    string
 
 	tick           time.Duration
@@ -79,6 +80,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.dataDir, "data-dir", "", "`directory` for log and snapshots, made if missing (default raftrv-ID)")
 	f.StringVar(&c.listen, "listen", "", "`host:port` for HTTP clients, instead of 127.0.0.1 and --port")
 	f.StringVar(&c.listenPeer, "listen-peer", "", "`host:port` for the other nodes (default that of this node's URL in --cluster)")
+	f.StringVar(&c.clientURL, "client-url", "", "`URL` at which clients reach this node, for others to know (default made from --listen)")
 	f.DurationVar(&c.tick, "tick", 10*time.Millisecond, "raft's unit of time")
 	f.IntVar(&c.heartbeatTicks, "heartbeat-ticks", 2, "`ticks` between two heartbeats of a leader")
 	f.IntVar(&c.electionTicks, "election-ticks", 20, "`ticks` without a heartbeat before an election")
@@ -107,6 +109,7 @@ func (c *config) validate() error {
 	}
 	c.dataDir = cmp.Or(c.dataDir, fmt.Sprintf("raftrv-%d", c.id))
 	c.listen = cmp.Or(c.listen, net.JoinHostPort("127.0.0.1", strconv.Itoa(c.port)))
+	c.clientURL = cmp.Or(c.clientURL, "http://"+c.listen)
 	if c.listenPeer == "" {
 		u, err := url.Parse(c.self().PeerURL)
 		if err != nil {

@@ -63,8 +63,7 @@ type backend interface {
 	waitVersion(ctx context.Context, timeout time.Duration, rv uint64) error
 	// status must not wait: it is asked for while the node is in trouble.
 	status() nodeStatus
-	// addMember waits until the configuration change is applied.
-	addMember(ctx context.Context, timeout time.Duration, m member) error
+	memberBackend
 }
 
 // nodeStatus is one node's view of itself and the cluster.
@@ -327,33 +326,11 @@ func (h *httpAPI) create(w http.ResponseWriter, r request, value string, code in
 
 // Members.
 
-// addMember is the call that raftexample had: POST /{id} with the peer URL as
-// the body.
-func (h *httpAPI) addMember(w http.ResponseWriter, r request) error {
-	id, err := parseMemberID(r.name)
-	if err != nil {
-		return err
-	}
-	body, err := readBody(r.Request, peerURLSizeMax)
-	if err != nil {
-		return err
-	}
-	peerURL, err := parsePeerURL(body)
-	if err != nil {
-		return err
-	}
-	if err := h.backend.addMember(r.Context(), r.params.timeout, member{ID: id, PeerURL: peerURL}); err != nil {
-		return err
-	}
-	w.WriteHeader(http.StatusNoContent)
-	return nil
-}
-
 // parseMemberID accepts one spelling of each id.
 func parseMemberID(s string) (uint64, error) {
 	id, err := strconv.ParseUint(s, 10, 64)
 	if err != nil || s[0] == '0' {
-		return 0, errInvalid.withDetail("POST /{id} adds a member, so the id must be a positive decimal number; POST / stores a value under a new key")
+		return 0, errInvalid.withDetail("the ID of a member must be a positive decimal number; to store a value under a new key POST it to /")
 	}
 	return id, nil
 }

@@ -39,7 +39,7 @@ type fakeBackend struct {
 	linearized   int           // calls
 	waited       []uint64      // versions
 	timeout      time.Duration // of the last call
-	added        []member
+	memberCalls  []memberCall
 
 	// propose waits for this long, and notes why its context ended if it did.
 	delay    time.Duration
@@ -102,15 +102,50 @@ func (b *fakeBackend) status() nodeStatus {
 	}
 }
 
-func (b *fakeBackend) addMember(_ context.Context, timeout time.Duration, m member) error {
+// memberCall is a call of memberBackend.
+type memberCall struct {
+	name   string
+	member member
+}
+
+func (b *fakeBackend) noteMember(timeout time.Duration, name string, m member) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.timeout = timeout
 	if b.err != nil {
 		return b.err
 	}
-	b.added = append(b.added, m)
+	b.memberCalls = append(b.memberCalls, memberCall{name, m})
 	return nil
+}
+
+func (b *fakeBackend) addMember(_ context.Context, timeout time.Duration, m member) error {
+	return b.noteMember(timeout, "add", m)
+}
+
+func (b *fakeBackend) removeMember(_ context.Context, timeout time.Duration, id uint64) error {
+	return b.noteMember(timeout, "remove", member{ID: id})
+}
+
+func (b *fakeBackend) promoteMember(_ context.Context, timeout time.Duration, id uint64) error {
+	return b.noteMember(timeout, "promote", member{ID: id})
+}
+
+func (b *fakeBackend) updateMember(_ context.Context, timeout time.Duration, m member) error {
+	return b.noteMember(timeout, "update", m)
+}
+
+func (b *fakeBackend) transferLeader(_ context.Context, timeout time.Duration, id uint64) error {
+	return b.noteMember(timeout, "transfer", member{ID: id})
+}
+
+// takeMemberCalls returns what was called since the last time.
+func (b *fakeBackend) takeMemberCalls() []memberCall {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	calls := b.memberCalls
+	b.memberCalls = nil
+	return calls
 }
 
 func (b *fakeBackend) fail(err error) {
@@ -154,6 +189,7 @@ func serveFront(t *testing.T, l *listener, dial func() (net.Conn, error)) *front
 	core, logs := observer.New(zap.DebugLevel)
 	logger := zap.New(core)
 	store := newKVStore()
+	store.state.members[1] = member{ID: 1, PeerURL: "http://127.0.0.1:1"}
 	hub := newHub(store)
 	backend := &fakeBackend{store: store, applied: hub.notify}
 	handler := newHTTPAPI(httpConfig{
@@ -623,13 +659,13 @@ func TestHTTP_AddMember(t *testing.T) {
 			t.Errorf("POST /%s %q: %d %s, want %d", tt.id, tt.body, a.code, a.body, tt.code)
 		}
 	}
-	want := []member{
-		{ID: 4, PeerURL: "http://127.0.0.1:42379"},
-		{ID: 1<<64 - 1, PeerURL: "https://[::1]:1"},
-		{ID: 5, PeerURL: "http://node-5.example:65535"},
+	want := []memberCall{
+		{"add", member{ID: 4, PeerURL: "http://127.0.0.1:42379", Promote: true}},
+		{"add", member{ID: 1<<64 - 1, PeerURL: "https://[::1]:1", Promote: true}},
+		{"add", member{ID: 5, PeerURL: "http://node-5.example:65535", Promote: true}},
 	}
-	if !slices.Equal(f.backend.added, want) {
-		t.Errorf("added %+v, want %+v", f.backend.added, want)
+	if got := f.backend.takeMemberCalls(); !slices.Equal(got, want) {
+		t.Errorf("%+v, want %+v", got, want)
 	}
 
 	f.backend.fail(fmt.Errorf("add: %w", errMember.withDetail("member 4 exists already")))
@@ -772,6 +808,12 @@ func TestHTTP_TimeoutReachesBackend(t *testing.T) {
 		{"POST", "/?timeout=11s", "", 11 * time.Second},
 		{"PATCH", "/?timeout=12s", "1", 12 * time.Second},
 		{"POST", "/4?timeout=13s", "http://a:1", 13 * time.Second},
+		{"POST", "/-/v1/members/4?timeout=14s", `{"peerURL":"http://a:1"}`, 14 * time.Second},
+		{"PUT", "/-/v1/members/4?timeout=15s", `{}`, 15 * time.Second},
+		{"DELETE", "/-/v1/members/4?timeout=16s", "", 16 * time.Second},
+		{"POST", "/-/v1/members/4/promote?timeout=17s", "", 17 * time.Second},
+		{"POST", "/-/v1/leader/4?timeout=18s", "", 18 * time.Second},
+		{"GET", "/-/v1/members?timeout=19s", "", 19 * time.Second},
 		{"GET", "/-/readyz", "", readyTimeout},
 	} {
 		f.do(tt.method, tt.target, tt.body)

@@ -3,7 +3,7 @@ package main
 import (
 	"cmp"
 	"encoding/binary"
-	"errors"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
@@ -26,9 +26,17 @@ type item struct {
 
 // member is one node of the cluster, as the replicated state knows it.
 type member struct {
-	ID      uint64 `json:"id"`
-	PeerURL string `json:"peerURL"`
-	Learner bool   `json:"learner,omitempty"`
+	ID        uint64 `json:"id"`
+	Name      string `json:"name,omitempty"`
+	PeerURL   string `json:"peerURL"`
+	ClientURL string `json:"clientURL,omitempty"`
+	Learner   bool   `json:"learner,omitempty"` // gets the log but has no vote
+	// Promote makes a learner a voter as soon as it has caught up.
+	Promote bool `json:"promote,omitempty"`
+	// Directory is the number of the data directory that the member started
+	// with, 0 until then. A member that comes with another one has forgotten what
+	// it promised.
+	Directory uint64 `json:"directory,string,omitempty"`
 }
 
 // state is everything that is replicated. A copy of it at one raft index is a
@@ -51,6 +59,7 @@ type state struct {
 
 	changed []event // by the command that is being applied
 	scans   []*scan // that read these items now; not replicated
+	updates int     // of members, by commands; not replicated
 }
 
 func newState() state {
@@ -132,11 +141,43 @@ func (s *state) sortedMembers() []member {
 	return slices.SortedFunc(maps.Values(s.members), func(a, b member) int { return cmp.Compare(a.ID, b.ID) })
 }
 
+// member returns one member.
+func (s *kvstore) member(id uint64) (member, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	m, ok := s.state.members[id]
+	return m, ok
+}
+
+// memberUpdates counts the updates of members that were applied here.
+func (s *kvstore) memberUpdates() int {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.state.updates
+}
+
 // isRemoved says whether id was a member once.
 func (s *kvstore) isRemoved(id uint64) bool {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.state.removed[id]
+}
+
+// tellsRemoved says whether this member, self, tells the one with that id that it was
+// removed, which ends it. A learner that knows does not: a voter may need the
+// vote of the removed member to find out that its removal is committed.
+func (s *kvstore) tellsRemoved(self, id uint64) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	m, ok := s.state.members[self]
+	return s.state.removed[id] && ok && !m.Learner
+}
+
+// removed returns the ids that were members once, in order.
+func (s *kvstore) removed() []uint64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return slices.Sorted(maps.Keys(s.state.removed))
 }
 
 // snapshot returns a copy of the state as it is now.
@@ -228,6 +269,9 @@ func (s *state) applyCommand(c *command) (result, error) {
 		return result{}, err
 	}
 	r.key = c.key
+	if c.op == opRefuse {
+		r.key = c.value
+	}
 	s.commit(&r)
 	if c.retry.key != "" {
 		s.retries.add(c.retry, r, s.now)
@@ -255,6 +299,10 @@ func (s *state) execute(c *command) (result, error) {
 		return s.deletePrefix(c.key), nil
 	case opTxn:
 		return s.executeTxn(c.value)
+	case opMember:
+		return s.updateMember(c.value)
+	case opRefuse:
+		return result{status: statusRefused}, nil
 	default:
 		return result{}, fmt.Errorf("command %d is newer than this program: upgrade it", c.op)
 	}
@@ -470,15 +518,21 @@ func itemSize(key string, it item) uint64 {
 
 // memberChange is what a configuration change does to the members.
 type memberChange struct {
-	member member
-	remove bool
+	kind   memberChangeKind
+	member member // of promote and remove only the ID counts
 }
 
-var errMemberRemoved = errors.New("the id belonged to a member that was removed; ids are never used again")
+type memberChangeKind int
 
-// applyMember applies a configuration change at index. It returns an error if
-// the change must not happen; every member comes to the same conclusion. A
-// batch that was applied before is refused with fresh == false.
+const (
+	addLearner memberChangeKind = iota
+	promoteLearner
+	removeMember
+)
+
+// applyMember applies a configuration change at index. refused says why it must
+// not happen; every member comes to the same conclusion. A batch that was
+// applied before is not fresh and changes nothing.
 func (s *kvstore) applyMember(index, term uint64, h batchHeader, c memberChange) (fresh bool, refused, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -495,26 +549,44 @@ func (s *state) changeMember(c memberChange) error {
 	id := c.member.ID
 	old, exists := s.members[id]
 	switch {
-	case c.remove && !exists:
-		return fmt.Errorf("member %d does not exist", id)
-	case exists && !old.Learner && s.voters() == 1 && (c.remove || c.member.Learner):
-		return fmt.Errorf("member %d is the last one that votes", id) // raft panics without one
-	case c.remove:
+	case s.removed[id]:
+		return fmt.Errorf("member %d was removed, and an ID is never used again: take another one", id)
+	case c.kind == addLearner && exists:
+		return fmt.Errorf("member %d exists already, at %s", id, old.PeerURL)
+	case c.kind != addLearner && !exists:
+		return fmt.Errorf("there is no member %d", id)
+	case c.kind == promoteLearner && !old.Learner:
+		return fmt.Errorf("member %d is a voter already", id)
+	case c.kind == removeMember && !old.Learner && s.voters() == 1:
+		return fmt.Errorf("member %d is the last voter", id)
+	}
+	switch c.kind {
+	case removeMember:
 		delete(s.members, id)
 		s.removed[id] = true
 		return nil
-	case s.removed[id]:
-		return errMemberRemoved
-	case exists && old == c.member:
-		return fmt.Errorf("member %d exists already", id)
+	case promoteLearner:
+		old.Learner, old.Promote = false, false
+		s.members[id] = old
+		return nil
+	default:
+		if owner := s.peerURLOwner(c.member); owner != 0 {
+			return fmt.Errorf("member %d already has the peer URL %s", owner, c.member.PeerURL)
+		}
+		c.member.Learner = true
+		s.members[id] = c.member
+		return nil
 	}
-	for _, m := range s.members {
-		if m.ID != id && m.PeerURL == c.member.PeerURL {
-			return fmt.Errorf("member %d already has the peer URL %s", m.ID, m.PeerURL)
+}
+
+// peerURLOwner returns the ID of another member that has m's peer URL, or 0.
+func (s *state) peerURLOwner(m member) uint64 {
+	for _, other := range s.members {
+		if other.ID != m.ID && other.PeerURL == m.PeerURL {
+			return other.ID
 		}
 	}
-	s.members[id] = c.member
-	return nil
+	return 0
 }
 
 // voters returns how many members vote.
@@ -526,6 +598,29 @@ func (s *state) voters() int {
 		}
 	}
 	return n
+}
+
+// updateMember changes what is known of a member: the fields that are set in
+// the JSON encoded update.
+func (s *state) updateMember(value string) (result, error) {
+	var update member
+	if err := json.Unmarshal([]byte(value), &update); err != nil {
+		return result{}, err
+	}
+	m, ok := s.members[update.ID]
+	if !ok {
+		return result{status: statusNotFound}, nil
+	}
+	m.Name = cmp.Or(update.Name, m.Name)
+	m.PeerURL = cmp.Or(update.PeerURL, m.PeerURL)
+	m.ClientURL = cmp.Or(update.ClientURL, m.ClientURL)
+	m.Directory = cmp.Or(update.Directory, m.Directory)
+	if s.peerURLOwner(m) != 0 {
+		return result{status: statusPrecondition}, nil
+	}
+	s.members[m.ID] = m
+	s.updates++
+	return result{status: statusReplaced}, nil
 }
 
 // Bounds of the table that makes a batch apply once. A session is one process

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"runtime/debug"
@@ -88,8 +89,9 @@ func newLoop(tick time.Duration, applied func(), logger *zap.Logger) *loop {
 }
 
 // run drives the replica until ctx ends, or until an error that the member must
-// not survive. Requests that wait get an answer first.
-func (l *loop) run(ctx context.Context, r *replica) (err error) {
+// not survive. Requests that wait get an answer first. The replica does nothing
+// before admit has returned nil.
+func (l *loop) run(ctx context.Context, r *replica, admit func(context.Context) error) (err error) {
 	l.replica = r
 	defer close(l.done)
 	defer func() {
@@ -99,6 +101,9 @@ func (l *loop) run(ctx context.Context, r *replica) (err error) {
 		l.close(err)
 		l.work.Wait()
 	}()
+	if err := admit(ctx); err != nil {
+		return err
+	}
 	ticker := time.NewTicker(l.tick)
 	defer ticker.Stop()
 	r.now = l.clock()
@@ -388,11 +393,65 @@ func (l *loop) giveUp(b *batch, i int) error {
 	return errNoLeader
 }
 
-// addMember adds a member, or updates one.
+// addMember adds a learner.
 func (l *loop) addMember(ctx context.Context, timeout time.Duration, m member) error {
-	return l.changeMember(ctx, timeout, memberChange{member: m})
+	return l.changeMember(ctx, timeout, memberChange{kind: addLearner, member: m})
 }
 
+// removeMember removes a member.
+func (l *loop) removeMember(ctx context.Context, timeout time.Duration, id uint64) error {
+	return l.changeMember(ctx, timeout, memberChange{kind: removeMember, member: member{ID: id}})
+}
+
+// promoteMember makes a learner a voter.
+func (l *loop) promoteMember(ctx context.Context, timeout time.Duration, id uint64) error {
+	return l.changeMember(ctx, timeout, memberChange{kind: promoteLearner, member: member{ID: id}})
+}
+
+// updateMember changes what is known of a member.
+func (l *loop) updateMember(ctx context.Context, timeout time.Duration, m member) error {
+	m.Learner, m.Promote = false, false // these change by other calls
+	value, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	res, err := l.propose(ctx, timeout, command{op: opMember, value: string(value)})
+	switch {
+	case err != nil:
+		return err
+	case res.status == statusNotFound:
+		return errNotFound.withDetail("there is no member %d", m.ID)
+	case res.status == statusPrecondition:
+		return errMember.withDetail("another member already has the peer URL %s", m.PeerURL)
+	}
+	return nil
+}
+
+// transferLeader hands leadership over. Any member may be asked.
+func (l *loop) transferLeader(ctx context.Context, timeout time.Duration, id uint64) error {
+	if m, ok := l.replica.store.member(id); !ok || m.Learner {
+		return errMember.withDetail("member %d is not a voter", id)
+	}
+	l.call(func() error {
+		l.replica.raw.TransferLeader(id)
+		return nil
+	})
+	poll := time.NewTicker(l.tick)
+	defer poll.Stop()
+	end := time.After(timeout)
+	for l.status.Load().leader != id {
+		select {
+		case <-poll.C:
+		case <-end:
+			return errNoLeader.withDetail("member %d did not take over; is it up and has it the whole log?", id)
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+// changeMember changes the membership and returns when the change is applied.
 func (l *loop) changeMember(ctx context.Context, timeout time.Duration, c memberChange) error {
 	b, err := newMemberChange(c, l.clock().Add(timeout))
 	if err != nil {
@@ -408,7 +467,7 @@ func (l *loop) changeMember(ctx context.Context, timeout time.Duration, c member
 	if err := l.await(ctx, b.done, timeout); err != nil {
 		return l.giveUp(b, 0)
 	}
-	return b.err
+	return b.changeError()
 }
 
 // linearize returns once the store holds every write that was acknowledged

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -21,11 +22,20 @@ var version = "dev"
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
-		fmt.Fprintln(os.Stderr, "raftrv:", err)
-		os.Exit(1)
+	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	if err == nil {
+		return
 	}
+	fmt.Fprintln(os.Stderr, "raftrv:", err)
+	if errors.Is(err, errRemoved) {
+		os.Exit(exitRemoved)
+	}
+	os.Exit(1)
 }
+
+// exitRemoved is the status of a node that was removed from its cluster, for
+// which starting it again is of no use.
+const exitRemoved = 3
 
 // run is the program without the process around it.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {

@@ -129,12 +129,18 @@ func wantParameters(t *testing.T, rt *route, c *call) {
 	if !slices.Equal(got, want) {
 		t.Errorf("%s %s: documented %q\ntaken %q", c.method, rt.path, got, want)
 	}
-	if _, hasBody := at(operation(rt, c.method), "requestBody").(jsonObject); hasBody != takesBody(c.method) {
+	if _, hasBody := at(operation(rt, c.method), "requestBody").(jsonObject); hasBody != takesBody(rt, c.method) {
 		t.Errorf("%s %s: body documented: %v", c.method, rt.path, hasBody)
 	}
 }
 
-func takesBody(method string) bool { return method != http.MethodGet && method != http.MethodDelete }
+func takesBody(rt *route, method string) bool {
+	switch rt.path {
+	case "/-/v1/members/{id}/promote", "/-/v1/leader/{id}": // the path says it all
+		return false
+	}
+	return method != http.MethodGet && method != http.MethodDelete
+}
 
 // Every reference leads somewhere, and every component is referred to.
 func TestOpenAPI_References(t *testing.T) {
@@ -378,6 +384,18 @@ func openAPIRequests() []openAPIRequest {
 		{412, "DELETE", "/k", "", conflict, nil},
 		{204, "POST", "/4", "http://a:1", nil, nil},
 		{409, "POST", "/4", "http://a:1", nil, errMember},
+		{200, "GET", "/-/v1/members", "", nil, nil},
+		{204, "POST", "/-/v1/members/4", `{"peerURL":"http://a:1"}`, nil, nil},
+		{409, "POST", "/-/v1/members/4", `{"peerURL":"http://a:1"}`, nil, errMember},
+		{204, "PUT", "/-/v1/members/4", `{"name":"n"}`, nil, nil},
+		{404, "PUT", "/-/v1/members/4", `{"name":"n"}`, nil, errNotFound},
+		{409, "PUT", "/-/v1/members/4", `{"peerURL":"http://a:1"}`, nil, errMember},
+		{204, "DELETE", "/-/v1/members/4", "", nil, nil},
+		{409, "DELETE", "/-/v1/members/4", "", nil, errMember},
+		{204, "POST", "/-/v1/members/4/promote", "", nil, nil},
+		{409, "POST", "/-/v1/members/4/promote", "", nil, errMember},
+		{204, "POST", "/-/v1/leader/4", "", nil, nil},
+		{409, "POST", "/-/v1/leader/4", "", nil, errMember},
 		{200, "GET", "/-/v1/keys", "", nil, nil},
 		{200, "GET", "/-/v1/keys?limit=1", "", nil, nil},
 		{200, "GET", "/-/v1/keys", "", ndjson, nil},
@@ -427,10 +445,10 @@ func openAPIRequests() []openAPIRequest {
 		switch {
 		case r.method == "GET" && path != "/-/v1/watch":
 			with(504, separator+"resourceVersion=9999999", "", nil, nil)
-		case r.method != "GET":
+		case r.method != "GET" && !strings.HasPrefix(path, "/-/v1/leader/"): // that proposes nothing
 			with(504, "", r.body, nil, errUnknown)
 		}
-		if takesBody(r.method) {
+		if takesBody(rt, r.method) {
 			with(413, "", tooLarge, nil, nil)
 			with(408, "", "", nil, errBodyTimeout) // see below
 		}

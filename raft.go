@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -102,6 +103,15 @@ func (b *batch) withdraw(i int) {
 	b.withdrawn++
 }
 
+// changeError says what became of a change of the membership that was handed
+// back.
+func (b *batch) changeError() error {
+	if b.err == nil && b.results[0].status == statusRefused {
+		return errMember.withDetail("%s", b.results[0].key)
+	}
+	return b.err
+}
+
 // readRound is a group of reads that share one ReadIndex.
 type readRound struct {
 	// These belong to the driver.
@@ -187,7 +197,14 @@ type replica struct {
 	reading   *readRound   // asked for, not confirmed
 	confirmed []*readRound // confirmed, not yet applied far enough
 
-	expiring *batch // own batch of expired keys, pending too
+	// Batches that the replica proposes on its own behalf; pending too.
+	expiring  *batch // deletes keys whose time has come
+	promoting *batch // makes a learner a voter
+
+	heard        map[uint64]uint64 // tick of the last message of each member
+	electedIndex uint64            // of the last entry in the log of a new leader, which may be a configuration change
+	changeIndex  uint64            // of the last configuration change that it let pass
+	updates      int               // of members, that the transport knows of
 
 	marking  bool
 	markedAt time.Time
@@ -200,7 +217,7 @@ type replica struct {
 }
 
 func newReplica(cfg replicaConfig) (*replica, error) {
-	r := &replica{replicaConfig: cfg}
+	r := &replica{replicaConfig: cfg, heard: map[uint64]uint64{}}
 	raw, err := raft.NewRawNode(&raft.Config{
 		ID:                        cfg.id,
 		ElectionTick:              cfg.electionTicks,
@@ -269,6 +286,7 @@ func (r *replica) tick(now time.Time) {
 		r.ask(q)
 	}
 	r.expireKeys()
+	r.promoteLearners()
 	r.maybeMark()
 }
 
@@ -292,9 +310,16 @@ func (r *replica) maybeMark() {
 
 // step takes a message from another member.
 func (r *replica) step(m *raftpb.Message) {
+	if m.GetType() != raftpb.MsgTransferLeader { // which comes from whom it names, who may be down
+		r.heard[m.GetFrom()] = r.ticks
+	}
 	// What raft refuses (a proposal without a leader, an answer from a member
 	// that is gone) its sender repeats.
-	_ = r.raw.Step(m)
+	if m.GetType() == raftpb.MsgProp {
+		_ = r.stepProposal(m)
+	} else {
+		_ = r.raw.Step(m)
+	}
 }
 
 // stepSnapshot takes a MsgSnap together with its body. It processes at once, so
@@ -309,10 +334,13 @@ func (r *replica) stepSnapshot(m *raftpb.Message, st *state) error {
 
 // inFlight returns how many of the driver's batches wait to be applied.
 func (r *replica) inFlight() int {
-	if r.expiring != nil {
-		return len(r.pending) - 1
+	n := len(r.pending)
+	for _, b := range []*batch{r.expiring, r.promoting} {
+		if b != nil {
+			n--
+		}
 	}
-	return len(r.pending)
+	return n
 }
 
 // propose takes a batch and hands it back through driver.proposed.
@@ -331,13 +359,16 @@ func (r *replica) offer(b *batch) {
 		b.offered = false
 		return
 	}
-	var err error
+	entry := &raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Data: b.data}
 	if b.change != nil {
 		b.change.Context = b.data
-		err = r.raw.ProposeConfChange(b.change)
-	} else {
-		err = r.raw.Propose(b.data)
+		data, err := proto.Marshal(b.change)
+		if err != nil {
+			return // never: then the batch is given up at its deadline
+		}
+		entry = &raftpb.Entry{Type: raftpb.EntryConfChange.Enum(), Data: data}
 	}
+	err := r.stepProposal(&raftpb.Message{Type: raftpb.MsgProp.Enum(), From: new(r.id), Entries: []*raftpb.Entry{entry}})
 	b.offered = err == nil
 	b.offeredAt = r.ticks
 	b.offers++
@@ -360,19 +391,24 @@ func (r *replica) giveUp() {
 
 // handBack ends a batch that is not pending any more.
 func (r *replica) handBack(b *batch) {
-	if b == r.expiring {
+	switch b {
+	case r.expiring:
 		r.expiring = nil
-		return
+	case r.promoting:
+		r.promoting = nil
+	default:
+		r.driver.proposed(b)
 	}
-	r.driver.proposed(b)
 }
 
 // How a leader looks for keys whose time has come.
 const (
-	expireTicks    = 10   // between two looks
-	expireMax      = 4096 // keys in one batch
-	expireDeadline = 10 * time.Second
+	expireTicks = 10   // between two looks
+	expireMax   = 4096 // keys in one batch
 )
+
+// ownDeadline is when the replica gives up a batch of its own and looks again.
+const ownDeadline = 10 * time.Second
 
 // expireKeys proposes the deletion of keys whose time has come, by the leader's
 // clock. Applying it checks that the key was not written since, so a leader
@@ -389,7 +425,7 @@ func (r *replica) expireKeys() {
 	for i := range due {
 		r.expiring.add(&due[i])
 	}
-	r.expiring.deadline = r.now.Add(expireDeadline)
+	r.expiring.deadline = r.now.Add(ownDeadline)
 	r.propose(r.expiring)
 }
 
@@ -497,6 +533,9 @@ func (r *replica) noteLeader(rd raft.Ready) {
 		r.logger.Info("leader changed", zap.Uint64("leader", leader), zap.Uint64("term", term))
 	}
 	r.leader, r.term = leader, term
+	if last, err := r.log.LastIndex(); err == nil {
+		r.electedIndex = last
+	}
 	for _, b := range r.pending {
 		r.offer(b)
 	}
@@ -577,6 +616,10 @@ func (r *replica) apply(ents []*raftpb.Entry) error {
 			return fmt.Errorf("apply entry %d: %w", e.GetIndex(), err)
 		}
 	}
+	if n := r.store.memberUpdates(); n != r.updates {
+		r.updates = n
+		r.transport.setMembers(r.store.members())
+	}
 	return nil
 }
 
@@ -618,22 +661,22 @@ func (r *replica) takePending(h batchHeader) *batch {
 	return nil
 }
 
-// newMemberChange builds the batch that adds, updates or removes a member.
+// The kinds of changes, as raft calls them.
+var changeTypes = map[memberChangeKind]raftpb.ConfChangeType{
+	addLearner:     raftpb.ConfChangeAddLearnerNode,
+	promoteLearner: raftpb.ConfChangeAddNode,
+	removeMember:   raftpb.ConfChangeRemoveNode,
+}
+
+// newMemberChange builds the batch of a configuration change.
 func newMemberChange(c memberChange, deadline time.Time) (*batch, error) {
 	value, err := json.Marshal(c.member)
 	if err != nil {
 		return nil, err
 	}
-	kind := raftpb.ConfChangeAddNode
-	switch {
-	case c.remove:
-		kind = raftpb.ConfChangeRemoveNode
-	case c.member.Learner:
-		kind = raftpb.ConfChangeAddLearnerNode
-	}
 	b := newBatch(nil)
 	b.add(&command{op: opMember, value: string(value)})
-	b.change = &raftpb.ConfChange{Type: kind.Enum(), NodeId: new(c.member.ID)}
+	b.change = &raftpb.ConfChange{Type: changeTypes[c.kind].Enum(), NodeId: new(c.member.ID)}
 	b.deadline = deadline
 	return b, nil
 }
@@ -654,8 +697,160 @@ func decodeMemberChange(e *raftpb.Entry) (cc *raftpb.ConfChange, h batchHeader, 
 	if err := json.Unmarshal([]byte(m.value), &c.member); err != nil {
 		return cc, h, c, err
 	}
-	c.remove = cc.GetType() == raftpb.ConfChangeRemoveNode
+	for kind, t := range changeTypes {
+		if t == cc.GetType() {
+			c.kind = kind
+		}
+	}
+	if c.member.ID != cc.GetNodeId() || changeTypes[c.kind] != cc.GetType() {
+		return cc, h, c, fmt.Errorf("%w: configuration change %v", errMalformed, cc)
+	}
 	return cc, h, c, nil
+}
+
+// stepProposal gives raft a proposal. As a leader it first puts a refusal in the
+// place of a configuration change that must not be made: raft would replace it
+// by nothing, and its proposer would never know.
+func (r *replica) stepProposal(m *raftpb.Message) error {
+	// Raft may lead since its last Ready, of which noteLeader does not know yet.
+	leads := r.raw.BasicStatus().RaftState == raft.StateLeader
+	changes := false
+	for i, e := range m.GetEntries() {
+		if !leads || e.GetType() != raftpb.EntryConfChange {
+			continue
+		}
+		if r.role != raft.StateLeader || r.electedIndex > r.store.applied() {
+			return raft.ErrProposalDropped // raft would refuse any change now
+		}
+		_, h, change, err := decodeMemberChange(e)
+		if err != nil {
+			return err
+		}
+		refused := r.refuseChange(change)
+		if refused == nil {
+			if r.standsAside(change) {
+				return raft.ErrProposalDropped
+			}
+			changes = true
+			continue
+		}
+		b := newBatch(nil)
+		b.add(&command{op: opRefuse, value: refused.Error()})
+		h.put(b.data)
+		m.Entries[i] = &raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Data: b.data}
+	}
+	if err := r.raw.Step(m); err != nil {
+		return err
+	}
+	if changes {
+		r.changeIndex = unknownIndex
+	}
+	return nil
+}
+
+// unknownIndex is that of a configuration change in the log of a leader that has
+// not applied it yet.
+const unknownIndex = ^uint64(0)
+
+// refuseChange says why a leader must not make a change now: one at a time, and
+// never one after which the members that it hears from would be no majority.
+func (r *replica) refuseChange(c memberChange) error {
+	if r.changeIndex > r.store.applied() {
+		return errors.New("another change of the membership is in progress; retry when it is done")
+	}
+	voters, active := 0, 0 // after the change
+	for _, m := range r.store.members() {
+		votes := !m.Learner
+		if m.ID == c.member.ID {
+			votes = c.kind == promoteLearner
+		}
+		if !votes {
+			continue
+		}
+		voters++
+		if r.hears(m.ID) {
+			active++
+		}
+	}
+	switch {
+	case c.kind == addLearner:
+		return nil // it has no vote
+	case c.kind == promoteLearner && !r.caughtUp(c.member.ID):
+		return fmt.Errorf("member %d has not caught up with the log yet", c.member.ID)
+	case voters > 0 && active <= voters/2:
+		return fmt.Errorf("of %d voters after the change only %d would be reachable, which is no majority: first bring the others back, or remove one that is down", voters, active)
+	}
+	return nil
+}
+
+// standsAside hands leadership to the voter that has most of the log, before
+// this leader is removed. A leader that applied its own removal would be gone
+// before the others know that the change is committed, and of two members the
+// other one could not find out without its vote. The proposer tries again when
+// it sees the next leader.
+func (r *replica) standsAside(c memberChange) bool {
+	if c.kind != removeMember || c.member.ID != r.id {
+		return false
+	}
+	var heir, most uint64
+	r.raw.WithProgress(func(id uint64, kind raft.ProgressType, pr tracker.Progress) {
+		if id != r.id && kind == raft.ProgressTypePeer && pr.Match > most && r.hears(id) {
+			heir, most = id, pr.Match
+		}
+	})
+	if heir == raft.None {
+		return false // the last voter: applying it refuses that
+	}
+	r.raw.TransferLeader(heir)
+	return true
+}
+
+// hears says whether this member has heard from another one lately.
+func (r *replica) hears(id uint64) bool {
+	at, ok := r.heard[id]
+	return id == r.id || ok && r.ticks-at <= uint64(2*r.electionTicks)
+}
+
+// catchUpLag is how many entries a learner may be behind to become a voter.
+const catchUpLag = 1000
+
+// caughtUp says whether a leader's peer has almost all of the log.
+func (r *replica) caughtUp(id uint64) bool {
+	if !r.hears(id) {
+		return false
+	}
+	ok := false
+	r.raw.WithProgress(func(peer uint64, _ raft.ProgressType, pr tracker.Progress) {
+		if peer == id {
+			ok = pr.State == tracker.StateReplicate && pr.Match+catchUpLag >= r.committed
+		}
+	})
+	return ok
+}
+
+// promoteEvery is how often a leader looks for learners to promote, in ticks.
+const promoteEvery = 20
+
+// promoteLearners proposes to promote a learner that waits for it and has
+// caught up. What a member of the wrong term proposes is refused like any other
+// change that does not fit.
+func (r *replica) promoteLearners() {
+	if r.role != raft.StateLeader || r.ticks%promoteEvery != 0 || r.promoting != nil {
+		return
+	}
+	for _, m := range r.store.members() {
+		c := memberChange{kind: promoteLearner, member: member{ID: m.ID}}
+		if !m.Promote || r.refuseChange(c) != nil {
+			continue
+		}
+		b, err := newMemberChange(c, r.now.Add(ownDeadline))
+		if err != nil {
+			return
+		}
+		r.promoting = b
+		r.propose(b)
+		return
+	}
 }
 
 func (r *replica) applyConfChange(e *raftpb.Entry) error {
@@ -673,6 +868,9 @@ func (r *replica) applyConfChange(e *raftpb.Entry) error {
 	if err != nil {
 		return err
 	}
+	if r.changeIndex == unknownIndex {
+		r.changeIndex = e.GetIndex()
+	}
 	if fresh && refused == nil {
 		r.confState = r.raw.ApplyConfChange(cc)
 		r.transport.setMembers(r.store.members())
@@ -689,7 +887,7 @@ func (r *replica) applyConfChange(e *raftpb.Entry) error {
 		}
 		r.handBack(own)
 	}
-	if r.store.isRemoved(r.id) {
+	if change.kind == removeMember && change.member.ID == r.id && fresh && refused == nil {
 		// It does not end here: those that do not know yet that the change is
 		// committed may need its vote to find out. One that knows will tell it.
 		r.logger.Warn("this member was removed from the cluster")

@@ -75,6 +75,20 @@ var reservedRoutes = newRoutes(
 	route{path: "/-/v1/watch", calls: []call{
 		{method: http.MethodGet, serve: (*httpAPI).watch, params: paramResourceVersion | paramPrefix | paramKey | paramInitial | paramDuration, headers: headerLastEventID},
 	}},
+	route{path: "/-/v1/members", calls: []call{
+		{method: http.MethodGet, serve: (*httpAPI).listMembers, params: readParams},
+	}},
+	route{path: "/-/v1/members/{id}", calls: []call{
+		{method: http.MethodPost, serve: (*httpAPI).postMember, params: paramTimeout},
+		{method: http.MethodPut, serve: (*httpAPI).putMember, params: paramTimeout},
+		{method: http.MethodDelete, serve: (*httpAPI).deleteMember, params: paramTimeout},
+	}},
+	route{path: "/-/v1/members/{id}/promote", calls: []call{
+		{method: http.MethodPost, serve: (*httpAPI).promoteMember, params: paramTimeout},
+	}},
+	route{path: "/-/v1/leader/{id}", calls: []call{
+		{method: http.MethodPost, serve: (*httpAPI).postLeader, params: paramTimeout},
+	}},
 	route{path: "/-/v1/status", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getStatus}}},
 	route{path: "/-/livez", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getLive}}},
 	route{path: "/-/readyz", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getReady}}},

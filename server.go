@@ -4,10 +4,12 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -39,6 +41,9 @@ type node struct {
 	hub     *hub
 	journal *journal // nil = none
 	logger  *zap.Logger
+
+	directory uint64 // number of the data directory
+	fresh     bool   // it was empty, and this member did not join
 }
 
 func (n *node) status() nodeStatus {
@@ -78,9 +83,12 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, disk.close()) }()
-	rec, err := recoverState(ctx, cfg, disk, logger)
+	rec, fresh, err := recoverState(ctx, cfg, disk, logger)
 	if err != nil {
 		return err
+	}
+	if rec.state.removed[cfg.id] {
+		return errRemoved
 	}
 
 	store := &kvstore{state: rec.state}
@@ -93,6 +101,9 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 		store:   store,
 		hub:     hub,
 		logger:  logger,
+
+		directory: rec.identity.Directory,
+		fresh:     fresh,
 	}
 	if cfg.journal != "" {
 		if n.journal, err = openJournal(cfg.journal, logger.Named("journal")); err != nil {
@@ -136,44 +147,126 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 	return n.run(ctx, r, network, peerListener, clientListener)
 }
 
-// recoverState reads the data directory, or fills an empty one.
-func recoverState(ctx context.Context, cfg config, disk *storage, logger *zap.Logger) (*recovered, error) {
-	rec, err := disk.load()
-	if err != nil {
-		return nil, err
+// recoverState reads the data directory, or fills an empty one. fresh says that
+// this member has nothing yet and starts from what --cluster says.
+func recoverState(ctx context.Context, cfg config, disk *storage, logger *zap.Logger) (rec *recovered, fresh bool, err error) {
+	if rec, err = disk.load(); err != nil {
+		return nil, false, err
 	}
+	id := identity{Member: cfg.id, Cluster: cfg.clusterID(), Joined: cfg.join, Directory: randomID()}
 	if rec != nil {
-		if err := checkIdentity(cfg, rec.identity); err != nil {
-			return nil, err
+		id = rec.identity
+		if err := checkIdentity(cfg, id); err != nil {
+			return nil, false, err
 		}
 	}
-	joined := cfg.join
-	if rec != nil {
-		joined = rec.identity.Joined
-	}
-	cluster, members := cfg.clusterID(), cfg.members
-	if joined && (rec == nil || rec.empty()) {
-		if cluster, members, err = findCluster(ctx, cfg, logger); err != nil {
-			return nil, err
+	members := cfg.members
+	if id.Joined && (rec == nil || rec.empty()) {
+		info, err := findCluster(ctx, cfg, logger)
+		if err != nil {
+			return nil, false, err
+		}
+		if err := checkDirectory(cfg, info, id.Directory); err != nil {
+			return nil, false, err
+		}
+		members = info.Members
+		if id.Cluster, err = info.clusterID(); err != nil {
+			return nil, false, err
 		}
 	}
 	if rec == nil {
-		if rec, err = disk.create(identity{Member: cfg.id, Cluster: cluster, Joined: joined}); err != nil {
-			return nil, err
+		if rec, err = disk.create(id); err != nil {
+			return nil, false, err
 		}
 	}
 	if !rec.empty() {
-		return rec, nil
+		return rec, false, nil
 	}
 	for _, m := range members {
 		rec.state.members[m.ID] = m
 	}
-	if joined {
-		return rec, nil // a leader will send the state
+	if id.Joined {
+		return rec, false, nil // a leader will send the state
 	}
 	rec.state.index, rec.state.term = 1, 1
-	return rec, disk.bootstrap(rec, rec.state)
+	return rec, true, disk.bootstrap(rec, rec.state)
 }
+
+// checkDirectory refuses a member that was part of the cluster with another
+// data directory. It has forgotten which entries it acknowledged and for whom it
+// voted, so if it took part again, acknowledged writes could be lost.
+func checkDirectory(cfg config, info *peerInfo, directory uint64) error {
+	if slices.Contains(info.Removed, cfg.id) {
+		return fmt.Errorf("node %d was removed from the cluster; add it again under a new ID", cfg.id)
+	}
+	if known := info.directoryOf(cfg.id); known != 0 && known != directory {
+		return fmt.Errorf("node %d was part of this cluster with another data directory than %s, and must not come back without what that held: "+
+			"remove it (curl -X DELETE http://NODE/-/v1/members/%d), then add it under a new ID", cfg.id, cfg.dataDir, cfg.id)
+	}
+	return nil
+}
+
+// checkFresh asks the other members whether this one, which has an empty
+// directory, is really new. Before a majority has answered it must not vote.
+func (n *node) checkFresh(ctx context.Context) error {
+	if !n.fresh {
+		return nil
+	}
+	retry := time.NewTicker(freshRetry)
+	defer retry.Stop()
+	for {
+		answers := 1 // this member
+		for _, m := range n.store.members() {
+			if m.ID == n.config.id {
+				continue
+			}
+			info, err := fetchPeerInfo(ctx, m.PeerURL)
+			if err != nil {
+				continue
+			}
+			if err := checkDirectory(n.config, info, n.directory); err != nil {
+				return err
+			}
+			answers++
+		}
+		if answers > len(n.store.members())/2 {
+			return nil
+		}
+		select {
+		case <-retry.C:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+const freshRetry = 50 * time.Millisecond
+
+// announce makes known to the cluster where this node serves clients and which
+// data directory it has.
+func (n *node) announce(ctx context.Context) error {
+	update := member{ID: n.config.id, ClientURL: n.config.clientURL, Directory: n.directory}
+	value, err := json.Marshal(update)
+	if err != nil {
+		return err
+	}
+	for ctx.Err() == nil {
+		if n.linearize(ctx, n.config.requestTimeout) != nil {
+			continue
+		}
+		m, ok := n.store.member(n.config.id)
+		if ok && m.ClientURL == update.ClientURL && m.Directory == update.Directory {
+			return nil
+		}
+		if _, err := n.propose(ctx, n.config.requestTimeout, command{op: opMember, value: string(value)}); err != nil {
+			n.logger.Debug("announce this node", zap.Error(err))
+		}
+	}
+	return nil
+}
+
+// errRemoved ends a node that was removed from its cluster.
+var errRemoved = errors.New("this node was removed from the cluster; to come back it needs a new ID and an empty --data-dir")
 
 func checkIdentity(cfg config, id identity) error {
 	if id.Member != cfg.id {
@@ -188,23 +281,26 @@ func checkIdentity(cfg config, id identity) error {
 
 // findCluster asks the other nodes in --cluster until one tells which cluster
 // it is in.
-func findCluster(ctx context.Context, cfg config, logger *zap.Logger) (cluster uint64, members []member, err error) {
+func findCluster(ctx context.Context, cfg config, logger *zap.Logger) (*peerInfo, error) {
 	retry := time.NewTicker(time.Second)
 	defer retry.Stop()
 	for {
+		var failed error
 		for _, m := range cfg.members {
 			if m.ID == cfg.id {
 				continue
 			}
-			if cluster, members, err = fetchPeerInfo(ctx, m.PeerURL); err == nil {
-				return cluster, members, nil
+			info, err := fetchPeerInfo(ctx, m.PeerURL)
+			if err == nil {
+				return info, nil
 			}
+			failed = err
 		}
-		logger.Info("waiting for a node of the cluster to answer", zap.Error(err))
+		logger.Info("waiting for a node of the cluster to answer", zap.Error(failed))
 		select {
 		case <-retry.C:
 		case <-ctx.Done():
-			return 0, nil, errors.New("stopped before a node of the cluster to join answered")
+			return nil, errors.New("stopped before a node of the cluster to join answered")
 		}
 	}
 }
@@ -236,7 +332,8 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 	loopCtx, stopLoop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopLoop()
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return n.loop.run(loopCtx, r) })
+	group.Go(func() error { return n.loop.run(loopCtx, r, n.checkFresh) })
+	group.Go(func() error { return n.announce(ctx) })
 	group.Go(func() error { return n.hub.run(ctx) }) // ends watches first: the client server waits for them
 	if n.journal != nil {
 		src := journalSource{store: n.store, hub: n.hub, linearize: n.linearize, stopped: n.loop.done}
@@ -247,8 +344,8 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 	group.Go(func() error { return ignoreClosed(clientServer.Serve(clientListener)) })
 	group.Go(func() error {
 		select {
-		case err := <-network.http.ErrorC:
-			return err
+		case <-network.http.ErrorC: //nolint:errcheck // another member said that this one was removed
+			return errRemoved
 		case <-ctx.Done():
 			return nil
 		}

@@ -103,25 +103,28 @@ func (c *checker) started(p *process) {
 
 // observe looks at a process after each turn.
 func (c *checker) observe(p *process) {
-	r := p.replica
-	if r.role == raft.StateLeader {
-		c.lead(p.node.id, r.term)
+	if p.replica.role == raft.StateLeader {
+		c.lead(p.node.id, p.replica.term)
 	}
 	before, now := p.seen.applied, p.store.state.index
-	if now == before {
-		return
-	}
 	if now < before {
 		c.violate("applied", "node %d went back from entry %d to %d", p.node.id, before, now)
-		return
 	}
-	p.seen.applied = now
-	first, err := r.log.FirstIndex()
+	if now > before {
+		p.seen.applied = now
+		c.advanced(p, before, now)
+	}
+}
+
+// advanced looks at a process that has applied the entries after before up to
+// now, or a snapshot that takes the place of some of them.
+func (c *checker) advanced(p *process, before, now uint64) {
+	first, err := p.replica.log.FirstIndex()
 	if err != nil {
 		c.violate("simulator", "node %d: %v", p.node.id, err)
 		return
 	}
-	installed := before+1 < first && p.store.state.index != before
+	installed := before+1 < first
 	if installed {
 		before = first - 1
 		if c.model.index() < before {
@@ -129,17 +132,8 @@ func (c *checker) observe(p *process) {
 			return
 		}
 	}
-	if now > before {
-		ents, err := r.log.Entries(before+1, now+1, noLimit)
-		if err != nil {
-			c.violate("simulator", "node %d: entries %d to %d: %v", p.node.id, before+1, now, err)
-			return
-		}
-		for _, e := range ents {
-			if !c.entry(p, e) {
-				return
-			}
-		}
+	if now > before && !c.entries(p, before+1, now) {
+		return
 	}
 	if installed {
 		c.whole(p)
@@ -151,10 +145,25 @@ func (c *checker) observe(p *process) {
 	}
 }
 
+// entries compares applied entries with what others have applied there.
+func (c *checker) entries(p *process, first, last uint64) bool {
+	ents, err := p.replica.log.Entries(first, last+1, noLimit)
+	if err != nil {
+		c.violate("simulator", "node %d: entries %d to %d: %v", p.node.id, first, last, err)
+		return false
+	}
+	for _, e := range ents {
+		if !c.entry(p, e) {
+			return false
+		}
+	}
+	return true
+}
+
 // hashEvery is how many entries lie between two looks at the whole state.
 const hashEvery = 64
 
-// entry compares an applied entry with what others have applied there.
+// entry compares one of them. Who applies an entry first shows it to the model.
 func (c *checker) entry(p *process, e *raftpb.Entry) bool {
 	m := c.model
 	if e.GetIndex() == m.index()+1 {

@@ -118,6 +118,7 @@ func (s *sim) wait(t *testing.T, op *simOp) {
 // judge wants nothing to be wrong.
 func (s *sim) judge(t *testing.T) {
 	t.Helper()
+	s.run(time.Second) // to converge
 	s.check.finish()
 	for _, v := range s.check.violations {
 		t.Errorf("at %v: %s: %s", v.At, v.Check, v.Text)
@@ -286,7 +287,7 @@ func TestTransferSoonAfterElection(t *testing.T) {
 func (s *sim) change(t *testing.T, n *simNode, c memberChange) {
 	t.Helper()
 	before := s.check.model.index()
-	s.changeMemberAt(n, c)
+	n.proposeChange(c, changeTimeout)
 	if !s.runUntil(5*time.Second, func() bool { return s.check.model.index() > before }) {
 		t.Fatalf("not proposed: %+v; %v", c, s.check.violations)
 	}
@@ -295,16 +296,46 @@ func (s *sim) change(t *testing.T, n *simNode, c memberChange) {
 // TestLastVoter: a learner does not make the last voter dispensable. It once
 // did, and raft panicked on every node that applied the change, for ever.
 func TestLastVoter(t *testing.T) {
-	for _, remove := range []bool{false, true} {
-		s, leader := newScenario(t, defaultSimConfig(1, 1))
-		learner := s.addNode("http://n2", true)
-		s.change(t, leader, memberChange{member: member{ID: learner.id, PeerURL: learner.url, Learner: true}})
-		learner.start()
-		s.change(t, leader, memberChange{member: member{ID: leader.id, PeerURL: leader.url, Learner: true}, remove: remove})
-		s.wait(t, s.begin(leader, putOp("k", "v"), time.Second))
-		s.run(time.Second)
-		s.judge(t)
+	s, leader := newScenario(t, defaultSimConfig(1, 1))
+	learner := s.addNode("http://n2", true)
+	s.change(t, leader, memberChange{addLearner, member{ID: learner.id, PeerURL: learner.url}})
+	learner.start()
+	s.change(t, leader, memberChange{removeMember, member{ID: leader.id}})
+	s.wait(t, s.begin(leader, putOp("k", "v"), time.Second))
+	s.run(time.Second)
+	s.judge(t)
+}
+
+// TestLearnersDoNotTell: a member that was removed hears so from voters only. A
+// learner once ended a leader that had just applied its own removal, and the
+// other voter could never find out that the change was committed.
+func TestLearnersDoNotTell(t *testing.T) {
+	s, leader := newScenario(t, defaultSimConfig(1, 2))
+	gone := s.node(leader.id%2 + 1)
+	learner := s.addNode("http://n3", true)
+	s.change(t, leader, memberChange{addLearner, member{ID: learner.id, PeerURL: learner.url}})
+	learner.start()
+	s.wait(t, s.begin(leader, putOp("k", "v"), time.Second))
+	s.run(time.Second)
+	before := s.check.model.index()
+	s.hold(func(m *raftpb.Message) bool {
+		return m.GetFrom() == leader.id && m.GetTo() == gone.id && m.GetCommit() > before
+	})
+	s.change(t, leader, memberChange{removeMember, member{ID: gone.id}})
+	s.network.cut[leader.id][gone.id], s.network.cut[gone.id][leader.id] = true, true
+	if !s.runUntil(time.Second, func() bool { return learner.process.store.isRemoved(gone.id) }) {
+		t.Fatalf("the learner does not know of the removal; %v", s.check.violations)
 	}
+	s.run(3 * time.Second)
+	if gone.retired {
+		t.Error("a learner ended the node that was removed")
+	}
+	s.network.filter = nil
+	s.network.heal()
+	if !s.runUntil(5*time.Second, func() bool { return gone.retired }) {
+		t.Errorf("nobody told node %d that it was removed", gone.id)
+	}
+	s.judge(t)
 }
 
 // TestRemovalFromTwo removes one of two members. The other one must be able to
@@ -334,9 +365,11 @@ func TestRemovalFromTwo(t *testing.T) {
 					return m.GetFrom() == leader.id && (m.GetType() == raftpb.MsgApp || m.GetType() == raftpb.MsgHeartbeat) && m.GetCommit() > before
 				})
 			}
-			s.change(t, leader, memberChange{member: member{ID: gone.id}, remove: true})
+			s.change(t, leader, memberChange{removeMember, member{ID: gone.id}})
 			if !tt.lose {
-				s.runUntil(time.Second, func() bool { return left.process.store.isRemoved(gone.id) })
+				if !s.runUntil(3*time.Second, func() bool { return left.process.store.isRemoved(gone.id) }) {
+					t.Fatalf("node %d was not removed; %v", gone.id, s.check.violations)
+				}
 				left.crash(tailLost)
 				s.run(time.Second) // time enough for the one that is gone to end
 				left.start()

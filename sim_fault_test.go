@@ -258,7 +258,7 @@ const (
 	changeTimeout = 1500 * time.Millisecond
 )
 
-// faultMembers adds, promotes, demotes or removes a member.
+// faultMembers adds, promotes or removes a member.
 func faultMembers(s *sim) {
 	members := slices.SortedFunc(maps.Values(s.check.model.members), func(a, b member) int { return cmp.Compare(a.ID, b.ID) })
 	if len(members) == 0 || s.now < s.changing {
@@ -267,15 +267,14 @@ func faultMembers(s *sim) {
 	s.changing = s.now + changeTimeout
 	m := pick(s, members)
 	switch {
-	case m.Learner && s.chance(0.7), !m.Learner && s.chance(0.1):
-		m.Learner = !m.Learner
-		s.changeMember(memberChange{member: m})
+	case m.Learner && s.chance(0.5):
+		s.changeMember(memberChange{kind: promoteLearner, member: member{ID: m.ID}})
 	case len(members) < membersMax && len(s.nodes) < nodesMax && s.chance(0.5):
 		n := s.addNode(fmt.Sprintf("http://n%d", len(s.nodes)+1), true)
-		s.changeMember(memberChange{member: member{ID: n.id, PeerURL: n.url, Learner: s.chance(0.5)}})
+		s.changeMember(memberChange{kind: addLearner, member: member{ID: n.id, PeerURL: n.url, Promote: s.chance(0.7)}})
 		s.after(s.around(100*time.Millisecond), n.start)
-	case len(members) > 3 || s.chance(0.3):
-		s.changeMember(memberChange{member: m, remove: true})
+	default: // the last voter, and a majority that is needed, are safe
+		s.changeMember(memberChange{kind: removeMember, member: member{ID: m.ID}})
 	}
 }
 
@@ -283,19 +282,20 @@ func faultMembers(s *sim) {
 // the log.
 func (s *sim) changeMember(c memberChange) {
 	if n := pick(s, s.nodes); n.process != nil {
-		s.changeMemberAt(n, c)
+		n.proposeChange(c, changeTimeout)
 	}
 }
 
-func (s *sim) changeMemberAt(n *simNode, c memberChange) {
+// proposeChange hands a change to a node that is up, and does not wait.
+func (n *simNode) proposeChange(c memberChange, timeout time.Duration) *batch {
 	p := n.process
-	b, err := newMemberChange(c, n.clock().Add(time.Duration(float64(changeTimeout)*n.rate)))
+	b, err := newMemberChange(c, n.clock().Add(time.Duration(float64(timeout)*n.rate)))
 	if err != nil {
-		s.check.violate("simulator", "%v", err)
-		return
+		panic(err) // a member that is no JSON
 	}
 	p.loop.mu.Lock()
 	p.loop.push(b)
 	p.loop.mu.Unlock()
 	p.wake()
+	return b
 }

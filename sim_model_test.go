@@ -177,6 +177,9 @@ func (m *model) apply(c *command, next *modelEntry) (result, error) {
 		changes[len(changes)-1].last = true
 	}
 	r.rv, r.key = m.rv, c.key
+	if c.op == opRefuse {
+		r.key = c.value
+	}
 	for _, e := range changes {
 		deleted := e.kind == eventDeleted || e.kind == eventExpired
 		it := e.item
@@ -201,6 +204,8 @@ func (m *model) execute(c *command, changes *[]event) (result, error) {
 	switch c.op {
 	case opNop:
 		return result{}, nil
+	case opRefuse:
+		return result{status: statusRefused}, nil
 	case opPut, opDelete, opExpire:
 		if it, exists := m.items[c.key]; !c.condition.holds(it, exists) {
 			return result{status: statusPrecondition, current: it.rv}, nil
@@ -284,24 +289,25 @@ func (m *model) changeMember(e *raftpb.Entry, next *modelEntry) error {
 	}
 	id := c.member.ID
 	old, exists := m.members[id]
-	voters := map[uint64]bool{}
+	voters, taken := 0, false
 	for _, other := range m.members {
 		if !other.Learner {
-			voters[other.ID] = true
+			voters++
 		}
-		if !c.remove && other.ID != id && other.PeerURL == c.member.PeerURL {
-			return nil
-		}
+		taken = taken || other.ID != id && other.PeerURL == c.member.PeerURL
 	}
-	lastVoter := voters[id] && len(voters) == 1 && (c.remove || c.member.Learner)
 	switch {
-	case lastVoter, c.remove && !exists, !c.remove && m.removed[id], !c.remove && exists && old == c.member:
-		return nil
-	case c.remove:
+	case c.kind == removeMember && exists && (old.Learner || voters > 1):
 		delete(m.members, id)
 		m.removed[id] = true
-	default:
+	case c.kind == promoteLearner && exists && old.Learner:
+		old.Learner, old.Promote = false, false
+		m.members[id] = old
+	case c.kind == addLearner && !exists && !m.removed[id] && !taken:
+		c.member.Learner = true
 		m.members[id] = c.member
+	default:
+		return nil
 	}
 	next.config = e.GetIndex()
 	return nil

@@ -188,7 +188,8 @@ func (p *process) boot() error {
 func (n *simNode) recover(files *storage) (*recovered, error) {
 	s, cfg := n.sim, n.bootConfig()
 	if !n.joins {
-		return recoverState(context.Background(), cfg, files, s.logger)
+		rec, _, err := recoverState(context.Background(), cfg, files, s.logger)
+		return rec, err
 	}
 	rec, err := files.load()
 	if err == nil && rec == nil {
@@ -267,7 +268,7 @@ const dialEvery = 200 * time.Millisecond
 // members, and one that knows refuses them, which ends the node.
 func (p *process) dial() {
 	other := pick(p.sim, p.sim.nodes)
-	if p.sim.network.connected(p.node.id, other.id) && other.process.store.isRemoved(p.node.id) {
+	if p.sim.network.connected(p.node.id, other.id) && other.process.store.tellsRemoved(other.id, p.node.id) {
 		p.exit(errPeerRemoved)
 		return
 	}
@@ -485,7 +486,7 @@ func (p *process) background(work func() error, done func(error) error) {
 
 // deliver takes a message from the network, as peerNetwork.Process does.
 func (p *process) deliver(m *raftpb.Message, body []byte) error {
-	if p.store.isRemoved(m.GetFrom()) {
+	if p.store.tellsRemoved(p.node.id, m.GetFrom()) {
 		return errPeerRemoved
 	}
 	if err := checkMessage(m, p.node.id); err != nil {

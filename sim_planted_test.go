@@ -39,7 +39,7 @@ type plant struct {
 	answerWrite bool // writes are answered as soon as they are queued
 
 	// prepare makes the bug more likely to show.
-	prepare func(w *weather)
+	prepare func(w *weather, l *load)
 }
 
 // plants returns all planted bugs. Some have a memory, so each run gets its own.
@@ -59,13 +59,20 @@ func plants() []*plant {
 		{name: "snapshot installed without its ConfState", incoming: firstConfState, prepare: onlyFaults(faultMembers, faultMembers, faultCrash)},
 		{name: "pending batch not proposed again", outgoing: onceProposed(func(*raftpb.Message) *raftpb.Message { return nil }), prepare: onlyFaults(faultIsolateLeader, faultPauseLeader)},
 		{name: "retry applied as a new write", outgoing: onceProposed(asNewBatch)},
-		{name: "stale ReadIndex context", incoming: anyAttempt, prepare: onlyFaults(faultSlow)},
+		{name: "stale ReadIndex context", incoming: anyAttempt, prepare: slowLinks},
 		{name: "read does not wait for apply", incoming: readAtOnce},
 	}
 }
 
-func onlyFaults(faults ...simFault) func(*weather) {
-	return func(w *weather) { w.faults = faults }
+func onlyFaults(faults ...simFault) func(*weather, *load) {
+	return func(w *weather, _ *load) { w.faults = faults }
+}
+
+// slowLinks lets answers be late, while there is always something to read that
+// was just written.
+func slowLinks(w *weather, l *load) {
+	w.faults, w.mean = []simFault{faultSlow}, 300*time.Millisecond
+	l.makers, l.keys = []opMaker{makePut, makeGet, makeGet}, 2
 }
 
 // lateDisk saves some time after it has said so.

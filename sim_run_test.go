@@ -127,10 +127,10 @@ func runOnce(t *testing.T, seed uint64, d time.Duration, bug *plant) (r simResul
 		s := newSim(t, cfg)
 		s.startAll()
 		w := s.drawWeather()
-		if bug != nil && bug.prepare != nil {
-			bug.prepare(w)
-		}
 		l := s.drawLoad()
+		if bug != nil && bug.prepare != nil {
+			bug.prepare(w, l)
+		}
 		s.addClients(4+s.rand.IntN(9), l)
 		s.addWatchers(2)
 		s.live(w, d)
@@ -145,7 +145,7 @@ func runOnce(t *testing.T, seed uint64, d time.Duration, bug *plant) (r simResul
 // drawLoad draws what the clients do.
 func (s *sim) drawLoad() *load {
 	return &load{
-		think:    s.between(40*time.Millisecond, 160*time.Millisecond),
+		think:    s.between(50*time.Millisecond, 200*time.Millisecond),
 		keys:     3 + s.rand.IntN(20),
 		timeouts: []time.Duration{time.Second, 2 * time.Second, 5 * time.Second},
 		makers:   opMakers,

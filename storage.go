@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -54,6 +55,8 @@ type identity struct {
 	Format  int    `json:"format"`
 	Member  uint64 `json:"member"`
 	Cluster uint64 `json:"cluster"`
+	// Directory is a random number: a directory that was made anew is another one.
+	Directory uint64 `json:"directory"`
 	// Joined members start empty and get their first state from a leader. The
 	// others start from the state that --cluster describes.
 	Joined bool `json:"joined,omitempty"`
@@ -487,12 +490,12 @@ func (s *storage) purgeSnapshots(oldest uint64) error {
 
 // snapshotIndex returns the raft index in a snapshot file's name.
 func snapshotIndex(name string) (index uint64, ok bool) {
-	var term uint64
-	if _, err := fmt.Sscanf(name, "%016x-%016x"+metaSuffix, &term, &index); err == nil {
-		return index, true
+	digits, ok := strings.CutSuffix(name, bodySuffix)
+	if meta, isMeta := strings.CutSuffix(name, metaSuffix); isMeta {
+		_, digits, ok = strings.Cut(meta, "-") // after the term
 	}
-	_, err := fmt.Sscanf(name, "%016x"+bodySuffix, &index)
-	return index, err == nil
+	index, err := strconv.ParseUint(digits, 16, 64)
+	return index, ok && err == nil && len(digits) == 16
 }
 
 // close makes the log durable and gives up the directory.

@@ -95,7 +95,7 @@ func (c *virtualCluster) newNode(cfg config) *virtualNode {
 	logger := zap.NewNop()
 	disk, err := openStorage(cfg.dataDir, logger)
 	must(t, err)
-	rec, err := recoverState(t.Context(), cfg, disk, logger)
+	rec, _, err := recoverState(t.Context(), cfg, disk, logger)
 	must(t, err)
 	store := &kvstore{state: rec.state}
 	hub := newHub(store)
@@ -120,7 +120,7 @@ func (c *virtualCluster) newNode(cfg config) *virtualNode {
 func (n *virtualNode) start() {
 	ctx, cancel := context.WithCancel(context.Background())
 	n.endLoop = cancel
-	go func() { n.ended <- n.loop.run(ctx, n.loop.replica) }()
+	go func() { n.ended <- n.loop.run(ctx, n.loop.replica, func(context.Context) error { return nil }) }()
 	hubEnded := make(chan struct{})
 	go func() {
 		defer close(hubEnded)

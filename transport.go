@@ -212,7 +212,7 @@ func (n *peerNetwork) reconnect(silenceMax time.Duration) {
 // Process implements rafthttp.Raft: a message came in. It must not block, since
 // it holds up all that the same peer sends.
 func (n *peerNetwork) Process(_ context.Context, m *raftpb.Message) error {
-	if n.store.isRemoved(m.GetFrom()) {
+	if n.store.tellsRemoved(n.id, m.GetFrom()) {
 		return errPeerRemoved
 	}
 	if err := checkMessage(m, n.id); err != nil {
@@ -249,10 +249,19 @@ func (n *peerNetwork) processSnapshot(m *raftpb.Message) error {
 	return n.loop.deliver(message{Message: m, body: &st})
 }
 
-var errPeerRemoved = errors.New("the sender was removed from the cluster")
+// errPeerRemoved tells a member that was removed to stop, in the way that
+// rafthttp on its side understands.
+var errPeerRemoved = removedError{errors.New("the sender was removed from the cluster")}
+
+type removedError struct{ error }
+
+// WriteTo makes rafthttp answer with this status.
+func (e removedError) WriteTo(w http.ResponseWriter) {
+	http.Error(w, e.Error(), http.StatusGone)
+}
 
 // IsIDRemoved implements rafthttp.Raft.
-func (n *peerNetwork) IsIDRemoved(id uint64) bool { return n.store.isRemoved(id) }
+func (n *peerNetwork) IsIDRemoved(id uint64) bool { return n.store.tellsRemoved(n.id, id) }
 
 // ReportUnreachable implements rafthttp.Raft.
 func (n *peerNetwork) ReportUnreachable(id uint64) {
@@ -344,38 +353,53 @@ const peerInfoPath = "/-/peer"
 type peerInfo struct {
 	Cluster string   `json:"cluster"` // hexadecimal
 	Members []member `json:"members"`
+	Removed []uint64 `json:"removed,omitempty"` // ids
+}
+
+func (p *peerInfo) clusterID() (uint64, error) { return strconv.ParseUint(p.Cluster, 16, 64) }
+
+// directoryOf returns the number of the directory that a member started with.
+func (p *peerInfo) directoryOf(id uint64) uint64 {
+	for _, m := range p.Members {
+		if m.ID == id {
+			return m.Directory
+		}
+	}
+	return 0
 }
 
 func (n *peerNetwork) serveInfo(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
-	info := peerInfo{Cluster: n.http.ClusterID.String(), Members: n.store.members()}
+	info := peerInfo{Cluster: n.http.ClusterID.String(), Members: n.store.members(), Removed: n.store.removed()}
 	if err := json.NewEncoder(w).Encode(info); err != nil {
 		n.logger.Debug("answer peer", zap.Error(err))
 	}
 }
 
 // fetchPeerInfo asks the member at peerURL which cluster it is in.
-func fetchPeerInfo(ctx context.Context, peerURL string) (cluster uint64, members []member, err error) {
+func fetchPeerInfo(ctx context.Context, peerURL string) (*peerInfo, error) {
 	ctx, cancel := context.WithTimeout(ctx, peerDialTimeout)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, peerURL+peerInfoPath, nil)
 	if err != nil {
-		return 0, nil, err
+		return nil, err
 	}
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
-		return 0, nil, err
+		return nil, err
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return 0, nil, fmt.Errorf("%s answered %s", peerURL, resp.Status)
+		return nil, fmt.Errorf("%s answered %s", peerURL, resp.Status)
 	}
-	var info peerInfo
-	if err := json.NewDecoder(io.LimitReader(resp.Body, peerInfoSizeMax)).Decode(&info); err != nil {
-		return 0, nil, fmt.Errorf("%s: %w", peerURL, err)
+	info := new(peerInfo)
+	if err := json.NewDecoder(io.LimitReader(resp.Body, peerInfoSizeMax)).Decode(info); err != nil {
+		return nil, fmt.Errorf("%s: %w", peerURL, err)
 	}
-	cluster, err = strconv.ParseUint(info.Cluster, 16, 64)
-	return cluster, info.Members, err
+	if _, err := info.clusterID(); err != nil {
+		return nil, fmt.Errorf("%s: cluster ID: %w", peerURL, err)
+	}
+	return info, nil
 }
 
 const peerInfoSizeMax = 1 << 20 // bytes

@@ -1,0 +1,288 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"go.etcd.io/raft/v3/raftpb"
+)
+
+// What the state machine makes of changes of the membership.
+func TestChangeMember(t *testing.T) {
+	two := []member{{ID: 1, PeerURL: "http://a:1"}, {ID: 2, PeerURL: "http://b:1"}}
+	withLearner := append(slices.Clone(two), member{ID: 3, PeerURL: "http://c:1", Learner: true, Promote: true})
+	for _, tt := range []struct {
+		name    string
+		members []member
+		removed uint64
+		change  memberChange
+		want    []member // if it is not refused
+		refused string   // part of it
+	}{
+		{"add", two, 0, memberChange{addLearner, member{ID: 3, PeerURL: "http://c:1", Promote: true}}, withLearner, ""},
+		{"add again", two, 0, memberChange{addLearner, member{ID: 2, PeerURL: "http://c:1"}}, nil, "exists already, at http://b:1"},
+		{"add at the URL of another", two, 0, memberChange{addLearner, member{ID: 3, PeerURL: "http://b:1"}}, nil, "member 2 already has the peer URL http://b:1"},
+		{"add a removed ID", two, 3, memberChange{addLearner, member{ID: 3, PeerURL: "http://c:1"}}, nil, "an ID is never used again"},
+		{"promote", withLearner, 0, memberChange{promoteLearner, member{ID: 3}}, append(slices.Clone(two), member{ID: 3, PeerURL: "http://c:1"}), ""},
+		{"promote a voter", withLearner, 0, memberChange{promoteLearner, member{ID: 2}}, nil, "a voter already"},
+		{"promote nobody", two, 0, memberChange{promoteLearner, member{ID: 3}}, nil, "there is no member 3"},
+		{"promote a removed ID", two, 3, memberChange{promoteLearner, member{ID: 3}}, nil, "was removed"},
+		{"remove a voter", two, 0, memberChange{removeMember, member{ID: 1}}, two[1:], ""},
+		{"remove a learner", withLearner, 0, memberChange{removeMember, member{ID: 3}}, two, ""},
+		{"remove nobody", two, 0, memberChange{removeMember, member{ID: 3}}, nil, "there is no member 3"},
+		{"remove twice", two, 3, memberChange{removeMember, member{ID: 3}}, nil, "was removed"},
+		{"remove the last voter", withLearner[1:], 0, memberChange{removeMember, member{ID: 2}}, nil, "member 2 is the last voter"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			st := stateWithMembers(tt.members)
+			if tt.removed != 0 {
+				st.removed[tt.removed] = true
+			}
+			before := maps.Clone(st.removed)
+			err := st.changeMember(tt.change)
+			if tt.refused != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.refused) {
+					t.Errorf("%v, want %q", err, tt.refused)
+				}
+				wantMembers(t, &st, tt.members)
+				if !maps.Equal(st.removed, before) {
+					t.Errorf("refused, but the removed IDs are %v", st.removed)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantMembers(t, &st, tt.want)
+			if removed := tt.change.kind == removeMember; st.removed[tt.change.member.ID] != removed {
+				t.Errorf("removed IDs: %v", st.removed)
+			}
+		})
+	}
+}
+
+func TestUpdateMember(t *testing.T) {
+	first := member{ID: 1, Name: "one", PeerURL: "http://a:1", ClientURL: "http://a:2", Directory: 7}
+	other := member{ID: 2, PeerURL: "http://b:1", Learner: true, Promote: true}
+	for _, tt := range []struct {
+		name   string
+		update member
+		want   member
+		status status
+	}{
+		{"nothing", member{ID: 1}, first, statusReplaced},
+		{"one field", member{ID: 1, Name: "uno"}, member{ID: 1, Name: "uno", PeerURL: "http://a:1", ClientURL: "http://a:2", Directory: 7}, statusReplaced},
+		{"all fields", member{ID: 1, Name: "n", PeerURL: "http://c:1", ClientURL: "http://c:2", Directory: 8},
+			member{ID: 1, Name: "n", PeerURL: "http://c:1", ClientURL: "http://c:2", Directory: 8}, statusReplaced},
+		{"the same URL", member{ID: 1, PeerURL: "http://a:1"}, first, statusReplaced},
+		{"the URL of another", member{ID: 1, PeerURL: "http://b:1"}, first, statusPrecondition},
+		{"no vote is lost", member{ID: 1, Learner: true, Promote: true}, first, statusReplaced},
+		{"nobody", member{ID: 3, PeerURL: "http://c:1"}, first, statusNotFound},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			st := stateWithMembers([]member{first, other})
+			value, err := json.Marshal(tt.update)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r, err := st.updateMember(string(value))
+			if err != nil || r.status != tt.status {
+				t.Errorf("%+v, %v", r, err)
+			}
+			wantMembers(t, &st, []member{tt.want, other})
+			if counted := st.updates == 1; counted != (tt.status == statusReplaced) {
+				t.Errorf("%d updates", st.updates)
+			}
+		})
+	}
+	st := newState()
+	if _, err := st.updateMember("{"); err == nil {
+		t.Error("malformed update accepted")
+	}
+}
+
+func stateWithMembers(members []member) state {
+	st := newState()
+	for _, m := range members {
+		st.members[m.ID] = m
+	}
+	return st
+}
+
+func wantMembers(t *testing.T, st *state, want []member) {
+	t.Helper()
+	if got := st.sortedMembers(); !slices.Equal(got, want) {
+		t.Errorf("members %+v\nwant %+v", got, want)
+	}
+}
+
+// A node that comes back without what it has promised is refused.
+func TestCheckDirectory(t *testing.T) {
+	members := []member{{ID: 1, Directory: 11}, {ID: 2}}
+	for _, tt := range []struct {
+		name      string
+		id        uint64
+		directory uint64
+		removed   []uint64
+		want      string // part of the error; "" = none
+	}{
+		{"the same directory", 1, 11, nil, ""},
+		{"another directory", 1, 12, nil, "with another data directory than d1, and must not come back"},
+		{"the first start", 2, 12, nil, ""},
+		{"not a member yet", 3, 12, nil, ""},
+		{"removed", 3, 12, []uint64{3}, "node 3 was removed from the cluster"},
+		{"removed, with its directory", 1, 11, []uint64{1}, "node 1 was removed from the cluster"},
+		{"another was removed", 1, 11, []uint64{3}, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cfg := config{id: tt.id, dataDir: fmt.Sprintf("d%d", tt.id)}
+			err := checkDirectory(cfg, &peerInfo{Members: members, Removed: tt.removed}, tt.directory)
+			if got := fmt.Sprint(err); (err != nil) != (tt.want != "") || tt.want != "" && !strings.Contains(got, tt.want) {
+				t.Errorf("%v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+// The rest are scenarios in the simulator, at the product's own calls.
+
+const memberTimeout = 5 * time.Second
+
+// changed waits for a change, and returns what its proposer is told.
+func (s *sim) changed(t *testing.T, b *batch) error {
+	t.Helper()
+	if !s.runUntil(10*time.Second, func() bool { return isClosed(b.done) }) {
+		t.Fatalf("no answer to a change; %v", s.check.violations)
+	}
+	return b.changeError()
+}
+
+// mustChange makes a change, which must succeed.
+func (s *sim) mustChange(t *testing.T, n *simNode, c memberChange) {
+	t.Helper()
+	if err := s.changed(t, n.proposeChange(c, memberTimeout)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wantRefused wants a change to be refused for a reason that contains a text.
+func (s *sim) wantRefused(t *testing.T, b *batch, reason string) {
+	t.Helper()
+	if err := s.changed(t, b); !errors.Is(err, errMember) || !strings.Contains(err.Error(), reason) {
+		t.Errorf("%v, want %q", err, reason)
+	}
+}
+
+func (s *sim) wantVoter(t *testing.T, n *simNode, id uint64) {
+	t.Helper()
+	if !s.runUntil(5*time.Second, func() bool {
+		m, ok := n.process.store.member(id)
+		return ok && !m.Learner
+	}) {
+		t.Fatalf("member %d is no voter: %+v; %v", id, n.process.store.members(), s.check.violations)
+	}
+}
+
+func TestMembers_LearnerIsPromoted(t *testing.T) {
+	s, leader := newScenario(t, defaultSimConfig(1, 3))
+	s.wait(t, s.begin(leader, putOp("k", "v"), time.Second))
+	joining := s.addNode("http://n4", true)
+	s.mustChange(t, leader, memberChange{addLearner, member{ID: 4, PeerURL: joining.url, Promote: true}})
+	s.run(time.Second)
+	if m, _ := leader.process.store.member(4); !m.Learner {
+		t.Fatalf("promoted before it was started: %+v", m)
+	}
+	s.wantRefused(t, leader.proposeChange(memberChange{promoteLearner, member{ID: 4}}, memberTimeout), "has not caught up")
+	joining.start()
+	s.wantVoter(t, leader, 4)
+	s.wait(t, s.begin(joining, putOp("k", "of the new one"), time.Second))
+	s.judge(t)
+}
+
+func TestMembers_LearnerStaysOne(t *testing.T) {
+	s, leader := newScenario(t, defaultSimConfig(1, 3))
+	joining := s.addNode("http://n4", true)
+	s.mustChange(t, leader, memberChange{addLearner, member{ID: 4, PeerURL: joining.url}})
+	joining.start()
+	s.run(3 * time.Second)
+	if m, _ := joining.process.store.member(4); !m.Learner || joining.process.replica.roleName() != "learner" {
+		t.Fatalf("%+v, %s", m, joining.process.replica.roleName())
+	}
+	s.mustChange(t, joining, memberChange{promoteLearner, member{ID: 4}})
+	s.wantVoter(t, leader, 4)
+	s.judge(t)
+}
+
+// Of three members one is down: no other may go, and it is told why wherever it
+// is asked. The one that is down may.
+func TestMembers_RemovalNeedsMajority(t *testing.T) {
+	s, leader := newScenario(t, defaultSimConfig(1, 3))
+	follower, down := s.node(leader.id%3+1), s.node((leader.id+1)%3+1)
+	down.crash(tailKept)
+	s.run(time.Second) // until the leader has noticed
+	for _, at := range []*simNode{leader, follower} {
+		for _, id := range []uint64{leader.id, follower.id} {
+			s.wantRefused(t, at.proposeChange(memberChange{removeMember, member{ID: id}}, memberTimeout),
+				"of 2 voters after the change only 1 would be reachable, which is no majority")
+		}
+	}
+	s.mustChange(t, follower, memberChange{removeMember, member{ID: down.id}})
+	if members := leader.process.store.members(); len(members) != 2 {
+		t.Errorf("%+v", members)
+	}
+	s.wait(t, s.begin(follower, putOp("k", "v"), time.Second))
+	s.judge(t)
+}
+
+// One change at a time, asked for at one node or at two.
+func TestMembers_OneChangeAtATime(t *testing.T) {
+	s, leader := newScenario(t, defaultSimConfig(1, 3))
+	add := func(n *simNode) *batch {
+		added := s.addNode(fmt.Sprintf("http://n%d", len(s.nodes)+1), true)
+		return n.proposeChange(memberChange{addLearner, member{ID: added.id, PeerURL: added.url}}, memberTimeout)
+	}
+	for _, at := range []*simNode{leader, s.node(leader.id%3 + 1)} {
+		// The first one is not committed when the second one comes.
+		answers := s.hold(func(m *raftpb.Message) bool { return m.GetType() == raftpb.MsgAppResp && m.GetTo() == leader.id })
+		first := add(leader)
+		s.run(5 * time.Millisecond)
+		second := add(at)
+		s.run(5 * time.Millisecond)
+		answers.release(t)
+		if err := s.changed(t, first); err != nil {
+			t.Error(err)
+		}
+		s.wantRefused(t, second, "another change of the membership is in progress")
+		s.run(100 * time.Millisecond)
+		s.mustChange(t, at, memberChange{removeMember, member{ID: uint64(len(s.nodes)) - 1}})
+	}
+	s.judge(t)
+}
+
+func TestMembers_LeaderIsRemoved(t *testing.T) {
+	for _, name := range []string{"asked itself", "asked another"} {
+		t.Run(name, func(t *testing.T) {
+			s, leader := newScenario(t, defaultSimConfig(1, 3))
+			follower := s.node(leader.id%3 + 1)
+			at := leader
+			if name == "asked another" {
+				at = follower
+			}
+			s.mustChange(t, at, memberChange{removeMember, member{ID: leader.id}})
+			if !s.runUntil(5*time.Second, func() bool { return leader.retired && s.agreedLeader() != nil }) {
+				t.Fatalf("stopped: %v, leader: %v; %v", leader.retired, s.agreedLeader(), s.check.violations)
+			}
+			if members := follower.process.store.members(); len(members) != 2 || !follower.process.store.isRemoved(leader.id) {
+				t.Errorf("%+v", members)
+			}
+			s.wait(t, s.begin(follower, putOp("k", "v"), time.Second))
+			s.judge(t)
+		})
+	}
+}

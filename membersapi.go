@@ -1,0 +1,147 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"strings"
+	"time"
+)
+
+// This file is the HTTP front of the membership: who is in the cluster, and how
+// that changes. Every change waits until it is applied on this node.
+
+// memberBackend is what these calls need of a node.
+type memberBackend interface {
+	// addMember adds a learner, which becomes a voter by itself when it has
+	// caught up if Promote is set.
+	addMember(ctx context.Context, timeout time.Duration, m member) error
+	removeMember(ctx context.Context, timeout time.Duration, id uint64) error
+	promoteMember(ctx context.Context, timeout time.Duration, id uint64) error
+	// updateMember changes the fields that are set.
+	updateMember(ctx context.Context, timeout time.Duration, m member) error
+	// transferLeader hands leadership to a member, wherever it is.
+	transferLeader(ctx context.Context, timeout time.Duration, id uint64) error
+}
+
+const memberBodySizeMax = 4 << 10 // bytes
+
+// memberBody is a member as a client describes it.
+type memberBody struct {
+	Name      string `json:"name"`
+	PeerURL   string `json:"peerURL"`
+	ClientURL string `json:"clientURL"`
+	Learner   bool   `json:"learner"` // stay one
+}
+
+func (h *httpAPI) listMembers(w http.ResponseWriter, r request) error {
+	if err := h.catchUp(r); err != nil {
+		return err
+	}
+	return writeJSON(w, r, struct {
+		LeaderID uint64   `json:"leaderId"`
+		Members  []member `json:"members"`
+	}{h.backend.status().LeaderID, h.store.members()})
+}
+
+// addMember is the call that raftexample had: POST /{id} with the peer URL as
+// the body.
+func (h *httpAPI) addMember(w http.ResponseWriter, r request) error {
+	id, err := parseMemberID(r.name)
+	if err != nil {
+		return err
+	}
+	body, err := readBody(r.Request, peerURLSizeMax)
+	if err != nil {
+		return err
+	}
+	peerURL, err := parsePeerURL(body)
+	if err != nil {
+		return err
+	}
+	return done(w, h.backend.addMember(r.Context(), r.params.timeout, member{ID: id, PeerURL: peerURL, Promote: true}))
+}
+
+func (h *httpAPI) postMember(w http.ResponseWriter, r request) error {
+	m, err := readMember(r)
+	if err != nil {
+		return err
+	}
+	if m.PeerURL == "" {
+		return errInvalid.withDetail("peerURL is missing")
+	}
+	return done(w, h.backend.addMember(r.Context(), r.params.timeout, m))
+}
+
+func (h *httpAPI) putMember(w http.ResponseWriter, r request) error {
+	m, err := readMember(r)
+	if err != nil {
+		return err
+	}
+	if m.Learner {
+		return errInvalid.withDetail("learner is of new members only: a voter does not become a learner again")
+	}
+	m.Promote = false
+	return done(w, h.backend.updateMember(r.Context(), r.params.timeout, m))
+}
+
+func (h *httpAPI) deleteMember(w http.ResponseWriter, r request) error {
+	return h.withMember(w, r, h.backend.removeMember)
+}
+
+func (h *httpAPI) promoteMember(w http.ResponseWriter, r request) error {
+	return h.withMember(w, r, h.backend.promoteMember)
+}
+
+func (h *httpAPI) postLeader(w http.ResponseWriter, r request) error {
+	return h.withMember(w, r, h.backend.transferLeader)
+}
+
+func (h *httpAPI) withMember(w http.ResponseWriter, r request, call func(context.Context, time.Duration, uint64) error) error {
+	id, err := parseMemberID(r.name)
+	if err != nil {
+		return err
+	}
+	return done(w, call(r.Context(), r.params.timeout, id))
+}
+
+// done answers a call that has nothing to tell but that it succeeded.
+func done(w http.ResponseWriter, err error) error {
+	if err == nil {
+		w.WriteHeader(http.StatusNoContent)
+	}
+	return err
+}
+
+// readMember reads the member that a request is about.
+func readMember(r request) (m member, err error) {
+	if m.ID, err = parseMemberID(r.name); err != nil {
+		return m, err
+	}
+	text, err := readBody(r.Request, memberBodySizeMax)
+	if err != nil {
+		return m, err
+	}
+	var body memberBody
+	d := json.NewDecoder(strings.NewReader(text))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&body); err != nil {
+		return m, errInvalid.withDetail("the body must be a JSON object with some of peerURL, clientURL, name, learner: %v", err)
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return m, errInvalid.withDetail("there is something after the JSON object")
+	}
+	for _, u := range []*string{&body.PeerURL, &body.ClientURL} {
+		if *u == "" {
+			continue
+		}
+		if *u, err = parsePeerURL(*u); err != nil {
+			return m, errInvalid.withDetail("peerURL and clientURL are written like http://10.0.0.4:12379, with a port and no path")
+		}
+	}
+	m.Name, m.PeerURL, m.ClientURL = body.Name, body.PeerURL, body.ClientURL
+	m.Learner, m.Promote = body.Learner, !body.Learner
+	return m, nil
+}

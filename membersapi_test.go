@@ -1,0 +1,123 @@
+package main
+
+import (
+	"slices"
+	"strings"
+	"testing"
+)
+
+func TestHTTP_Members(t *testing.T) {
+	const path = "/-/v1/members/4"
+	full := `{"name":"four","peerURL":"http://a:1","clientURL":"https://b:2"}`
+	tests := []struct {
+		method, target, body string
+		want                 memberCall // if there is no detail
+		detail               string     // part of it: refused
+	}{
+		{"POST", path, `{"peerURL":"http://a:1"}`, memberCall{"add", member{ID: 4, PeerURL: "http://a:1", Promote: true}}, ""},
+		{"POST", path, full, memberCall{"add", member{ID: 4, Name: "four", PeerURL: "http://a:1", ClientURL: "https://b:2", Promote: true}}, ""},
+		{"POST", path, " {\"peerURL\":\" http://a:1\\n\"}\n", memberCall{"add", member{ID: 4, PeerURL: "http://a:1", Promote: true}}, ""},
+		{"POST", path, `{"peerURL":"http://a:1","learner":true}`, memberCall{"add", member{ID: 4, PeerURL: "http://a:1", Learner: true}}, ""},
+		{"POST", path, `{"peerURL":"http://a:1","learner":false}`, memberCall{"add", member{ID: 4, PeerURL: "http://a:1", Promote: true}}, ""},
+		{"PUT", path, full, memberCall{"update", member{ID: 4, Name: "four", PeerURL: "http://a:1", ClientURL: "https://b:2"}}, ""},
+		{"PUT", path, `{"clientURL":"http://[::1]:65535"}`, memberCall{"update", member{ID: 4, ClientURL: "http://[::1]:65535"}}, ""},
+		{"PUT", path, `{}`, memberCall{"update", member{ID: 4}}, ""},
+		{"DELETE", path, "", memberCall{"remove", member{ID: 4}}, ""},
+		{"DELETE", "/-/v1/members/18446744073709551615", "", memberCall{"remove", member{ID: 1<<64 - 1}}, ""},
+		{"POST", path + "/promote", "", memberCall{"promote", member{ID: 4}}, ""},
+		{"POST", "/-/v1/leader/4", "", memberCall{"transfer", member{ID: 4}}, ""},
+
+		{"POST", path, `{}`, memberCall{}, "peerURL is missing"},
+		{"POST", path, `null`, memberCall{}, "peerURL is missing"},
+		{"POST", path, `{"clientURL":"http://a:1"}`, memberCall{}, "peerURL is missing"},
+		{"PUT", path, `{"learner":true}`, memberCall{}, "learner is of new members only"},
+		{"PUT", path, `{"id":5}`, memberCall{}, `unknown field "id"`},
+		{"PUT", path, `{"directory":"5"}`, memberCall{}, `unknown field "directory"`},
+	}
+	for _, method := range []string{"POST", "PUT"} {
+		for _, tt := range [][2]string{ // body, detail
+			{"", "the body must be a JSON object"},
+			{"http://a:1", "the body must be a JSON object"},
+			{`"http://a:1"`, "the body must be a JSON object"},
+			{`[]`, "the body must be a JSON object"},
+			{`{"peerURL":"http://a:1"`, "the body must be a JSON object"},
+			{`{"peerURL":1}`, "the body must be a JSON object"},
+			{`{"peerURL":"http://a:1","learner":"yes"}`, "the body must be a JSON object"},
+			{`{"peerURL":"http://a:1","promote":true}`, `unknown field "promote"`},
+			{full + full, "something after"},
+			{full + "}", "something after"},
+			{full + " x", "something after"},
+			{`{"peerURL":"a:1"}`, "with a port and no path"},
+			{`{"peerURL":"http://a"}`, "with a port and no path"},
+			{`{"peerURL":"http://a:1/"}`, "with a port and no path"},
+			{`{"peerURL":"http://a:1","clientURL":"http://a:0"}`, "with a port and no path"},
+			{`{"peerURL":"http://a:1","clientURL":"ftp://a:1"}`, "with a port and no path"},
+			{`{"peerURL":"http://a:1","clientURL":"http://u@a:1"}`, "with a port and no path"},
+		} {
+			tests = append(tests, struct {
+				method, target, body string
+				want                 memberCall
+				detail               string
+			}{method, path, tt[0], memberCall{}, tt[1]})
+		}
+	}
+	f := newFront(t)
+	for _, tt := range tests {
+		a := f.do(tt.method, tt.target, tt.body)
+		calls := f.backend.takeMemberCalls()
+		if tt.detail == "" {
+			if a.code != 204 || !slices.Equal(calls, []memberCall{tt.want}) {
+				t.Errorf("%s %s %q: %d %s, %+v, want %+v", tt.method, tt.target, tt.body, a.code, a.body, calls, tt.want)
+			}
+			continue
+		}
+		if a.code != 400 || len(calls) > 0 {
+			t.Errorf("%s %s %q: %d %s, %+v", tt.method, tt.target, tt.body, a.code, a.body, calls)
+		} else if p := mustProblem(t, a); p.Code != "invalid-request" || !strings.Contains(p.Detail, tt.detail) {
+			t.Errorf("%s %s %q: %+v, want %q", tt.method, tt.target, tt.body, p, tt.detail)
+		}
+	}
+}
+
+func TestHTTP_MemberIDs(t *testing.T) {
+	f := newFront(t)
+	for _, id := range []string{"0", "04", "+4", "-4", "4_0", "%204", "0x4", "x", "4.0", "18446744073709551616"} {
+		for _, call := range [][2]string{
+			{"POST", "/-/v1/members/" + id},
+			{"PUT", "/-/v1/members/" + id},
+			{"DELETE", "/-/v1/members/" + id},
+			{"POST", "/-/v1/members/" + id + "/promote"},
+			{"POST", "/-/v1/leader/" + id},
+		} {
+			a := f.do(call[0], call[1], `{"peerURL":"http://a:1"}`)
+			if calls := f.backend.takeMemberCalls(); a.code != 400 || len(calls) > 0 {
+				t.Errorf("%s %s: %d, %+v", call[0], call[1], a.code, calls)
+			} else if p := mustProblem(t, a); !strings.Contains(p.Detail, "a positive decimal number") {
+				t.Errorf("%s %s: %+v", call[0], call[1], p)
+			}
+		}
+	}
+	for _, target := range []string{"/-/v1/members/", "/-/v1/members/4/", "/-/v1/members/4/x", "/-/v1/members//promote", "/-/v1/leader", "/-/v1/leader/"} {
+		f.do("POST", target, `{"peerURL":"http://a:1"}`).want(t, 404)
+	}
+}
+
+// The members come as the store has them, after a round of agreement unless the
+// request does without.
+func TestHTTP_ListMembers(t *testing.T) {
+	f := newFront(t)
+	f.store.state.members[2] = member{ID: 2, Name: "two", PeerURL: "http://b:1", ClientURL: "http://b:2", Directory: 1<<64 - 1}
+	f.store.state.members[1] = member{ID: 1, PeerURL: "http://a:1", Learner: true, Promote: true}
+	const want = `{"leaderId":2,"members":[{"id":1,"peerURL":"http://a:1","learner":true,"promote":true},` +
+		`{"id":2,"name":"two","peerURL":"http://b:1","clientURL":"http://b:2","directory":"18446744073709551615"}]}`
+	for rounds, query := range []string{"?resourceVersion=0", ""} {
+		a := f.do("GET", "/-/v1/members"+query, "")
+		a.want(t, 200)
+		if strings.TrimSpace(a.body) != want {
+			t.Errorf("%s\nwant %s", a.body, want)
+		}
+		if got := f.backend.linearizations(); got != rounds {
+			t.Errorf("%q: %d rounds", query, got)
+		}
+	}
+}
