@@ -123,7 +123,7 @@ func runOnce(t *testing.T, seed uint64, d time.Duration, bug *plant) (r simResul
 	t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 		cfg := drawConfig(seed)
 		cfg.plant, cfg.logs = bug, *simLogs
-		defer debug.SetGCPercent(debug.SetGCPercent(400))
+		defer debug.SetGCPercent(debug.SetGCPercent(1600)) // little is alive, much is allocated
 		s := newSim(t, cfg)
 		s.startAll()
 		w := s.drawWeather()
