@@ -129,7 +129,11 @@ func (p *process) do(op *simOp, timeout time.Duration, done func(simOutcome, err
 
 func (c *simCall) write(timeout time.Duration) {
 	p := c.process
-	b, place, err := p.loop.enqueue(&c.op.cmd, p.node.clock().Add(timeout))
+	cmd := c.op.cmd
+	if plant := p.sim.plant; plant != nil && plant.request != nil {
+		plant.request(p, &cmd)
+	}
+	b, place, err := p.loop.enqueue(&cmd, p.node.clock().Add(timeout))
 	if err != nil {
 		c.fail(err)
 		return

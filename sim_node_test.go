@@ -150,6 +150,9 @@ func (p *process) boot() error {
 	if err != nil {
 		return errors.Join(err, files.close())
 	}
+	if s.plant != nil && s.plant.recovered != nil {
+		s.plant.recovered(&rec.state)
+	}
 	p.store = &kvstore{state: rec.state}
 	p.store.setWindow(s.eventsMax, eventBytesMaxDefault)
 	p.loop = newLoop(s.tick, func() {}, logger)
@@ -300,6 +303,9 @@ func (p *process) turn() {
 	if err != nil {
 		p.exit(err)
 		return
+	}
+	if plant := p.sim.plant; plant != nil && plant.turned != nil {
+		plant.turned(p)
 	}
 	p.sim.check.observe(p)
 	p.answerVersions()

@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -34,6 +35,9 @@ type plant struct {
 	outgoing   func(p *process, m *raftpb.Message) *raftpb.Message // nil = it gets lost
 	incoming   func(p *process, m *raftpb.Message)
 	afterCrash func(n *simNode)
+	request    func(p *process, c *command) // what is done of a write before it is queued
+	recovered  func(st *state)
+	turned     func(p *process) // after each turn of the loop
 
 	answerRead  bool // reads are answered at once, from what the node has
 	answerWrite bool // writes are answered as soon as they are queued
@@ -48,9 +52,9 @@ func plants() []*plant {
 		{name: "local read", answerRead: true},
 		{name: "ack before commit", answerWrite: true},
 		{name: "ack before fsync", disk: lateDisk(100 * time.Millisecond), prepare: onlyFaults(faultPowerCut, faultCrash)},
-		{name: "send before save", disk: lateDisk(2 * time.Millisecond), prepare: onlyFaults(faultPowerCut, faultCrash)},
+		{name: "send before save", disk: lateDisk(2 * time.Millisecond), prepare: often(faultPowerCut, faultCrash)},
 		{name: "disk errors ignored", disk: func(_ *process, d disk) disk { return deafDisk{d} }, prepare: onlyFaults(faultDisk, faultCrash)},
-		{name: "hard state not saved", disk: func(_ *process, d disk) disk { return &forgetfulDisk{disk: d} }, prepare: onlyFaults(faultPowerCut, faultCrash, faultTransfer)},
+		{name: "hard state not saved", disk: func(_ *process, d disk) disk { return &forgetfulDisk{disk: d} }, prepare: often(faultPowerCut, faultCrash, faultCrash, faultTransfer, faultTransfer, faultIsolateLeader)},
 		{name: "truncated tail accepted", afterCrash: truncateLog, prepare: onlyFaults(faultCrash, faultPowerCut, faultIsolateLeader)},
 		{name: "wiped directory rejoins", afterCrash: wipe, prepare: onlyFaults(faultCrash, faultPowerCut, faultIsolateLeader)},
 		{name: "dedupe table not in the snapshot", disk: snapshotsWith(func(st *state) { st.sessions = sessions{} })},
@@ -61,11 +65,26 @@ func plants() []*plant {
 		{name: "retry applied as a new write", outgoing: onceProposed(asNewBatch)},
 		{name: "stale ReadIndex context", incoming: anyAttempt, prepare: slowLinks},
 		{name: "read does not wait for apply", incoming: readAtOnce},
+		{name: "retry record not in the snapshot", disk: snapshotsWith(func(st *state) { st.retries = newRetryTable() })},
+		{name: "expiry by the local clock", turned: expireByOwnClock},
+		{name: "event skipped on restart", recovered: dropNewestEvent, prepare: often(faultCrash, faultPowerCut)},
+		{name: "transaction in two versions", request: splitTxn},
+		{name: "condition checked before apply", request: checkEarly},
+		{name: "peer URL not in the snapshot", disk: snapshotsWith(firstPeerURLs), prepare: often(faultMembers)},
+		{name: "removed id not in the snapshot", disk: snapshotsWith(func(st *state) { st.removed = map[uint64]bool{} }), prepare: often(faultMembers)},
+		{name: "snapshot with a later configuration", disk: laterConfig, prepare: often(faultMembers, faultMembers, faultCrash)},
 	}
 }
 
 func onlyFaults(faults ...simFault) func(*weather, *load) {
 	return func(w *weather, _ *load) { w.faults = faults }
+}
+
+// often lets faults follow each other quickly.
+func often(faults ...simFault) func(*weather, *load) {
+	return func(w *weather, _ *load) {
+		w.faults, w.mean, w.outage = faults, 150*time.Millisecond, 100*time.Millisecond
+	}
 }
 
 // slowLinks lets answers be late, while there is always something to read that
@@ -337,6 +356,86 @@ func readAtOnce(_ *process, m *raftpb.Message) {
 	if m.GetType() == raftpb.MsgReadIndexResp {
 		m.Index = proto.Uint64(0)
 	}
+}
+
+// expireByOwnClock deletes keys when the clock of each node says so.
+func expireByOwnClock(p *process) {
+	st, now := &p.store.state, p.node.clock().UnixMilli()
+	var due []string
+	st.items.Scan(func(key string, it item) bool {
+		if it.expires != 0 && it.expires <= now {
+			due = append(due, key)
+		}
+		return true
+	})
+	for _, key := range due {
+		st.items.Delete(key)
+	}
+}
+
+// dropNewestEvent forgets the last event of the window.
+func dropNewestEvent(st *state) {
+	l := st.events.copy()
+	if l.count == 0 {
+		return
+	}
+	last := &l.chunks[len(l.chunks)-1]
+	last.events = last.events[:len(last.events)-1]
+	if len(last.events) == 0 {
+		l.chunks = l.chunks[:len(l.chunks)-1]
+	}
+	l.count--
+	st.events = l
+}
+
+// splitTxn writes the first operation of a transaction before the others.
+func splitTxn(p *process, c *command) {
+	if c.op != opTxn {
+		return
+	}
+	t, err := decodeTxn(c.value)
+	if err != nil || len(t.then) < 2 || len(t.compare) > 0 {
+		return
+	}
+	first, rest := txn{then: t.then[:1]}, txn{then: t.then[1:]}
+	if _, _, err := p.loop.enqueue(&command{op: opTxn, value: first.encode()}, p.node.clock().Add(time.Second)); err == nil {
+		c.value = rest.encode()
+	}
+}
+
+// checkEarly looks whether a condition holds now, and not when it counts.
+func checkEarly(p *process, c *command) {
+	it, _, exists := p.store.get(c.key)
+	if c.op == opPut && c.condition.holds(it, exists) {
+		c.condition = condition{}
+	}
+}
+
+// firstPeerURLs replaces addresses by those of the first day.
+func firstPeerURLs(st *state) {
+	st.members = maps.Clone(st.members)
+	for id, m := range st.members {
+		m.PeerURL = fmt.Sprintf("http://first%d", id)
+		st.members[id] = m
+	}
+}
+
+// laterConfig is a disk that takes its time for a snapshot, and then saves it
+// with the configuration of that moment.
+func laterConfig(p *process, d disk) disk {
+	p.sim.disk.background = time.Second
+	return lateConfigDisk{d, p}
+}
+
+type lateConfigDisk struct {
+	disk
+	process *process
+}
+
+func (d lateConfigDisk) commitSnapshot(snap *raftpb.Snapshot) error {
+	snap = proto.CloneOf(snap)
+	snap.Metadata.ConfState = d.process.replica.confState
+	return d.disk.commitSnapshot(snap)
 }
 
 var (
