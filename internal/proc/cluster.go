@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 )
@@ -49,13 +50,15 @@ type Options struct {
 // Cluster is a set of raftrv processes with consecutive ids from 1. Its methods may be called from any
 // goroutine.
 type Cluster struct {
-	// Nodes are in the order of their ids: Nodes[0] has id 1.
+	// Nodes are in the order of their ids: Nodes[0] has id 1, until Forget.
 	Nodes []*Node
 
 	opts    Options
 	dir     string
 	ownsDir bool
-	ports   *portBlock
+	ports   []*portBlock
+	urls    []string // raft URL by id - 1, of nodes that were forgotten too
+	gone    []*Node
 }
 
 // NewCluster reserves ports and makes directories. It starts no process; Stop gives everything back.
@@ -77,27 +80,57 @@ func NewCluster(opts Options) (*Cluster, error) {
 	if err := c.makeDir(); err != nil {
 		return nil, err
 	}
-	c.ports, err = reservePorts(portsPerNode * opts.Nodes)
-	if err != nil {
+	if err := c.addNodes(opts.Nodes); err != nil {
 		return nil, errors.Join(err, c.removeDir())
 	}
-	for i := range opts.Nodes {
-		id, host := i+1, "127.0.0.1"
-		if opts.Host != nil {
-			host = opts.Host(id)
+	for _, n := range c.Nodes {
+		n.urls = c.urls // all of them are there from the start
+	}
+	return c, nil
+}
+
+// addNodes adds nodes that have ports and no process.
+func (c *Cluster) addNodes(n int) error {
+	ports, err := reservePorts(portsPerNode * n)
+	if err != nil {
+		return err
+	}
+	c.ports = append(c.ports, ports)
+	for i := range n {
+		id, host := len(c.urls)+1, "127.0.0.1"
+		if c.opts.Host != nil {
+			host = c.opts.Host(id)
 		}
-		c.Nodes = append(c.Nodes, &Node{
+		added := &Node{
 			ID:        id,
 			Host:      host,
-			RaftPort:  c.ports.port(portsPerNode * i),
-			HTTPPort:  c.ports.port(portsPerNode*i + 1),
-			RedisPort: c.ports.port(portsPerNode*i + 2),
+			RaftPort:  ports.port(portsPerNode * i),
+			HTTPPort:  ports.port(portsPerNode*i + 1),
+			RedisPort: ports.port(portsPerNode*i + 2),
 			DataDir:   filepath.Join(c.dir, fmt.Sprintf("raftrv-%d", id)),
 			LogFile:   filepath.Join(c.dir, fmt.Sprintf("raftrv-%d.log", id)),
 			cluster:   c,
-		})
+		}
+		c.urls = append(c.urls, added.RaftURL())
+		c.Nodes = append(c.Nodes, added)
 	}
-	return c, nil
+	return nil
+}
+
+// Add returns another node, which is to join the cluster once it was made a member. It has no process yet.
+func (c *Cluster) Add() (*Node, error) {
+	if err := c.addNodes(1); err != nil {
+		return nil, err
+	}
+	n := c.Nodes[len(c.Nodes)-1]
+	n.joins, n.urls = true, slices.Clone(c.urls)
+	return n, nil
+}
+
+// Forget takes a node out of Nodes: it is no member any more. Stop still stops it.
+func (c *Cluster) Forget(n *Node) {
+	c.Nodes = slices.DeleteFunc(slices.Clone(c.Nodes), func(other *Node) bool { return other == n })
+	c.gone = append(c.gone, n)
 }
 
 func (c *Cluster) makeDir() error {
@@ -144,15 +177,18 @@ func (c *Cluster) Stop() error {
 	defer cancel()
 
 	// All at once: the last one would otherwise wait for a quorum that has already left.
-	errC := make(chan error, len(c.Nodes))
-	for _, n := range c.Nodes {
+	nodes := slices.Concat(c.Nodes, c.gone)
+	errC := make(chan error, len(nodes))
+	for _, n := range nodes {
 		go func() { errC <- n.Stop(ctx) }()
 	}
 	var errs []error
-	for range c.Nodes {
+	for range nodes {
 		errs = append(errs, <-errC)
 	}
-	c.ports.release()
+	for _, p := range c.ports {
+		p.release()
+	}
 	return errors.Join(append(errs, c.removeDir())...)
 }
 
@@ -208,13 +244,14 @@ func (c *Cluster) findLeader(ctx context.Context) (*Node, error) {
 	var leader *Node
 	for range c.Nodes {
 		s := <-statusC
-		if s.LeaderID == 0 || s.LeaderID > uint64(len(c.Nodes)) {
+		i := slices.IndexFunc(c.Nodes, func(n *Node) bool { return uint64(n.ID) == s.LeaderID })
+		if i < 0 {
 			continue
 		}
 		v := claim{s.LeaderID, s.Term}
 		votes[v]++
 		if votes[v] == len(c.Nodes)/2+1 {
-			leader = c.Nodes[v.leader-1]
+			leader = c.Nodes[i]
 		}
 	}
 	if leader == nil {
@@ -228,15 +265,6 @@ func (c *Cluster) URLs() []string {
 	urls := make([]string, len(c.Nodes))
 	for i, n := range c.Nodes {
 		urls[i] = n.URL()
-	}
-	return urls
-}
-
-// raftURLs returns where the raft port of every node is.
-func (c *Cluster) raftURLs() []string {
-	urls := make([]string, len(c.Nodes))
-	for i, n := range c.Nodes {
-		urls[i] = n.RaftURL()
 	}
 	return urls
 }

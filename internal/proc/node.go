@@ -51,6 +51,8 @@ type Node struct {
 	LogFile string
 
 	cluster *Cluster
+	urls    []string // where the raft port of every node was when this one was made
+	joins   bool
 
 	mu sync.Mutex
 	// proc is what Start started, until Stop, Kill or Wait have seen its end. One that has ended before
@@ -155,14 +157,14 @@ func (n *Node) Start() error {
 
 func (n *Node) args() []string {
 	opts := &n.cluster.opts
-	urls := n.cluster.raftURLs()
-	peers := urls
+	peers := slices.Clone(n.urls)
+	peers[n.ID-1] = n.RaftURL() // which a test may have changed
 	if opts.PeerURLs != nil {
-		peers = opts.PeerURLs(n, slices.Clone(urls))
+		peers = opts.PeerURLs(n, peers)
 	}
 	args := []string{
 		// Otherwise nodes would take each other for strangers when their lists differ.
-		"--cluster-token", strings.Join(urls, ","),
+		"--cluster-token", n.cluster.urls[0],
 		"--id", strconv.Itoa(n.ID),
 		"--cluster", strings.Join(peers, ","),
 		"--port", strconv.Itoa(n.HTTPPort),
@@ -170,6 +172,9 @@ func (n *Node) args() []string {
 	}
 	if opts.Host != nil {
 		args = append(args, "--listen", net.JoinHostPort(n.Host, strconv.Itoa(n.HTTPPort)))
+	}
+	if n.joins {
+		args = append(args, "--join")
 	}
 	args = append(args, opts.Args...)
 	if opts.NodeArgs != nil {

@@ -78,7 +78,7 @@ func TestCluster_StopRemovesItsDirAndFreesItsPorts(t *testing.T) {
 	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("directory still there: %v", err)
 	}
-	if !c.ports.free(portsPerNode * len(c.Nodes)) {
+	if !c.ports[0].free(portsPerNode * len(c.Nodes)) {
 		t.Error("ports still in use")
 	}
 	must(t, c.Stop()) // a second Stop does nothing
@@ -208,7 +208,7 @@ func TestCluster_PeerURLsPerNode(t *testing.T) {
 		return peers
 	}})
 	peers := strings.Join([]string{proxy, c.Nodes[1].RaftURL(), proxy}, ",")
-	token := strings.Join(c.raftURLs(), ",") // what they have in common all the same
+	token := c.urls[0] // what they have in common all the same
 	want := "cluster " + peers + " token " + token
 	if log := c.Nodes[1].LogTail(); !strings.Contains(log, want) {
 		t.Errorf("log %q does not have %q", log, want)
