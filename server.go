@@ -345,6 +345,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 	group.Go(func() error {
 		select {
 		case <-network.http.ErrorC: //nolint:errcheck // another member said that this one was removed
+			stopLoop() // who waits would wait in vain
 			return errRemoved
 		case <-ctx.Done():
 			return nil
