@@ -44,6 +44,9 @@ type node struct {
 
 	directory uint64 // number of the data directory
 	fresh     bool   // it was empty, and this member did not join
+	// informed is set when this node may tell others who the members are: what it
+	// has on disk may not be applied yet, or out of date.
+	informed *atomic.Bool
 }
 
 func (n *node) status() nodeStatus {
@@ -104,6 +107,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 
 		directory: rec.identity.Directory,
 		fresh:     fresh,
+		informed:  new(atomic.Bool),
 	}
 	if cfg.journal != "" {
 		if n.journal, err = openJournal(cfg.journal, logger.Named("journal")); err != nil {
@@ -111,7 +115,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 		}
 		defer func() { err = errors.Join(err, n.journal.close()) }()
 	}
-	network, err := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, logger.Named("peers"))
+	network, err := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, n.informed, logger.Named("peers"))
 	if err != nil {
 		return err
 	}
@@ -148,7 +152,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 }
 
 // recoverState reads the data directory, or fills an empty one. fresh says that
-// this member has nothing yet and starts from what --cluster says.
+// this member has taken part in nothing yet and starts from what --cluster says.
 func recoverState(ctx context.Context, cfg config, disk *storage, logger *zap.Logger) (rec *recovered, fresh bool, err error) {
 	if rec, err = disk.load(); err != nil {
 		return nil, false, err
@@ -180,7 +184,7 @@ func recoverState(ctx context.Context, cfg config, disk *storage, logger *zap.Lo
 		}
 	}
 	if !rec.empty() {
-		return rec, false, nil
+		return rec, !id.Joined && rec.untouched(), nil
 	}
 	for _, m := range members {
 		rec.state.members[m.ID] = m
@@ -212,6 +216,7 @@ func (n *node) checkFresh(ctx context.Context) error {
 	if !n.fresh {
 		return nil
 	}
+	n.informed.Store(true) // all that a new cluster knows
 	retry := time.NewTicker(freshRetry)
 	defer retry.Stop()
 	for {
@@ -250,20 +255,28 @@ func (n *node) announce(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for ctx.Err() == nil {
-		if n.linearize(ctx, n.config.requestTimeout) != nil {
-			continue
+	retry := time.NewTicker(announceRetry)
+	defer retry.Stop()
+	for {
+		if n.linearize(ctx, n.config.requestTimeout) == nil {
+			n.informed.Store(true)
+			m, ok := n.store.member(n.config.id)
+			if ok && m.ClientURL == update.ClientURL && m.Directory == update.Directory {
+				return nil
+			}
+			if _, err := n.propose(ctx, n.config.requestTimeout, command{op: opMember, value: string(value)}); err != nil {
+				n.logger.Debug("announce this node", zap.Error(err))
+			}
 		}
-		m, ok := n.store.member(n.config.id)
-		if ok && m.ClientURL == update.ClientURL && m.Directory == update.Directory {
+		select {
+		case <-retry.C:
+		case <-ctx.Done():
 			return nil
 		}
-		if _, err := n.propose(ctx, n.config.requestTimeout, command{op: opMember, value: string(value)}); err != nil {
-			n.logger.Debug("announce this node", zap.Error(err))
-		}
 	}
-	return nil
 }
+
+const announceRetry = 20 * time.Millisecond
 
 // errRemoved ends a node that was removed from its cluster.
 var errRemoved = errors.New("this node was removed from the cluster; to come back it needs a new ID and an empty --data-dir")

@@ -86,6 +86,14 @@ type recovered struct {
 	confState *raftpb.ConfState
 }
 
+// untouched says that nothing has happened since bootstrap: no vote, no term, no
+// entry.
+func (r *recovered) untouched() bool {
+	hs, _, err := r.log.InitialState()
+	last, lastErr := r.log.LastIndex()
+	return err == nil && lastErr == nil && hs.GetVote() == raft.None && hs.GetTerm() <= 1 && last <= 1
+}
+
 // openStorage makes the data directory if need be and takes its lock.
 func openStorage(dir string, logger *zap.Logger) (*storage, error) {
 	if err := os.MkdirAll(filepath.Join(dir, snapDir), dirMode); err != nil {

@@ -48,14 +48,16 @@ type peerNetwork struct {
 	store   *kvstore
 	http    *rafthttp.Transport
 	peers   map[uint64]member // whom http knows; owned by the loop's goroutine
+	// informed says that serveInfo may answer.
+	informed *atomic.Bool
 
 	// heard has for each of them when its last message came, in unix nanoseconds.
 	// The map is replaced, never changed.
 	heard atomic.Pointer[map[uint64]*atomic.Int64]
 }
 
-func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, logger *zap.Logger) (*peerNetwork, error) {
-	n := &peerNetwork{id: id, logger: logger, storage: s, loop: l, store: st, peers: map[uint64]member{}}
+func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, informed *atomic.Bool, logger *zap.Logger) (*peerNetwork, error) {
+	n := &peerNetwork{id: id, logger: logger, storage: s, loop: l, store: st, peers: map[uint64]member{}, informed: informed}
 	n.heard.Store(&map[uint64]*atomic.Int64{})
 	idText := types.ID(id).String()
 	if !logger.Core().Enabled(zap.DebugLevel) {
@@ -223,9 +225,7 @@ func (n *peerNetwork) Process(_ context.Context, m *raftpb.Message) error {
 		heard.Store(time.Now().UnixNano())
 	}
 	if m.GetType() != raftpb.MsgSnap {
-		if err := n.loop.deliver(message{Message: m}); err != nil && !errors.Is(err, errInboxFull) {
-			return err
-		}
+		_ = n.loop.deliver(message{Message: m}) // if the inbox is full or closed it is lost, as on the way
 		return nil
 	}
 	return n.processSnapshot(m)
@@ -369,6 +369,10 @@ func (p *peerInfo) directoryOf(id uint64) uint64 {
 }
 
 func (n *peerNetwork) serveInfo(w http.ResponseWriter, _ *http.Request) {
+	if !n.informed.Load() {
+		http.Error(w, "this node does not know yet what happened while it was away", http.StatusServiceUnavailable)
+		return
+	}
 	w.Header().Set("Content-Type", "application/json")
 	info := peerInfo{Cluster: n.http.ClusterID.String(), Members: n.store.members(), Removed: n.store.removed()}
 	if err := json.NewEncoder(w).Encode(info); err != nil {
