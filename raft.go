@@ -231,7 +231,6 @@ func newReplica(cfg replicaConfig) (*replica, error) {
 		MaxInflightBytes:          inflightBytesMax,
 		CheckQuorum:               true,
 		PreVote:                   true,
-		StepDownOnRemoval:         true,
 		// ReadOnlyLeaseBased would be faster but trusts clocks: a paused leader
 		// would answer stale reads.
 		ReadOnlyOption: raft.ReadOnlySafe,
@@ -793,16 +792,20 @@ func (r *replica) standsAside(c memberChange) bool {
 		return false
 	}
 	var heir, most uint64
+	alone := true
 	r.raw.WithProgress(func(id uint64, kind raft.ProgressType, pr tracker.Progress) {
-		if id != r.id && kind == raft.ProgressTypePeer && pr.Match > most && r.hears(id) {
+		if id == r.id || kind != raft.ProgressTypePeer {
+			return
+		}
+		alone = false
+		if pr.Match > most && r.hears(id) { // a new leader has yet to find out
 			heir, most = id, pr.Match
 		}
 	})
-	if heir == raft.None {
-		return false // the last voter: applying it refuses that
+	if heir != raft.None {
+		r.raw.TransferLeader(heir)
 	}
-	r.raw.TransferLeader(heir)
-	return true
+	return !alone // the last voter is refused when it is applied
 }
 
 // hears says whether this member has heard from another one lately.
@@ -888,8 +891,9 @@ func (r *replica) applyConfChange(e *raftpb.Entry) error {
 		r.handBack(own)
 	}
 	if change.kind == removeMember && change.member.ID == r.id && fresh && refused == nil {
-		// It does not end here: those that do not know yet that the change is
-		// committed may need its vote to find out. One that knows will tell it.
+		// It does not end here, and a leader does not step down (StepDownOnRemoval):
+		// those that do not know yet that the change is committed may need its vote,
+		// or its log, to find out. A voter that knows will tell it.
 		r.logger.Warn("this member was removed from the cluster")
 	}
 	return nil

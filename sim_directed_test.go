@@ -306,6 +306,46 @@ func TestLastVoter(t *testing.T) {
 	s.judge(t)
 }
 
+// TestRemovedLeaderHasMore: a member comes to lead while its own removal is on
+// its way, and applies it with more in its log than the last voter has. That one
+// needs its vote, and cannot get it: so it must go on to lead until the other
+// one has caught up.
+func TestRemovedLeaderHasMore(t *testing.T) {
+	s, left := newScenario(t, defaultSimConfig(1, 2))
+	gone := s.node(left.id%2 + 1)
+	s.wait(t, s.begin(left, putOp("k", "v"), time.Second))
+	s.hold(func(m *raftpb.Message) bool { return m.GetFrom() == gone.id && m.GetType() == raftpb.MsgAppResp })
+	left.proposeChange(memberChange{removeMember, member{ID: gone.id}}, changeTimeout)
+	s.run(20 * time.Millisecond)
+	removal, err := gone.process.replica.log.LastIndex()
+	if err != nil {
+		t.Fatal(err)
+	}
+	left.crash(tailLost)
+	s.hold(func(m *raftpb.Message) bool {
+		n := len(m.GetEntries())
+		return m.GetFrom() == gone.id && n > 0 && m.GetEntries()[n-1].GetIndex() > removal+1
+	})
+	left.start()
+	gone.process.loop.call(gone.process.replica.raw.Campaign)
+	gone.process.wake()
+	if !s.runUntil(2*time.Second, func() bool { return leads(gone) }) {
+		t.Fatalf("node %d does not lead; %v", gone.id, s.check.violations)
+	}
+	for range 3 {
+		s.begin(gone, putOp("k", "more"), time.Second)
+	}
+	if !s.runUntil(time.Second, func() bool { return gone.process.store.isRemoved(gone.id) }) {
+		t.Fatalf("the removal of node %d was not committed; %v", gone.id, s.check.violations)
+	}
+	s.network.filter = nil
+	if !s.runUntil(5*time.Second, func() bool { return leads(left) && gone.retired }) {
+		t.Fatalf("node %d leads: %v, node %d has ended: %v; %v", left.id, leads(left), gone.id, gone.retired, s.check.violations)
+	}
+	s.wait(t, s.begin(left, putOp("k", "w"), time.Second))
+	s.judge(t)
+}
+
 // TestLearnersDoNotTell: a member that was removed hears so from voters only. A
 // learner once ended a leader that had just applied its own removal, and the
 // other voter could never find out that the change was committed.

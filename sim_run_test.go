@@ -22,6 +22,7 @@ var (
 	simWorkers  = flag.Int("sim.workers", 2, "`processes` that share the seeds")
 	simTwice    = flag.Bool("sim.twice", false, "run each seed twice and compare the traces")
 	simLogs     = flag.Bool("sim.logs", false, "print what the product logs; for one seed")
+	simMembers  = flag.Bool("sim.members", false, "change the members often, in each seed")
 	simReport   = flag.Bool("sim.report", false, "print the figures")
 	simWorker   = flag.Bool("sim.worker", false, "print results as JSON; set by the process that shares out the seeds")
 )
@@ -76,7 +77,7 @@ func TestSim(t *testing.T) {
 	sum.cpu = shareSeeds(t, *simSeed, seeds, func(from uint64, n int) []string {
 		return []string{
 			"-test.run=^TestSim$", "-sim.worker", fmt.Sprintf("-sim.seed=%d", from), fmt.Sprintf("-sim.seeds=%d", n),
-			fmt.Sprintf("-sim.duration=%v", *simDuration), fmt.Sprintf("-sim.twice=%v", *simTwice),
+			fmt.Sprintf("-sim.duration=%v", *simDuration), fmt.Sprintf("-sim.twice=%v", *simTwice), fmt.Sprintf("-sim.members=%v", *simMembers),
 		}
 	}, func(line []byte) {
 		var r simResult
@@ -128,6 +129,10 @@ func runOnce(t *testing.T, seed uint64, d time.Duration, bug *plant) (r simResul
 		s.startAll()
 		w := s.drawWeather()
 		l := s.drawLoad()
+		if *simMembers {
+			w.faults = append(w.faults, faultMembers, faultMembers, faultMembers, faultTransfer, faultCrash)
+			w.mean /= 4
+		}
 		if bug != nil && bug.prepare != nil {
 			bug.prepare(w, l)
 		}
@@ -175,7 +180,7 @@ func reportSeed(t *testing.T, r simResult) {
 	for _, v := range r.Violations {
 		fmt.Fprintf(&b, "  at %v: %s: %s\n", v.At, v.Check, v.Text)
 	}
-	t.Errorf("seed %d:\n%sreplay with: go test -run 'TestSim$' -sim.seeds=1 -sim.seed=%d -sim.duration=%v", r.Seed, b.String(), r.Seed, *simDuration)
+	t.Errorf("seed %d:\n%sreplay with: go test -run 'TestSim$' -sim.seeds=1 -sim.seed=%d -sim.duration=%v -sim.members=%v", r.Seed, b.String(), r.Seed, *simDuration, *simMembers)
 }
 
 // shareSeeds runs seeds in several processes, since raft's randomness, which a
