@@ -338,6 +338,37 @@ func TestProcess_WipedDirectory(t *testing.T) {
 	c.wantMembers(one, c.Nodes[1], four)
 }
 
+// TestProcess_Stranger: a node of another cluster does not get in by an address, nor by what it has on disk.
+func TestProcess_Stranger(t *testing.T) {
+	var token string
+	c := newLiveCluster(t, proc.Options{NodeArgs: func(n *proc.Node) []string {
+		if n.ID == 3 && token != "" {
+			return []string{"--cluster-token", token}
+		}
+		return nil
+	}})
+	one, three := c.Nodes[0], c.Nodes[2]
+	c.write(one, "k", "v")
+	c.stop(three)
+	token = "another"
+	refused := func(words string) {
+		t.Helper()
+		must(t, three.Start())
+		var exit *exec.ExitError
+		if err := three.Wait(c.context()); !errors.As(err, &exit) || !strings.Contains(three.LogTail(), words) {
+			t.Errorf("%v, want %q\n%s", err, words, three.LogTail())
+		}
+	}
+	refused("belongs to another cluster")
+	must(t, os.Rename(three.DataDir, three.DataDir+".kept"))
+	refused("belongs to another cluster")
+	token = ""
+	must(t, os.RemoveAll(three.DataDir))
+	must(t, os.Rename(three.DataDir+".kept", three.DataDir))
+	c.start()
+	c.wantValue(three, "k", "v")
+}
+
 // TestProcess_NewAddress: a member moves to another port, by a name instead of a number.
 func TestProcess_NewAddress(t *testing.T) {
 	c := newLiveCluster(t, proc.Options{})

@@ -229,6 +229,10 @@ func (n *node) checkFresh(ctx context.Context) error {
 			if err != nil {
 				continue
 			}
+			if cluster, err := info.clusterID(); err != nil || cluster != n.cluster {
+				return fmt.Errorf("the node at %s belongs to another cluster (%s) than this one (%x): "+
+					"start all nodes with the same --cluster and --cluster-token; a node that joins later needs --join", m.PeerURL, info.Cluster, n.cluster)
+			}
 			if err := checkDirectory(n.config, info, n.directory); err != nil {
 				return err
 			}
