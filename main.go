@@ -80,6 +80,7 @@ func newServeCommand(use string, stderr io.Writer) *cobra.Command {
 				return err
 			}
 			logger := newLogger(stderr, cfg.logLevel, cfg.logFormat)
+			boundGarbage()
 			syscall.Umask(0o077) // the log and the snapshots are for this user only
 			return serve(cmd.Context(), cfg, logger)
 		},

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -109,7 +110,11 @@ func (c *liveCluster) checkOddKeys(n *proc.Node, rv uint64) {
 // fill writes so many bytes of log, over few keys.
 func (c *liveCluster) fill(bytes, valueSize int) {
 	c.t.Helper()
-	const keys = 256
+	c.fillKeyed(bytes, valueSize, 256)
+}
+
+func (c *liveCluster) fillKeyed(bytes, valueSize, keys int) {
+	c.t.Helper()
 	leader := c.leader()
 	value := strings.Repeat("f", valueSize)
 	var next atomic.Int64
@@ -119,7 +124,7 @@ func (c *liveCluster) fill(bytes, valueSize int) {
 			l := c.client(leader)
 			defer l.close()
 			for i := next.Add(1); i <= int64(bytes/valueSize); i = next.Add(1) {
-				r := l.raw(http.MethodPut, fmt.Sprint("fill/", i%keys), "", value)
+				r := l.raw(http.MethodPut, fmt.Sprint("fill/", i%int64(keys)), "", value)
 				if r.err != nil || r.status/100 != 2 {
 					c.t.Errorf("PUT: %d %s %v", r.status, r.body, r.err)
 					return
@@ -186,6 +191,69 @@ func TestProcess_ManyKeys(t *testing.T) {
 	for i := 1; i <= keys; i += keys / 1000 {
 		if r := l.raw(http.MethodGet, fmt.Sprintf("many/%07d", i), "?resourceVersion=0", ""); r.status != http.StatusOK || string(r.body) != value {
 			t.Errorf("GET of key %d: %d %.60s %v", i, r.status, r.body, r.err)
+		}
+	}
+	c.kill(c.Nodes...)
+	start = time.Now()
+	c.start()
+	took = time.Since(start)
+	t.Logf("all nodes ready %v after their start", round(took))
+	if took > 5*time.Second {
+		t.Errorf("with %d keys nodes need %v until they are ready", keys, took)
+	}
+}
+
+// TestProcess_JoinLargeState: a state of a gigabyte goes to a new member. No leader changes, clients wait little
+// longer, and neither side needs more than about twice the memory of the state.
+func TestProcess_JoinLargeState(t *testing.T) {
+	if !*heavy {
+		t.Skip("needs -heavy; TestProcess_FarBehind is the same with less")
+	}
+	const state, valueSize = 1 << 30, 256 << 10
+	c := newLiveCluster(t, proc.Options{})
+	c.fillKeyed(state, valueSize, state/valueSize)
+	leader := c.leader()
+	terms := c.terms()
+
+	var mu sync.Mutex
+	var took []time.Duration
+	load := c.load(4, c.Nodes, func(l *liveClient) {
+		start := time.Now()
+		if o := l.putNew(); o.outcome != liveDone {
+			t.Errorf("failed while a node joins: %v", o)
+		}
+		mu.Lock()
+		took = append(took, time.Since(start))
+		mu.Unlock()
+		time.Sleep(2 * time.Millisecond)
+	})
+	p99 := func() time.Duration {
+		mu.Lock()
+		defer mu.Unlock()
+		slices.Sort(took)
+		q := durationQuantile(took, 0.99)
+		took = nil
+		return q
+	}
+	time.Sleep(10 * time.Second)
+	alone := p99()
+	start := time.Now()
+	joined := c.join(leader)
+	within := time.Since(start)
+	beside := p99()
+	load.stop()
+	wantInstalled(t, joined)
+	t.Logf("a state of %d MiB moved within %v; p99 of writes %v, before that %v; most memory: new member %d MiB, leader %d MiB",
+		state>>20, round(within), beside, alone, peakMemory(joined)>>20, peakMemory(leader)>>20)
+	if now := c.terms()[:3]; !slices.Equal(now, terms) {
+		t.Errorf("the leader changed: terms %v, then %v", terms, now)
+	}
+	if beside > 3*alone {
+		t.Errorf("p99 of writes goes from %v to %v", alone, beside)
+	}
+	for _, n := range []*proc.Node{joined, leader} {
+		if most := peakMemory(n); most > state*22/10+128<<20 {
+			t.Errorf("node %d takes %d MiB for a state of %d MiB", n.ID, most>>20, state>>20)
 		}
 	}
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"strings"
 )
 
 // This file is the snapshot format: a state as a stream of bytes. The bytes
@@ -301,20 +303,21 @@ func (d *snapshotDecoder) string() string {
 		d.err = fmt.Errorf("%w: field of %d bytes", errSnapshotDamage, n)
 		return ""
 	}
-	b := make([]byte, 0, min(n, frameSize)) // grows as bytes arrive, not by the announced length
-	for uint64(len(b)) < n {
-		part := b[len(b):min(uint64(cap(b)), n)]
-		if len(part) == 0 {
-			b = slices.Grow(b, int(min(n-uint64(len(b)), uint64(len(b)))))
-			continue
+	var b strings.Builder // so that the bytes are not copied once more
+	for left := int(n); left > 0; {
+		// It grows as bytes arrive, not by the announced length.
+		if b.Len() == b.Cap() {
+			b.Grow(min(left, max(b.Len(), frameSize)))
 		}
-		if _, err := io.ReadFull(d.r, part); err != nil {
-			d.err = err
+		part, err := d.r.Peek(min(left, d.r.Size(), b.Cap()-b.Len()))
+		b.Write(part)
+		left -= len(part)
+		if _, discardErr := d.r.Discard(len(part)); err != nil || discardErr != nil {
+			d.err = cmp.Or(err, discardErr)
 			return ""
 		}
-		b = b[:len(b)+len(part)]
 	}
-	return string(b)
+	return b.String()
 }
 
 func (d *snapshotDecoder) item() item {

@@ -383,7 +383,7 @@ func (s *storage) writeSnapshot(meta *raftpb.Snapshot, st *state) error {
 		return err
 	}
 	defer func() { _ = os.Remove(f.Name()) }() // fails after the rename
-	err = st.writeTo(f)
+	err = st.writeTo(&syncingWriter{file: f})
 	if err == nil {
 		err = f.Sync()
 	}
@@ -397,6 +397,71 @@ func (s *storage) writeSnapshot(meta *raftpb.Snapshot, st *state) error {
 		return err
 	}
 	return syncDir(s.path(snapDir))
+}
+
+// syncEvery is how much of a large file is written between two syncs. A sync of
+// a gigabyte would hold up those of the log for seconds, and with them the
+// heartbeats.
+const syncEvery = 8 << 20 // bytes
+
+// syncingWriter writes a file in pieces that are synced.
+type syncingWriter struct {
+	file     *os.File
+	unsynced int
+}
+
+func (w *syncingWriter) Write(p []byte) (int, error) {
+	n, err := w.file.Write(p)
+	if w.unsynced += n; err == nil && w.unsynced >= syncEvery {
+		w.unsynced = 0
+		err = fileutil.Fdatasync(w.file)
+	}
+	return n, err
+}
+
+// receivedSnapshot is the body of a snapshot that arrives. Reading it syncs what
+// rafthttp has written of it so far, for the same reason.
+type receivedSnapshot struct {
+	io.ReadCloser
+	dir      string // where rafthttp writes it
+	unsynced int
+}
+
+func (s *storage) receive(body io.ReadCloser) io.ReadCloser {
+	return &receivedSnapshot{ReadCloser: body, dir: s.path(snapDir)}
+}
+
+func (r *receivedSnapshot) Read(p []byte) (int, error) {
+	if r.unsynced >= syncEvery {
+		r.unsynced = 0
+		if err := syncReceived(r.dir); err != nil {
+			return 0, err
+		}
+	}
+	n, err := r.ReadCloser.Read(p)
+	r.unsynced += n
+	return n, err
+}
+
+// syncReceived syncs the files that etcd's snapshotter has not given a name yet.
+func syncReceived(dir string) error {
+	paths, err := filepath.Glob(filepath.Join(dir, "tmp*"))
+	if err != nil {
+		return err
+	}
+	for _, path := range paths {
+		f, err := os.Open(path)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(fileutil.Fdatasync(f), f.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func syncDir(path string) error {

@@ -98,6 +98,9 @@ func (n *peerNetwork) handler() http.Handler {
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		// rafthttp would connect to whatever addresses a stranger names here.
 		r.Header.Del("X-PeerURLs")
+		if r.URL.Path == rafthttp.RaftSnapshotPrefix {
+			r.Body = n.storage.receive(r.Body)
+		}
 		raftHandler.ServeHTTP(w, r)
 	})
 	return mux
