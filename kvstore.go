@@ -47,6 +47,7 @@ type state struct {
 	rv    uint64 // resource version of the last write, for the whole store
 	size  uint64 // bytes that the items take, about
 	now   int64  // unix milliseconds, the highest time of any entry
+	sum   uint64 // of all entries up to index and what they did, see divergence.go
 
 	// Invariant: every item's rv <= state.rv.
 	items    *btree.Map[string, item]
@@ -57,6 +58,7 @@ type state struct {
 	members  map[uint64]member
 	removed  map[uint64]bool // ids that were members; never used again
 
+	digest  uint64  // of the items
 	changed []event // by the command that is being applied
 	scans   []*scan // that read these items now; not replicated
 	updates int     // of members, by commands; not replicated
@@ -91,8 +93,9 @@ func (s *state) copy() state {
 
 // kvstore guards a state: one goroutine applies, any number read.
 type kvstore struct {
-	mu    sync.RWMutex
-	state state
+	mu          sync.RWMutex
+	state       state
+	checkpoints checkpoints // of what was applied here
 }
 
 func newKVStore() *kvstore {
@@ -194,7 +197,7 @@ func (s *kvstore) restore(st state) {
 	defer s.mu.Unlock()
 	st.events.countMax, st.events.bytesMax = s.state.events.countMax, s.state.events.bytesMax
 	st.events.trim()
-	s.state = st
+	s.state, s.checkpoints = st, checkpoints{}
 }
 
 // setWindow sets the bounds of the window of events.
@@ -218,8 +221,10 @@ func (s *kvstore) apply(index, term uint64, h batchHeader, commands []byte, out 
 		return false, err
 	}
 	if !s.state.sessions.first(h, index) {
+		s.seal(h.digest(commands, false))
 		return false, nil
 	}
+	content := h.digest(commands, true)
 	s.state.now = max(s.state.now, h.time)
 	for len(commands) > 0 {
 		var c command
@@ -234,6 +239,7 @@ func (s *kvstore) apply(index, term uint64, h batchHeader, commands []byte, out 
 			*out = append(*out, r)
 		}
 	}
+	s.seal(content)
 	return true, nil
 }
 
@@ -241,7 +247,17 @@ func (s *kvstore) apply(index, term uint64, h batchHeader, commands []byte, out 
 func (s *kvstore) skip(index, term uint64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.state.advance(index, term)
+	if err := s.state.advance(index, term); err != nil {
+		return err
+	}
+	s.seal(0)
+	return nil
+}
+
+// seal ends an entry: what it was and did becomes part of the sum.
+func (s *kvstore) seal(content uint64) {
+	s.state.fold(content)
+	s.checkpoints.note(&s.state)
 }
 
 // advance moves the applied index to the next entry.
@@ -359,6 +375,7 @@ func (s *state) delete(key string, kind eventKind) status {
 // remember and forget keep what is derived from the items.
 func (s *state) remember(key string, it item) {
 	s.size += itemSize(key, it)
+	s.digest += it.digest(key)
 	if it.expires != 0 {
 		s.expiry.Insert(expiryKey(it.expires, key))
 	}
@@ -367,6 +384,7 @@ func (s *state) remember(key string, it item) {
 func (s *state) forget(key string, it item) {
 	s.keepForScans(key, it)
 	s.size -= itemSize(key, it)
+	s.digest -= it.digest(key)
 	if it.expires != 0 {
 		s.expiry.Delete(expiryKey(it.expires, key))
 	}
@@ -540,9 +558,12 @@ func (s *kvstore) applyMember(index, term uint64, h batchHeader, c memberChange)
 		return false, nil, err
 	}
 	if !s.state.sessions.first(h, index) {
+		s.seal(h.digest(nil, false))
 		return false, nil, nil
 	}
-	return true, s.state.changeMember(c), nil
+	refused = s.state.changeMember(c)
+	s.seal(h.digest(binary.AppendUvarint([]byte{byte(c.kind)}, c.member.ID), true))
+	return true, refused, nil
 }
 
 func (s *state) changeMember(c memberChange) error {

@@ -23,10 +23,13 @@ type checker struct {
 	sim        *sim
 	model      *model
 	violations []violation
+	blind      bool // look at nothing: only the product's own checks count
 
 	leaders map[uint64]uint64 // by term
 	states  map[uint64]uint64 // hash of the state's bytes, by index
 	configs map[uint64]string // raft's configuration, by the index of its last change
+
+	verdicts map[uint64]verdict // of nodes that have found their own state wanting
 
 	reached    map[string]int // how often something went wrong at a point
 	diskErrors int
@@ -50,18 +53,19 @@ const violationsMax = 5
 
 func newChecker(s *sim) *checker {
 	c := &checker{
-		sim:     s,
-		model:   newModel(),
-		leaders: map[uint64]uint64{},
-		states:  map[uint64]uint64{},
-		configs: map[uint64]string{},
-		reached: map[string]int{},
+		sim:      s,
+		model:    newModel(),
+		leaders:  map[uint64]uint64{},
+		states:   map[uint64]uint64{},
+		configs:  map[uint64]string{},
+		reached:  map[string]int{},
+		verdicts: map[uint64]verdict{},
 	}
 	return c
 }
 
 func (c *checker) violate(check, format string, args ...any) {
-	if len(c.violations) < violationsMax {
+	if len(c.violations) < violationsMax && !c.blind {
 		c.violations = append(c.violations, violation{Check: check, Text: fmt.Sprintf(format, args...), At: c.sim.now})
 	}
 }
@@ -98,6 +102,17 @@ func (c *checker) started(p *process) {
 	p.seen.applied = p.store.state.index
 	if p.seen.applied > 0 {
 		c.whole(p)
+	}
+}
+
+// judged hears what a node thinks of its own state, and whose states are not
+// like its own.
+func (c *checker) judged(p *process, v verdict, differ []uint64) {
+	if v != sound {
+		c.verdicts[p.node.id] = v
+	}
+	if len(differ) > 0 {
+		c.violate("divergence", "node %d at entry %d finds itself %v: it differs from %v", p.node.id, p.store.applied(), v, differ)
 	}
 }
 

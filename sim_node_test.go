@@ -135,6 +135,7 @@ func (n *simNode) start() {
 	s.check.started(p)
 	p.after(s.between(0, s.tick), p.tick)
 	p.after(s.around(dialEvery), p.dial)
+	p.after(compareEvery, p.compare)
 }
 
 // boot does what serve does, with other parts at the edges.
@@ -276,6 +277,23 @@ func (p *process) dial() {
 		return
 	}
 	p.after(p.sim.around(dialEvery), p.dial)
+}
+
+// compareEvery is how often a node compares its state with those of others.
+const compareEvery = time.Second
+
+// compare does what guard.exchange does: the product's own look for members
+// whose states differ.
+func (p *process) compare() {
+	s, others := p.sim, map[uint64]sums{}
+	for _, n := range s.nodes {
+		if n != p.node && s.network.connected(p.node.id, n.id) {
+			others[n.id] = n.process.store.sums()
+		}
+	}
+	v, differ := judge(p.store.sums(), others, len(p.store.members()))
+	s.check.judged(p, v, differ)
+	p.after(compareEvery, p.compare)
 }
 
 // wake makes the loop look into its inbox as soon as it has time.

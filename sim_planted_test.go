@@ -72,6 +72,7 @@ func plants() []*plant {
 		{name: "condition checked before apply", request: checkEarly},
 		{name: "peer URL not in the snapshot", disk: snapshotsWith(firstPeerURLs), prepare: often(faultMembers)},
 		{name: "removed id not in the snapshot", disk: snapshotsWith(func(st *state) { st.removed = map[uint64]bool{} }), prepare: often(faultMembers)},
+		{name: "a write with another value on one node", turned: otherValue()},
 		{name: "snapshot with a later configuration", disk: laterConfig, prepare: often(faultMembers, faultMembers, faultCrash)},
 	}
 }
@@ -227,7 +228,7 @@ func swapSessions(body []byte) ([]byte, error) {
 	if _, err := d.r.Discard(len(snapshotMagic)); err != nil {
 		return nil, err
 	}
-	const headerFields = 6 // format, index, term, rv, now, number of the next retry
+	const headerFields = 7 // format, index, term, rv, now, number of the next retry, sum
 	for range headerFields {
 		d.uint()
 	}
@@ -370,6 +371,22 @@ func expireByOwnClock(p *process) {
 	})
 	for _, key := range due {
 		st.items.Delete(key)
+	}
+}
+
+// otherValue makes one node write something else than the others, once.
+func otherValue() func(*process) {
+	changed := false
+	return func(p *process) {
+		key, it, ok := p.store.state.items.Max()
+		if changed || !ok || p.node.id != 2 {
+			return
+		}
+		changed = true
+		p.store.state.forget(key, it)
+		it.value += "?"
+		p.store.state.items.Set(key, it)
+		p.store.state.remember(key, it)
 	}
 }
 

@@ -24,15 +24,15 @@ import (
 //	crc      4 bytes   little endian, CRC-32C of the payload
 //	payload  length bytes
 //
-// Inner layer, the payloads joined: magic, format, index, term, rv, then
-// records {kind, fields...} with integers as uvarints and strings as length +
-// bytes, in the order session, member, removed, retry, item, event, and a
-// record of kind end with the number of items. A file that breaks off lacks the
-// end record.
+// Inner layer, the payloads joined: magic, format, index, term, rv, time,
+// number of the next retry, sum, then records {kind, fields...} with integers
+// as uvarints and strings as length + bytes, in the order session, member,
+// removed, retry, item, event, and a record of kind end with the number of
+// items. A file that breaks off lacks the end record.
 
 const (
 	snapshotMagic  = "RAFTRVSS"
-	snapshotFormat = 1
+	snapshotFormat = 2 // 1 had no sum
 	frameSize      = 256 << 10
 
 	recordEnd     = 0
@@ -64,6 +64,7 @@ func (s *state) writeTo(w io.Writer) error {
 	e.uint(s.rv)
 	e.uint(uint64(s.now))
 	e.uint(s.retries.next)
+	e.uint(s.sum)
 	if err := s.writeCluster(&e); err != nil {
 		return err
 	}
@@ -149,10 +150,10 @@ func (d *snapshotDecoder) state() (state, error) {
 		return st, fmt.Errorf("%w: not a snapshot file", errSnapshotDamage)
 	}
 	if format := d.uint(); d.err == nil && format != snapshotFormat {
-		return st, fmt.Errorf("snapshot format %d is newer than this program (knows %d): upgrade it", format, snapshotFormat)
+		return st, fmt.Errorf("snapshot format %d is not the one that this program knows, %d: use the version that wrote it", format, snapshotFormat)
 	}
 	st.index, st.term, st.rv = d.uint(), d.uint(), d.uint()
-	st.now, st.retries.next = int64(d.uint()), d.uint()
+	st.now, st.retries.next, st.sum = int64(d.uint()), d.uint(), d.uint()
 	for d.err == nil {
 		kind := d.uint()
 		if d.err != nil {

@@ -1,0 +1,147 @@
+package main
+
+import (
+	"strings"
+	"testing"
+	"time"
+)
+
+// at returns sums of a member at an index, with checkpoints before it.
+func sumsAt(index uint64, branch uint64) sums {
+	s := sums{Now: checkpoint{index, index + branch}}
+	for i := index / checkpointEvery; i > 0 && len(s.Earlier) < checkpointsKept; i-- {
+		s.Earlier = append(s.Earlier, checkpoint{i * checkpointEvery, i*checkpointEvery + branch})
+	}
+	return s
+}
+
+func TestJudge(t *testing.T) {
+	const other = 1 << 40 // another history
+	tests := []struct {
+		name    string
+		own     sums
+		others  map[uint64]sums
+		members int
+		want    verdict
+		differ  int
+	}{
+		{"alone", sumsAt(10, 0), nil, 1, sound, 0},
+		{"nobody answers", sumsAt(10, 0), nil, 3, sound, 0},
+		{"all the same", sumsAt(900, 0), map[uint64]sums{2: sumsAt(900, 0), 3: sumsAt(900, 0)}, 3, sound, 0},
+		{"at other entries", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, 0), 3: sumsAt(30_000, 0)}, 3, sound, 0},
+		{"too far behind to say", sumsAt(900, 0), map[uint64]sums{2: sumsAt(900_000, other)}, 3, sound, 0},
+		{"before the first checkpoint", sumsAt(10, 0), map[uint64]sums{2: sumsAt(11, other), 3: sumsAt(12, other)}, 3, sound, 0},
+		{"against a majority", sumsAt(900, other), map[uint64]sums{2: sumsAt(901, 0), 3: sumsAt(1200, 0)}, 3, diverged, 2},
+		{"with a majority", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, 0), 3: sumsAt(1200, other)}, 3, sound, 1},
+		{"one of two", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, other)}, 2, doubtful, 1},
+		{"one of three is down", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, other)}, 3, doubtful, 1},
+		{"three states", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, other), 3: sumsAt(901, 2*other)}, 3, doubtful, 2},
+		{"two of five, two are down", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, 0), 3: sumsAt(901, other)}, 5, doubtful, 1},
+		{"two against three of five", sumsAt(900, 0),
+			map[uint64]sums{2: sumsAt(901, 0), 3: sumsAt(901, other), 4: sumsAt(901, other), 5: sumsAt(901, other)}, 5, diverged, 3},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			v, differ := judge(tt.own, tt.others, tt.members)
+			if v != tt.want || len(differ) != tt.differ {
+				t.Errorf("%v, %v; want %v and %d that differ", v, differ, tt.want, tt.differ)
+			}
+		})
+	}
+}
+
+// applyAll applies commands, each as an entry of its own.
+func applyAll(t *testing.T, s *kvstore, commands ...command) {
+	t.Helper()
+	for i := range commands {
+		n := s.applied() + 1
+		_, err := s.apply(n, 1, batchHeader{session: 1, seq: n, time: 1}, commands[i].appendTo(nil), nil)
+		must(t, err)
+	}
+}
+
+// TestSum: what an entry is and what it does change the sum, and nothing else does.
+func TestSum(t *testing.T) {
+	put := command{op: opPut, key: "k", value: "v"}
+	base := func(change func(s *kvstore), commands ...command) uint64 {
+		s := newKVStore()
+		applyAll(t, s, put)
+		if change != nil {
+			change(s)
+		}
+		applyAll(t, s, commands...)
+		return s.sums().Now.Sum
+	}
+	again := command{op: opPut, key: "k", value: "w"}
+	want := base(nil, again)
+	if got := base(func(s *kvstore) { // through a snapshot
+		var b strings.Builder
+		st := s.snapshot()
+		must(t, st.writeTo(&b))
+		st, err := readState(strings.NewReader(b.String()))
+		must(t, err)
+		s.restore(st)
+	}, again); got != want {
+		t.Error("a snapshot changes the sum")
+	}
+	different := map[string]uint64{
+		"another value":  base(nil, command{op: opPut, key: "k", value: "x"}),
+		"another key":    base(nil, command{op: opPut, key: "l", value: "w"}),
+		"an empty entry": base(func(s *kvstore) { must(t, s.skip(2, 1)) }, again),
+		"an item that is damaged in memory": base(func(s *kvstore) {
+			s.state.items.Set("k", item{value: "V", rv: 1, created: 1})
+		}, again),
+		"an item that is gone":   base(func(s *kvstore) { s.state.items.Delete("k") }, again),
+		"another version number": base(func(s *kvstore) { s.state.rv++ }, again),
+	}
+	seen := map[uint64]string{want: "the same"}
+	for name, sum := range different {
+		if other := seen[sum]; other != "" {
+			t.Errorf("%s has the sum of %s", name, other)
+		}
+		seen[sum] = name
+	}
+}
+
+// TestSim_DivergedMemberFindsOut: a member that computes something else finds
+// that out by itself, whether it leads or not, and the others know that it is
+// not them. So does one that comes back from its disk like that.
+func TestSim_DivergedMemberFindsOut(t *testing.T) {
+	for _, who := range []string{"leader", "follower"} {
+		t.Run(who, func(t *testing.T) {
+			s, leader := newScenario(t, defaultSimConfig(1, 3))
+			n := leader
+			if who == "follower" {
+				n = s.node(leader.id%3 + 1)
+			}
+			s.wait(t, s.begin(leader, putOp("k", "old"), time.Second))
+			s.run(3 * time.Second)
+			if len(s.check.verdicts) > 0 {
+				t.Fatalf("before the fault: %v", s.check.verdicts)
+			}
+			// A put that does something else here than there. The checker would see it at
+			// once; it is the product that must.
+			s.check.blind = true
+			p := n.process
+			p.store.mu.Lock()
+			p.store.state.put("another", "new", 0)
+			p.store.state.changed = nil
+			p.store.mu.Unlock()
+			s.begin(leader, putOp("k", "new"), time.Second)
+			start := s.now
+			if !s.runUntil(10*time.Second, func() bool { return s.check.verdicts[n.id] == diverged }) {
+				t.Fatalf("node %d does not notice: %v", n.id, s.check.verdicts)
+			}
+			t.Logf("noticed after %v", s.now-start)
+			if len(s.check.verdicts) > 1 {
+				t.Errorf("others think that they are wrong: %v", s.check.verdicts)
+			}
+			n.crash(tailKept)
+			clear(s.check.verdicts)
+			n.start()
+			if n.process != nil && s.runUntil(3*time.Second, func() bool { return len(s.check.verdicts) > 0 }) {
+				t.Errorf("what the log says was computed right this time, but: %v", s.check.verdicts)
+			}
+		})
+	}
+}
