@@ -36,6 +36,10 @@ type config struct {
 	snapshotEntries uint64
 	snapshotBytes   uint64
 
+	segmentBytes uint64
+	diskReserve  uint64 // 0 = by default
+	quota        uint64 // 0 = none
+
 	valueSizeMax   int
 	requestTimeout time.Duration
 	connectionsMax int
@@ -67,6 +71,9 @@ const (
 	watchEventsLimit = 1 << 24
 	watchBytesMin    = 1 << 20
 	watchBytesLimit  = 1 << 36
+	segmentBytesMin  = 64 << 10
+	segmentBytesMax  = 1 << 30
+	quotaDefault     = 2 << 30
 )
 
 func (c *config) flags(f *pflag.FlagSet) {
@@ -86,6 +93,9 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.IntVar(&c.electionTicks, "election-ticks", 20, "`ticks` without a heartbeat before an election")
 	f.Uint64Var(&c.snapshotEntries, "snapshot-entries", 100_000, "snapshot after this `number` of log entries ...")
 	f.Uint64Var(&c.snapshotBytes, "snapshot-bytes", 64<<20, "... or this many `bytes`, whichever comes first")
+	f.Uint64Var(&c.segmentBytes, "wal-segment-bytes", segmentBytesDefault, "size of one file of the log, in `bytes`, all of which are taken from the disk when it is begun; there are at least two")
+	f.Uint64Var(&c.diskReserve, "disk-reserve-bytes", 0, "with fewer free `bytes` on the disk this node takes no writes but deletes (default two files of the log and the size of the store)")
+	f.Uint64Var(&c.quota, "quota-bytes", quotaDefault, "largest size of the store, in `bytes`; beyond it only deletes are taken, and what makes it smaller; 0 = any")
 	f.IntVar(&c.valueSizeMax, "max-value-bytes", valueSizeMaxDefault, "largest value, in `bytes`")
 	f.DurationVar(&c.requestTimeout, "request-timeout", 5*time.Second, "deadline of a request that does not set ?timeout=")
 	f.IntVar(&c.connectionsMax, "max-connections", connectionsMaxDefault, "largest `number` of client connections")
@@ -123,6 +133,9 @@ func (c *config) validate() error {
 		checkRange("--election-ticks", c.electionTicks, electionPerBeat*c.heartbeatTicks, electionMax),
 		checkRange("--snapshot-entries", c.snapshotEntries, 1, 1<<40),
 		checkRange("--snapshot-bytes", c.snapshotBytes, 1, 1<<50),
+		checkRange("--wal-segment-bytes", c.segmentBytes, segmentBytesMin, segmentBytesMax),
+		checkRange("--disk-reserve-bytes", c.diskReserve, 0, 1<<50),
+		checkRange("--quota-bytes", c.quota, 0, 1<<50),
 		checkRange("--max-value-bytes", c.valueSizeMax, 1, valueSizeLimit),
 		checkRange("--request-timeout", c.requestTimeout, time.Millisecond, timeoutMax),
 		checkRange("--max-connections", c.connectionsMax, 1, connectionsLimit),

@@ -72,7 +72,8 @@ var outputRules = []struct {
 	{regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}`), "019aa0f0-5c00-7000-8000-000000000001"},
 	{regexp.MustCompile(`"directory":"\d+"`), `"directory":"1311768467463790320"`},
 	{regexp.MustCompile(`"clusterId":"[^"]*"`), `"clusterId":"5d0c9b8a7f6e4d3b"`},
-	{regexp.MustCompile(`"(term|committedIndex|appliedIndex)":\d+`), `"$1":0`},
+	{regexp.MustCompile(`"(term|committedIndex|appliedIndex|diskFreeBytes)":\d+`), `"$1":0`},
+	{regexp.MustCompile(`"stateSum":"[^"]*"`), `"stateSum":"8f1d3c5b7a9e2046"`},
 	{regexp.MustCompile(`"goVersion":"[^"]*"`), `"goVersion":"go1.26"`},
 	{regexp.MustCompile(`"version":"[^"]*"`), `"version":"v1"`},
 }

@@ -73,6 +73,12 @@ var (
 		title: "Overloaded", detail: "too many writes are waiting on this node; retry after a pause"}
 	errShuttingDown = &apiError{code: "shutting-down", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
 		title: "Shutting down", detail: "this node is stopping; retry at another node"}
+	errDiskFull = &apiError{code: "disk-full", status: http.StatusInsufficientStorage, outcome: notApplied, retry: true,
+		title: "Disk full", detail: "a disk has no room for more; reads and deletes go on, and writes do as soon as there is space again"}
+	errQuota = &apiError{code: "quota-exceeded", status: http.StatusInsufficientStorage, outcome: notApplied,
+		title: "Quota exceeded", detail: "the store has reached --quota-bytes; delete keys, or start the nodes with a larger quota"}
+	errDiverged = &apiError{code: "diverged", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
+		title: "Diverged", detail: "the state of this node is not that of the others, so it serves nothing; use another node, and replace this one"}
 	errNoLeader = &apiError{code: "no-leader", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
 		title: "No leader", detail: "no leader was reachable before the deadline; is a majority of the members up?"}
 )

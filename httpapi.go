@@ -61,6 +61,10 @@ type backend interface {
 	linearize(ctx context.Context, timeout time.Duration) error
 	// waitVersion returns once the store has the resource version rv.
 	waitVersion(ctx context.Context, timeout time.Duration, rv uint64) error
+	// serving says why this node serves nothing at present, writable why it takes
+	// no writes but deletes. Neither waits.
+	serving() error
+	writable() error
 	// status must not wait: it is asked for while the node is in trouble.
 	status() nodeStatus
 	memberBackend
@@ -78,6 +82,16 @@ type nodeStatus struct {
 	ResourceVersion uint64   `json:"resourceVersion"`
 	Version         string   `json:"version"`
 	Members         []member `json:"members"`
+
+	StateBytes       uint64 `json:"stateBytes"` // that the keys and values take, about
+	StateSum         string `json:"stateSum"`   // of all entries up to appliedIndex; hexadecimal
+	QuotaBytes       uint64 `json:"quotaBytes"` // 0 if there is none
+	DiskFreeBytes    uint64 `json:"diskFreeBytes"`
+	DiskReserveBytes uint64 `json:"diskReserveBytes"`
+	// ReadOnly is the code of the error that a write gets at present.
+	ReadOnly string `json:"readOnly,omitempty"` // disk-full, quota-exceeded or diverged
+	// Divergence is sound, doubtful or diverged; but for sound the node serves nothing.
+	Divergence string `json:"divergence"`
 }
 
 // httpConfig is what the HTTP front is built from. All of it is needed.
@@ -366,10 +380,17 @@ func (h *httpAPI) getLive(w http.ResponseWriter, r request) error {
 
 // getReady says that this node can serve, by serving a read.
 func (h *httpAPI) getReady(w http.ResponseWriter, r request) error {
+	if err := h.backend.serving(); err != nil {
+		return err
+	}
 	if err := h.backend.linearize(r.Context(), readyTimeout); err != nil {
 		return errNotReady
 	}
-	writeText(w, r, "ok\n")
+	text := "ok\n"
+	if err := h.backend.writable(); err != nil { // it serves reads, so it is ready
+		text += "read-only: " + err.Error() + "\n"
+	}
+	writeText(w, r, text)
 	return nil
 }
 
@@ -431,6 +452,9 @@ func keyPath(key string) string {
 
 // catchUp waits until a read from this node's store is as fresh as asked.
 func (h *httpAPI) catchUp(r request) error {
+	if err := h.backend.serving(); err != nil {
+		return err
+	}
 	if !r.params.has(paramResourceVersion) {
 		return h.backend.linearize(r.Context(), r.params.timeout)
 	}
@@ -650,7 +674,7 @@ func setErrorHeaders(header http.Header, e *apiError) {
 		setETag(header, e.current)
 	}
 	switch e.status {
-	case http.StatusTooManyRequests, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
+	case http.StatusTooManyRequests, http.StatusServiceUnavailable, http.StatusGatewayTimeout, http.StatusInsufficientStorage:
 		if e.retry {
 			header["Retry-After"] = retryAfter
 		}

@@ -95,10 +95,28 @@ func (b *fakeBackend) waitVersion(_ context.Context, timeout time.Duration, rv u
 	return nil
 }
 
+func (b *fakeBackend) serving() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if errors.Is(b.err, errDiverged) {
+		return b.err
+	}
+	return nil
+}
+
+func (b *fakeBackend) writable() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if errors.Is(b.err, errDiskFull) {
+		return b.err
+	}
+	return nil
+}
+
 func (b *fakeBackend) status() nodeStatus {
 	return nodeStatus{
 		ID: 1, ClusterID: "c0ffee", LeaderID: 2, Role: "follower", Term: 3, CommittedIndex: 4, AppliedIndex: 4,
-		ResourceVersion: b.store.version(), Version: "v0", Members: []member{{ID: 1, PeerURL: "http://127.0.0.1:1"}},
+		ResourceVersion: b.store.version(), Version: "v0", Divergence: "sound", Members: []member{{ID: 1, PeerURL: "http://127.0.0.1:1"}},
 	}
 }
 
@@ -873,13 +891,20 @@ func TestHTTP_BackendErrors(t *testing.T) {
 		{errNoLeader, 503, "no-leader", notApplied, "1"},
 		{errOverloaded, 503, "overloaded", notApplied, "1"},
 		{errShuttingDown, 503, "shutting-down", notApplied, "1"},
+		{errDiskFull, 507, "disk-full", notApplied, "1"},
+		{errQuota, 507, "quota-exceeded", notApplied, ""},
+		{errDiverged, 503, "diverged", notApplied, "1"},
 		{errUnknown, 504, "timeout", unknown, ""},
 		{fmt.Errorf("propose: %w", errUnknown), 504, "timeout", unknown, ""},
 		{errors.New("secret"), 500, "internal", unknown, ""},
 	} {
 		f := newFront(t)
 		f.backend.fail(tt.err)
-		for _, method := range []string{"PUT", "DELETE", "GET"} {
+		methods := []string{"PUT", "DELETE", "GET"}
+		if tt.code == 507 { // of writes only
+			methods = methods[:2]
+		}
+		for _, method := range methods {
 			a := f.do(method, "/k", "")
 			a.want(t, tt.code)
 			a.wantHeader(t, "Retry-After", tt.retryAfter)
@@ -958,7 +983,8 @@ func TestHTTP_Node(t *testing.T) {
 		"/-/livez":  "ok\n",
 		"/-/readyz": "ok\n",
 		"/-/v1/status": `{"id":1,"clusterId":"c0ffee","leaderId":2,"role":"follower","term":3,"committedIndex":4,"appliedIndex":4,` +
-			`"resourceVersion":0,"version":"v0","members":[{"id":1,"peerURL":"http://127.0.0.1:1"}]}` + "\n",
+			`"resourceVersion":0,"version":"v0","members":[{"id":1,"peerURL":"http://127.0.0.1:1"}],` +
+			`"stateBytes":0,"stateSum":"","quotaBytes":0,"diskFreeBytes":0,"diskReserveBytes":0,"divergence":"sound"}` + "\n",
 		"/-/version": `{"version":"v0","goVersion":"` + runtime.Version() + `"}` + "\n",
 	} {
 		a := f.do("GET", target, "")
@@ -970,6 +996,21 @@ func TestHTTP_Node(t *testing.T) {
 		a.want(t, 200)
 		a.wantHeader(t, "Content-Length", strconv.Itoa(len(want)))
 	}
+	// A node that takes no writes is ready: it serves reads. One that diverged is not.
+	f.backend.fail(errDiskFull)
+	f.backend.linearizeErr = nil
+	if a := f.do("GET", "/-/readyz", ""); a.code != 200 || a.body != "ok\nread-only: "+errDiskFull.Error()+"\n" {
+		t.Errorf("readyz of a node whose disk is full: %d %s", a.code, a.body)
+	}
+	f.backend.fail(errDiverged)
+	for _, target := range []string{"/-/readyz", "/k", "/k?resourceVersion=0", "/", "/-/v1/keys?resourceVersion=0", "/-/v1/keys/k?resourceVersion=0", "/-/v1/watch", "/-/v1/watch?resourceVersion=0"} {
+		a := f.do("GET", target, "")
+		a.want(t, 503)
+		if p := mustProblem(t, a); p.Code != "diverged" {
+			t.Errorf("GET %s of a node that has diverged: %+v", target, p)
+		}
+	}
+	f.do("GET", "/-/v1/status", "").want(t, 200)
 	f.backend.fail(errReadTimeout)
 	f.do("GET", "/-/livez", "").want(t, 200)
 	f.do("GET", "/-/v1/status", "").want(t, 200)

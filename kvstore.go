@@ -126,6 +126,15 @@ func (s *kvstore) size() uint64 {
 	return s.state.size
 }
 
+// snapshotSize returns about how many bytes a snapshot takes.
+func (s *kvstore) snapshotSize() uint64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.state.snapshotSize()
+}
+
+func (s *state) snapshotSize() uint64 { return s.size + s.events.bytes + s.retries.bytes }
+
 // applied returns the raft index of the last applied entry.
 func (s *kvstore) applied() uint64 {
 	s.mu.RLock()

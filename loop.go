@@ -47,6 +47,7 @@ type loop struct {
 
 	mu    sync.Mutex
 	inbox inbox // guarded by mu
+	taken int   // bytes of batches that the replica has; guarded by mu
 
 	status atomic.Pointer[replicaStatus]
 }
@@ -195,6 +196,7 @@ func (l *loop) nextBatch() *batch {
 	l.inbox.queue = slices.Delete(l.inbox.queue, 0, 1)
 	l.inbox.queueSize -= len(b.data)
 	b.taken = true
+	l.taken += len(b.data)
 	// The log keeps the bytes for long: give it no more than there are, and fill
 	// the grown buffer again.
 	l.inbox.spare, b.data = b.data, slices.Clone(b.data)
@@ -254,7 +256,19 @@ func (l *loop) close(cause error) {
 }
 
 // proposed implements driver.
-func (l *loop) proposed(b *batch) { close(b.done) }
+func (l *loop) proposed(b *batch) {
+	l.mu.Lock()
+	l.taken -= len(b.data)
+	l.mu.Unlock()
+	close(b.done)
+}
+
+// waiting returns how many bytes of commands and entries are not written yet.
+func (l *loop) waiting() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.inbox.queueSize + l.inbox.bytes + l.taken
+}
 
 // readable implements driver.
 func (l *loop) readable(q *readRound) { close(q.done) }

@@ -81,6 +81,7 @@ func newServeCommand(use string, stderr io.Writer) *cobra.Command {
 			}
 			logger := newLogger(stderr, cfg.logLevel, cfg.logFormat)
 			boundGarbage()
+			setSegmentBytes(cfg.segmentBytes)
 			syscall.Umask(0o077) // the log and the snapshots are for this user only
 			return serve(cmd.Context(), cfg, logger)
 		},

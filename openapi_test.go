@@ -454,6 +454,7 @@ func openAPIRequests() []openAPIRequest {
 		}
 		if rt.call(r.method).headers&headerIdempotencyKey != 0 {
 			with(422, "", r.body, retry, nil)
+			with(507, "", r.body, nil, errDiskFull)
 		}
 	}
 	return list

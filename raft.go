@@ -31,7 +31,8 @@ type disk interface {
 	// sync makes durable what save left out.
 	sync() error
 	// writeSnapshot writes the body of a snapshot. It is slow and may run beside
-	// the other methods.
+	// the other methods. errNoSpace is the one error of a disk that is not fatal:
+	// the log holds what the snapshot would.
 	writeSnapshot(snap *raftpb.Snapshot, st *state) error
 	// commitSnapshot makes a snapshot whose body is in place the one to restart
 	// from. Durable when it returns.
@@ -42,6 +43,9 @@ type disk interface {
 	// notices if some of it is gone. It may run beside the others.
 	writeMark() error
 }
+
+// errNoSpace says that there is no room for a snapshot.
+var errNoSpace = errors.New("no space on the disk")
 
 // transport carries messages to the other members. It never blocks and may
 // drop, delay or reorder.
@@ -952,9 +956,22 @@ func (r *replica) maybeSnapshot() {
 	)
 }
 
+// wantSnapshot starts a snapshot if there is anything new to put in, so that the
+// log before it can be deleted.
+func (r *replica) wantSnapshot() {
+	if r.appliedCount > 0 {
+		r.snapshotWanted = true
+		r.maybeSnapshot()
+	}
+}
+
 // snapshotWritten makes a finished snapshot the one that the log starts from.
 func (r *replica) snapshotWritten(snap *raftpb.Snapshot, err error) error {
 	r.snapshotting = false
+	if errors.Is(err, errNoSpace) {
+		r.logger.Warn("took no snapshot; it is tried again later", zap.Error(err))
+		return nil
+	}
 	if err != nil {
 		return fmt.Errorf("write snapshot: %w", err)
 	}

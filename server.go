@@ -40,6 +40,7 @@ type node struct {
 	store   *kvstore
 	hub     *hub
 	journal *journal // nil = none
+	guard   *guard
 	logger  *zap.Logger
 
 	directory uint64 // number of the data directory
@@ -51,7 +52,7 @@ type node struct {
 
 func (n *node) status() nodeStatus {
 	s := n.loop.status.Load()
-	return nodeStatus{
+	st := nodeStatus{
 		ID:              n.config.id,
 		ClusterID:       fmt.Sprintf("%x", n.cluster),
 		LeaderID:        s.leader,
@@ -62,11 +63,17 @@ func (n *node) status() nodeStatus {
 		ResourceVersion: n.store.version(),
 		Version:         version,
 		Members:         n.store.members(),
+		StateBytes:      n.store.size(),
 	}
+	n.guard.describe(&st)
+	return st
 }
 
 // waitVersion returns once the store holds version rv.
 func (n *node) waitVersion(ctx context.Context, timeout time.Duration, rv uint64) error {
+	if err := n.serving(); err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	if err := n.hub.waitVersion(ctx, rv); err != nil {
@@ -115,7 +122,11 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 		}
 		defer func() { err = errors.Join(err, n.journal.close()) }()
 	}
-	network, err := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, n.informed, logger.Named("peers"))
+	n.guard = newGuard(&n.config, n.store, n.loop.waiting, logger.Named("guard"))
+	if err := n.guard.lookAtDisk(); err != nil {
+		return err
+	}
+	network, err := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, n.informed, n.guard, logger.Named("peers"))
 	if err != nil {
 		return err
 	}
@@ -351,6 +362,8 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return n.loop.run(loopCtx, r, n.checkFresh) })
 	group.Go(func() error { return n.announce(ctx) })
+	group.Go(func() error { return n.watchDisk(ctx) })
+	group.Go(func() error { return n.exchange(ctx) })
 	group.Go(func() error { return n.hub.run(ctx) }) // ends watches first: the client server waits for them
 	if n.journal != nil {
 		src := journalSource{store: n.store, hub: n.hub, linearize: n.linearize, stopped: n.loop.done}

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 
 	"go.etcd.io/etcd/client/pkg/v3/fileutil"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/snap"
@@ -49,6 +50,25 @@ const (
 	// snapshotsKept: the second one is there in case the newest is damaged.
 	snapshotsKept = 2
 )
+
+// segmentBytesDefault is the size of one file of the log. It is preallocated,
+// and the next one too.
+const segmentBytesDefault = 64 << 20
+
+// setSegmentBytes sets that size for all logs of this process, before the first
+// one is opened.
+func setSegmentBytes(n uint64) { wal.SegmentSizeBytes = int64(n) }
+
+func segmentBytes() uint64 { return uint64(wal.SegmentSizeBytes) }
+
+// freeBytes returns how much may still be written to the disk that holds path.
+func freeBytes(path string) (uint64, error) {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(path, &st); err != nil {
+		return 0, fmt.Errorf("find free space of %s: %w", path, err)
+	}
+	return st.Bavail * uint64(st.Bsize), nil
+}
 
 // identity is the metadata of the log: whose directory it is.
 type identity struct {
@@ -378,6 +398,20 @@ func (s *storage) sync() error {
 }
 
 func (s *storage) writeSnapshot(meta *raftpb.Snapshot, st *state) error {
+	// The next file of the log comes first: without it the member cannot go on.
+	if free, err := freeBytes(s.dir); err != nil {
+		return err
+	} else if free < st.snapshotSize()+segmentBytes() {
+		return fmt.Errorf("%w for a snapshot: %d bytes are free", errNoSpace, free)
+	}
+	err := s.writeBody(meta, st)
+	if errors.Is(err, syscall.ENOSPC) {
+		return fmt.Errorf("%w for a snapshot: %w", errNoSpace, err) // nothing of it is left
+	}
+	return err
+}
+
+func (s *storage) writeBody(meta *raftpb.Snapshot, st *state) error {
 	f, err := os.CreateTemp(s.path(snapDir), tempPrefix)
 	if err != nil {
 		return err

@@ -50,14 +50,15 @@ type peerNetwork struct {
 	peers   map[uint64]member // whom http knows; owned by the loop's goroutine
 	// informed says that serveInfo may answer.
 	informed *atomic.Bool
+	guard   *guard
 
 	// heard has for each of them when its last message came, in unix nanoseconds.
 	// The map is replaced, never changed.
 	heard atomic.Pointer[map[uint64]*atomic.Int64]
 }
 
-func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, informed *atomic.Bool, logger *zap.Logger) (*peerNetwork, error) {
-	n := &peerNetwork{id: id, logger: logger, storage: s, loop: l, store: st, peers: map[uint64]member{}, informed: informed}
+func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, informed *atomic.Bool, g *guard, logger *zap.Logger) (*peerNetwork, error) {
+	n := &peerNetwork{id: id, logger: logger, storage: s, loop: l, store: st, guard: g, peers: map[uint64]member{}, informed: informed}
 	n.heard.Store(&map[uint64]*atomic.Int64{})
 	idText := types.ID(id).String()
 	if !logger.Core().Enabled(zap.DebugLevel) {
@@ -99,6 +100,10 @@ func (n *peerNetwork) handler() http.Handler {
 		// rafthttp would connect to whatever addresses a stranger names here.
 		r.Header.Del("X-PeerURLs")
 		if r.URL.Path == rafthttp.RaftSnapshotPrefix {
+			if n.guard.space.Load().full {
+				http.Error(w, errDiskFull.Error(), errDiskFull.status)
+				return
+			}
 			r.Body = n.storage.receive(r.Body)
 		}
 		raftHandler.ServeHTTP(w, r)
@@ -110,9 +115,12 @@ func (n *peerNetwork) handler() http.Handler {
 func (n *peerNetwork) send(msgs []*raftpb.Message) {
 	rest := msgs[:0:0]
 	for _, m := range msgs {
-		if m.GetType() == raftpb.MsgSnap {
+		switch {
+		case m.GetType() == raftpb.MsgSnap:
 			n.sendSnapshot(m)
-		} else {
+		case len(m.GetEntries()) > 0 && m.GetType() == raftpb.MsgApp && n.guard.isClosed(m.GetTo()):
+			// It would not take them.
+		default:
 			rest = append(rest, m)
 		}
 	}
@@ -122,6 +130,10 @@ func (n *peerNetwork) send(msgs []*raftpb.Message) {
 // sendSnapshot streams the body behind the message, so that neither side holds
 // it in memory as bytes.
 func (n *peerNetwork) sendSnapshot(m *raftpb.Message) {
+	if n.guard.isClosed(m.GetTo()) || n.guard.serving() != nil { // its state is for nobody
+		n.ReportSnapshot(m.GetTo(), raft.SnapshotFailure)
+		return
+	}
 	index := m.GetSnapshot().GetMetadata().GetIndex()
 	f, err := os.Open(n.storage.bodyPath(index))
 	if err != nil {
@@ -226,6 +238,9 @@ func (n *peerNetwork) Process(_ context.Context, m *raftpb.Message) error {
 	}
 	if heard := (*n.heard.Load())[m.GetFrom()]; heard != nil {
 		heard.Store(time.Now().UnixNano())
+	}
+	if m.GetType() == raftpb.MsgApp && !n.guard.receive(messageSize(m)) {
+		return nil // the leader sends it again
 	}
 	if m.GetType() != raftpb.MsgSnap {
 		_ = n.loop.deliver(message{Message: m}) // if the inbox is full or closed it is lost, as on the way
@@ -357,6 +372,7 @@ type peerInfo struct {
 	Cluster string   `json:"cluster"` // hexadecimal
 	Members []member `json:"members"`
 	Removed []uint64 `json:"removed,omitempty"` // ids
+	Health  health   `json:"health"`
 }
 
 func (p *peerInfo) clusterID() (uint64, error) { return strconv.ParseUint(p.Cluster, 16, 64) }
@@ -377,7 +393,7 @@ func (n *peerNetwork) serveInfo(w http.ResponseWriter, _ *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
-	info := peerInfo{Cluster: n.http.ClusterID.String(), Members: n.store.members(), Removed: n.store.removed()}
+	info := peerInfo{Cluster: n.http.ClusterID.String(), Members: n.store.members(), Removed: n.store.removed(), Health: n.guard.health()}
 	if err := json.NewEncoder(w).Encode(info); err != nil {
 		n.logger.Debug("answer peer", zap.Error(err))
 	}

@@ -198,6 +198,9 @@ func (h *hub) close(err *apiError) {
 	h.updateBusy()
 }
 
+// reopen lets new watches start again.
+func (h *hub) reopen() { h.closed.Store(nil) }
+
 // watcher is one watch. Its methods are for one goroutine.
 type watcher struct {
 	hub      *hub

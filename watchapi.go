@@ -102,6 +102,9 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *watchList, err er
 	if err != nil {
 		return nil, err
 	}
+	if err := h.backend.serving(); err != nil {
+		return nil, err
+	}
 	known := resumed || p.has(paramResourceVersion)
 	if !resumed {
 		rv = p.resourceVersion

@@ -1,0 +1,382 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// This file decides what a node must not do at present: write when a disk has
+// no room, let the store grow beyond its quota, or serve anything when its state
+// is not that of the other members. The first two are decided before a write is
+// proposed, so it is refused in whole, with certainty. They are about: each node
+// decides by itself, of what it sees.
+//
+// Of the disk there are two marks. Below the reserve a node is full: it takes
+// deletes, and whatever the others write. Below half of it, it is closed: it
+// takes nothing, not even entries of a leader, and falls behind until there is
+// room. So its log never meets a disk without space, which would end the node.
+
+const (
+	spaceEvery    = 100 * time.Millisecond // between two looks at the disk
+	exchangeEvery = 500 * time.Millisecond // between two looks at the other members
+	// releaseEvery is how often a node whose disk is full takes a snapshot, if
+	// something has changed, so that it can delete some of its log.
+	releaseEvery = 2 * time.Second
+)
+
+// guard knows these things of one node. Its methods may be called from any goroutine.
+type guard struct {
+	id      uint64
+	reserve uint64 // as configured; 0 = by default
+	quota   uint64 // 0 = none
+	store   *kvstore
+	free    func() (uint64, error) // bytes that the disk has
+	waiting func() int             // bytes that wait to be written
+	logger  *zap.Logger
+
+	// left is how many bytes may go to the disk before the next look: those above
+	// half of the reserve. kept is how many of them are for deletes.
+	left, kept   atomic.Int64
+	space        atomic.Pointer[space]
+	othersFull   atomic.Bool // the leader, or so many that no majority has room
+	verdict      atomic.Int32
+	others       atomic.Pointer[map[uint64]health]
+	lastReleased time.Time // owned by the goroutine that watches the disk
+}
+
+// space is what a node saw of its disk.
+type space struct {
+	free, reserve uint64 // bytes
+	full, closed  bool
+}
+
+// health is what a member tells the others about itself.
+type health struct {
+	Sums       sums `json:"sums"`
+	DiskFull   bool `json:"diskFull,omitempty"`
+	DiskClosed bool `json:"diskClosed,omitempty"`
+}
+
+func newGuard(cfg *config, store *kvstore, waiting func() int, logger *zap.Logger) *guard {
+	g := &guard{
+		id:      cfg.id,
+		reserve: cfg.diskReserve,
+		quota:   cfg.quota,
+		store:   store,
+		free:    func() (uint64, error) { return freeBytes(cfg.dataDir) },
+		waiting: waiting,
+		logger:  logger,
+	}
+	g.left.Store(math.MaxInt64 / 2) // until the first look
+	g.space.Store(&space{})
+	g.others.Store(&map[uint64]health{})
+	return g
+}
+
+// diskReserve is how much of the disk must stay free: the next file of the log,
+// one more for what is on its way when the node notices, and a snapshot.
+func (g *guard) diskReserve() uint64 {
+	if g.reserve != 0 {
+		return g.reserve
+	}
+	return 2*segmentBytes() + g.store.snapshotSize()
+}
+
+// lookAtDisk finds out how much room there is.
+func (g *guard) lookAtDisk() error {
+	free, err := g.free()
+	if err != nil {
+		return err
+	}
+	before, now := g.space.Load(), space{free: free, reserve: g.diskReserve()}
+	margin := uint64(0) // a little more must be free to leave a state than to stay out of it
+	if before.full {
+		margin = now.reserve / 8
+	}
+	now.full = free < now.reserve+margin
+	now.closed = free < now.reserve/2
+	g.kept.Store(int64(now.reserve - now.reserve/2))
+	g.left.Store(int64(min(free, math.MaxInt64/2)) - int64(now.reserve/2) - int64(g.waiting()*g.members()))
+	g.space.Store(&now)
+	if now.full != before.full {
+		fields := []zap.Field{zap.Uint64("freeBytes", free), zap.Uint64("reserveBytes", now.reserve)}
+		if now.full {
+			g.logger.Warn("the disk is full: no writes but deletes are taken until there is space again", fields...)
+		} else {
+			g.logger.Info("the disk has space again: writes are taken", fields...)
+		}
+	}
+	return nil
+}
+
+func (g *guard) members() int { return max(1, len(g.store.members())) }
+
+// admit says whether a command of so many bytes may be proposed.
+func (g *guard) admit(c *command, size int) error {
+	if err := g.serving(); err != nil {
+		return err
+	}
+	// The others may take as many bytes at the same time, and this node has to
+	// write them too.
+	cost := int64(size) * int64(g.members())
+	if !grows(c) {
+		if g.left.Add(-cost) < 0 {
+			return errDiskFull
+		}
+		return nil
+	}
+	if err := g.diskFull(); err != nil {
+		return err
+	}
+	if g.left.Load()-cost < g.kept.Load() {
+		return errDiskFull
+	}
+	if err := g.overQuota(c, size); err != nil {
+		return err
+	}
+	g.left.Add(-cost)
+	return nil
+}
+
+// receive says whether so many bytes of a leader's entries may be written.
+func (g *guard) receive(size int) bool {
+	return size == 0 || !g.space.Load().closed && g.left.Add(-int64(size)) >= 0
+}
+
+// grows says whether a command may make the store larger.
+func grows(c *command) bool {
+	switch c.op {
+	case opPut:
+		return true
+	case opTxn:
+		t, err := decodeTxn(c.value)
+		if err != nil {
+			return true
+		}
+		for _, ops := range [][]command{t.then, t.otherwise} {
+			for i := range ops {
+				if ops[i].op == opPut {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
+
+// diskFull says whose disk has no room for a write.
+func (g *guard) diskFull() error {
+	if s := g.space.Load(); s.full {
+		return errDiskFull.withDetail("the disk of this node has %d bytes left, and %d are kept in reserve; "+
+			"reads and deletes go on, and writes do as soon as there is space", s.free, s.reserve)
+	}
+	if g.othersFull.Load() {
+		return errDiskFull.withDetail("the disk of the leader is full, or those of so many members that the others are no majority; " +
+			"reads and deletes go on, and writes do as soon as there is space")
+	}
+	return nil
+}
+
+func (g *guard) overQuota(c *command, size int) error {
+	if g.quota == 0 {
+		return nil
+	}
+	now := g.store.size()
+	after := now + uint64(size) + itemOverhead
+	if after+queueSizeMax <= g.quota || after+uint64(g.waiting()) <= g.quota {
+		return nil
+	}
+	if c.op == opPut {
+		if old, _, ok := g.store.get(c.key); ok && len(c.value) <= len(old.value) {
+			return nil
+		}
+	}
+	return errQuota.withDetail("the store has %d bytes and may have %d; delete keys, or start the nodes with a larger --quota-bytes", now, g.quota)
+}
+
+// writable says why the node takes no writes but deletes at present.
+func (g *guard) writable() error {
+	if err := g.diskFull(); err != nil {
+		return err
+	}
+	return g.overQuota(&command{op: opTxn}, 0)
+}
+
+// serving says why the node serves nothing at present.
+func (g *guard) serving() error {
+	if verdict(g.verdict.Load()) != sound {
+		return errDiverged
+	}
+	return nil
+}
+
+// describe adds to a status what the guard knows.
+func (g *guard) describe(st *nodeStatus) {
+	sum, space := g.store.sums().Now, g.space.Load()
+	st.StateSum = fmt.Sprintf("%016x", sum.Sum)
+	st.AppliedIndex = sum.Index // that it is the sum of
+	st.QuotaBytes = g.quota
+	st.DiskFreeBytes, st.DiskReserveBytes = space.free, space.reserve
+	st.Divergence = verdict(g.verdict.Load()).String()
+	if e, ok := errors.AsType[*apiError](errors.Join(g.serving(), g.writable())); ok {
+		st.ReadOnly = e.code
+	}
+}
+
+// health is what the others are told.
+func (g *guard) health() health {
+	s := g.space.Load()
+	return health{Sums: g.store.sums(), DiskFull: s.full, DiskClosed: s.closed}
+}
+
+// isClosed says whether a member has said that it takes no entries.
+func (g *guard) isClosed(id uint64) bool { return (*g.others.Load())[id].DiskClosed }
+
+// hear takes what the others have told. It returns what that means for this
+// node's state.
+func (g *guard) hear(others map[uint64]health, leader uint64) (before, now verdict) {
+	g.others.Store(&others)
+	voters, full := 0, 0
+	for _, m := range g.store.members() {
+		if m.Learner {
+			continue
+		}
+		voters++
+		if others[m.ID].DiskFull || m.ID == g.id && g.space.Load().full {
+			full++
+		}
+	}
+	g.othersFull.Store(others[leader].DiskFull || full > 0 && voters-full <= voters/2)
+
+	told := map[uint64]sums{}
+	for id, h := range others {
+		told[id] = h.Sums
+	}
+	before = verdict(g.verdict.Load())
+	now, differ := judge(g.store.sums(), told, g.members())
+	if before == diverged {
+		now = diverged // for good: what it has is wrong
+	}
+	g.verdict.Store(int32(now))
+	g.report(before, now, differ)
+	return before, now
+}
+
+// report logs what an operator should know.
+func (g *guard) report(before, now verdict, differ []uint64) {
+	switch {
+	case now == before:
+	case now == diverged:
+		g.logger.Error("the state of this node is not that of the majority: it serves nothing any more", zap.Uint64("node", g.id),
+			zap.Uint64s("differsFrom", differ), zap.String("do", fmt.Sprintf("remove it (curl -X DELETE http://NODE/-/v1/members/%d), "+
+				"then add it under a new ID, with an empty --data-dir and --join; keep the old directory to find the reason", g.id)))
+	case now == doubtful:
+		g.logger.Error("this node and others have different states and there is no majority for any: it serves nothing until there is", zap.Uint64("node", g.id),
+			zap.Uint64s("differsFrom", differ), zap.String("do", "bring back the members that are down; if there are none, keep the one that you trust and remove the others"))
+	default:
+		g.logger.Warn("a majority has the state of this node: it serves again", zap.Uint64("node", g.id), zap.Uint64s("differ", differ))
+	}
+}
+
+// watchDisk looks at the disk until ctx ends.
+func (n *node) watchDisk(ctx context.Context) error {
+	tick := time.NewTicker(spaceEvery)
+	defer tick.Stop()
+	for {
+		if err := n.guard.lookAtDisk(); err != nil {
+			return err
+		}
+		if g := n.guard; g.space.Load().full && time.Since(g.lastReleased) >= releaseEvery {
+			g.lastReleased = time.Now()
+			n.loop.call(func() error {
+				n.loop.replica.wantSnapshot()
+				return nil
+			})
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// exchange asks the other members how they are, until ctx ends.
+func (n *node) exchange(ctx context.Context) error {
+	tick := time.NewTicker(exchangeEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+		leader := n.loop.status.Load().leader
+		before, now := n.guard.hear(n.askOthers(ctx), leader)
+		switch {
+		case before == sound && now != sound:
+			n.hub.close(errDiverged)
+		case before != sound && now == sound:
+			n.hub.reopen()
+		}
+		// Somebody else may lead better.
+		if leader == n.config.id && (now != sound || n.guard.space.Load().full && !n.guard.othersFull.Load()) {
+			n.loop.call(func() error {
+				n.loop.replica.transfer()
+				return nil
+			})
+		}
+	}
+}
+
+// askOthers returns what those members say that answer.
+func (n *node) askOthers(ctx context.Context) map[uint64]health {
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	others := map[uint64]health{}
+	for _, m := range n.store.members() {
+		if m.ID == n.config.id {
+			continue
+		}
+		wg.Go(func() {
+			info, err := fetchPeerInfo(ctx, m.PeerURL)
+			if err != nil || info.Cluster != fmt.Sprintf("%x", n.cluster) {
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			others[m.ID] = info.Health
+		})
+	}
+	wg.Wait()
+	return others
+}
+
+// propose is that of the loop, unless the node must not take the command.
+func (n *node) propose(ctx context.Context, timeout time.Duration, c command) (result, error) {
+	if err := n.guard.admit(&c, c.encodedSizeMax()); err != nil {
+		return result{}, err
+	}
+	return n.loop.propose(ctx, timeout, c)
+}
+
+// linearize is that of the loop, unless the node must not serve.
+func (n *node) linearize(ctx context.Context, timeout time.Duration) error {
+	if err := n.serving(); err != nil {
+		return err
+	}
+	return n.loop.linearize(ctx, timeout)
+}
+
+// serving says why the node serves nothing at present.
+func (n *node) serving() error { return n.guard.serving() }
+
+// writable says why the node takes no writes but deletes at present.
+func (n *node) writable() error { return n.guard.writable() }
