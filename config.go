@@ -94,7 +94,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.Uint64Var(&c.snapshotEntries, "snapshot-entries", 100_000, "snapshot after this `number` of log entries ...")
 	f.Uint64Var(&c.snapshotBytes, "snapshot-bytes", 64<<20, "... or this many `bytes`, whichever comes first")
 	f.Uint64Var(&c.segmentBytes, "wal-segment-bytes", segmentBytesDefault, "size of one file of the log, in `bytes`, all of which are taken from the disk when it is begun; there are at least two")
-	f.Uint64Var(&c.diskReserve, "disk-reserve-bytes", 0, "with fewer free `bytes` on the disk this node takes no writes but deletes (default two files of the log and the size of the store)")
+	f.Uint64Var(&c.diskReserve, "disk-reserve-bytes", 0, "with fewer free `bytes` on the disk this node takes no writes but deletes (default four files of the log and the size of a snapshot)")
 	f.Uint64Var(&c.quota, "quota-bytes", quotaDefault, "largest size of the store, in `bytes`; beyond it only deletes are taken, and what makes it smaller; 0 = any")
 	f.IntVar(&c.valueSizeMax, "max-value-bytes", valueSizeMaxDefault, "largest value, in `bytes`")
 	f.DurationVar(&c.requestTimeout, "request-timeout", 5*time.Second, "deadline of a request that does not set ?timeout=")

@@ -19,9 +19,10 @@ import (
 // decides by itself, of what it sees.
 //
 // Of the disk there are two marks. Below the reserve a node is full: it takes
-// deletes, and whatever the others write. Below half of it, it is closed: it
-// takes nothing, not even entries of a leader, and falls behind until there is
-// room. So its log never meets a disk without space, which would end the node.
+// deletes, and whatever the others write. With less than the next two files of
+// its log need it is closed: it takes nothing, not even entries of a leader, and
+// falls behind until there is room. So its log never meets a disk without space,
+// which would end the node.
 
 const (
 	spaceEvery    = 100 * time.Millisecond // between two looks at the disk
@@ -41,8 +42,8 @@ type guard struct {
 	waiting func() int             // bytes that wait to be written
 	logger  *zap.Logger
 
-	// left is how many bytes may go to the disk before the next look: those above
-	// half of the reserve. kept is how many of them are for deletes.
+	// left is how many bytes may go to the disk before the next look without closing
+	// the node. kept is how many of them are for deletes.
 	left, kept   atomic.Int64
 	space        atomic.Pointer[space]
 	othersFull   atomic.Bool // the leader, or so many that no majority has room
@@ -80,14 +81,22 @@ func newGuard(cfg *config, store *kvstore, waiting func() int, logger *zap.Logge
 	return g
 }
 
-// diskReserve is how much of the disk must stay free: the next file of the log,
-// one more for what is on its way when the node notices, and a snapshot.
+// floorSegments is how many files of the log must fit on the disk even if the
+// node takes nothing any more: one for entries that are on their way, and one
+// for a snapshot that is written at the same time and is larger than it seemed.
+const floorSegments = 2
+
+// diskReserve is how much of the disk must stay free for a node to take writes:
+// the floor, as much for deletes, and a snapshot that makes log superfluous.
 func (g *guard) diskReserve() uint64 {
 	if g.reserve != 0 {
 		return g.reserve
 	}
-	return 2*segmentBytes() + g.store.snapshotSize()
+	return 2*floorSegments*segmentBytes() + g.store.snapshotSize()
 }
+
+// diskFloor is how much of a reserve is not for deletes either.
+func diskFloor(reserve uint64) uint64 { return min(floorSegments*segmentBytes(), reserve/2) }
 
 // lookAtDisk finds out how much room there is.
 func (g *guard) lookAtDisk() error {
@@ -101,9 +110,10 @@ func (g *guard) lookAtDisk() error {
 		margin = now.reserve / 8
 	}
 	now.full = free < now.reserve+margin
-	now.closed = free < now.reserve/2
-	g.kept.Store(int64(now.reserve - now.reserve/2))
-	g.left.Store(int64(min(free, math.MaxInt64/2)) - int64(now.reserve/2) - int64(g.waiting()*g.members()))
+	floor := diskFloor(now.reserve)
+	now.closed = free < floor
+	g.kept.Store(int64(now.reserve - floor))
+	g.left.Store(int64(min(free, math.MaxInt64/2)) - int64(floor) - int64(g.waiting()*g.members()))
 	g.space.Store(&now)
 	if now.full != before.full {
 		fields := []zap.Field{zap.Uint64("freeBytes", free), zap.Uint64("reserveBytes", now.reserve)}
@@ -145,7 +155,8 @@ func (g *guard) admit(c *command, size int) error {
 	return nil
 }
 
-// receive says whether so many bytes of a leader's entries may be written.
+// receive says whether so many bytes of entries, or of commands for a leader,
+// that another member sent may be written.
 func (g *guard) receive(size int) bool {
 	return size == 0 || !g.space.Load().closed && g.left.Add(-int64(size)) >= 0
 }

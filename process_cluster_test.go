@@ -386,7 +386,7 @@ func (l *liveClient) judge(o *liveOp, r *liveReply) {
 		o.itemRV, o.rv = r.etag(), r.rv()
 	case o.kind == liveGet && r.status >= 500:
 		o.outcome = liveUnknown
-	case r.problem.Outcome == notApplied && r.status == http.StatusServiceUnavailable:
+	case r.problem.Outcome == notApplied && (r.status == http.StatusServiceUnavailable || r.status == http.StatusInsufficientStorage):
 		o.outcome = liveRefused
 	case r.problem.Outcome == unknown && r.status == http.StatusGatewayTimeout:
 		o.outcome = liveUnknown

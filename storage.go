@@ -398,10 +398,10 @@ func (s *storage) sync() error {
 }
 
 func (s *storage) writeSnapshot(meta *raftpb.Snapshot, st *state) error {
-	// The next file of the log comes first: without it the member cannot go on.
+	// The log comes first: without space for it the member cannot go on.
 	if free, err := freeBytes(s.dir); err != nil {
 		return err
-	} else if free < st.snapshotSize()+segmentBytes() {
+	} else if free < st.snapshotSize()+floorSegments*segmentBytes() {
 		return fmt.Errorf("%w for a snapshot: %d bytes are free", errNoSpace, free)
 	}
 	err := s.writeBody(meta, st)

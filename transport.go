@@ -239,8 +239,8 @@ func (n *peerNetwork) Process(_ context.Context, m *raftpb.Message) error {
 	if heard := (*n.heard.Load())[m.GetFrom()]; heard != nil {
 		heard.Store(time.Now().UnixNano())
 	}
-	if m.GetType() == raftpb.MsgApp && !n.guard.receive(messageSize(m)) {
-		return nil // the leader sends it again
+	if t := m.GetType(); (t == raftpb.MsgApp || t == raftpb.MsgProp) && !n.guard.receive(messageSize(m)) {
+		return nil // it is sent again
 	}
 	if m.GetType() != raftpb.MsgSnap {
 		_ = n.loop.deliver(message{Message: m}) // if the inbox is full or closed it is lost, as on the way
