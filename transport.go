@@ -50,7 +50,7 @@ type peerNetwork struct {
 	peers   map[uint64]member // whom http knows; owned by the loop's goroutine
 	// informed says that serveInfo may answer.
 	informed *atomic.Bool
-	guard   *guard
+	guard    *guard
 
 	// heard has for each of them when its last message came, in unix nanoseconds.
 	// The map is replaced, never changed.
