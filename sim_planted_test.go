@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -16,6 +17,7 @@ import (
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
+	"go.uber.org/zap"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -56,6 +58,7 @@ func plants() []*plant {
 		{name: "disk errors ignored", disk: func(_ *process, d disk) disk { return deafDisk{d} }, prepare: onlyFaults(faultDisk, faultCrash)},
 		{name: "hard state not saved", disk: func(_ *process, d disk) disk { return &forgetfulDisk{disk: d} }, prepare: often(faultPowerCut, faultCrash, faultCrash, faultTransfer, faultTransfer, faultIsolateLeader)},
 		{name: "truncated tail accepted", afterCrash: truncateLog, prepare: onlyFaults(faultCrash, faultPowerCut, faultIsolateLeader)},
+		{name: "damaged log served", afterCrash: damageLog, prepare: onlyFaults(faultCrash, faultPowerCut, faultIsolateLeader)},
 		{name: "wiped directory rejoins", afterCrash: wipe, prepare: onlyFaults(faultCrash, faultPowerCut, faultIsolateLeader)},
 		{name: "dedupe table not in the snapshot", disk: snapshotsWith(func(st *state) { st.sessions = sessions{} })},
 		{name: "snapshot ahead of apply", disk: func(_ *process, d disk) disk { return &hastyDisk{disk: d} }},
@@ -275,6 +278,52 @@ func truncateLog(n *simNode) {
 	if err != nil {
 		s.check.violate("simulator", "%v", err)
 	}
+}
+
+// damageLog zeroes a sector in the middle of what the log has on disk, which
+// etcd's log takes for a write that was cut short, and takes the watermark that
+// would tell. What is refused even so it repairs: this is about what is served.
+func damageLog(n *simNode) {
+	s := n.sim
+	paths, err := filepath.Glob(filepath.Join(n.dir, walDir, "*.wal"))
+	if err != nil || len(paths) == 0 || s.chance(0.5) {
+		return
+	}
+	path, mark := paths[len(paths)-1], filepath.Join(n.dir, watermarkName)
+	content, err := os.ReadFile(path)
+	if err != nil {
+		s.check.violate("simulator", "%v", err)
+		return
+	}
+	markContent, err := os.ReadFile(mark)
+	if err != nil {
+		s.check.violate("simulator", "%v", err)
+		return
+	}
+	used := len(bytes.TrimRight(content, "\x00")) / sectorSize
+	if used < 4 {
+		return
+	}
+	at := (used - 1 - s.rand.IntN(min(8, used-3))) * sectorSize
+	damaged := bytes.Clone(content)
+	clear(damaged[at : at+sectorSize])
+	if err := errors.Join(os.WriteFile(path, damaged, fileMode), forgetWatermark(n.dir)); err != nil {
+		s.check.violate("simulator", "%v", err)
+	}
+	if isRefused(n.dir) {
+		if err := errors.Join(os.WriteFile(path, content, fileMode), os.WriteFile(mark, markContent, fileMode)); err != nil {
+			s.check.violate("simulator", "%v", err)
+		}
+	}
+}
+
+func isRefused(dir string) bool {
+	disk, err := openStorage(dir, zap.NewNop())
+	if err != nil {
+		return true
+	}
+	_, err = disk.load()
+	return errors.Join(err, disk.close()) != nil
 }
 
 func forgetWatermark(dir string) error {

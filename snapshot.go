@@ -126,16 +126,17 @@ func (s *state) writeCluster(e *snapshotEncoder) error {
 // readState reads what writeTo wrote, and nothing more than that: bytes after
 // the end are damage.
 func readState(r io.Reader) (state, error) {
-	d := snapshotDecoder{r: bufio.NewReaderSize(&frameReader{r: r}, frameSize)}
+	frames := &frameReader{r: r}
+	d := snapshotDecoder{r: bufio.NewReaderSize(frames, frameSize)}
 	st, err := d.state()
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		err = fmt.Errorf("%w: it breaks off", errSnapshotDamage)
+		err = frames.damage("it breaks off")
 	}
 	if err != nil {
 		return state{}, err
 	}
 	if _, err := d.r.ReadByte(); !errors.Is(err, io.EOF) {
-		return state{}, fmt.Errorf("%w: bytes after its end", errSnapshotDamage)
+		return state{}, frames.damage("bytes after its end")
 	}
 	return st, nil
 }
@@ -372,6 +373,7 @@ type frameReader struct {
 	r    io.Reader
 	buf  []byte // one frame
 	rest []byte // what is left of it
+	read int64  // bytes of whole frames that were read
 }
 
 func (f *frameReader) Read(p []byte) (int, error) {
@@ -388,23 +390,35 @@ func (f *frameReader) Read(p []byte) (int, error) {
 func (f *frameReader) next() error {
 	var head [8]byte
 	if _, err := io.ReadFull(f.r, head[:]); err != nil {
+		if errors.Is(err, io.ErrUnexpectedEOF) {
+			return f.damage("it breaks off")
+		}
 		return err // io.EOF between frames is the end
 	}
 	length := binary.LittleEndian.Uint32(head[0:])
 	if length == 0 || length > frameSize {
-		return fmt.Errorf("%w: frame of %d bytes", errSnapshotDamage, length)
+		return f.damage(fmt.Sprintf("frame of %d bytes", length))
 	}
 	if f.buf == nil {
 		f.buf = make([]byte, frameSize)
 	}
-	f.rest = f.buf[:length]
-	if _, err := io.ReadFull(f.r, f.rest); err != nil {
-		f.rest = nil
-		return fmt.Errorf("%w: it breaks off", errSnapshotDamage)
+	f.rest = nil
+	payload := f.buf[:length]
+	if _, err := io.ReadFull(f.r, payload); err != nil {
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return f.damage("it breaks off")
+		}
+		return err
 	}
-	if crc32.Checksum(f.rest, castagnoli) != binary.LittleEndian.Uint32(head[4:]) {
-		f.rest = nil
-		return fmt.Errorf("%w: checksum mismatch", errSnapshotDamage)
+	if crc32.Checksum(payload, castagnoli) != binary.LittleEndian.Uint32(head[4:]) {
+		return f.damage("checksum mismatch")
 	}
+	f.rest = payload
+	f.read += int64(len(head) + len(payload))
 	return nil
+}
+
+// damage says where the frame is that cannot be read.
+func (f *frameReader) damage(what string) error {
+	return fmt.Errorf("%w: %s, in the frame at byte %d", errSnapshotDamage, what, f.read)
 }

@@ -26,6 +26,7 @@ import (
 // This file is a member's data directory:
 //
 //	LOCK                            held while the member runs
+//	unfinished                      there until the directory is complete, see restore.go
 //	watermark                       how far the log was on disk, see watermark.go
 //	wal/                            etcd's write-ahead log
 //	snap/<term>-<index>.snap        etcd's snapshot file: index, term, configuration
@@ -37,8 +38,12 @@ import (
 
 const (
 	lockName = "LOCK"
-	walDir   = "wal"
-	snapDir  = "snap"
+
+	// unfinishedName is there while a directory is made from a backup.
+	unfinishedName = "unfinished"
+
+	walDir  = "wal"
+	snapDir = "snap"
 
 	bodySuffix = ".snap.db"
 	metaSuffix = ".snap"
@@ -203,8 +208,11 @@ func (s *storage) bootstrap(r *recovered, st state) error {
 
 // load reads what the directory holds. It returns nil if it holds nothing yet.
 func (s *storage) load() (*recovered, error) {
+	if err := s.checkFinished(); err != nil {
+		return nil, err
+	}
 	if !wal.Exist(s.path(walDir)) {
-		return nil, nil
+		return nil, s.checkUnused()
 	}
 	if err := s.removeTemporary(); err != nil {
 		return nil, err
@@ -219,7 +227,7 @@ func (s *storage) load() (*recovered, error) {
 	}
 	metadata, hs, ents, err := s.openLog(start)
 	if err != nil {
-		return nil, fmt.Errorf("read log %s: %w", s.path(walDir), err)
+		return nil, fmt.Errorf("read log %s from entry %d: %w%s", s.path(walDir), start.GetIndex(), err, adviceFor(err))
 	}
 	if err := json.Unmarshal(metadata, &r.identity); err != nil {
 		return nil, fmt.Errorf("read log %s: metadata: %w", s.path(walDir), err)
@@ -241,9 +249,98 @@ func (s *storage) load() (*recovered, error) {
 	return r, nil
 }
 
+// replay applies the whole log to the state, as far as it goes.
+func (r *recovered) replay() error {
+	st := &kvstore{state: r.state}
+	last, err := r.log.LastIndex()
+	if err != nil || last <= r.state.index {
+		return err
+	}
+	ents, err := r.log.Entries(r.state.index+1, last+1, noLimit)
+	if err != nil {
+		return err
+	}
+	for _, e := range ents {
+		if err := st.applyEntry(e); err != nil {
+			return fmt.Errorf("apply entry %d: %w", e.GetIndex(), err)
+		}
+	}
+	r.state = st.state
+	return nil
+}
+
+// applyEntry applies an entry that nobody waits for, outside of a replica.
+func (s *kvstore) applyEntry(e *raftpb.Entry) error {
+	switch {
+	case e.GetType() == raftpb.EntryConfChange:
+		_, h, change, err := decodeMemberChange(e)
+		if err != nil {
+			return err
+		}
+		_, _, err = s.applyMember(e.GetIndex(), e.GetTerm(), h, change)
+		return err
+	case len(e.GetData()) == 0:
+		return s.skip(e.GetIndex(), e.GetTerm())
+	default:
+		h, commands, err := decodeBatch(e.GetData())
+		if err != nil {
+			return err
+		}
+		_, err = s.apply(e.GetIndex(), e.GetTerm(), h, commands, nil)
+		return err
+	}
+}
+
 const adviceForDamage = "acknowledged writes are missing here, and a member that forgets them could make the cluster lose them; " +
 	"leave this directory alone, add a new member with another ID (curl -X POST -d PEER-URL http://NODE/NEW-ID) " +
-	"and start it with that --id, an empty --data-dir and --join"
+	"and start it with that --id, an empty --data-dir and --join; " +
+	"without a majority of the others see raftrv recover --help and raftrv snapshot restore --help"
+
+// adviceFor returns what to do about an error that may be damage. Files that
+// cannot be opened at all are none.
+func adviceFor(err error) string {
+	if _, ok := errors.AsType[*os.PathError](err); ok {
+		return ""
+	}
+	return ": " + adviceForDamage
+}
+
+// checkFinished refuses a directory that snapshot restore or recover has not
+// completed: as what it is now it would be the empty member of a new cluster.
+func (s *storage) checkFinished() error {
+	path := s.path(unfinishedName)
+	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+		return errors.Join(fmt.Errorf("%s says that this data directory was not completed: delete %s and run raftrv snapshot restore or raftrv recover again", path, s.dir), err)
+	}
+	return nil
+}
+
+// checkUnused refuses a directory that has no log but must have had one: to
+// start it as a new one would forget all that the log held.
+func (s *storage) checkUnused() error {
+	var rest string
+	names, err := fileutil.ReadDir(s.path(snapDir))
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if _, ok := snapshotIndex(name); ok {
+			rest = filepath.Join(s.path(snapDir), name)
+		}
+	}
+	if mark, err := openWatermark(s.dir, false); err == nil {
+		if mark.last != (watermark{}) { // a first start that did not get far leaves an empty one
+			rest = s.path(watermarkName)
+		}
+		if err := mark.file.Close(); err != nil {
+			return err
+		}
+	}
+	if rest == "" {
+		return nil
+	}
+	return fmt.Errorf("log %s is missing, although %s shows that there was one: %s", s.path(walDir), rest, adviceForDamage)
+}
 
 // checkLog refuses a log that is damaged, or shorter than it was.
 func (s *storage) checkLog() error {
@@ -298,7 +395,7 @@ func (s *storage) loadSnapshot(r *recovered) (*walpb.Snapshot, error) {
 		return w, nil
 	}
 	if damage != nil {
-		return nil, fmt.Errorf("no snapshot in %s is usable: %w", s.path(snapDir), damage)
+		return nil, fmt.Errorf("no snapshot in %s is usable: %w: %s", s.path(snapDir), damage, adviceForDamage)
 	}
 	return &walpb.Snapshot{}, nil
 }
@@ -306,8 +403,14 @@ func (s *storage) loadSnapshot(r *recovered) (*walpb.Snapshot, error) {
 func (s *storage) readSnapshot(w *walpb.Snapshot) (*raftpb.Snapshot, state, error) {
 	path := s.metaPath(w)
 	meta, err := snap.Read(s.logger, path)
-	if err != nil {
-		return nil, state{}, fmt.Errorf("%s: %w", path, err)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, state{}, err
+	}
+	if err != nil { // it has one checksum, over all of it
+		return nil, state{}, fmt.Errorf("%s, at byte 0: %w", path, err)
+	}
+	if m := meta.GetMetadata(); m.GetIndex() != w.GetIndex() || m.GetTerm() != w.GetTerm() {
+		return nil, state{}, fmt.Errorf("%s: %w: it is of index %d, term %d", path, errSnapshotDamage, m.GetIndex(), m.GetTerm())
 	}
 	st, err := s.readBody(w.GetIndex(), w.GetTerm())
 	return meta, st, err
@@ -378,7 +481,7 @@ func (s *storage) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 		s.reached.term, s.reached.index = ents[n-1].GetTerm(), ents[n-1].GetIndex()
 	}
 	if !raft.IsEmptyHardState(hs) {
-		s.reached.vote = hs.GetTerm()
+		s.reached.vote, s.reached.voted = hs.GetTerm(), hs.GetVote()
 	}
 	return nil
 }

@@ -390,11 +390,14 @@ func TestWatermark_ShorterLogOfALaterTermCovers(t *testing.T) {
 		end, mark watermark
 		want      bool
 	}{
-		{watermark{1, 5, 1}, watermark{1, 5, 1}, true},
-		{watermark{1, 4, 1}, watermark{1, 5, 1}, false},
-		{watermark{2, 4, 2}, watermark{1, 5, 1}, true}, // a new leader replaced the end
-		{watermark{1, 9, 1}, watermark{2, 5, 2}, false},
-		{watermark{1, 5, 1}, watermark{1, 5, 2}, false}, // the vote is gone
+		{watermark{1, 5, 1, 0}, watermark{1, 5, 1, 0}, true},
+		{watermark{1, 4, 1, 0}, watermark{1, 5, 1, 0}, false},
+		{watermark{2, 4, 2, 0}, watermark{1, 5, 1, 0}, true}, // a new leader replaced the end
+		{watermark{1, 9, 1, 0}, watermark{2, 5, 2, 0}, false},
+		{watermark{1, 5, 1, 0}, watermark{1, 5, 2, 0}, false}, // the term is gone
+		{watermark{1, 5, 2, 0}, watermark{1, 5, 2, 3}, false}, // the vote is gone
+		{watermark{1, 5, 2, 3}, watermark{1, 5, 2, 0}, true},
+		{watermark{1, 5, 2, 3}, watermark{1, 5, 1, 2}, true},
 	} {
 		if got := c.end.covers(c.mark); got != c.want {
 			t.Errorf("%v covers %v: %v", c.end, c.mark, got)

@@ -36,13 +36,15 @@ type watermark struct {
 	term  uint64 // of the last entry
 	index uint64 // of the last entry
 	vote  uint64 // term of the hard state
+	voted uint64 // for whom in that term; 0 = nobody yet
 }
 
 // covers says whether a log that ends at m is missing nothing of w. A later
 // term may have replaced entries by fewer ones, as raft compares logs.
 func (m watermark) covers(w watermark) bool {
 	entries := m.term > w.term || m.term == w.term && m.index >= w.index
-	return entries && m.vote >= w.vote
+	votes := m.vote > w.vote || m.vote == w.vote && (w.voted == 0 || m.voted == w.voted)
+	return entries && votes
 }
 
 func (m watermark) String() string {
@@ -50,12 +52,13 @@ func (m watermark) String() string {
 }
 
 // The file has two slots that are written in turn, so a crash while one is
-// written leaves the other. A slot is magic, number, term, index, vote and a
-// CRC-32C of these, little endian, 8 bytes each but for the CRC.
+// written leaves the other. A slot is magic, number, term, index, vote, voted
+// and a CRC-32C of these, little endian, 8 bytes each but for the CRC.
 const (
 	watermarkMagic = 0x4b524d5652544652 // "RFTRVMRK"
 	watermarkSlot  = 512                // bytes, a sector: a write of one does not touch the other
-	watermarkSize  = 5*8 + 4
+	watermarkWords = 6
+	watermarkSize  = watermarkWords*8 + 4
 )
 
 // watermarkFile is the open file.
@@ -92,7 +95,7 @@ func (w *watermarkFile) read(mayBeEmpty bool) error {
 	}
 	for slot := range 2 {
 		b := buf[slot*watermarkSlot:][:watermarkSize]
-		if crc32.Checksum(b[:5*8], castagnoli) != binary.LittleEndian.Uint32(b[5*8:]) ||
+		if crc32.Checksum(b[:watermarkWords*8], castagnoli) != binary.LittleEndian.Uint32(b[watermarkWords*8:]) ||
 			binary.LittleEndian.Uint64(b) != watermarkMagic {
 			continue
 		}
@@ -102,6 +105,7 @@ func (w *watermarkFile) read(mayBeEmpty bool) error {
 				term:  binary.LittleEndian.Uint64(b[16:]),
 				index: binary.LittleEndian.Uint64(b[24:]),
 				vote:  binary.LittleEndian.Uint64(b[32:]),
+				voted: binary.LittleEndian.Uint64(b[40:]),
 			}
 		}
 	}
@@ -117,7 +121,7 @@ func (w *watermarkFile) write(m watermark) error {
 		return nil
 	}
 	b := make([]byte, 0, watermarkSize)
-	for _, v := range []uint64{watermarkMagic, w.number + 1, m.term, m.index, m.vote} {
+	for _, v := range []uint64{watermarkMagic, w.number + 1, m.term, m.index, m.vote, m.voted} {
 		b = binary.LittleEndian.AppendUint64(b, v)
 	}
 	b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
@@ -149,6 +153,9 @@ func scanLog(dir string) (logEnd, error) {
 	if err != nil {
 		return end, err
 	}
+	if end.path, end.err = missingSegment(dir, names); end.err != nil {
+		return end, nil
+	}
 	readers := make([]fileutil.FileReader, len(names))
 	for i, name := range names {
 		f, err := os.Open(filepath.Join(dir, name))
@@ -161,36 +168,82 @@ func scanLog(dir string) (logEnd, error) {
 	decoder := wal.NewDecoder(readers...)
 	segments := 0
 	for rec := (&walpb.Record{}); ; {
+		end.offset = decoder.LastOffset()
 		if err := decoder.Decode(rec); err != nil {
+			if offset := decoder.LastOffset(); offset < end.offset { // in the next segment
+				end.offset = offset
+				segments++
+			}
 			if !errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 				end.err = err
 			}
 			break
 		}
-		if rec.GetType() == wal.CrcType { // every segment starts with one
-			if crc := decoder.LastCRC(); crc != 0 && rec.Validate(crc) != nil {
-				end.err = wal.ErrCRCMismatch // the segment before ended early
-				break
-			}
-			decoder.UpdateCRC(rec.GetCrc())
+		isFirst := segments == 0 || decoder.LastOffset() <= end.offset // offsets start again
+		if isFirst {
 			segments++
+			end.offset = 0
 		}
-		if end.err = end.note(rec); end.err != nil {
+		if end.err = checkChain(decoder, rec, isFirst); end.err == nil {
+			end.err = end.note(rec)
+		}
+		if end.err != nil {
 			break
 		}
 	}
-	end.offset = decoder.LastOffset()
 	end.path = filepath.Join(dir, names[max(segments, 1)-1])
 	return end, nil
 }
 
+// missingSegment returns the path of a segment that should be between two that
+// are there.
+func missingSegment(dir string, names []string) (path string, err error) {
+	var next uint64
+	for i, name := range names {
+		var seq, index uint64
+		if _, err := fmt.Sscanf(name, "%016x-%016x.wal", &seq, &index); err != nil {
+			return filepath.Join(dir, name), fmt.Errorf("not the name of a segment: %w", err)
+		}
+		if i > 0 && seq != next {
+			return filepath.Join(dir, fmt.Sprintf("%016x-*.wal", next)), os.ErrNotExist
+		}
+		next = seq + 1
+	}
+	return "", nil
+}
+
+// checkChain checks a record that is or should be the first of its segment: it
+// carries on the checksum of the segment before.
+func checkChain(decoder wal.Decoder, rec *walpb.Record, isFirst bool) error {
+	if isCRC := rec.GetType() == wal.CrcType; isFirst != isCRC {
+		return errRecordType
+	} else if !isCRC {
+		return nil
+	}
+	if crc := decoder.LastCRC(); crc != 0 && rec.Validate(crc) != nil {
+		return wal.ErrCRCMismatch // the segment before ended early
+	}
+	decoder.UpdateCRC(rec.GetCrc())
+	return nil
+}
+
+// errRecordType is damage that the log's checksums do not notice, because they
+// do not cover the type of a record. What is in a record must make sense for
+// its type: one bit makes a hard state of an entry and the other way round, and
+// an entry that was none replaces a committed one.
+var errRecordType = errors.New("a record is not of the type that it says")
+
 // note moves the end behind a record.
 func (e *logEnd) note(rec *walpb.Record) error {
 	switch rec.GetType() {
+	case wal.CrcType, wal.MetadataType:
 	case wal.EntryType:
 		var entry raftpb.Entry
 		if err := proto.Unmarshal(rec.GetData(), &entry); err != nil {
 			return err
+		}
+		if t := entry.GetType(); t > raftpb.EntryConfChange || t == raftpb.EntryConfChange && len(entry.GetData()) == 0 {
+			return errRecordType
 		}
 		e.term, e.index = entry.GetTerm(), entry.GetIndex()
 	case wal.StateType:
@@ -198,7 +251,10 @@ func (e *logEnd) note(rec *walpb.Record) error {
 		if err := proto.Unmarshal(rec.GetData(), &hs); err != nil {
 			return err
 		}
-		e.vote, e.commit = hs.GetTerm(), hs.GetCommit()
+		if hs.GetTerm() == 0 || len(hs.ProtoReflect().GetUnknown()) > 0 {
+			return errRecordType
+		}
+		e.vote, e.voted, e.commit = hs.GetTerm(), hs.GetVote(), hs.GetCommit()
 	case wal.SnapshotType:
 		var snap walpb.Snapshot
 		if err := proto.Unmarshal(rec.GetData(), &snap); err != nil {
@@ -209,6 +265,8 @@ func (e *logEnd) note(rec *walpb.Record) error {
 		if reached := (watermark{term: snap.GetTerm(), index: snap.GetIndex()}); !e.covers(reached) {
 			e.term, e.index = reached.term, reached.index
 		}
+	default:
+		return errRecordType
 	}
 	return nil
 }
