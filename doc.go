@@ -23,6 +23,9 @@
 //	item.go       the JSON form of an item
 //	watchapi.go   a watch as lines of JSON or server-sent events
 //	openapi.go    the description of the HTTP interface, openapi.json
+//	backup.go     a backup: its file, and the call that streams it
+//	restore.go    a new cluster from a backup, or from what a lost one left
+//	backupcli.go  the commands snapshot and recover
 //	journal.go    every write as a line in a file
 //	snapshot.go   a state as a stream of bytes
 //	storage.go    the data directory: log and snapshots

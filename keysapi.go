@@ -106,15 +106,9 @@ func (h *httpAPI) streamKeys(w http.ResponseWriter, r request) error {
 	if s.isHead {
 		return nil
 	}
-	turn, rv := time.Now(), sc.rv
+	t := turns{store: h.store, began: time.Now(), rv: sc.rv}
 	for n := 0; ; {
-		if worked := time.Since(turn); worked > streamTurn {
-			if now := h.store.version(); now != rv {
-				rv = now
-				time.Sleep(min(2*worked, streamRestMax))
-			}
-			turn = time.Now()
-		}
+		t.rest()
 		items, err := sc.read()
 		if err != nil {
 			h.logger.Warn("cut off a stream of keys", zap.Error(err))
@@ -133,6 +127,26 @@ func (h *httpAPI) streamKeys(w http.ResponseWriter, r request) error {
 			return nil
 		}
 	}
+}
+
+// turns makes a long read give way to writes.
+type turns struct {
+	store *kvstore
+	began time.Time // the present turn
+	rv    uint64    // of the store at the last rest
+}
+
+// rest ends a turn if it is long enough, with a rest if there were writes.
+func (t *turns) rest() {
+	worked := time.Since(t.began)
+	if worked <= streamTurn {
+		return
+	}
+	if now := t.store.version(); now != t.rv {
+		t.rv = now
+		time.Sleep(min(2*worked, streamRestMax))
+	}
+	t.began = time.Now()
 }
 
 // deletePrefix deletes all keys with a prefix, at one version.
@@ -196,17 +210,25 @@ func (s *stream) flushLarge() {
 }
 
 func (s *stream) flush() {
-	if !s.isHead {
-		if !s.started {
-			_ = s.control.SetReadDeadline(time.Time{}) // not supported by a test's writer
-			s.started = true
-		}
-		_ = s.control.SetWriteDeadline(time.Now().Add(streamWriteTimeout))
-		if _, err := s.w.Write(s.buf); err != nil {
-			s.abort()
-		}
-	}
+	_, _ = s.Write(s.buf) // it aborts on an error
 	s.buf = s.buf[:0]
+}
+
+// Write writes a part. It implements io.Writer for parts that are large by
+// themselves.
+func (s *stream) Write(part []byte) (int, error) {
+	if s.isHead {
+		return len(part), nil
+	}
+	if !s.started {
+		_ = s.control.SetReadDeadline(time.Time{}) // not supported by a test's writer
+		s.started = true
+	}
+	_ = s.control.SetWriteDeadline(time.Now().Add(streamWriteTimeout))
+	if _, err := s.w.Write(part); err != nil {
+		s.abort()
+	}
+	return len(part), nil
 }
 
 // end writes the rest. A response of one part gets its length.

@@ -411,6 +411,7 @@ func openAPIRequests() []openAPIRequest {
 		{200, "GET", "/-/v1/watch?timeout=1ms&initial=true", "", []string{"Accept: text/event-stream"}, nil},
 		{410, "GET", "/-/v1/watch?resourceVersion=1", "", nil, nil},
 		{504, "GET", "/-/v1/watch?initial=true&resourceVersion=9999999", "", nil, nil},
+		{200, "GET", "/-/v1/snapshot", "", nil, nil},
 		{200, "GET", "/-/v1/status", "", nil, nil},
 		{200, "GET", "/-/livez", "", nil, nil},
 		{200, "GET", "/-/readyz", "", nil, nil},
@@ -502,7 +503,7 @@ func TestOpenAPI_Statuses(t *testing.T) {
 		}
 		defer sc.close()
 	}
-	for _, target := range []string{"/-/v1/keys", "/-/v1/watch?initial=true"} {
+	for _, target := range []string{"/-/v1/keys", "/-/v1/watch?initial=true", "/-/v1/snapshot"} {
 		a := f.do("GET", target, "", "Accept: application/x-ndjson")
 		a.want(t, 429)
 		note("GET", target, a.code)

@@ -75,6 +75,9 @@ var reservedRoutes = newRoutes(
 	route{path: "/-/v1/watch", calls: []call{
 		{method: http.MethodGet, serve: (*httpAPI).watch, params: paramResourceVersion | paramPrefix | paramKey | paramInitial | paramDuration, headers: headerLastEventID},
 	}},
+	route{path: "/-/v1/snapshot", calls: []call{
+		{method: http.MethodGet, serve: (*httpAPI).getSnapshot, params: readParams},
+	}},
 	route{path: "/-/v1/members", calls: []call{
 		{method: http.MethodGet, serve: (*httpAPI).listMembers, params: readParams},
 	}},

@@ -59,6 +59,10 @@ type scan struct {
 func (s *kvstore) scan(prefix, after string) (*scan, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.scanLocked(prefix, after)
+}
+
+func (s *kvstore) scanLocked(prefix, after string) (*scan, error) {
 	if len(s.state.scans) >= scansMax {
 		return nil, errScans
 	}

@@ -163,7 +163,8 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 }
 
 // recoverState reads the data directory, or fills an empty one. fresh says that
-// this member has taken part in nothing yet and starts from what --cluster says.
+// this member has promised nothing yet: it starts from what --cluster or a
+// backup says.
 func recoverState(ctx context.Context, cfg config, disk *storage, logger *zap.Logger) (rec *recovered, fresh bool, err error) {
 	if rec, err = disk.load(); err != nil {
 		return nil, false, err
@@ -203,7 +204,7 @@ func recoverState(ctx context.Context, cfg config, disk *storage, logger *zap.Lo
 	if id.Joined {
 		return rec, false, nil // a leader will send the state
 	}
-	rec.state.index, rec.state.term = 1, 1
+	rec.state.index, rec.state.term = firstIndex, firstTerm
 	return rec, true, disk.bootstrap(rec, rec.state)
 }
 
@@ -300,7 +301,7 @@ func checkIdentity(cfg config, id identity) error {
 	if id.Member != cfg.id {
 		return fmt.Errorf("data directory %s belongs to node %d, not to --id %d", cfg.dataDir, id.Member, cfg.id)
 	}
-	if !id.Joined && id.Cluster != cfg.clusterID() {
+	if !id.Joined && !id.Recovered && id.Cluster != cfg.restoredClusterID(id.Backup) {
 		return fmt.Errorf("data directory %s belongs to another cluster (%x): start it with the --cluster or --cluster-token that it was made with",
 			cfg.dataDir, id.Cluster)
 	}

@@ -56,7 +56,23 @@ var (
 
 // writeTo streams the state to w.
 func (s *state) writeTo(w io.Writer) error {
-	e := snapshotEncoder{w: bufio.NewWriterSize(&frameWriter{w: w}, frameSize)}
+	e := newSnapshotEncoder(w)
+	if err := s.writeHead(e); err != nil {
+		return err
+	}
+	s.items.Scan(func(key string, it item) bool {
+		e.keyItem(key, it)
+		return e.err == nil
+	})
+	return s.writeEnd(e, s.items.Len())
+}
+
+func newSnapshotEncoder(w io.Writer) *snapshotEncoder {
+	return &snapshotEncoder{w: bufio.NewWriterSize(&frameWriter{w: w}, frameSize)}
+}
+
+// writeHead writes what comes before the items.
+func (s *state) writeHead(e *snapshotEncoder) error {
 	e.bytes([]byte(snapshotMagic))
 	e.uint(snapshotFormat)
 	e.uint(s.index)
@@ -65,7 +81,7 @@ func (s *state) writeTo(w io.Writer) error {
 	e.uint(uint64(s.now))
 	e.uint(s.retries.next)
 	e.uint(s.sum)
-	if err := s.writeCluster(&e); err != nil {
+	if err := s.writeCluster(e); err != nil {
 		return err
 	}
 	s.retries.records.Scan(func(n uint64, r retryRecord) bool {
@@ -74,12 +90,11 @@ func (s *state) writeTo(w io.Writer) error {
 		e.retry(&r)
 		return e.err == nil
 	})
-	s.items.Scan(func(key string, it item) bool {
-		e.uint(recordItem)
-		e.string(key)
-		e.item(it)
-		return e.err == nil
-	})
+	return e.err
+}
+
+// writeEnd writes what comes after so many items.
+func (s *state) writeEnd(e *snapshotEncoder, items int) error {
 	e.uint(recordEvents)
 	e.uint(s.events.first)
 	e.uint(s.events.dropped)
@@ -89,7 +104,7 @@ func (s *state) writeTo(w io.Writer) error {
 		}
 	}
 	e.uint(recordEnd)
-	e.uint(uint64(s.items.Len()))
+	e.uint(uint64(items))
 	if e.err != nil {
 		return e.err
 	}
@@ -125,8 +140,11 @@ func (s *state) writeCluster(e *snapshotEncoder) error {
 
 // readState reads what writeTo wrote, and nothing more than that: bytes after
 // the end are damage.
-func readState(r io.Reader) (state, error) {
-	frames := &frameReader{r: r}
+func readState(r io.Reader) (state, error) { return readStateAt(r, 0) }
+
+// readStateAt is readState for a state that starts at a byte of its file.
+func readStateAt(r io.Reader, offset int64) (state, error) {
+	frames := &frameReader{r: r, read: offset}
 	d := snapshotDecoder{r: bufio.NewReaderSize(frames, frameSize)}
 	st, err := d.state()
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
@@ -234,6 +252,12 @@ func (e *snapshotEncoder) string(s string) {
 	if _, err := e.w.WriteString(s); err != nil {
 		e.err = err
 	}
+}
+
+func (e *snapshotEncoder) keyItem(key string, it item) {
+	e.uint(recordItem)
+	e.string(key)
+	e.item(it)
 }
 
 func (e *snapshotEncoder) item(it item) {
@@ -373,7 +397,7 @@ type frameReader struct {
 	r    io.Reader
 	buf  []byte // one frame
 	rest []byte // what is left of it
-	read int64  // bytes of whole frames that were read
+	read int64  // where in the file the next frame starts
 }
 
 func (f *frameReader) Read(p []byte) (int, error) {

@@ -85,6 +85,11 @@ type identity struct {
 	// Joined members start empty and get their first state from a leader. The
 	// others start from the state that --cluster describes.
 	Joined bool `json:"joined,omitempty"`
+	// Backup is the digest of the backup that the cluster was restored from. The
+	// cluster's number follows from it and from the flags.
+	Backup string `json:"backup,omitempty"`
+	// Recovered: the cluster has a number of its own, see recover.
+	Recovered bool `json:"recovered,omitempty"`
 }
 
 const dirFormat = 1
@@ -109,14 +114,6 @@ type recovered struct {
 	log       *raft.MemoryStorage
 	state     state
 	confState *raftpb.ConfState
-}
-
-// untouched says that nothing has happened since bootstrap: no vote, no term, no
-// entry.
-func (r *recovered) untouched() bool {
-	hs, _, err := r.log.InitialState()
-	last, lastErr := r.log.LastIndex()
-	return err == nil && lastErr == nil && hs.GetVote() == raft.None && hs.GetTerm() <= 1 && last <= 1
 }
 
 // openStorage makes the data directory if need be and takes its lock.
@@ -174,6 +171,19 @@ func (r *recovered) empty() bool {
 	last, _ := r.log.LastIndex()
 	return err == nil && raft.IsEmptyHardState(hs) && last == 0
 }
+
+// untouched says whether nothing has happened since bootstrap: not even a vote.
+func (r *recovered) untouched() bool {
+	hs, _, err := r.log.InitialState()
+	last, _ := r.log.LastIndex()
+	return err == nil && last == firstIndex && hs.GetTerm() == firstTerm && hs.GetVote() == raft.None
+}
+
+// Where the log of a new cluster starts.
+const (
+	firstIndex = 1
+	firstTerm  = 1
+)
 
 // bootstrap makes st the first state of a new cluster, as a snapshot. Every
 // member writes the same one, which takes the place of the log entries that

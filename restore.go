@@ -1,0 +1,200 @@
+package main
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// This file makes data directories of new clusters: from a backup, or from what
+// a member of a cluster that has lost its majority still has.
+//
+// The new cluster has another number than the old one, so their nodes do not
+// talk to each other, whoever of the old ones comes back.
+
+// versionJump is how far the resource versions of a new cluster are above those
+// that it was made from. The old cluster went on after the backup was taken, or
+// its lost members had more than the survivor, and clients have seen versions
+// that are not known here. None of these must be given out again: an ETag or a
+// resourceVersion must not mean two things. It is far more than a cluster can
+// have written meanwhile: at 10,000 writes a second a day and more. And one can restore
+// nine million times before versions leave what a double holds exactly, which
+// is what JSON's numbers are to many programs.
+const versionJump = 1_000_000_000
+
+// begin makes the state the first one of a new cluster with these members.
+//
+// Sessions go: no proposal of the old cluster can arrive. The window of events
+// is empty, so a watch that wants to resume from a version of the old cluster is
+// told that it expired, and lists again. Outcomes of requests with an
+// Idempotency-Key stay: what they stand for is in the state.
+func (s *state) begin(members []member, removed []uint64) {
+	s.index, s.term = firstIndex, firstTerm
+	s.rv += versionJump
+	s.sessions = sessions{}
+	s.events = newEventLog()
+	s.events.dropped = s.rv
+	s.members, s.removed = map[uint64]member{}, map[uint64]bool{}
+	for _, m := range members {
+		s.members[m.ID] = m
+	}
+	for _, id := range removed {
+		s.removed[id] = true
+	}
+}
+
+// restoredClusterID is clusterID for a cluster that was restored from the backup
+// with this digest. Every node comes to the same one by itself; the cluster that
+// the backup was taken from has another.
+func (c *config) restoredClusterID(backup string) uint64 {
+	if backup == "" {
+		return c.clusterID()
+	}
+	sum := sha256.Sum256(fmt.Appendf(nil, "%x restored from %s", c.clusterID(), backup))
+	return binary.BigEndian.Uint64(sum[:]) | 1 // never zero
+}
+
+// restoreBackup makes the data directory of one member of a new cluster.
+func restoreBackup(cfg config, b *backupFile, logger *zap.Logger) (identity, error) {
+	b.state.begin(cfg.members, nil)
+	id := identity{Member: cfg.id, Cluster: cfg.restoredClusterID(b.digest), Directory: randomID(), Backup: b.digest}
+	return id, makeDirectory(cfg.dataDir, id, b.state, logger)
+}
+
+// makeDirectory makes a data directory that holds a first state.
+func makeDirectory(dir string, id identity, st state, logger *zap.Logger) (err error) {
+	if err := checkEmpty(dir); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, dirMode); err != nil {
+		return err
+	}
+	unfinished := filepath.Join(dir, unfinishedName)
+	if err := os.WriteFile(unfinished, nil, fileMode); err != nil {
+		return err
+	}
+	if err := syncDir(dir); err != nil {
+		return err
+	}
+	if err := fillDirectory(dir, id, st, logger); err != nil {
+		return fmt.Errorf("make data directory %s: %w; delete it before you try again", dir, err)
+	}
+	return errors.Join(os.Remove(unfinished), syncDir(dir), syncDir(filepath.Dir(filepath.Clean(dir))))
+}
+
+func fillDirectory(dir string, id identity, st state, logger *zap.Logger) (err error) {
+	s, err := openStorage(dir, logger)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.close()) }()
+	rec, err := s.create(id)
+	if err != nil {
+		return err
+	}
+	return s.bootstrap(rec, st)
+}
+
+func checkEmpty(dir string) error {
+	entries, err := os.ReadDir(dir)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case len(entries) > 0:
+		return fmt.Errorf("directory %s is not empty (it has %s): choose another --data-dir, or move that one away", dir, entries[0].Name())
+	}
+	return nil
+}
+
+// recovery is what came of recover.
+type recovery struct {
+	old, made identity
+	self      member
+	lost      []member // the other members of the old cluster
+	index     uint64   // of the last entry in the log
+	term      uint64   // and its term
+	commit    uint64   // as far as this member knew
+	newest    time.Time
+	before    uint64 // resource version of the old cluster, as far as this member knew
+	after     uint64
+}
+
+// recoverDirectory makes a cluster of one member from what the data directory of
+// a survivor holds, in a directory of its own. The survivor gets another number
+// if id is not 0.
+//
+// All entries of the log count, those too of which this member did not know that
+// they were committed: it may have acknowledged them. What nobody was told the
+// outcome of may thereby happen, which it may at any time.
+func recoverDirectory(from, to string, id uint64, logger *zap.Logger) (*recovery, error) {
+	if _, err := os.Stat(from); err != nil {
+		return nil, err
+	}
+	if err := checkEmpty(to); err != nil {
+		return nil, err
+	}
+	rec, err := readDirectory(from, logger)
+	if err != nil {
+		return nil, err
+	}
+	st := &rec.state
+	self, ok := st.members[rec.identity.Member]
+	switch {
+	case st.removed[rec.identity.Member]:
+		return nil, fmt.Errorf("node %d was removed from its cluster: recover from a node that is a member", rec.identity.Member)
+	case !ok:
+		return nil, fmt.Errorf("%s holds no state yet: recover from another node", from)
+	}
+	r := &recovery{old: rec.identity, index: st.index, term: st.term, before: st.rv, newest: time.UnixMilli(st.now).UTC()}
+	hs, _, err := rec.log.InitialState()
+	if err != nil {
+		return nil, err
+	}
+	r.commit = hs.GetCommit()
+	delete(st.members, self.ID)
+	r.lost = st.sortedMembers()
+	// No ID of the old cluster may come back: who had it would be taken for
+	// somebody else by programs that remember.
+	removed := slices.Collect(maps.Keys(st.removed))
+	for _, m := range r.lost {
+		removed = append(removed, m.ID)
+	}
+	if id != 0 && id != self.ID {
+		removed = append(removed, self.ID)
+		if self.ID = id; slices.Contains(removed, id) {
+			return nil, fmt.Errorf("--id %d: there was a member with this ID, and an ID is never used again: take another one", id)
+		}
+	}
+	r.self = member{ID: self.ID, Name: self.Name, PeerURL: self.PeerURL}
+	st.begin([]member{r.self}, removed)
+	r.after = st.rv
+	r.made = identity{Member: self.ID, Cluster: cmp.Or(randomID(), 1), Directory: randomID(), Recovered: true}
+	return r, makeDirectory(to, r.made, *st, logger)
+}
+
+// readDirectory reads a data directory and applies the whole log.
+func readDirectory(dir string, logger *zap.Logger) (rec *recovered, err error) {
+	s, err := openStorage(dir, logger)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, s.close()) }()
+	if rec, err = s.load(); err != nil {
+		return nil, err
+	}
+	if rec == nil || rec.empty() {
+		return nil, fmt.Errorf("%s holds no state yet: recover from another node", dir)
+	}
+	return rec, rec.replay()
+}
