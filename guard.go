@@ -282,13 +282,15 @@ func (g *guard) hear(others map[uint64]health, leader uint64) (before, now verdi
 
 // report logs what an operator should know.
 func (g *guard) report(before, now verdict, differ []uint64) {
-	switch {
-	case now == before:
-	case now == diverged:
+	if now == before {
+		return
+	}
+	switch now {
+	case diverged:
 		g.logger.Error("the state of this node is not that of the majority: it serves nothing any more", zap.Uint64("node", g.id),
 			zap.Uint64s("differsFrom", differ), zap.String("do", fmt.Sprintf("remove it (curl -X DELETE http://NODE/-/v1/members/%d), "+
 				"then add it under a new ID, with an empty --data-dir and --join; keep the old directory to find the reason", g.id)))
-	case now == doubtful:
+	case doubtful:
 		g.logger.Error("this node and others have different states and there is no majority for any: it serves nothing until there is", zap.Uint64("node", g.id),
 			zap.Uint64s("differsFrom", differ), zap.String("do", "bring back the members that are down; if there are none, keep the one that you trust and remove the others"))
 	default:

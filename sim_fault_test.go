@@ -36,6 +36,10 @@ type weather struct {
 	disk        diskConfig    // in a storm
 }
 
+// clockOffsetMax is how far clocks are off. Two that are an hour apart make an
+// Idempotency-Key too old to be remembered.
+const clockOffsetMax = retryAgeMillis * time.Millisecond * 4 / 10
+
 // drawConfig draws a cluster from a seed.
 func drawConfig(seed uint64) simConfig {
 	r := rand.New(rand.NewPCG(seed, 1))
@@ -50,7 +54,7 @@ func drawConfig(seed uint64) simConfig {
 	cfg.disk.background = between(time.Millisecond, 50*time.Millisecond)
 	cfg.brokenStarts = 0.3
 	if r.IntN(2) == 0 {
-		cfg.clockRate, cfg.clockOffset = 0.2, time.Hour
+		cfg.clockRate, cfg.clockOffset = 0.2, clockOffsetMax
 	}
 	return cfg
 }
