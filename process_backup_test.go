@@ -1,0 +1,269 @@
+package main
+
+import (
+	"fmt"
+	"net/http"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"raftrv/internal/proc"
+)
+
+// These tests lose clusters, and bring back what they held.
+
+// command runs the program as an operator does.
+func (c *liveCluster) command(args ...string) string {
+	c.t.Helper()
+	out, err := exec.CommandContext(c.context(), buildLiveBinary(c.t), args...).CombinedOutput()
+	if err != nil {
+		c.t.Fatalf("raftrv %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+// peerURLs is the --cluster of some nodes, with their IDs.
+func peerURLs(nodes ...*proc.Node) string {
+	var urls []string
+	for _, n := range nodes {
+		urls = append(urls, fmt.Sprintf("%d=%s", n.ID, n.RaftURL()))
+	}
+	return strings.Join(urls, ",")
+}
+
+// restore puts a new data directory with what the backup holds in the place of
+// the node's.
+func (c *liveCluster) restore(n *proc.Node, backup string) {
+	c.t.Helper()
+	token := []string{}
+	for _, m := range c.Nodes {
+		token = append(token, m.RaftURL())
+	}
+	n.DataDir += "-restored"
+	c.command("snapshot", "restore", backup, "--id", fmt.Sprint(n.ID), "--cluster", strings.Join(token, ","),
+		"--cluster-token", strings.Join(token, ","), "--data-dir", n.DataDir)
+}
+
+// inspected returns a figure of what inspect prints.
+func inspected(t *testing.T, out, name string) uint64 {
+	t.Helper()
+	m := regexp.MustCompile(`(?m)^` + name + ` +(\d+)`).FindStringSubmatch(out)
+	if m == nil {
+		t.Fatalf("no %q in\n%s", name, out)
+	}
+	return parseRV(m[1])
+}
+
+// TestProcess_BackupAndRestore: a backup that is taken under load has exactly
+// the writes up to its version. Restored at the same addresses, while a node of
+// the old cluster still runs, it is a cluster of its own.
+func TestProcess_BackupAndRestore(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{Args: []string{"--snapshot-entries", "500"}})
+	load := c.load(8, c.Nodes, func(l *liveClient) { l.putNew() })
+	c.waitForAcks(sized(1000, 50_000))
+	var backups []string
+	for _, n := range c.Nodes {
+		backup := filepath.Join(c.dir, fmt.Sprint("backup-", n.ID))
+		c.command("snapshot", "save", "--from", n.URL(), backup)
+		backups = append(backups, backup)
+		c.waitForAcks(100)
+	}
+	load.stop()
+	newest := c.client(c.Nodes[0]).version()
+	var clusters []string
+	for _, backup := range backups {
+		out := c.command("snapshot", "inspect", backup)
+		clusters = append(clusters, regexp.MustCompile(`(?m)^cluster .*$`).FindString(out))
+		if rv, keys := inspected(t, out, "resource version"), inspected(t, out, "keys"); rv != keys || rv > newest {
+			t.Errorf("each write made a key, but the backup has %d keys at version %d", keys, rv)
+		}
+	}
+	if len(slices.Compact(clusters)) != 1 {
+		t.Errorf("one cluster has the IDs %q", clusters)
+	}
+	chosen := backups[1]
+	taken := inspected(t, c.command("snapshot", "inspect", chosen), "resource version")
+	old := c.history.snapshot()
+
+	stays := c.Nodes[2] // with the old data, at its address
+	for _, n := range c.Nodes[:2] {
+		c.stop(n)
+		c.restore(n, chosen)
+	}
+	for _, n := range c.Nodes[:2] {
+		must(t, n.Start())
+	}
+	for _, n := range c.Nodes[:2] {
+		must(t, n.WaitReady(c.context()))
+	}
+	l := c.client(c.Nodes[0])
+	if rv := l.version(); rv != taken+versionJump {
+		t.Errorf("the restored cluster is at version %d, the backup was at %d", rv, taken)
+	}
+	if r := c.client(stays).raw(http.MethodPut, "after", "?timeout=500ms", "old"); r.status/100 == 2 {
+		t.Errorf("the old node has found a majority: %d", r.status)
+	}
+	c.stop(stays)
+	c.restore(stays, chosen)
+	c.start()
+
+	wantRestored(t, c, old, taken)
+	for _, rv := range []uint64{1, taken, newest} {
+		r := l.do(http.MethodGet, fmt.Sprintf("%s/-/v1/watch?resourceVersion=%d", c.Nodes[1].URL(), rv), "")
+		if r.status != http.StatusGone {
+			t.Errorf("a watch from the old version %d: %d %s %v", rv, r.status, r.body, r.err)
+		}
+	}
+	if r := l.raw(http.MethodPut, "after", "", "new"); r.status != http.StatusCreated || r.rv() != taken+versionJump+1 {
+		t.Errorf("the first write after: %d, version %d", r.status, r.rv())
+	}
+	var ids []string
+	for _, n := range c.Nodes {
+		r := l.do(http.MethodGet, n.URL()+"/-/v1/status", "")
+		ids = append(ids, regexp.MustCompile(`"clusterId":"[^"]*"`).FindString(string(r.body)))
+	}
+	if len(slices.Compact(ids)) != 1 || strings.Contains(clusters[0], ids[0]) {
+		t.Errorf("cluster IDs %q, the backup is of %q", ids, clusters[0])
+	}
+	t.Logf("%d writes, backups at full load; restored the one at version %d", newest, taken)
+}
+
+// wantRestored checks that every node has what was written up to version taken,
+// and nothing else.
+func wantRestored(t *testing.T, c *liveCluster, old []*liveOp, taken uint64) {
+	t.Helper()
+	for _, n := range c.Nodes {
+		r := c.client(n).do(http.MethodGet, n.URL()+"/-/v1/keys?keysOnly=true", "", "Accept", "application/x-ndjson")
+		if got := strings.Count(string(r.body), "\n"); r.status != http.StatusOK || uint64(got) != taken {
+			t.Errorf("node %d: %d, %d keys, want %d", n.ID, r.status, got, taken)
+		}
+	}
+	reader := c.client(c.Nodes[0])
+	for i, o := range old {
+		if o.kind != livePut || o.outcome != liveDone {
+			continue
+		}
+		reader.node = c.Nodes[i%len(c.Nodes)]
+		r := reader.raw(http.MethodGet, o.key, "", "")
+		switch kept := o.rv <= taken; {
+		case kept && (r.status != http.StatusOK || digest(string(r.body)) != o.value || r.etag() != o.rv):
+			t.Errorf("not in the restored cluster: %v: %d %.60q", o, r.status, r.body)
+		case !kept && r.status != http.StatusNotFound:
+			t.Errorf("written after the backup: %v: %d %.60q", o, r.status, r.body)
+		}
+	}
+}
+
+// TestProcess_LostQuorum: two of three nodes are gone for good. The third one
+// gives what it has to a new cluster, which two fresh nodes join.
+func TestProcess_LostQuorum(t *testing.T) {
+	var c *liveCluster
+	var survivor *proc.Node
+	c = newIdleLiveCluster(t, proc.Options{Nodes: 5, NodeArgs: func(n *proc.Node) []string {
+		if n.ID <= 3 {
+			return []string{"--cluster", peerURLs(c.Nodes[:3]...), "--snapshot-entries", "200"}
+		}
+		return []string{"--join", "--cluster", peerURLs(survivor, n)}
+	}})
+	for _, n := range c.Nodes[:3] {
+		must(t, n.Start())
+	}
+	for _, n := range c.Nodes[:3] {
+		must(t, n.WaitReady(c.context()))
+	}
+	load := c.load(6, c.Nodes[:3], putNewOrWait)
+	c.waitForAcks(sized(1000, 20_000))
+	load.stop()
+	survivor = c.Nodes[1]
+	want := c.client(survivor).version() // so it has everything
+	c.kill(c.Nodes[0], c.Nodes[2])
+	if r := c.client(survivor).raw(http.MethodPut, "k", "?timeout=500ms", "v"); r.status/100 == 2 {
+		t.Errorf("a write without a majority: %d", r.status)
+	}
+	c.kill(survivor)
+
+	out := c.command("recover", "--data-dir", survivor.DataDir)
+	t.Log("\n" + out)
+	if !strings.Contains(out, "1 ("+c.Nodes[0].RaftURL()+"), 3 ("+c.Nodes[2].RaftURL()+"), are missing") {
+		t.Error("it does not say who is lost")
+	}
+	survivor.DataDir += "-recovered"
+	must(t, survivor.Start()) // with its original flags
+	must(t, survivor.WaitReady(c.context()))
+	l := c.client(survivor)
+	if r := l.do(http.MethodGet, fmt.Sprintf("%s/-/v1/watch?resourceVersion=%d", survivor.URL(), want), ""); r.status != http.StatusGone {
+		t.Errorf("a watch from an old version: %d %s", r.status, r.body)
+	}
+	must(t, c.Nodes[0].Start()) // an old node comes back, and is a stranger
+	for _, n := range c.Nodes[3:] {
+		r := l.do(http.MethodPost, fmt.Sprintf("%s/%d", survivor.URL(), n.ID), n.RaftURL())
+		if r.status != http.StatusNoContent {
+			t.Fatalf("add node %d: %d %s", n.ID, r.status, r.body)
+		}
+		must(t, n.Start())
+		c.eventually(func() error { return c.votes(survivor, n) })
+	}
+	if r := l.do(http.MethodPost, survivor.URL()+"/3", "http://127.0.0.1:1"); r.status != http.StatusConflict {
+		t.Errorf("an old ID is used again: %d %s", r.status, r.body)
+	}
+	c.Nodes = append([]*proc.Node{survivor}, c.Nodes[3:]...)
+	for _, o := range c.history.snapshot() {
+		if o.kind != livePut || o.outcome != liveDone {
+			continue
+		}
+		for _, n := range c.Nodes {
+			l.node = n
+			if r := l.raw(http.MethodGet, o.key, "", ""); r.status != http.StatusOK || digest(string(r.body)) != o.value {
+				t.Errorf("lost at node %d: %v: %d %.60q", n.ID, o, r.status, r.body)
+			}
+		}
+	}
+	c.kill(survivor) // the two that joined are a majority
+	l.node = c.Nodes[1]
+	if o := l.put("after", "value"); o.outcome != liveDone || o.rv <= want+versionJump {
+		t.Errorf("a write after: %v", o)
+	}
+}
+
+// votes says whether a node has become a voter.
+func (c *liveCluster) votes(at, n *proc.Node) error {
+	r := c.client(at).do(http.MethodGet, at.URL()+"/-/v1/members", "")
+	for _, m := range strings.Split(string(r.body), "},{") {
+		if strings.Contains(m, fmt.Sprintf(`"id":%d,`, n.ID)) && !strings.Contains(m, "learner") {
+			return nil
+		}
+	}
+	return fmt.Errorf("node %d is no voter: %s", n.ID, r.body)
+}
+
+// TestProcess_RestoreTwice: a node that is restored again, after the cluster has
+// begun to work, would have forgotten what it promised since.
+func TestProcess_RestoreTwice(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{})
+	c.client(c.Nodes[0]).mustPut("k", "v")
+	backup := filepath.Join(c.dir, "backup")
+	c.command("snapshot", "save", "--from", c.Nodes[0].URL(), backup)
+	for _, n := range c.Nodes {
+		c.stop(n)
+		c.restore(n, backup)
+	}
+	c.start()
+	again := c.Nodes[2]
+	c.eventually(func() error { // its directory is known
+		r := c.client(c.Nodes[0]).do(http.MethodGet, c.Nodes[0].URL()+"/-/v1/members", "")
+		if strings.Count(string(r.body), `"directory"`) != 3 {
+			return fmt.Errorf("members %s", r.body)
+		}
+		return nil
+	})
+	c.stop(again)
+	c.restore(again, backup)
+	must(t, again.Start())
+	err := again.Wait(c.context())
+	if err == nil || !strings.Contains(again.LogTail(), "with another data directory") {
+		t.Errorf("it ended with %v\n%s", err, again.LogTail())
+	}
+}
