@@ -143,11 +143,9 @@ func readBackup(path string) (*backupFile, error) {
 	return b, nil
 }
 
-var errBackupDamage = errors.New("backup is damaged")
-
 func (b *backupFile) read(f io.ReaderAt) error {
 	if b.size < sha256.Size {
-		return fmt.Errorf("%w: it has %d bytes", errBackupDamage, b.size)
+		return fmt.Errorf("%w: it has %d bytes", errSnapshotDamage, b.size)
 	}
 	digest := sha256.New()
 	body := io.TeeReader(io.NewSectionReader(f, 0, b.size-sha256.Size), digest)
@@ -156,7 +154,7 @@ func (b *backupFile) read(f io.ReaderAt) error {
 		return err
 	}
 	if b.state, err = readStateAt(body, start); err != nil {
-		return fmt.Errorf("%w: %w", errBackupDamage, err)
+		return err
 	}
 	b.digest = hex.EncodeToString(digest.Sum(nil))
 	var want [sha256.Size]byte
@@ -164,7 +162,7 @@ func (b *backupFile) read(f io.ReaderAt) error {
 		return err
 	}
 	if b.digest != hex.EncodeToString(want[:]) {
-		return fmt.Errorf("%w: its SHA-256 is %s, at byte %d it says %x", errBackupDamage, b.digest, b.size-sha256.Size, want)
+		return fmt.Errorf("%w: its SHA-256 is %s, at byte %d it says %x", errSnapshotDamage, b.digest, b.size-sha256.Size, want)
 	}
 	return nil
 }
@@ -184,14 +182,14 @@ func (b *backupFile) readHead(r io.Reader) (int64, error) {
 	}
 	length := binary.LittleEndian.Uint32(size[:])
 	if length > backupHeadMax {
-		return 0, fmt.Errorf("%w: head of %d bytes, at byte 8", errBackupDamage, length)
+		return 0, fmt.Errorf("%w: head of %d bytes, at byte 8", errSnapshotDamage, length)
 	}
 	head := make([]byte, length)
 	if _, err := io.ReadFull(r, head); err != nil {
 		return 0, headError(err)
 	}
 	if err := json.Unmarshal(head, &b.backupHead); err != nil {
-		return 0, fmt.Errorf("%w: head, at byte %d: %w", errBackupDamage, len(magic)+len(size), err)
+		return 0, fmt.Errorf("%w: head, at byte %d: %w", errSnapshotDamage, len(magic)+len(size), err)
 	}
 	if b.Format != backupFormat {
 		return 0, fmt.Errorf("backup format %d is not known to this program (knows %d): use the version that wrote it, %q", b.Format, backupFormat, b.Version)
@@ -201,7 +199,7 @@ func (b *backupFile) readHead(r io.Reader) (int64, error) {
 
 func headError(err error) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return fmt.Errorf("%w: it breaks off in its head", errBackupDamage)
+		return fmt.Errorf("%w: it breaks off in its head", errSnapshotDamage)
 	}
 	return err
 }

@@ -118,11 +118,11 @@ func TestBackup_NoticesDamage(t *testing.T) {
 		if _, err := parseBackup(damaged); err == nil {
 			t.Errorf("byte %d of %d", i, len(whole))
 		}
-		if _, err := parseBackup(whole[:i]); !errors.Is(err, errBackupDamage) {
+		if _, err := parseBackup(whole[:i]); !errors.Is(err, errSnapshotDamage) {
 			t.Errorf("%d bytes of %d: %v", i, len(whole), err)
 		}
 	}
-	if _, err := parseBackup(append(whole, 0)); !errors.Is(err, errBackupDamage) {
+	if _, err := parseBackup(append(whole, 0)); !errors.Is(err, errSnapshotDamage) {
 		t.Error(err)
 	}
 }
