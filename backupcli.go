@@ -235,6 +235,7 @@ func serveCommand(id uint64, cluster, token, dataDir string) string {
 func newRecoverCommand() *cobra.Command {
 	var from, to string
 	var id uint64
+	var damaged bool
 	cmd := &cobra.Command{
 		Use:   "recover",
 		Short: "Start over from one node of a cluster that has lost its majority for good",
@@ -258,7 +259,7 @@ the old ones. The other nodes join it with new IDs and empty directories.`,
 				to = filepath.Clean(from) + "-recovered"
 			}
 			syscall.Umask(0o077)
-			r, err := recoverDirectory(from, to, id, zap.NewNop())
+			r, err := recoverDirectory(from, to, id, damaged, zap.NewNop())
 			if err != nil {
 				return err
 			}
@@ -268,6 +269,7 @@ the old ones. The other nodes join it with new IDs and empty directories.`,
 	cmd.Flags().StringVar(&from, "data-dir", "", "`directory` of the node to recover from")
 	cmd.Flags().StringVar(&to, "to", "", "`directory` to make, empty or missing (default that of --data-dir with -recovered)")
 	cmd.Flags().Uint64Var(&id, "id", 0, "`number` of the node in the new cluster (default the one it has)")
+	cmd.Flags().BoolVar(&damaged, "damaged", false, "take what can be read of a directory that is refused as damaged; a copy of it must fit on the disk meanwhile")
 	return cmd
 }
 
@@ -283,6 +285,10 @@ func (r *recovery) print(w io.Writer, from, to string) error {
 		r.old.Member, r.index, r.term, r.newest.Format(time.RFC3339))
 	if r.index > r.commit {
 		fmt.Fprintf(&b, "It did not know yet that those after %d were committed; they are kept, as they may have been acknowledged.\n", r.commit)
+	}
+	if r.damage != nil {
+		what, _, _ := strings.Cut(r.damage.Error(), adviceForDamage) // which was followed up to here
+		fmt.Fprintf(&b, "More is missing, since the directory is damaged: %s.\n", strings.TrimRight(what, ":; "))
 	}
 	if len(lost) > 0 {
 		fmt.Fprintf(&b, "Writes that were acknowledged after that by the lost members, %s, are missing. Nobody can tell from here how many.\n", strings.Join(lost, ", "))

@@ -597,6 +597,57 @@ func TestCorruption_PastTheWatermark(t *testing.T) {
 	t.Log(table.String())
 }
 
+// TestCommand_RecoverDamaged: what can be read of a damaged directory is not lost
+// with the rest.
+func TestCommand_RecoverDamaged(t *testing.T) {
+	smallSegments(t)
+	made := exampleDirectory(t, values["random"])
+	parent := memoryDir(t)
+	from := filepath.Join(parent, "data")
+	for what, damage := range map[string]func(files map[string][]byte, segments []string){
+		"sector":  func(files map[string][]byte, s []string) { clear(files[s[1]][40*sectorSize : 41*sectorSize]) },
+		"head":    func(files map[string][]byte, s []string) { clear(files[s[len(s)-1]][:sectorSize]) },
+		"missing": func(files map[string][]byte, s []string) { delete(files, s[len(s)-1]) },
+		"mark":    func(files map[string][]byte, _ []string) { delete(files, watermarkName) },
+	} {
+		files := map[string][]byte{}
+		for name, b := range made.files {
+			files[name] = bytes.Clone(b)
+		}
+		damage(files, (&matrix{directory: made}).names("log"))
+		writeTree(t, from, files)
+		to := filepath.Join(parent, "data-recovered-"+what)
+		args := []string{"recover", "--data-dir", from, "--to", to}
+		if _, err := runCommand(t, args...); err == nil || !strings.Contains(err.Error(), "recover --damaged") {
+			t.Errorf("%s: recovered as if it were whole: %v", what, err)
+		}
+		out, err := runCommand(t, append(args, "--damaged")...)
+		if err != nil || !strings.Contains(out, "the directory is damaged") {
+			t.Errorf("%s: %v\n%s", what, err, out)
+			continue
+		}
+		after := readTree(t, from)
+		for name, b := range files {
+			if kindOf(name) != "" && !bytes.Equal(after[name], b) {
+				t.Errorf("%s: %s has changed", what, name)
+			}
+		}
+		var index uint64
+		_, err = fmt.Sscanf(out[strings.Index(out, "entries up to"):], "entries up to %d", &index)
+		must(t, err)
+		want, err := readState(bytes.NewReader(made.states[index]))
+		must(t, err)
+		s, rec := openRestored(t, to)
+		rec.state.rv -= versionJump
+		sameItems(t, &rec.state, &want)
+		must(t, s.close())
+		t.Logf("%s: up to entry %d of %d", what, index, made.last)
+	}
+	if left, _ := filepath.Glob(filepath.Join(parent, "raftrv-reading-*")); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
 // TestStorage_RefusesAnUnfinishedDirectory: what restore has not completed is not
 // the empty member of a new cluster.
 func TestStorage_RefusesAnUnfinishedDirectory(t *testing.T) {

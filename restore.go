@@ -128,6 +128,7 @@ type recovery struct {
 	newest    time.Time
 	before    uint64 // resource version of the old cluster, as far as this member knew
 	after     uint64
+	damage    error // that was passed over
 }
 
 // recoverDirectory makes a cluster of one member from what the data directory of
@@ -137,16 +138,24 @@ type recovery struct {
 // All entries of the log count, those too of which this member did not know that
 // they were committed: it may have acknowledged them. What nobody was told the
 // outcome of may thereby happen, which it may at any time.
-func recoverDirectory(from, to string, id uint64, logger *zap.Logger) (*recovery, error) {
+//
+// Of a directory that is refused as damaged it takes what can be read, if
+// anyway is set.
+func recoverDirectory(from, to string, id uint64, anyway bool, logger *zap.Logger) (*recovery, error) {
 	if _, err := os.Stat(from); err != nil {
 		return nil, err
 	}
 	if err := checkEmpty(to); err != nil {
 		return nil, err
 	}
+	var damage error
 	rec, err := readDirectory(from, logger)
+	if err != nil && anyway {
+		damage = err
+		rec, err = readWhatIsLeft(from, to, logger)
+	}
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(damage, err)
 	}
 	st := &rec.state
 	self, ok := st.members[rec.identity.Member]
@@ -156,7 +165,7 @@ func recoverDirectory(from, to string, id uint64, logger *zap.Logger) (*recovery
 	case !ok:
 		return nil, fmt.Errorf("%s holds no state yet: recover from another node", from)
 	}
-	r := &recovery{old: rec.identity, index: st.index, term: st.term, before: st.rv, newest: time.UnixMilli(st.now).UTC()}
+	r := &recovery{old: rec.identity, index: st.index, term: st.term, before: st.rv, newest: time.UnixMilli(st.now).UTC(), damage: damage}
 	hs, _, err := rec.log.InitialState()
 	if err != nil {
 		return nil, err
@@ -197,4 +206,32 @@ func readDirectory(dir string, logger *zap.Logger) (rec *recovered, err error) {
 		return nil, fmt.Errorf("%s holds no state yet: recover from another node", dir)
 	}
 	return rec, rec.replay()
+}
+
+// readWhatIsLeft reads a damaged data directory as far as that goes: a copy of
+// it, next to the directory to make, of which the log is cut where it ends.
+func readWhatIsLeft(from, to string, logger *zap.Logger) (rec *recovered, err error) {
+	part, err := os.MkdirTemp(filepath.Dir(filepath.Clean(to)), "raftrv-reading-")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(part)) }()
+	if err := os.CopyFS(part, os.DirFS(from)); err != nil {
+		return nil, err
+	}
+	if err := cutLog(filepath.Join(part, walDir)); err != nil {
+		return nil, err
+	}
+	mark := filepath.Join(part, watermarkName)
+	if err := os.Remove(mark); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	w, err := openWatermark(part, true)
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(w.write(watermark{}), w.file.Close()); err != nil {
+		return nil, err
+	}
+	return readDirectory(part, logger)
 }

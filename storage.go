@@ -304,7 +304,7 @@ func (s *kvstore) applyEntry(e *raftpb.Entry) error {
 const adviceForDamage = "acknowledged writes are missing here, and a member that forgets them could make the cluster lose them; " +
 	"leave this directory alone, add a new member with another ID (curl -X POST -d PEER-URL http://NODE/NEW-ID) " +
 	"and start it with that --id, an empty --data-dir and --join; " +
-	"if no majority of the others is left, use raftrv recover on one of them, or raftrv snapshot restore"
+	"if no majority of the others is left, use raftrv recover on one of them or raftrv snapshot restore, and as the last resort raftrv recover --damaged here"
 
 // adviceFor returns what to do about an error that may be damage. Files that
 // cannot be opened at all are none.

@@ -270,3 +270,29 @@ func (e *logEnd) note(rec *walpb.Record) error {
 	}
 	return nil
 }
+
+// cutLog cuts off what of a log cannot be read, whether or not it was promised.
+func cutLog(dir string) error {
+	end, err := scanLog(dir)
+	if err != nil || end.err == nil {
+		return err
+	}
+	names, err := fileutil.ReadDir(dir, fileutil.WithExt(".wal"))
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		path := filepath.Join(dir, name)
+		switch {
+		case path < end.path:
+		case path == end.path && end.offset > 0:
+			err = os.Truncate(path, end.offset)
+		default:
+			err = os.Remove(path)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
