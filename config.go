@@ -53,6 +53,8 @@ type config struct {
 
 	logLevel  string
 	logFormat string
+	accessLog bool
+	pprof     bool
 
 	members []member // filled by validate
 }
@@ -104,8 +106,10 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.DurationVar(&c.watchBookmark, "watch-bookmark", 10*time.Second, "longest `time` between two bookmarks of a watch")
 	f.StringVar(&c.journal, "journal", "", "append every write to this `file`, one JSON object a line; a node that cannot write it stops, since a record of all writes must not miss any")
 	f.DurationVar(&c.journalSync, "journal-sync", time.Second, "longest `time` before what is in the journal is safe from a power cut")
-	f.StringVar(&c.logLevel, "log-level", "info", "debug, info, warn or error")
+	f.StringVar(&c.logLevel, "log-level", "info", "debug, info, warn or error; PUT /-/v1/log-level changes it later")
 	f.StringVar(&c.logFormat, "log-format", "console", "console or json")
+	f.BoolVar(&c.accessLog, "access-log", false, "log every HTTP request, with its path; at level info")
+	f.BoolVar(&c.pprof, "pprof", false, "serve Go's profiles at /-/debug/pprof/; whoever may ask for them can slow the node down")
 }
 
 // validate checks the flags, and fills in what follows from them.

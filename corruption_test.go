@@ -34,8 +34,8 @@ type directory struct {
 	pending int64 // of a crash image: where in the last segment the log has passed the watermark
 }
 
-// recorder writes a log and remembers what it holds.
-type recorder struct {
+// logWriter writes a log and remembers what it holds.
+type logWriter struct {
 	t     *testing.T
 	disk  *storage
 	store *kvstore
@@ -44,13 +44,13 @@ type recorder struct {
 	value func(n int) string
 }
 
-func newRecorder(t *testing.T, value func(n int) string) *recorder {
+func newLogWriter(t *testing.T, value func(n int) string) *logWriter {
 	disk, rec := newDisk(t, filepath.Join(memoryDir(t), "data"))
-	return &recorder{t: t, disk: disk, store: &kvstore{state: rec.state}, term: 1, value: value, made: &directory{states: map[uint64][]byte{}}}
+	return &logWriter{t: t, disk: disk, store: &kvstore{state: rec.state}, term: 1, value: value, made: &directory{states: map[uint64][]byte{}}}
 }
 
 // save appends entries and says that they are committed.
-func (r *recorder) save(ents ...*raftpb.Entry) {
+func (r *logWriter) save(ents ...*raftpb.Entry) {
 	r.t.Helper()
 	for _, e := range ents {
 		must(r.t, r.store.applyEntry(e))
@@ -62,7 +62,7 @@ func (r *recorder) save(ents ...*raftpb.Entry) {
 }
 
 // put appends n entries, each of its own size.
-func (r *recorder) put(n int) {
+func (r *logWriter) put(n int) {
 	r.t.Helper()
 	for range n {
 		index := r.store.applied() + 1
@@ -71,7 +71,7 @@ func (r *recorder) put(n int) {
 }
 
 // addLearner appends a configuration change.
-func (r *recorder) addLearner(id uint64) {
+func (r *logWriter) addLearner(id uint64) {
 	r.t.Helper()
 	b, err := newMemberChange(memberChange{kind: addLearner, member: member{ID: id, PeerURL: fmt.Sprint("http://l:", id)}}, time.Time{})
 	must(r.t, err)
@@ -82,7 +82,7 @@ func (r *recorder) addLearner(id uint64) {
 	r.save(&raftpb.Entry{Type: raftpb.EntryConfChange.Enum(), Term: new(r.term), Index: new(r.store.applied() + 1), Data: data})
 }
 
-func (r *recorder) snapshot() {
+func (r *logWriter) snapshot() {
 	r.t.Helper()
 	view := r.store.snapshot()
 	snap := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(view.index), Term: new(view.term), ConfState: &raftpb.ConfState{Voters: []uint64{1}}}}
@@ -92,7 +92,7 @@ func (r *recorder) snapshot() {
 }
 
 // stopped returns the directory after a clean stop.
-func (r *recorder) stopped() *directory {
+func (r *logWriter) stopped() *directory {
 	r.t.Helper()
 	r.made.marked = r.made.last
 	must(r.t, r.disk.close())
@@ -146,7 +146,7 @@ var values = map[string]func(n int) string{
 // exampleDirectory has several segments, two snapshots, a change of the
 // members, terms and votes. A vote is the last that it promised.
 func exampleDirectory(t *testing.T, value func(n int) string) *directory {
-	r := newRecorder(t, value)
+	r := newLogWriter(t, value)
 	r.put(20)
 	r.snapshot()
 	r.put(40)
@@ -494,7 +494,7 @@ func TestCorruption(t *testing.T) {
 
 // crashDirectory is what a crash leaves: the watermark is behind the end.
 func crashDirectory(t *testing.T, value func(n int) string) (before, after *directory) {
-	r := newRecorder(t, value)
+	r := newLogWriter(t, value)
 	r.put(30)
 	r.snapshot()
 	r.put(20)

@@ -22,6 +22,7 @@
 //	txnapi.go     transactions as JSON
 //	item.go       the JSON form of an item
 //	watchapi.go   a watch as lines of JSON or server-sent events
+//	nodeapi.go    status, readiness, metrics, log level, profiles
 //	openapi.go    the description of the HTTP interface, openapi.json
 //	backup.go     a backup: its file, and the call that streams it
 //	restore.go    a new cluster from a backup, or from what a lost one left
@@ -31,6 +32,10 @@
 //	storage.go    the data directory: log and snapshots
 //	watermark.go  how a log that lost something is noticed
 //	transport.go  messages between members
+//	health.go     the checks of readiness
+//	metrics.go    what a node tells Prometheus, beside the next two
+//	httpmetrics.go  requests, counted and logged
+//	diskmetrics.go  the disk, with a clock beside it
 //	listener.go   tracked, capped TCP
 //	errors.go     what can go wrong, in every front's words
 package main

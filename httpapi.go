@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 )
 
@@ -106,6 +107,12 @@ type httpConfig struct {
 	valueSizeMax int           // bytes
 	version      string        // of the program
 	newID        func() string // the second part of a key that this node makes up
+
+	registry  *prometheus.Registry // of the node's metrics; the front adds its own
+	checks    []check              // of readiness
+	level     zap.AtomicLevel      // of the log
+	accessLog bool                 // log every request
+	profiles  bool                 // serve /-/debug/pprof/
 }
 
 // newUUID returns a version 7 UUID: keys made from it sort by time.
@@ -123,10 +130,14 @@ var (
 
 type httpAPI struct {
 	httpConfig
+	metrics    *httpMetrics
+	exposition http.Handler // of all metrics
 }
 
 func newHTTPAPI(cfg httpConfig) http.Handler {
-	return &httpAPI{cfg}
+	h := &httpAPI{httpConfig: cfg, metrics: newHTTPMetrics(), exposition: newExposition(cfg)}
+	cfg.registry.MustRegister(h.metrics)
+	return h
 }
 
 // newHTTPServer returns a server with the limits of this file. The caller
@@ -167,8 +178,13 @@ func (h *httpAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		// saw. net/http hides the second header, so end here after every one.
 		w.Header()["Connection"] = closeAfter
 	}
-	if err := h.route(w, r); err != nil {
-		h.writeError(w, r, err)
+	rec := newRecorder(w)
+	defer h.answered(rec, r)
+	if err := h.route(rec, r); err != nil {
+		h.writeError(rec, r, err)
+		if r.Context().Err() != nil {
+			rec.status = statusClientGone
+		}
 	}
 }
 
@@ -367,32 +383,6 @@ func parsePeerURL(s string) (string, error) {
 }
 
 // The node.
-
-func (h *httpAPI) getStatus(w http.ResponseWriter, r request) error {
-	return writeJSON(w, r, h.backend.status())
-}
-
-// getLive says that this process answers, whatever the cluster does.
-func (h *httpAPI) getLive(w http.ResponseWriter, r request) error {
-	writeText(w, r, "ok\n")
-	return nil
-}
-
-// getReady says that this node can serve, by serving a read.
-func (h *httpAPI) getReady(w http.ResponseWriter, r request) error {
-	if err := h.backend.serving(); err != nil {
-		return err
-	}
-	if err := h.backend.linearize(r.Context(), readyTimeout); err != nil {
-		return errNotReady
-	}
-	text := "ok\n"
-	if err := h.backend.writable(); err != nil { // it serves reads, so it is ready
-		text += "read-only: " + err.Error() + "\n"
-	}
-	writeText(w, r, text)
-	return nil
-}
 
 func (h *httpAPI) getProgram(w http.ResponseWriter, r request) error {
 	return writeJSON(w, r, struct {

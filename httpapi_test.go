@@ -20,6 +20,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 )
@@ -186,15 +187,16 @@ type front struct {
 	store   *kvstore
 	hub     *hub
 	logs    *observer.ObservedLogs
+	config  httpConfig
 }
 
 // newFront serves on a loopback port.
-func newFront(t *testing.T) *front {
+func newFront(t *testing.T, options ...func(*httpConfig)) *front {
 	l, err := listen(t.Context(), "127.0.0.1:0", listenerConfig{connectionsMax: 100})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return serveFront(t, l, func() (net.Conn, error) { return net.Dial("tcp", l.Addr().String()) })
+	return serveFront(t, l, func() (net.Conn, error) { return net.Dial("tcp", l.Addr().String()) }, options...)
 }
 
 // newPipeFront serves on pipes, for virtual time.
@@ -203,14 +205,14 @@ func newPipeFront(t *testing.T) *front {
 	return serveFront(t, newListener(pipes, listenerConfig{connectionsMax: 100}), pipes.dial)
 }
 
-func serveFront(t *testing.T, l *listener, dial func() (net.Conn, error)) *front {
+func serveFront(t *testing.T, l *listener, dial func() (net.Conn, error), options ...func(*httpConfig)) *front {
 	core, logs := observer.New(zap.DebugLevel)
 	logger := zap.New(core)
 	store := newKVStore()
 	store.state.members[1] = member{ID: 1, PeerURL: "http://127.0.0.1:1"}
 	hub := newHub(store)
 	backend := &fakeBackend{store: store, applied: hub.notify}
-	handler := newHTTPAPI(httpConfig{
+	cfg := httpConfig{
 		id:           1,
 		store:        store,
 		hub:          hub,
@@ -221,7 +223,15 @@ func serveFront(t *testing.T, l *listener, dial func() (net.Conn, error)) *front
 		valueSizeMax: testValueSizeMax,
 		version:      "v0",
 		newID:        newUUID,
-	})
+		registry:     prometheus.NewRegistry(),
+		checks:       clusterChecks(backend),
+		level:        zap.NewAtomicLevel(),
+		profiles:     true,
+	}
+	for _, option := range options {
+		option(&cfg)
+	}
+	handler := newHTTPAPI(cfg)
 	hubCtx, stopHub := context.WithCancel(context.Background())
 	var hubDone sync.WaitGroup
 	hubDone.Go(func() { _ = hub.run(hubCtx) })
@@ -239,7 +249,7 @@ func serveFront(t *testing.T, l *listener, dial func() (net.Conn, error)) *front
 		stopHub()
 		hubDone.Wait()
 	})
-	return &front{t: t, dial: dial, backend: backend, store: store, hub: hub, logs: logs}
+	return &front{t: t, dial: dial, backend: backend, store: store, hub: hub, logs: logs, config: cfg}
 }
 
 // mustDial returns a connection that is closed with the test.
@@ -1003,7 +1013,10 @@ func TestHTTP_Node(t *testing.T) {
 		t.Errorf("readyz of a node whose disk is full: %d %s", a.code, a.body)
 	}
 	f.backend.fail(errDiverged)
-	for _, target := range []string{"/-/readyz", "/k", "/k?resourceVersion=0", "/", "/-/v1/keys?resourceVersion=0", "/-/v1/keys/k?resourceVersion=0", "/-/v1/watch", "/-/v1/watch?resourceVersion=0"} {
+	if a := f.do("GET", "/-/readyz", ""); a.code != 503 || !strings.Contains(mustProblem(t, a).Detail, errDiverged.Error()) {
+		t.Errorf("readyz of a node that has diverged: %d %s", a.code, a.body)
+	}
+	for _, target := range []string{"/k", "/k?resourceVersion=0", "/", "/-/v1/keys?resourceVersion=0", "/-/v1/keys/k?resourceVersion=0", "/-/v1/watch", "/-/v1/watch?resourceVersion=0"} {
 		a := f.do("GET", target, "")
 		a.want(t, 503)
 		if p := mustProblem(t, a); p.Code != "diverged" {
@@ -1328,7 +1341,7 @@ func FuzzHTTPQuery(f *testing.F) {
 	} {
 		f.Add(s)
 	}
-	h := httpAPI{httpConfig{timeout: 5 * time.Second}}
+	h := httpAPI{httpConfig: httpConfig{timeout: 5 * time.Second}}
 	f.Fuzz(func(t *testing.T, query string) {
 		for _, allowed := range []paramSet{readParams, writeParams, readParams | paramPrefix | paramAfter | paramLimit | paramKeysOnly, paramKey | paramInitial} {
 			checkQuery(t, &h, query, allowed)
@@ -1417,7 +1430,7 @@ func benchFront(b *testing.B) http.Handler {
 			b.Fatal(err)
 		}
 	}
-	return newHTTPAPI(httpConfig{store: store, backend: &instantBackend{}, logger: zap.NewNop(), timeout: time.Second, valueSizeMax: valueSizeMaxDefault})
+	return newHTTPAPI(httpConfig{store: store, backend: &instantBackend{}, logger: zap.NewNop(), timeout: time.Second, valueSizeMax: valueSizeMaxDefault, registry: prometheus.NewRegistry()})
 }
 
 func BenchmarkHTTP_Put(b *testing.B) {

@@ -135,6 +135,19 @@ func (s *kvstore) snapshotSize() uint64 {
 
 func (s *state) snapshotSize() uint64 { return s.size + s.events.bytes + s.retries.bytes }
 
+// storeStats is how much a store holds.
+type storeStats struct {
+	keys   int
+	bytes  uint64 // of keys and values, about
+	events int    // in the window
+}
+
+func (s *kvstore) stats() storeStats {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return storeStats{keys: s.state.items.Len(), bytes: s.state.size, events: int(s.state.events.count)}
+}
+
 // applied returns the raft index of the last applied entry.
 func (s *kvstore) applied() uint64 {
 	s.mu.RLock()

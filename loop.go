@@ -43,6 +43,10 @@ type loop struct {
 	replica *replica
 	version uint64 // of the store at the last call of applied
 
+	metrics    *loopMetrics
+	savedAt    time.Time // when the log was last saved ...
+	savedIndex uint64    // ... and what was applied then
+
 	work sync.WaitGroup
 
 	mu    sync.Mutex
@@ -84,6 +88,7 @@ func newLoop(tick time.Duration, applied func(), logger *zap.Logger) *loop {
 		tick:    tick,
 		wake:    make(chan struct{}, 1),
 		done:    make(chan struct{}),
+		metrics: newLoopMetrics(),
 	}
 	l.status.Store(&replicaStatus{})
 	return l
@@ -174,11 +179,15 @@ func (l *loop) feed() bool {
 		if b == nil {
 			break
 		}
+		b.takenAt = l.clock()
+		l.metrics.batchCommands.Observe(float64(len(b.offsets) - b.withdrawn))
+		l.metrics.batchBytes.Observe(float64(len(b.data)))
 		r.propose(b)
 		fed = true
 	}
 	if r.canRead() {
 		if q := l.nextRound(); q != nil {
+			q.takenAt = l.clock()
 			r.read(q)
 			fed = true
 		}
@@ -214,7 +223,10 @@ func (l *loop) nextRound() *readRound {
 func (l *loop) publish() {
 	r := l.replica
 	s := replicaStatus{term: r.term, leader: r.leader, committed: r.committed, role: r.roleName()}
-	if *l.status.Load() != s {
+	if old := *l.status.Load(); old != s {
+		if s.leader != old.leader && s.leader != 0 {
+			l.metrics.leaderChanges.Inc()
+		}
 		l.status.Store(&s)
 	}
 }
@@ -260,6 +272,7 @@ func (l *loop) proposed(b *batch) {
 	l.mu.Lock()
 	l.taken -= len(b.data)
 	l.mu.Unlock()
+	l.metrics.proposal.Observe(l.clock().Sub(b.takenAt).Seconds())
 	close(b.done)
 }
 
@@ -271,7 +284,10 @@ func (l *loop) waiting() int {
 }
 
 // readable implements driver.
-func (l *loop) readable(q *readRound) { close(q.done) }
+func (l *loop) readable(q *readRound) {
+	l.metrics.readIndex.Observe(l.clock().Sub(q.takenAt).Seconds())
+	close(q.done)
+}
 
 // background implements driver.
 func (l *loop) background(work func() error, done func(error) error) {

@@ -79,11 +79,11 @@ func newServeCommand(use string, stderr io.Writer) *cobra.Command {
 			if err := cfg.validate(); err != nil {
 				return err
 			}
-			logger := newLogger(stderr, cfg.logLevel, cfg.logFormat)
+			logger, level := newLogger(stderr, cfg.logLevel, cfg.logFormat)
 			boundGarbage()
 			setSegmentBytes(cfg.segmentBytes)
 			syscall.Umask(0o077) // the log and the snapshots are for this user only
-			return serve(cmd.Context(), cfg, logger)
+			return serve(cmd.Context(), cfg, logger, level)
 		},
 	}
 	cfg.flags(cmd.Flags())
@@ -109,8 +109,9 @@ func newVersionCommand() *cobra.Command {
 	return cmd
 }
 
-// newLogger returns a logger that writes to w; level and format are valid.
-func newLogger(w io.Writer, level, format string) *zap.Logger {
+// newLogger returns a logger that writes to w, and its level, which may be
+// changed. level and format are valid.
+func newLogger(w io.Writer, level, format string) (*zap.Logger, zap.AtomicLevel) {
 	encoding := zap.NewProductionEncoderConfig()
 	encoding.EncodeTime = zapcore.RFC3339NanoTimeEncoder
 	encoder := zapcore.NewJSONEncoder(encoding)
@@ -123,5 +124,6 @@ func newLogger(w io.Writer, level, format string) *zap.Logger {
 	if err != nil {
 		l = zapcore.InfoLevel
 	}
-	return zap.New(zapcore.NewCore(encoder, zapcore.Lock(zapcore.AddSync(w)), l))
+	atomic := zap.NewAtomicLevelAt(l)
+	return zap.New(zapcore.NewCore(encoder, zapcore.Lock(zapcore.AddSync(w)), atomic)), atomic
 }

@@ -235,7 +235,7 @@ func checkDocumented(t *testing.T, method, target string, a answer) {
 			t.Fatal(err)
 		}
 		documents = []string{string(b)}
-	case "application/octet-stream", "text/event-stream":
+	case "application/octet-stream", "text/event-stream", "text/html":
 		return
 	}
 	if len(documents) > 100 {
@@ -413,9 +413,19 @@ func openAPIRequests() []openAPIRequest {
 		{504, "GET", "/-/v1/watch?initial=true&resourceVersion=9999999", "", nil, nil},
 		{200, "GET", "/-/v1/snapshot", "", nil, nil},
 		{200, "GET", "/-/v1/status", "", nil, nil},
+		{200, "GET", "/-/v1/status?all=true", "", nil, nil},
+		{200, "GET", "/-/v1/log-level", "", nil, nil},
+		{204, "PUT", "/-/v1/log-level", `{"level":"debug"}`, nil, nil},
+		{200, "GET", "/-/metrics", "", nil, nil},
+		{200, "GET", "/-/debug/pprof/", "", nil, nil},
+		{200, "GET", "/-/debug/pprof/heap", "", nil, nil},
+		{200, "GET", "/-/debug/pprof/goroutine?debug=1", "", nil, nil},
+		{404, "GET", "/-/debug/pprof/none", "", nil, nil},
 		{200, "GET", "/-/livez", "", nil, nil},
 		{200, "GET", "/-/readyz", "", nil, nil},
+		{200, "GET", "/-/readyz?verbose", "", nil, nil},
 		{503, "GET", "/-/readyz", "", nil, errNoLeader},
+		{503, "GET", "/-/readyz?verbose", "", nil, errNoLeader},
 		{200, "GET", "/-/version", "", nil, nil},
 		{200, "GET", "/-/openapi.json", "", nil, nil},
 	}
@@ -438,7 +448,11 @@ func openAPIRequests() []openAPIRequest {
 			list = append(list, openAPIRequest{code, r.method, r.target + query, body, append(slices.Clone(r.headers), headers...), fail})
 		}
 		with(400, separator+"no=1", r.body, nil, nil)
-		if path == "/-/livez" || path == "/-/readyz" || path == "/-/version" || path == "/-/openapi.json" || path == "/-/v1/status" {
+		if takesBody(rt, r.method) {
+			with(413, "", tooLarge, nil, nil)
+			with(408, "", "", nil, errBodyTimeout) // see below
+		}
+		if isLocal(path) {
 			continue
 		}
 		with(500, "", r.body, nil, errors.New("broken"))
@@ -449,16 +463,22 @@ func openAPIRequests() []openAPIRequest {
 		case r.method != "GET" && !strings.HasPrefix(path, "/-/v1/leader/"): // that proposes nothing
 			with(504, "", r.body, nil, errUnknown)
 		}
-		if takesBody(rt, r.method) {
-			with(413, "", tooLarge, nil, nil)
-			with(408, "", "", nil, errBodyTimeout) // see below
-		}
 		if rt.call(r.method).headers&headerIdempotencyKey != 0 {
 			with(422, "", r.body, retry, nil)
 			with(507, "", r.body, nil, errDiskFull)
 		}
 	}
 	return list
+}
+
+// isLocal says whether the call at a path is about this process only, so that
+// it is answered whatever the cluster does.
+func isLocal(path string) bool {
+	switch path {
+	case "/-/livez", "/-/readyz", "/-/version", "/-/openapi.json", "/-/v1/status", "/-/v1/log-level", "/-/metrics":
+		return true
+	}
+	return strings.HasPrefix(path, "/-/debug/")
 }
 
 // Every status that is documented is answered to some request, and no other is.
@@ -508,6 +528,10 @@ func TestOpenAPI_Statuses(t *testing.T) {
 		a.want(t, 429)
 		note("GET", target, a.code)
 	}
+	// A node without --pprof.
+	a := newFront(t, func(c *httpConfig) { c.profiles = false }).do("GET", "/-/debug/pprof/", "")
+	a.want(t, 404)
+	note("GET", "/-/debug/pprof/", a.code)
 
 	documented := map[string]bool{}
 	for _, rt := range allRoutes() {

@@ -22,6 +22,8 @@ const (
 	ttlMax           = 10 * 365 * 24 * time.Hour
 	listLimitDefault = 1000   // items of a JSON list
 	listLimitMax     = 10_000 // beyond it there is the stream
+
+	profileSecondsMax = 60
 )
 
 // params are the query parameters of a call.
@@ -36,6 +38,8 @@ type params struct {
 	key             string
 	initial         bool
 	duration        time.Duration // of a watch; 0 = no end
+	all             bool
+	verbose         bool
 	seen            paramSet
 }
 
@@ -53,10 +57,14 @@ const (
 	paramKey
 	paramInitial
 	paramDuration // of a watch, the timeout of which is no deadline for an answer
+	paramAll
+	paramVerbose
+	paramSeconds // these two are only checked here: net/http/pprof reads them
+	paramDebug
 )
 
 // paramNames has the name of bit i at i.
-var paramNames = [...]string{"timeout", "resourceVersion", "ttl", "prefix", "after", "limit", "keysOnly", "key", "initial", "timeout"}
+var paramNames = [...]string{"timeout", "resourceVersion", "ttl", "prefix", "after", "limit", "keysOnly", "key", "initial", "timeout", "all", "verbose", "seconds", "debug"}
 
 // named returns the parameter of a name in the set, or the empty set.
 func (s paramSet) named(name string) paramSet {
@@ -151,6 +159,20 @@ func (p *params) set(param paramSet, value string) (err error) {
 		p.keysOnly, err = parseBool("keysOnly", value)
 	case paramInitial:
 		p.initial, err = parseBool("initial", value)
+	case paramAll:
+		p.all, err = parseBool("all", value)
+	case paramVerbose:
+		if p.verbose = true; value != "" { // as Kubernetes has it
+			p.verbose, err = parseBool("verbose", value)
+		}
+	case paramSeconds:
+		if n, err := strconv.ParseUint(value, 10, 64); err != nil || n == 0 || n > profileSecondsMax {
+			return errInvalid.withDetail("seconds must be a number from 1 to %d", profileSecondsMax)
+		}
+	case paramDebug:
+		if value != "0" && value != "1" && value != "2" {
+			return errInvalid.withDetail("debug must be 0, 1 or 2")
+		}
 	case paramDuration:
 		p.duration, err = time.ParseDuration(value)
 		if err != nil || p.duration <= 0 || p.duration > watchTimeoutMax {

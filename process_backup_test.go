@@ -38,13 +38,13 @@ func peerURLs(nodes ...*proc.Node) string {
 // the node's.
 func (c *liveCluster) restore(n *proc.Node, backup string) {
 	c.t.Helper()
-	token := []string{}
+	var urls []string
 	for _, m := range c.Nodes {
-		token = append(token, m.RaftURL())
+		urls = append(urls, m.RaftURL())
 	}
 	n.DataDir += "-restored"
-	c.command("snapshot", "restore", backup, "--id", fmt.Sprint(n.ID), "--cluster", strings.Join(token, ","),
-		"--cluster-token", strings.Join(token, ","), "--data-dir", n.DataDir)
+	c.command("snapshot", "restore", backup, "--id", fmt.Sprint(n.ID), "--cluster", strings.Join(urls, ","),
+		"--cluster-token", c.Token(), "--data-dir", n.DataDir)
 }
 
 // inspected returns a figure of what inspect prints.

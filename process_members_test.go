@@ -361,7 +361,19 @@ func TestProcess_Stranger(t *testing.T) {
 	}
 	refused("belongs to another cluster")
 	must(t, os.Rename(three.DataDir, three.DataDir+".kept"))
-	refused("belongs to another cluster")
+	must(t, three.Start())
+	c.eventually(func() error { // it has nothing and goes on looking for its own cluster
+		if text := three.LogTail(); !strings.Contains(text, "a node of another cluster answers") {
+			return errors.New(text)
+		}
+		return nil
+	})
+	l := c.client(three)
+	defer l.close()
+	if r := l.raw(http.MethodGet, "k", "?timeout=300ms", ""); r.status != http.StatusServiceUnavailable {
+		t.Errorf("a node without a cluster: %d %s %v", r.status, r.body, r.err)
+	}
+	c.stop(three)
 	token = ""
 	must(t, os.RemoveAll(three.DataDir))
 	must(t, os.Rename(three.DataDir+".kept", three.DataDir))

@@ -336,7 +336,7 @@ func TestServe_LeavesNoGoroutines(t *testing.T) {
 			"--port", strconv.Itoa(n.HTTPPort), "--data-dir", n.DataDir)
 		ctx, stop := context.WithCancel(t.Context())
 		s := served{stop, make(chan error, 1)}
-		go func() { s.done <- serve(ctx, cfg, zap.NewNop()) }()
+		go func() { s.done <- serve(ctx, cfg, zap.NewNop(), zap.NewAtomicLevel()) }()
 		nodes = append(nodes, s)
 	}
 	stop := func(s served) {

@@ -81,6 +81,7 @@ type batch struct {
 	// These belong to the driver.
 	taken     bool // from its queue, by the replica
 	withdrawn int  // commands that nobody waits for any more
+	takenAt   time.Time
 	done      chan struct{}
 
 	// These belong to the replica.
@@ -119,8 +120,9 @@ func (b *batch) changeError() error {
 // readRound is a group of reads that share one ReadIndex.
 type readRound struct {
 	// These belong to the driver.
-	err  error
-	done chan struct{}
+	err     error
+	takenAt time.Time
+	done    chan struct{}
 
 	// These belong to the replica.
 	attempt uint64 // context of the ReadIndex that is on its way; 0 = none
@@ -153,11 +155,12 @@ type replicaConfig struct {
 	driver    driver
 	logger    *zap.Logger
 
-	hook hook // nil in production
+	hook hook // nil = none
 }
 
-// hook is called at the named points of a turn, so that tests can crash a
-// replica there: what it returns is as fatal as a disk's error.
+// hook is called at the named points of a turn, so that the loop can measure
+// and tests can crash a replica there: what it returns is as fatal as a disk's
+// error.
 type hook func(point string) error
 
 // Bounds of what a replica keeps on its way.
@@ -833,6 +836,20 @@ func (r *replica) caughtUp(id uint64) bool {
 		}
 	})
 	return ok
+}
+
+// progress returns how far the other members are, as a leader knows it.
+func (r *replica) progress() []peerProgress {
+	if r.role != raft.StateLeader {
+		return nil
+	}
+	var peers []peerProgress
+	r.raw.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) {
+		if id != r.id {
+			peers = append(peers, peerProgress{id: id, match: pr.Match, active: r.hears(id)})
+		}
+	})
+	return peers
 }
 
 // promoteEvery is how often a leader looks for learners to promote, in ticks.

@@ -29,7 +29,14 @@ type call struct {
 	serve   func(h *httpAPI, w http.ResponseWriter, r request) error
 	params  paramSet
 	headers headerSet
+
+	// Filled by newRoute.
+	path   string // of the route
+	number int    // from 1; no two calls have the same
 }
+
+// callCount is how many calls there are.
+var callCount int
 
 // request is an HTTP request of which the path and the parameters were read.
 type request struct {
@@ -92,9 +99,18 @@ var reservedRoutes = newRoutes(
 	route{path: "/-/v1/leader/{id}", calls: []call{
 		{method: http.MethodPost, serve: (*httpAPI).postLeader, params: paramTimeout},
 	}},
-	route{path: "/-/v1/status", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getStatus}}},
+	route{path: "/-/v1/status", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getStatus, params: paramAll}}},
+	route{path: "/-/v1/log-level", calls: []call{
+		{method: http.MethodGet, serve: (*httpAPI).getLogLevel},
+		{method: http.MethodPut, serve: (*httpAPI).putLogLevel},
+	}},
+	route{path: "/-/metrics", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getMetrics}}},
+	route{path: "/-/debug/pprof/", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getProfiles}}},
+	route{path: "/-/debug/pprof/{profile}", calls: []call{
+		{method: http.MethodGet, serve: (*httpAPI).getProfile, params: paramSeconds | paramDebug},
+	}},
 	route{path: "/-/livez", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getLive}}},
-	route{path: "/-/readyz", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getReady}}},
+	route{path: "/-/readyz", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getReady, params: paramVerbose}}},
 	route{path: "/-/version", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getProgram}}},
 	route{path: "/-/openapi.json", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getOpenAPI}}},
 )
@@ -113,7 +129,10 @@ func newRoute(rt route) *route {
 		rt.prefix, rt.suffix, rt.whole = before, after, name == "key"
 	}
 	methods := []string{http.MethodOptions}
-	for _, c := range rt.calls {
+	for i := range rt.calls {
+		c := &rt.calls[i]
+		callCount++
+		c.path, c.number = rt.path, callCount
 		methods = append(methods, c.method)
 		if c.method == http.MethodGet {
 			methods = append(methods, http.MethodHead)
@@ -152,7 +171,7 @@ func (rt *route) call(method string) *call {
 }
 
 // route finds the call that a request is for and serves it.
-func (h *httpAPI) route(w http.ResponseWriter, r *http.Request) error {
+func (h *httpAPI) route(w *recorder, r *http.Request) error {
 	path, query, err := splitTarget(r.RequestURI)
 	if err != nil {
 		return err
@@ -176,6 +195,7 @@ func (h *httpAPI) route(w http.ResponseWriter, r *http.Request) error {
 	if c == nil {
 		return otherMethod(w, r, rt.allow)
 	}
+	h.called(w, c)
 	p, err := h.params(query, c.params)
 	if err != nil {
 		return err

@@ -41,7 +41,9 @@ type node struct {
 	hub     *hub
 	journal *journal // nil = none
 	guard   *guard
+	disk    *measuredDisk
 	logger  *zap.Logger
+	level   zap.AtomicLevel
 
 	directory uint64 // number of the data directory
 	fresh     bool   // it was empty, and this member did not join
@@ -87,7 +89,7 @@ func (n *node) waitVersion(ctx context.Context, timeout time.Duration, rv uint64
 
 // serve runs a node until ctx ends, then stops it gracefully. It returns nil
 // after a graceful stop, and otherwise what went wrong.
-func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
+func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.AtomicLevel) (err error) {
 	disk, err := openStorage(cfg.dataDir, logger.Named("storage"))
 	if err != nil {
 		return err
@@ -110,7 +112,9 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 		cluster: rec.identity.Cluster,
 		store:   store,
 		hub:     hub,
+		disk:    newMeasuredDisk(disk),
 		logger:  logger,
+		level:   level,
 
 		directory: rec.identity.Directory,
 		fresh:     fresh,
@@ -142,9 +146,10 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger) (err error) {
 		log:             rec.log,
 		store:           n.store,
 		confState:       rec.confState,
-		disk:            disk,
+		disk:            n.disk,
 		transport:       network,
 		driver:          n.loop,
+		hook:            n.loop.at,
 		logger:          logger,
 	})
 	if err != nil {
@@ -229,6 +234,7 @@ func (n *node) checkFresh(ctx context.Context) error {
 		return nil
 	}
 	n.informed.Store(true) // all that a new cluster knows
+	strangers := map[uint64]bool{}
 	retry := time.NewTicker(freshRetry)
 	defer retry.Stop()
 	for {
@@ -242,8 +248,13 @@ func (n *node) checkFresh(ctx context.Context) error {
 				continue
 			}
 			if cluster, err := info.clusterID(); err != nil || cluster != n.cluster {
-				return fmt.Errorf("the node at %s belongs to another cluster (%s) than this one (%x): "+
-					"start all nodes with the same --cluster and --cluster-token; a node that joins later needs --join", m.PeerURL, info.Cluster, n.cluster)
+				if !strangers[m.ID] {
+					strangers[m.ID] = true
+					n.logger.Warn("a node of another cluster answers at the address of a member, and is ignored: stop it, or start this one "+
+						"with the same --cluster and --cluster-token, or with --join if it joins that cluster",
+						zap.String("peerURL", m.PeerURL), zap.String("cluster", info.Cluster), zap.String("own", fmt.Sprintf("%x", n.cluster)))
+				}
+				continue
 			}
 			if err := checkDirectory(n.config, info, n.directory); err != nil {
 				return err
@@ -341,7 +352,9 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 		ReadHeaderTimeout: headerTimeout,
 		ErrorLog:          zap.NewStdLog(n.logger.Named("peers")),
 	}
-	api := newHTTPAPI(httpConfig{
+	front := &closingHandler{}
+	checks := append(clusterChecks(n), check{"not-stopping", front.check})
+	front.Handler = newHTTPAPI(httpConfig{
 		id:           n.config.id,
 		store:        n.store,
 		hub:          n.hub,
@@ -352,8 +365,12 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 		valueSizeMax: n.config.valueSizeMax,
 		version:      version,
 		newID:        newUUID,
+		registry:     newRegistry(n, clientListener, checks),
+		checks:       checks,
+		level:        n.level,
+		accessLog:    n.config.accessLog,
+		profiles:     n.config.pprof,
 	})
-	front := &closingHandler{Handler: api}
 	clientServer := newHTTPServer(front, n.logger.Named("http"))
 
 	// The parts stop in order, not all at once when ctx ends: the replica must
@@ -417,6 +434,14 @@ func (h *closingHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Connection", "close")
 	}
 	h.Handler.ServeHTTP(w, r)
+}
+
+// check says whether the node goes on taking requests.
+func (h *closingHandler) check(context.Context) error {
+	if h.closing.Load() {
+		return errShuttingDown
+	}
+	return nil
 }
 
 // transferLeadership hands over, so that the others need no election timeout.

@@ -17,6 +17,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/pflag"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
@@ -131,6 +132,7 @@ func (n *virtualNode) start() {
 	n.server = newHTTPServer(newHTTPAPI(httpConfig{
 		id: n.config.id, store: n.store, backend: n.node, logger: n.logger, timeout: n.config.requestTimeout,
 		valueSizeMax: n.config.valueSizeMax, version: "test", newID: newUUID,
+		registry: prometheus.NewRegistry(), checks: clusterChecks(n.node),
 	}), n.logger)
 	serverEnded := make(chan struct{})
 	go func() {

@@ -3,6 +3,7 @@ package main
 import (
 	"container/heap"
 	"context"
+	"errors"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -28,6 +29,7 @@ type hub struct {
 	busy  atomic.Bool   // somebody waits; without it notify has nothing to do
 
 	closed atomic.Pointer[apiError] // set once run has ended
+	stats  watchStats
 
 	mu       sync.Mutex
 	next     uint64 // number of the next event to look at
@@ -37,6 +39,24 @@ type hub struct {
 	prefixes watchSets
 	lengths  map[int]int // of the prefixes: how many sets
 	waiters  versionHeap
+}
+
+// watchStats counts what watchers do.
+type watchStats struct {
+	open          atomic.Int64
+	events        atomic.Uint64 // passed on
+	slow, expired atomic.Uint64 // watches that ended with errSlow or errExpired
+}
+
+// note counts what one read came to.
+func (s *watchStats) note(n int, err error) {
+	s.events.Add(uint64(n))
+	switch {
+	case errors.Is(err, errSlow):
+		s.slow.Add(1)
+	case errors.Is(err, errExpired):
+		s.expired.Add(1)
+	}
 }
 
 // watchSets holds the armed watchers by the key or the prefix that they want.
@@ -207,6 +227,7 @@ type watcher struct {
 	key      string
 	isPrefix bool
 	patient  bool          // never gets errSlow
+	closed   bool          // guarded by the hub's mutex
 	wake     chan struct{} // holds one token: read may return something new
 
 	// armed is set by the watcher and reset by the hub, under its mutex. Meanwhile
@@ -224,6 +245,7 @@ func (h *hub) watch(key string, isPrefix bool, rv uint64) (*watcher, error) {
 	if !ok {
 		return nil, errExpired
 	}
+	h.stats.open.Add(1)
 	return &watcher{hub: h, key: key, isPrefix: isPrefix, next: n, rv: rv, wake: make(chan struct{}, 1)}, nil
 }
 
@@ -231,6 +253,10 @@ func (h *hub) watch(key string, isPrefix bool, rv uint64) (*watcher, error) {
 func (w *watcher) close() {
 	w.hub.mu.Lock()
 	defer w.hub.mu.Unlock()
+	if !w.closed {
+		w.closed = true
+		w.hub.stats.open.Add(-1)
+	}
 	if w.armed.Load() {
 		w.hub.disarm(w)
 	}
@@ -257,6 +283,7 @@ func (w *watcher) read(take func(e *event, last bool)) (n int, rv uint64, err er
 			return 0, rv, err
 		}
 		if n, err := w.scan(take); n > 0 || err != nil {
+			w.hub.stats.note(n, err)
 			return n, w.rv, err
 		}
 		w.hub.arm(w) // if that fails there is more to read

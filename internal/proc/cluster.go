@@ -127,6 +127,10 @@ func (c *Cluster) Add() (*Node, error) {
 	return n, nil
 }
 
+// Token is the --cluster-token of all nodes. Without one, nodes whose lists differ would take each other for
+// strangers.
+func (c *Cluster) Token() string { return c.urls[0] }
+
 // Forget takes a node out of Nodes: it is no member any more. Stop still stops it.
 func (c *Cluster) Forget(n *Node) {
 	c.Nodes = slices.DeleteFunc(slices.Clone(c.Nodes), func(other *Node) bool { return other == n })

@@ -163,8 +163,7 @@ func (n *Node) args() []string {
 		peers = opts.PeerURLs(n, peers)
 	}
 	args := []string{
-		// Otherwise nodes would take each other for strangers when their lists differ.
-		"--cluster-token", n.cluster.urls[0],
+		"--cluster-token", n.cluster.Token(),
 		"--id", strconv.Itoa(n.ID),
 		"--cluster", strings.Join(peers, ","),
 		"--port", strconv.Itoa(n.HTTPPort),

@@ -208,7 +208,7 @@ func TestCluster_PeerURLsPerNode(t *testing.T) {
 		return peers
 	}})
 	peers := strings.Join([]string{proxy, c.Nodes[1].RaftURL(), proxy}, ",")
-	token := c.urls[0] // what they have in common all the same
+	token := c.Token() // what they have in common all the same
 	want := "cluster " + peers + " token " + token
 	if log := c.Nodes[1].LogTail(); !strings.Contains(log, want) {
 		t.Errorf("log %q does not have %q", log, want)

@@ -1,0 +1,221 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/pprof"
+	runtimepprof "runtime/pprof"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+)
+
+// This file is the HTTP front for those who look after a node: status,
+// readiness, metrics, log level, profiles.
+
+const (
+	statusTimeout   = time.Second // for another member to tell its status
+	statusSizeMax   = 1 << 20     // bytes of that
+	logLevelSizeMax = 1 << 10     // bytes of a body
+	metricsInFlight = 4           // answers at /-/metrics at a time; more are refused
+)
+
+func (h *httpAPI) getStatus(w http.ResponseWriter, r request) error {
+	if r.params.all {
+		return writeJSON(w, r, gatherStatus(r.Context(), h.backend.status()))
+	}
+	return writeJSON(w, r, h.backend.status())
+}
+
+// clusterStatus is what each member says of itself.
+type clusterStatus struct {
+	Members []memberStatus `json:"members"` // in the order of their IDs
+	Silent  []uint64       `json:"silent"`  // IDs of those that did not answer
+}
+
+// memberStatus is what a member says, or why nothing is known.
+type memberStatus struct {
+	ID        uint64      `json:"id"`
+	ClientURL string      `json:"clientURL,omitempty"`
+	Status    *nodeStatus `json:"status,omitempty"`
+	Error     string      `json:"error,omitempty"`
+}
+
+// gatherStatus asks all members at the same time. own is the view of this node.
+func gatherStatus(ctx context.Context, own nodeStatus) clusterStatus {
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	all := clusterStatus{Members: make([]memberStatus, len(own.Members)), Silent: []uint64{}}
+	var asking sync.WaitGroup
+	for i, m := range own.Members {
+		all.Members[i] = memberStatus{ID: m.ID, ClientURL: m.ClientURL}
+		if m.ID == own.ID {
+			all.Members[i].Status = &own
+			continue
+		}
+		asking.Go(func() {
+			st, err := fetchStatus(ctx, m, own.ClusterID)
+			if err != nil {
+				all.Members[i].Error = err.Error()
+				return
+			}
+			all.Members[i].Status = st
+		})
+	}
+	asking.Wait()
+	for _, m := range all.Members {
+		if m.Status == nil {
+			all.Silent = append(all.Silent, m.ID)
+		}
+	}
+	return all
+}
+
+// statusClient follows no redirects: only a member knows its status.
+var statusClient = &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+
+// fetchStatus asks a member for its status.
+func fetchStatus(ctx context.Context, m member, cluster string) (*nodeStatus, error) {
+	if m.ClientURL == "" {
+		return nil, errors.New("it has not told its client URL yet; has it ever been up?")
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, m.ClientURL+"/-/v1/status", nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := statusClient.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("%s answered %s", m.ClientURL, resp.Status)
+	}
+	st := new(nodeStatus)
+	if err := json.NewDecoder(io.LimitReader(resp.Body, statusSizeMax)).Decode(st); err != nil {
+		return nil, fmt.Errorf("%s: %w", m.ClientURL, err)
+	}
+	if st.ID != m.ID || st.ClusterID != cluster {
+		return nil, fmt.Errorf("at %s there is node %d of cluster %s", m.ClientURL, st.ID, st.ClusterID)
+	}
+	return st, nil
+}
+
+// getLive says that this process answers, whatever the cluster does.
+func (h *httpAPI) getLive(w http.ResponseWriter, r request) error {
+	writeText(w, r, "ok\n")
+	return nil
+}
+
+// getReady says whether this node can serve.
+func (h *httpAPI) getReady(w http.ResponseWriter, r request) error {
+	ctx, cancel := context.WithTimeout(r.Context(), readyTimeout)
+	defer cancel()
+	lines, failed := readiness(ctx, h.checks)
+	ok := "ok\n"
+	if err := h.backend.writable(); err != nil { // it serves reads, so it may be ready
+		readOnly := "read-only: " + err.Error() + "\n"
+		lines, ok = lines+readOnly, ok+readOnly
+	}
+	switch {
+	case r.params.verbose && failed != nil:
+		writeBody(w, r.Request, http.StatusServiceUnavailable, typeText, []byte(lines))
+	case r.params.verbose:
+		writeText(w, r, lines)
+	case failed != nil:
+		return errNotReady.withDetail("%s", strings.Join(failed, "; "))
+	default:
+		writeText(w, r, ok)
+	}
+	return nil
+}
+
+// getMetrics answers in Prometheus' text format.
+func (h *httpAPI) getMetrics(w http.ResponseWriter, r request) error {
+	h.exposition.ServeHTTP(w, r.Request)
+	return nil
+}
+
+func newExposition(cfg httpConfig) http.Handler {
+	return promhttp.HandlerFor(cfg.registry, promhttp.HandlerOpts{
+		ErrorLog:            zap.NewStdLog(cfg.logger),
+		ErrorHandling:       promhttp.ContinueOnError,
+		MaxRequestsInFlight: metricsInFlight,
+	})
+}
+
+// logLevel is the level of the log as JSON.
+type logLevel struct {
+	Level string `json:"level"`
+}
+
+func (h *httpAPI) getLogLevel(w http.ResponseWriter, r request) error {
+	return writeJSON(w, r, logLevel{h.level.String()})
+}
+
+// putLogLevel changes the level until the process ends.
+func (h *httpAPI) putLogLevel(w http.ResponseWriter, r request) error {
+	text, err := readBody(r.Request, logLevelSizeMax)
+	if err != nil {
+		return err
+	}
+	var body logLevel
+	d := json.NewDecoder(strings.NewReader(text))
+	d.DisallowUnknownFields()
+	err = d.Decode(&body)
+	if _, end := d.Token(); err != nil || !errors.Is(end, io.EOF) {
+		return errLogLevel
+	}
+	level, err := zapcore.ParseLevel(body.Level)
+	if err != nil || level < zapcore.DebugLevel || level > zapcore.ErrorLevel || body.Level != level.String() {
+		return errLogLevel
+	}
+	if old := h.level.Level(); old != level {
+		h.level.SetLevel(min(old, level)) // the line is in the log either way
+		h.logger.Info("log level changed", zap.Stringer("from", old), zap.Stringer("to", level))
+	}
+	h.level.SetLevel(level)
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+var (
+	errLogLevel   = errInvalid.withDetail(`the body must be {"level":"debug"}, or info, warn or error instead`)
+	errNoProfiles = errNotFound.withDetail("profiles are off; start the node with --pprof to have them")
+)
+
+// getProfiles lists the profiles.
+func (h *httpAPI) getProfiles(w http.ResponseWriter, r request) error {
+	if !h.profiles {
+		return errNoProfiles
+	}
+	pprof.Index(w, r.Request)
+	return nil
+}
+
+// getProfile makes one profile, as go tool pprof wants it.
+func (h *httpAPI) getProfile(w http.ResponseWriter, r request) error {
+	if !h.profiles {
+		return errNoProfiles
+	}
+	switch r.name {
+	case "profile":
+		pprof.Profile(w, r.Request)
+	case "trace":
+		pprof.Trace(w, r.Request)
+	default:
+		if runtimepprof.Lookup(r.name) == nil {
+			return errNotFound.withDetail("there is no profile %q; /-/debug/pprof/ lists them", r.name)
+		}
+		pprof.Handler(r.name).ServeHTTP(w, r.Request)
+	}
+	return nil
+}
