@@ -2,6 +2,7 @@ package main
 
 import (
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"strconv"
 	"sync"
@@ -27,7 +28,9 @@ type recorder struct {
 	turn   uint64        // counts the requests that used this recorder
 }
 
-var recorders = sync.Pool{New: func() any { return new(recorder) }}
+// Each recorder counts from somewhere else, so that no pattern of requests hides
+// from those that are timed.
+var recorders = sync.Pool{New: func() any { return &recorder{turn: rand.Uint64()} }}
 
 // epoch is what the times of recorders count from. The difference of two of
 // them needs the monotonic clock only, which is half of time.Now.
@@ -157,7 +160,8 @@ func (m *callMetrics) maybeLook(now time.Duration) {
 		timed += m.buckets[i].Load()
 	}
 	every, took := uint64(1), now-time.Duration(end)+busyWindow
-	if float64(timed-m.timed.Swap(timed)) > busyRate*took.Seconds() {
+	// After a pause longer than a window the call cannot have been busy.
+	if n := timed - m.timed.Swap(timed); took <= 2*busyWindow && float64(n) > busyRate*took.Seconds() {
 		every = busyEvery
 	}
 	m.every.Store(every)

@@ -95,21 +95,26 @@ type peerProgress struct {
 	active    bool // heard of lately
 }
 
-// progress asks the loop how far the other members are. Only a leader knows.
-func (l *loop) progress(ctx context.Context) (committed uint64, peers []peerProgress, err error) {
-	answered := make(chan struct{})
+// leaderView is what a leader knows of the other members; nothing elsewhere.
+type leaderView struct {
+	committed uint64
+	peers     []peerProgress
+}
+
+// leaderView asks the loop.
+func (l *loop) leaderView(ctx context.Context) (leaderView, error) {
+	answer := make(chan leaderView, 1)
 	l.call(func() error {
-		committed, peers = l.replica.committed, l.replica.progress()
-		close(answered)
+		answer <- leaderView{l.replica.committed, l.replica.progress()}
 		return nil
 	})
 	select {
-	case <-answered:
-		return committed, peers, nil
+	case v := <-answer:
+		return v, nil
 	case <-l.done:
-		return 0, nil, errStopped
+		return leaderView{}, errStopped
 	case <-ctx.Done():
-		return 0, nil, ctx.Err()
+		return leaderView{}, ctx.Err()
 	}
 }
 
@@ -180,12 +185,12 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 		}
 	})
 	wait.Go(func() {
-		committed, peers, err := m.node.progress(ctx)
+		view, err := m.node.leaderView(ctx)
 		if err != nil {
 			return // the loop is stuck or has ended
 		}
-		for _, p := range peers {
-			gauge(descPeerLag, float64(committed-min(p.match, committed)), strconv.FormatUint(p.id, 10))
+		for _, p := range view.peers {
+			gauge(descPeerLag, float64(view.committed-min(p.match, view.committed)), strconv.FormatUint(p.id, 10))
 			gauge(descPeerActive, number(p.active), strconv.FormatUint(p.id, 10))
 		}
 	})

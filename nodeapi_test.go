@@ -1,0 +1,195 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"raftrv/internal/proc"
+)
+
+func testContextThatEnds(t *testing.T) (context.Context, context.CancelFunc) {
+	return context.WithCancel(t.Context())
+}
+
+func TestNode_ReadinessListsItsChecks(t *testing.T) {
+	var broken error
+	f := newFront(t, func(c *httpConfig) {
+		c.checks = append(c.checks, check{"disk", func(context.Context) error { return broken }})
+	})
+	a := f.do("GET", "/-/readyz?verbose", "")
+	a.want(t, 200)
+	if a.body != "[+]leader ok\n[+]caught-up ok\n[+]disk ok\nready\n" {
+		t.Errorf("%q", a.body)
+	}
+	f.do("GET", "/-/readyz?verbose=false", "").want(t, 200)
+	f.do("GET", "/-/readyz?verbose=2", "").want(t, 400)
+
+	broken = errors.New("9 bytes are left")
+	a = f.do("GET", "/-/readyz?verbose=true", "")
+	a.want(t, 503)
+	a.wantHeader(t, "Content-Type", "text/plain; charset=utf-8")
+	if a.body != "[+]leader ok\n[+]caught-up ok\n[-]disk failed: 9 bytes are left\nnot ready\n" {
+		t.Errorf("%q", a.body)
+	}
+	a = f.do("GET", "/-/readyz", "")
+	a.want(t, 503)
+	a.wantHeader(t, "Content-Type", "application/problem+json")
+	if !strings.Contains(a.body, `"detail":"disk: 9 bytes are left"`) || !strings.Contains(a.body, `"code":"not-ready"`) {
+		t.Errorf("%s", a.body)
+	}
+}
+
+// One check that hangs holds up neither the others nor, beyond its time, the answer.
+func TestNode_ReadinessChecksRunTogether(t *testing.T) {
+	wait := func(ctx context.Context) error {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	start := time.Now()
+	lines, failed := readiness(ctx, []check{{"a", wait}, {"b", func(context.Context) error { return nil }}, {"c", wait}})
+	if time.Since(start) > 5*time.Second || len(failed) != 2 || !strings.Contains(lines, "[+]b ok\n[-]c failed") {
+		t.Errorf("%v: %s", time.Since(start), lines)
+	}
+}
+
+func TestNode_LogLevel(t *testing.T) {
+	f := newFront(t)
+	a := f.do("GET", "/-/v1/log-level", "")
+	a.want(t, 200)
+	if a.body != `{"level":"info"}`+"\n" {
+		t.Errorf("%s", a.body)
+	}
+	for _, level := range []string{"debug", "error", "warn", "info"} {
+		f.do("PUT", "/-/v1/log-level", fmt.Sprintf(`{"level":%q}`, level)).want(t, 204)
+		if got := f.config.level.String(); got != level {
+			t.Errorf("the level is %s, want %s", got, level)
+		}
+	}
+	for _, body := range []string{"", "debug", `"debug"`, `{}`, `{"level":""}`, `{"level":"DEBUG"}`, `{"level":"fatal"}`, `{"level":"debug","x":1}`, `{"level":"debug"} x`} {
+		if a := f.do("PUT", "/-/v1/log-level", body); a.code != 400 || f.config.level.Level() != zapcore.InfoLevel {
+			t.Errorf("%s: %d, level %v", body, a.code, f.config.level)
+		}
+	}
+}
+
+// The level takes effect in a log that is written already, also in its parts.
+func TestNode_LogLevelTakesEffect(t *testing.T) {
+	var out bytes.Buffer
+	logger, level := newLogger(&out, "warn", "json")
+	part := logger.Named("part").With(zap.Int("id", 1))
+	part.Info("one")
+	level.SetLevel(zapcore.DebugLevel)
+	part.Debug("two")
+	level.SetLevel(zapcore.ErrorLevel)
+	part.Warn("three")
+	if got := out.String(); !strings.Contains(got, "two") || strings.Contains(got, "one") || strings.Contains(got, "three") {
+		t.Errorf("%s", got)
+	}
+}
+
+func TestNode_AccessLog(t *testing.T) {
+	f := newFront(t)
+	f.do("PUT", "/k", "v").want(t, 201)
+	if n := f.logs.FilterMessage("request").Len(); n != 0 {
+		t.Errorf("%d lines without --access-log", n)
+	}
+	f = newFront(t, func(c *httpConfig) { c.accessLog = true })
+	f.do("PUT", "/a%0Ab?timeout=1s", "v").want(t, 201)
+	f.do("GET", "/a%0Ab", "").want(t, 200)
+	f.do("GET", "/-/none", "").want(t, 404)
+	var got []string
+	for deadline := time.Now().Add(5 * time.Second); len(got) < 3 && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		got = nil
+		for _, line := range f.logs.FilterMessage("request").All() { // the last may come after its answer
+			m := line.ContextMap()
+			got = append(got, fmt.Sprint(m["method"], " ", m["target"], " ", m["route"], " ", m["status"], " ", m["bytes"]))
+			if d, ok := m["duration"].(time.Duration); !ok || d < 0 || d > 5*time.Second {
+				t.Errorf("%v took %v", m["target"], m["duration"])
+			}
+		}
+	}
+	want := []string{"PUT /a%0Ab?timeout=1s /{key} 201 0", "GET /a%0Ab /{key} 200 1"}
+	if len(got) != 3 || !slices.Equal(got[:2], want) || !strings.HasPrefix(got[2], "GET /-/none other 404 ") {
+		t.Errorf("%q", got)
+	}
+}
+
+func TestNode_StatusOfAll(t *testing.T) {
+	own := nodeStatus{ID: 1, ClusterID: "c", Role: "leader", Members: []member{{ID: 1, ClientURL: "http://own"}}}
+	release := make(chan struct{})
+	serve := func(id uint64, handler http.HandlerFunc) {
+		server := httptest.NewServer(handler)
+		t.Cleanup(server.Close)
+		own.Members = append(own.Members, member{ID: id, ClientURL: server.URL})
+	}
+	answer := func(st nodeStatus) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.String() != "/-/v1/status" {
+				t.Errorf("asked for %s", r.URL)
+			}
+			_ = json.NewEncoder(w).Encode(st)
+		}
+	}
+	serve(2, answer(nodeStatus{ID: 2, ClusterID: "c", Term: 7}))
+	serve(3, answer(nodeStatus{ID: 4, ClusterID: "c"}))
+	serve(4, answer(nodeStatus{ID: 4, ClusterID: "other"}))
+	serve(5, func(http.ResponseWriter, *http.Request) { <-release })
+	serve(6, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, own.Members[1].ClientURL, http.StatusFound) })
+	serve(7, func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("{")) })
+	t.Cleanup(func() { close(release) }) // before the servers close
+	own.Members = append(own.Members, member{ID: 8}, member{ID: 9, ClientURL: "http://127.0.0.1:1"})
+	start := time.Now()
+	all := gatherStatus(t.Context(), own)
+	if took := time.Since(start); took < statusTimeout || took > statusTimeout+5*time.Second {
+		t.Errorf("it took %v; they are to be asked at the same time, and only for so long", took)
+	}
+	if !slices.Equal(all.Silent, []uint64{3, 4, 5, 6, 7, 8, 9}) || len(all.Members) != 9 {
+		t.Errorf("%+v", all)
+	}
+	for i, want := range []string{"", "", "node 4 of cluster c", "cluster other", "deadline", "302", "EOF", "not told", "refused"} {
+		m := all.Members[i]
+		if m.ID != uint64(i+1) || (want == "") != (m.Status != nil) || !strings.Contains(m.Error, want) || (want == "") != (m.Error == "") {
+			t.Errorf("%+v, want %q", m, want)
+		}
+	}
+	if all.Members[0].Status.Role != "leader" || all.Members[1].Status.Term != 7 {
+		t.Errorf("%+v", all)
+	}
+}
+
+// checkClusterStatus asks for the status of all members, one of which is down.
+func (c *liveCluster) checkClusterStatus(n, down *proc.Node) {
+	c.t.Helper()
+	var all clusterStatus
+	start := time.Now()
+	must(c.t, json.Unmarshal([]byte(liveText(c.t, n, "/-/v1/status?all=true", 200)), &all))
+	if took := time.Since(start); took > statusTimeout+5*time.Second {
+		c.t.Errorf("the status of all took %v", took)
+	}
+	if len(all.Members) != len(c.Nodes) || !slices.Equal(all.Silent, []uint64{uint64(down.ID)}) {
+		c.t.Errorf("%+v", all)
+	}
+	for i, m := range all.Members {
+		if m.ID == uint64(down.ID) {
+			if m.Status != nil || !strings.Contains(m.Error, "refused") {
+				c.t.Errorf("%+v", m)
+			}
+		} else if m.Status == nil || m.Status.ID != m.ID || m.ClientURL != c.Nodes[i].URL() {
+			c.t.Errorf("%+v", m)
+		}
+	}
+}
