@@ -385,7 +385,7 @@ func TestMetrics_LiveCluster(t *testing.T) {
 			`raftrv_members{kind="voter"}`: 3, `raftrv_members{kind="learner"}`: 0,
 			`raftrv_ready_check{check="leader"}`: 1, `raftrv_ready_check{check="caught-up"}`: 1, `raftrv_ready_check{check="not-stopping"}`: 1,
 			"raftrv_watchers": number(n == follower), "raftrv_proposal_queue_bytes": 0,
-			`raftrv_watch_drops_total{reason="slow"}`: 0,
+			`raftrv_watch_drops_total{reason="slow"}`:                            0,
 			`raftrv_http_requests_total{code="200",method="GET",route="/{key}"}`: number(n == reader) * writes,
 		} {
 			if got, ok := s[series]; !ok && want != 0 || got != want {

@@ -148,7 +148,9 @@ func TestNode_StatusOfAll(t *testing.T) {
 	serve(3, answer(nodeStatus{ID: 4, ClusterID: "c"}))
 	serve(4, answer(nodeStatus{ID: 4, ClusterID: "other"}))
 	serve(5, func(http.ResponseWriter, *http.Request) { <-release })
-	serve(6, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, own.Members[1].ClientURL, http.StatusFound) })
+	serve(6, func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, own.Members[1].ClientURL, http.StatusFound)
+	})
 	serve(7, func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("{")) })
 	t.Cleanup(func() { close(release) }) // before the servers close
 	own.Members = append(own.Members, member{ID: 8}, member{ID: 9, ClientURL: "http://127.0.0.1:1"})

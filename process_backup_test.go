@@ -107,6 +107,18 @@ func TestProcess_BackupAndRestore(t *testing.T) {
 		t.Errorf("the old node has found a majority: %d", r.status)
 	}
 	c.stop(stays)
+	stays.DataDir += "-empty" // somebody has forgotten to restore it
+	must(t, stays.Start())
+	c.eventually(func() error {
+		if !strings.Contains(stays.LogTail(), "a node of another cluster answers") {
+			return fmt.Errorf("it does not say what is wrong:\n%s", stays.LogTail())
+		}
+		return nil
+	})
+	if r := c.client(stays).do(http.MethodGet, stays.URL()+"/-/readyz", ""); r.status != http.StatusServiceUnavailable {
+		t.Errorf("a node that was not restored is ready: %d %s", r.status, r.body)
+	}
+	c.stop(stays)
 	c.restore(stays, chosen)
 	c.start()
 

@@ -233,8 +233,8 @@ func (n *node) checkFresh(ctx context.Context) error {
 	if !n.fresh {
 		return nil
 	}
-	n.informed.Store(true) // all that a new cluster knows
-	strangers := map[uint64]bool{}
+	n.informed.Store(true)         // all that a new cluster knows
+	strangers := map[uint64]bool{} // that were reported
 	retry := time.NewTicker(freshRetry)
 	defer retry.Stop()
 	for {
