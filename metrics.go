@@ -151,6 +151,10 @@ var (
 	descRefused      = newDesc("connections_refused_total", "Connections of clients that there was no room for.")
 	descDirectory    = newDesc("directory_bytes", "Bytes on disk of the log (wal) and the snapshots (snap).", "directory")
 	descDiskFree     = newDesc("disk_free_bytes", "Bytes that the file system of the data directory has left.")
+	descDiskReserve  = newDesc("disk_reserve_bytes", "With less than this left on its disk the node takes no writes but deletes.")
+	descQuota        = newDesc("quota_bytes", "What store_bytes may be; 0 if there is no limit.")
+	descReadOnly     = newDesc("read_only", "1 if writes are refused for this reason.", "reason")
+	descDiverged     = newDesc("divergence_detected", "1 if this node has another state than others, and serves nothing.")
 	descDiskSize     = newDesc("disk_size_bytes", "Bytes of the file system of the data directory.")
 	descReady        = newDesc("ready_check", "1 if the check of readiness succeeds.", "check")
 )
@@ -160,7 +164,8 @@ func (*nodeMetrics) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		descBuildInfo, descMember, descIsLeader, descHasLeader, descTerm, descCommitted, descApplied, descVersion, descKeys, descStoreBytes,
 		descMembers, descPeerLag, descPeerActive, descQueueBatches, descQueueBytes, descInbox, descWatchers, descWatchEvents, descWatchDrops,
-		descWindow, descConnections, descAccepted, descRefused, descDirectory, descDiskFree, descDiskSize, descReady,
+		descWindow, descConnections, descAccepted, descRefused, descDirectory, descDiskFree, descDiskSize, descDiskReserve,
+		descQuota, descReadOnly, descDiverged, descReady,
 	} {
 		ch <- d
 	}
@@ -242,6 +247,12 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 		gauge(descDiskFree, float64(fs.Bavail)*float64(fs.Bsize))
 		gauge(descDiskSize, float64(fs.Blocks)*float64(fs.Bsize))
 	}
+	gauge(descDiskReserve, float64(s.DiskReserveBytes))
+	gauge(descQuota, float64(s.QuotaBytes))
+	for _, e := range []*apiError{errDiskFull, errQuota, errDiverged} {
+		gauge(descReadOnly, number(s.ReadOnly == e.code), e.code)
+	}
+	gauge(descDiverged, number(s.Divergence != sound.String()))
 }
 
 func number(b bool) float64 {

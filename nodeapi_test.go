@@ -30,7 +30,7 @@ func TestNode_ReadinessListsItsChecks(t *testing.T) {
 	})
 	a := f.do("GET", "/-/readyz?verbose", "")
 	a.want(t, 200)
-	if a.body != "[+]leader ok\n[+]caught-up ok\n[+]disk ok\nready\n" {
+	if a.body != "[+]leader ok\n[+]caught-up ok\n[+]state ok\n[+]disk ok\nready\n" {
 		t.Errorf("%q", a.body)
 	}
 	f.do("GET", "/-/readyz?verbose=false", "").want(t, 200)
@@ -40,7 +40,7 @@ func TestNode_ReadinessListsItsChecks(t *testing.T) {
 	a = f.do("GET", "/-/readyz?verbose=true", "")
 	a.want(t, 503)
 	a.wantHeader(t, "Content-Type", "text/plain; charset=utf-8")
-	if a.body != "[+]leader ok\n[+]caught-up ok\n[-]disk failed: 9 bytes are left\nnot ready\n" {
+	if a.body != "[+]leader ok\n[+]caught-up ok\n[+]state ok\n[-]disk failed: 9 bytes are left\nnot ready\n" {
 		t.Errorf("%q", a.body)
 	}
 	a = f.do("GET", "/-/readyz", "")
