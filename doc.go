@@ -33,9 +33,8 @@
 //	watermark.go  how a log that lost something is noticed
 //	transport.go  messages between members
 //	health.go     the checks of readiness
-//	metrics.go    what a node tells Prometheus, beside the next two
-//	httpmetrics.go  requests, counted and logged
-//	diskmetrics.go  the disk, with a clock beside it
+//	metrics.go    what a node tells Prometheus: the loop, and what is there anyway;
+//	              httpmetrics.go has the requests, diskmetrics.go the disk
 //	listener.go   tracked, capped TCP
 //	errors.go     what can go wrong, in every front's words
 package main

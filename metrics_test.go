@@ -214,9 +214,10 @@ func TestMetrics_BusyCalls(t *testing.T) {
 			break
 		}
 	}
-	first, second := request(), request()
-	if !first || !second {
-		t.Error("a call that is not busy any more is not always timed")
+	for range 2 {
+		if !request() {
+			t.Error("a call that is not busy any more is not always timed")
+		}
 	}
 }
 
