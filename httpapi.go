@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -49,6 +50,11 @@ const (
 const (
 	bodyChunkSize = 16 << 10
 	bodyAllocMax  = 64 << 10 // the most that is allocated on the word of Content-Length
+
+	// bodiesSizeMax bounds what all bodies together may come to that are being
+	// read, or wait for their write. Those of at most a chunk do not count: the
+	// number of connections bounds them.
+	bodiesSizeMax = 256 << 20
 )
 
 // backend is what the HTTP front needs of a node. Errors are *apiError or wrap
@@ -132,6 +138,7 @@ type httpAPI struct {
 	httpConfig
 	metrics    *httpMetrics
 	exposition http.Handler // of all metrics
+	bodies     atomic.Int64 // bytes of large ones
 }
 
 func newHTTPAPI(cfg httpConfig) http.Handler {
@@ -180,12 +187,29 @@ func (h *httpAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	rec := newRecorder(w)
 	defer h.answered(rec, r)
-	if err := h.route(rec, r); err != nil {
+	if err := h.routeWithin(rec, r); err != nil {
 		h.writeError(rec, r, err)
 		if r.Context().Err() != nil {
 			rec.status = statusClientGone
 		}
 	}
+}
+
+// routeWithin serves a request if there is memory for its body.
+func (h *httpAPI) routeWithin(w *recorder, r *http.Request) error {
+	size := r.ContentLength
+	if size < 0 || size > int64(h.valueSizeMax) { // not known, or more than is read
+		size = int64(h.valueSizeMax)
+	}
+	if size <= bodyChunkSize {
+		return h.route(w, r)
+	}
+	defer h.bodies.Add(-size)
+	if h.bodies.Add(size) > bodiesSizeMax {
+		w.Header()["Connection"] = closeAfter // the body is not read
+		return errOverloaded
+	}
+	return h.route(w, r)
 }
 
 // Keys.

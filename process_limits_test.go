@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -10,6 +11,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -148,12 +151,12 @@ func TestProcess_DiskFull(t *testing.T) {
 		c.waitForAcks(50)
 		load.stop()
 	}
-	c.verdictBut("again", "refused")
+	c.nothingLost()
 	t.Log(c.history.count())
 }
 
-// verdictBut is verdict after writes that are no part of the history took versions.
-func (c *liveCluster) verdictBut(...string) {
+// nothingLost is verdict in a test with writes that are not in the history: their versions are not looked at.
+func (c *liveCluster) nothingLost() {
 	c.t.Helper()
 	c.readBack()
 	if err := c.history.checkLinearizable(c.dir); err != nil {
@@ -207,7 +210,7 @@ func TestProcess_DiskFullOfOne(t *testing.T) {
 				return nil
 			})
 			t.Logf("it caught up %v after there was space", time.Since(start).Round(time.Millisecond))
-			c.verdictBut()
+			c.nothingLost()
 		})
 	}
 }
@@ -235,6 +238,267 @@ func TestProcess_DiskError(t *testing.T) {
 	}
 	d.resize(1, 64<<20)
 	c.start()
-	c.verdictBut()
+	c.nothingLost()
 	t.Log(c.history.count())
+}
+
+// TestProcess_Quota: at the quota writes are refused and deletes are not, at every node, and there is room again
+// after them.
+func TestProcess_Quota(t *testing.T) {
+	const quota, value = 4 << 20, 16 << 10
+	c := newLiveCluster(t, proc.Options{Args: []string{"--quota-bytes", strconv.Itoa(quota)}})
+	load := c.load(6, c.Nodes, putLarge)
+	var tries atomic.Int64 // each a new key: replacing a value may be all right
+	for _, n := range c.Nodes {
+		l := c.client(n)
+		c.eventually(func() error {
+			r := l.raw(http.MethodPut, fmt.Sprint("refused/", tries.Add(1)), "", strings.Repeat("v", value))
+			if r.status != http.StatusInsufficientStorage || r.problem.Code != "quota-exceeded" || r.problem.Outcome != notApplied {
+				return fmt.Errorf("PUT at node %d beyond the quota: %d %s %v", n.ID, r.status, r.body, r.err)
+			}
+			return nil
+		})
+	}
+	load.stop()
+	for _, n := range c.Nodes {
+		l := c.client(n)
+		st := l.status()
+		if st.StateBytes > quota+quota/8 || st.StateBytes < quota/2 || st.QuotaBytes != quota {
+			t.Errorf("node %d has %d bytes, with a quota of %d", n.ID, st.StateBytes, st.QuotaBytes)
+		}
+		if o := l.get("large/v1"); o.outcome != liveDone {
+			t.Errorf("GET at the quota: %v", o)
+		}
+		// What does not make the store larger is taken.
+		if o := l.put("large/v1", l.c.newValue(100)); o.outcome != liveDone {
+			t.Errorf("PUT of a smaller value: %v", o)
+		}
+		txn := fmt.Sprintf(`{"then":[{"op":"put","key":"txn","value":"%s"}]}`, strings.Repeat("v", value))
+		if r := l.do(http.MethodPost, n.URL()+"/-/v1/txn", txn); r.status != http.StatusInsufficientStorage {
+			t.Errorf("transaction beyond the quota: %d %s", r.status, r.body)
+		}
+		if r := l.do(http.MethodPost, n.URL()+"/-/v1/txn", `{"then":[{"op":"delete","key":"none"}]}`); r.status != http.StatusOK {
+			t.Errorf("transaction that only deletes: %d %s", r.status, r.body)
+		}
+	}
+	c.nothingLost()
+	l := c.client(c.Nodes[0])
+	if r := l.do(http.MethodDelete, l.node.URL()+"/-/v1/keys?prefix=large", ""); r.status != http.StatusOK {
+		t.Fatalf("delete: %d %s %v", r.status, r.body, r.err)
+	}
+	for _, n := range c.Nodes {
+		l := c.client(n)
+		c.eventually(func() error { // this node applies the delete
+			if r := l.raw(http.MethodPut, "again", "", strings.Repeat("v", value)); r.status/100 != 2 {
+				return fmt.Errorf("PUT at node %d after a delete: %d %s %v", n.ID, r.status, r.body, r.err)
+			}
+			return nil
+		})
+	}
+}
+
+// status returns what the node says of itself.
+func (l *liveClient) status() (st nodeStatus) {
+	l.c.t.Helper()
+	r := l.do(http.MethodGet, l.node.URL()+"/-/v1/status", "")
+	must(l.c.t, r.err)
+	must(l.c.t, json.Unmarshal(r.body, &st))
+	return st
+}
+
+// rss returns how much memory a process has.
+func rss(t *testing.T, n *proc.Node) int {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", n.PID()))
+	if errors.Is(err, os.ErrNotExist) {
+		t.Skip("only Linux tells how much memory a process has")
+	}
+	must(t, err)
+	_, rest, _ := strings.Cut(string(b), "VmRSS:")
+	var kilobytes int
+	_, err = fmt.Sscan(rest, &kilobytes)
+	must(t, err)
+	return kilobytes << 10
+}
+
+// TestProcess_FrozenFollower: a member that does not read costs the leader no more memory than its flags allow,
+// and catches up when it reads again. Nobody is elected meanwhile.
+func TestProcess_FrozenFollower(t *testing.T) {
+	const (
+		quota, watch, snapshot = 64 << 20, 8 << 20, 8 << 20
+		// See "Memory" in docs/operations.md.
+		rssMax = 2*(quota+watch+2*snapshot+catchUpBytesMax+2*inflightBytesMax) + 96<<20
+	)
+	c := newLiveCluster(t, proc.Options{Args: []string{"--quota-bytes", strconv.Itoa(quota),
+		"--watch-bytes", strconv.Itoa(watch), "--snapshot-bytes", strconv.Itoa(snapshot)}})
+	leader := c.leader()
+	frozen := c.others(leader)[0]
+	before, terms := rss(t, leader), c.terms()
+	var writes atomic.Int64
+	value := strings.Repeat("v", 32<<10)
+	load := c.load(16, []*proc.Node{leader}, func(l *liveClient) {
+		r := l.raw(http.MethodPut, fmt.Sprint("frozen/", writes.Add(1)%1000), "", value)
+		if r.err != nil || r.status/100 != 2 {
+			t.Errorf("PUT: %d %s %v", r.status, r.body, r.err)
+		}
+	})
+	must(t, frozen.Pause())
+	highest := 0
+	for end := time.Now().Add(sized(6*time.Second, time.Minute)); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		highest = max(highest, rss(t, leader))
+	}
+	must(t, frozen.Resume())
+	start := time.Now()
+	rv := c.client(leader).version()
+	c.eventually(func() error {
+		if r := c.client(frozen).do(http.MethodGet, fmt.Sprintf("%s/?resourceVersion=%d", frozen.URL(), rv), ""); r.status != http.StatusOK {
+			return fmt.Errorf("it does not catch up: %d %s %v", r.status, r.body, r.err)
+		}
+		return nil
+	})
+	t.Logf("%d MiB written; the leader had %d MiB, then at most %d of %d; caught up %v after SIGCONT", writes.Load()*int64(len(value))>>20,
+		before>>20, highest>>20, rssMax>>20, time.Since(start).Round(time.Millisecond))
+	load.stop()
+	if highest > rssMax {
+		t.Errorf("the leader had %d bytes, more than %d", highest, rssMax)
+	}
+	if after := c.terms(); !slices.Equal(terms, after) {
+		t.Errorf("there was an election: terms %v, then %v", terms, after)
+	}
+}
+
+// TestProcess_Overload: writes that cannot be replicated are refused before they fill the memory.
+func TestProcess_Overload(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{})
+	n := c.leader()
+	c.kill(c.others(n)...)
+	// Bodies that are held, the queue that has copies of them, and garbage as much.
+	const rssMax = 2*(bodiesSizeMax+queueSizeMax) + 128<<20
+	value := strings.Repeat("v", valueSizeMaxDefault)
+	codes := map[string]int{}
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	for range 800 {
+		wg.Go(func() {
+			l := c.client(n)
+			defer l.close()
+			r := l.raw(http.MethodPut, "k", "?timeout=3s", value)
+			mu.Lock()
+			defer mu.Unlock()
+			switch {
+			case r.err != nil:
+				codes["connection closed"]++ // it was refused while the body was on its way
+			case r.status == http.StatusServiceUnavailable && r.problem.Outcome == notApplied && r.header.Get("Retry-After") != "",
+				r.status == http.StatusGatewayTimeout:
+				codes[r.problem.Code]++
+			default:
+				t.Errorf("PUT: %d %s", r.status, r.body)
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() {
+		wg.Wait()
+		close(done)
+	}()
+	highest := 0
+	for running := true; running; {
+		select {
+		case <-done:
+			running = false
+		case <-time.After(20 * time.Millisecond):
+			highest = max(highest, rss(t, n))
+		}
+	}
+	t.Logf("%v; at most %d of %d MiB", codes, highest>>20, rssMax>>20)
+	if codes["overloaded"] == 0 || highest > rssMax {
+		t.Errorf("%v; %d bytes, at most %d are all right", codes, highest, rssMax)
+	}
+	c.start()
+	c.client(n).mustPut("kept", "v")
+}
+
+// damage changes a value in the newest snapshot of a node that is down, as a fault of the program would: the file
+// is whole.
+func (c *liveCluster) damage(n *proc.Node, key string) {
+	c.t.Helper()
+	paths, err := filepath.Glob(filepath.Join(n.DataDir, snapDir, "*"+bodySuffix))
+	must(c.t, err)
+	slices.Sort(paths)
+	path := paths[len(paths)-1]
+	f, err := os.Open(path)
+	must(c.t, err)
+	st, err := readState(f)
+	must(c.t, err)
+	must(c.t, f.Close())
+	it, ok := st.items.Get(key)
+	if !ok {
+		c.t.Fatalf("%q is not in %s", key, path)
+	}
+	it.value += " (damaged)"
+	st.items.Set(key, it)
+	f, err = os.Create(path)
+	must(c.t, err)
+	must(c.t, errors.Join(st.writeTo(f), f.Close()))
+}
+
+// TestProcess_Diverged: a member that holds another state than the others stops serving within 10 s, says so, and
+// does not come to lead; the others go on. One that joins in its place is whole.
+func TestProcess_Diverged(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{Args: []string{"--snapshot-entries", "20"}})
+	bad := c.leader()
+	good := c.client(c.others(bad)[0])
+	good.mustPut("k", "right")
+	for range 100 {
+		good.putNew()
+	}
+	c.eventually(func() error {
+		paths, err := filepath.Glob(filepath.Join(bad.DataDir, snapDir, "*"+bodySuffix))
+		if err == nil && len(paths) < 2 {
+			err = errors.New("no snapshot yet")
+		}
+		return err
+	})
+	c.stop(bad)
+	c.damage(bad, "k")
+	must(t, bad.Start())
+	good.putNew()
+	start := time.Now()
+	l := c.client(bad)
+	c.eventually(func() error {
+		if r := l.raw(http.MethodGet, "k", "?resourceVersion=0", ""); r.status != http.StatusServiceUnavailable || r.problem.Code != "diverged" {
+			return fmt.Errorf("node %d serves its own state: %d %s %v", bad.ID, r.status, r.body, r.err)
+		}
+		return nil
+	})
+	t.Logf("noticed within %v of the first write", time.Since(start).Round(time.Millisecond))
+	for _, call := range [][2]string{{"GET", "/k"}, {"PUT", "/k"}, {"DELETE", "/k"}, {"GET", "/-/readyz"}, {"GET", "/-/v1/keys?resourceVersion=0"},
+		{"GET", "/-/v1/watch"}, {"POST", "/-/v1/txn"}} {
+		body := ""
+		if call[0] == "POST" {
+			body = `{"then":[{"op":"get","key":"k"}]}`
+		}
+		if r := l.do(call[0], bad.URL()+call[1], body); r.status != http.StatusServiceUnavailable || r.problem.Code != "diverged" {
+			t.Errorf("%s %s: %d %s %v", call[0], call[1], r.status, r.body, r.err)
+		}
+	}
+	if st := l.status(); st.Divergence != "diverged" || st.ReadOnly != "diverged" {
+		t.Errorf("status: %+v", st)
+	}
+	if log, err := os.ReadFile(bad.LogFile); err != nil || !bytes.Contains(log, []byte("/-/v1/members/"+strconv.Itoa(bad.ID))) {
+		t.Errorf("the log does not say what to do: %v", err)
+	}
+	for _, n := range c.others(bad) {
+		l := c.client(n)
+		if st := l.status(); st.Divergence != "sound" {
+			t.Errorf("node %d: %+v", n.ID, st)
+		}
+		if o := l.get("k"); o.value != "right" {
+			t.Errorf("%v", o)
+		}
+		l.mustPut("after", c.newValue(10))
+	}
+	if c.leader() == bad {
+		t.Errorf("node %d leads", bad.ID)
+	}
 }

@@ -1,0 +1,149 @@
+package main
+
+import (
+	"errors"
+	"math"
+	"testing"
+
+	"go.uber.org/zap"
+)
+
+// newTestGuard returns the guard of member 1 of three, whose disk has room for so many bytes.
+func newTestGuard(t *testing.T, free *uint64) *guard {
+	t.Helper()
+	s := newKVStore()
+	for id := range uint64(3) {
+		s.state.members[id+1] = member{ID: id + 1}
+	}
+	g := newGuard(&config{id: 1, diskReserve: 1000, quota: 10_000}, s, func() int { return 0 }, zap.NewNop())
+	g.free = func() (uint64, error) { return *free, nil }
+	must(t, g.lookAtDisk())
+	return g
+}
+
+var (
+	somePut    = command{op: opPut, key: "k", value: "v"}
+	someDelete = command{op: opDelete, key: "k"}
+)
+
+// TestGuard_Disk: between two looks no more is taken than there was room for, since all three members may take
+// as much.
+func TestGuard_Disk(t *testing.T) {
+	free := uint64(math.MaxUint64 / 4)
+	g := newTestGuard(t, &free)
+	must(t, g.admit(&somePut, 5000))
+
+	free = 1000 + 299
+	must(t, g.lookAtDisk())
+	must(t, g.admit(&somePut, 50)) // costs 150
+	if err := g.admit(&somePut, 50); !errors.Is(err, errDiskFull) {
+		t.Errorf("more than there is room for: %v", err)
+	}
+	must(t, g.admit(&someDelete, 50)) // from the reserve
+	if !g.receive(400) {
+		t.Error("entries that there is room for are refused")
+	}
+	if g.receive(400) { // the reserve is 1000, of which deletes and entries get 500
+		t.Error("entries are taken without room")
+	}
+	if !g.receive(0) {
+		t.Error("a message without entries is refused")
+	}
+
+	for _, step := range []struct {
+		free         uint64
+		full, closed bool
+	}{{999, true, false}, {1010, true, false}, {1200, false, false}, {1010, false, false}, {499, true, true}, {510, true, false}, {math.MaxUint64, false, false}} {
+		free = step.free
+		must(t, g.lookAtDisk())
+		if s := g.space.Load(); s.full != step.full || s.closed != step.closed {
+			t.Errorf("%d bytes free: %+v, want %+v", free, *s, step)
+		}
+		if err := g.admit(&somePut, 1); errors.Is(err, errDiskFull) != step.full {
+			t.Errorf("%d bytes free: put: %v", free, err)
+		}
+		if err := g.admit(&someDelete, 1); errors.Is(err, errDiskFull) != step.closed {
+			t.Errorf("%d bytes free: delete: %v", free, err)
+		}
+	}
+}
+
+// TestGuard_OthersFull: what the disks of others mean for the writes here.
+func TestGuard_OthersFull(t *testing.T) {
+	full := health{DiskFull: true}
+	for _, tt := range []struct {
+		name   string
+		others map[uint64]health
+		leader uint64
+		want   bool
+	}{
+		{"nobody", map[uint64]health{2: {}, 3: {}}, 2, false},
+		{"a follower", map[uint64]health{2: {}, 3: full}, 2, false},
+		{"the leader", map[uint64]health{2: {}, 3: full}, 3, true},
+		{"both others, this one leads", map[uint64]health{2: full, 3: full}, 1, true},
+		{"one of two that answer", map[uint64]health{2: full}, 1, false},
+	} {
+		free := uint64(math.MaxUint64 / 4)
+		g := newTestGuard(t, &free)
+		g.hear(tt.others, tt.leader)
+		if err := g.admit(&somePut, 1); errors.Is(err, errDiskFull) != tt.want {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+		must(t, g.admit(&someDelete, 1))
+	}
+}
+
+// TestGuard_Diverged: a verdict by a majority lasts, a doubt goes when there is one.
+func TestGuard_Diverged(t *testing.T) {
+	free := uint64(math.MaxUint64 / 4)
+	g := newTestGuard(t, &free)
+	applyAll(t, g.store, somePut)
+	own := health{Sums: g.store.sums()}
+	other := health{Sums: sums{Now: checkpoint{own.Sums.Now.Index, own.Sums.Now.Sum + 1}}}
+	for _, step := range []struct {
+		others map[uint64]health
+		want   verdict
+	}{
+		{map[uint64]health{}, sound},
+		{map[uint64]health{2: other}, doubtful},
+		{map[uint64]health{2: other, 3: own}, sound},
+		{map[uint64]health{2: other, 3: other}, diverged},
+		{map[uint64]health{2: own, 3: own}, diverged},
+	} {
+		if _, v := g.hear(step.others, 2); v != step.want {
+			t.Errorf("%v, want %v", v, step.want)
+		}
+		if err := g.admit(&someDelete, 1); errors.Is(err, errDiverged) != (step.want != sound) {
+			t.Errorf("%v: %v", step.want, err)
+		}
+	}
+}
+
+// TestGuard_Quota: what grows the store beyond it is refused, and nothing else.
+func TestGuard_Quota(t *testing.T) {
+	free := uint64(math.MaxUint64 / 4)
+	g := newTestGuard(t, &free)
+	big := command{op: opPut, key: "big", value: string(make([]byte, 9_900))}
+	must(t, g.admit(&big, 9_900))
+	applyAll(t, g.store, big)
+	txn := func(ops ...command) *command {
+		t := txn{then: ops}
+		return &command{op: opTxn, value: t.encode()}
+	}
+	for name, c := range map[string]*command{"put": &somePut, "transaction": txn(someDelete, somePut)} {
+		if err := g.admit(c, 10); !errors.Is(err, errQuota) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for name, c := range map[string]*command{"smaller": {op: opPut, key: "big", value: "v"}, "delete": &someDelete, "prefix": {op: opDeletePrefix, key: "b"}, "transaction": txn(someDelete)} {
+		if err := g.admit(c, 10); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := g.writable(); !errors.Is(err, errQuota) {
+		t.Error(err)
+	}
+	applyAll(t, g.store, command{op: opDelete, key: "big"})
+	must(t, g.admit(&somePut, 10))
+	must(t, g.writable())
+}
