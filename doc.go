@@ -12,10 +12,12 @@
 //	raft.go       the replica, a step machine over raft: persist, send, apply
 //	command.go    what is replicated, as bytes
 //	kvstore.go    the state machine: what an applied command does
+//	divergence.go how members notice that they do not hold the same state
 //	retries.go    the outcome of requests that may come again
 //	scan.go       many items as they were at one version, while writes go on
 //	events.go     what changed recently, so that a watch can start in the past
 //	watch.go      the hub: who waits for which event
+//	guard.go      what a node must not do: disk full, quota, diverged
 //	routes.go     the table of all calls
 //	params.go     the query, conditions, TTL and Idempotency-Key of a request
 //	keysapi.go    keys as JSON: one, lists, streams

@@ -147,3 +147,23 @@ func TestGuard_Quota(t *testing.T) {
 	must(t, g.admit(&somePut, 10))
 	must(t, g.writable())
 }
+
+// TestHub_ClosedForAWhile: watches end when a node stops serving, and can start again when it serves again.
+func TestHub_ClosedForAWhile(t *testing.T) {
+	s := newKVStore()
+	h := newHub(s)
+	w, err := h.watch("", true, 0)
+	must(t, err)
+	h.close(errDiverged)
+	if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, errDiverged) {
+		t.Errorf("read: %v", err)
+	}
+	h.reopen()
+	w, err = h.watch("", true, 0)
+	must(t, err)
+	applyAll(t, s, somePut)
+	h.distribute()
+	if n, _, err := w.read(func(*event, bool) {}); n != 1 || err != nil {
+		t.Errorf("read %d events: %v", n, err)
+	}
+}

@@ -502,3 +502,47 @@ func TestProcess_Diverged(t *testing.T) {
 		t.Errorf("node %d leads", bad.ID)
 	}
 }
+
+// TestProcess_Doubtful: of two members that differ both stop serving, since nobody can tell which one is right,
+// until a person has decided.
+func TestProcess_Doubtful(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{Nodes: 2, Args: []string{"--snapshot-entries", "20"}})
+	bad := c.others(c.leader())[0]
+	good := c.client(c.leader())
+	good.mustPut("k", "right")
+	for range 100 {
+		good.putNew()
+	}
+	c.eventually(func() error {
+		paths, err := filepath.Glob(filepath.Join(bad.DataDir, snapDir, "*"+bodySuffix))
+		if err == nil && len(paths) < 2 {
+			err = errors.New("no snapshot yet")
+		}
+		return err
+	})
+	c.stop(bad)
+	c.damage(bad, "k")
+	must(t, bad.Start())
+	for _, n := range c.Nodes {
+		l := c.client(n)
+		c.eventually(func() error {
+			if st := l.status(); st.Divergence != "doubtful" {
+				return fmt.Errorf("node %d: %+v", n.ID, st)
+			}
+			return nil
+		})
+		if r := l.raw(http.MethodGet, "k", "", ""); r.problem.Code != "diverged" {
+			t.Errorf("GET at node %d: %d %s", n.ID, r.status, r.body)
+		}
+	}
+	if r := good.do(http.MethodDelete, fmt.Sprintf("%s/-/v1/members/%d", good.node.URL(), bad.ID), ""); r.status != http.StatusNoContent {
+		t.Fatalf("remove: %d %s %v", r.status, r.body, r.err)
+	}
+	c.eventually(func() error {
+		if r := good.raw(http.MethodGet, "k", "", ""); string(r.body) != "right" {
+			return fmt.Errorf("GET at the one that is left: %d %s", r.status, r.body)
+		}
+		return nil
+	})
+	_ = bad.Wait(c.context()) // it ends because it was removed
+}
