@@ -52,9 +52,10 @@ const (
 	bodyAllocMax  = 64 << 10 // the most that is allocated on the word of Content-Length
 
 	// bodiesSizeMax bounds what all bodies together may come to that are being
-	// read, or wait for their write. Those of at most a chunk do not count: the
-	// number of connections bounds them.
-	bodiesSizeMax = 256 << 20
+	// read, or wait for their write. One that is being read costs twice as much,
+	// since its buffer grows. Those of at most a chunk do not count: the number of
+	// connections bounds them.
+	bodiesSizeMax = 128 << 20
 )
 
 // backend is what the HTTP front needs of a node. Errors are *apiError or wrap

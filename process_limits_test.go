@@ -372,8 +372,8 @@ func TestProcess_Overload(t *testing.T) {
 	c := newLiveCluster(t, proc.Options{})
 	n := c.leader()
 	c.kill(c.others(n)...)
-	// Bodies that are held, the queue that has copies of them, and garbage as much.
-	const rssMax = 2*(bodiesSizeMax+queueSizeMax) + 128<<20
+	// Bodies that are read, the queue that has copies of them, and garbage as much.
+	const rssMax = 2*(2*bodiesSizeMax+queueSizeMax) + 128<<20
 	value := strings.Repeat("v", valueSizeMaxDefault)
 	codes := map[string]int{}
 	var mu sync.Mutex
@@ -442,12 +442,9 @@ func (c *liveCluster) damage(n *proc.Node, key string) {
 	must(c.t, errors.Join(st.writeTo(f), f.Close()))
 }
 
-// TestProcess_Diverged: a member that holds another state than the others stops serving within 10 s, says so, and
-// does not come to lead; the others go on. One that joins in its place is whole.
-func TestProcess_Diverged(t *testing.T) {
-	c := newLiveCluster(t, proc.Options{Args: []string{"--snapshot-entries", "20"}})
-	bad := c.leader()
-	good := c.client(c.others(bad)[0])
+// restartDamaged writes "right" to the key k, by way of good, and makes bad start with something else there.
+func (c *liveCluster) restartDamaged(bad *proc.Node, good *liveClient) {
+	c.t.Helper()
 	good.mustPut("k", "right")
 	for range 100 {
 		good.putNew()
@@ -461,7 +458,19 @@ func TestProcess_Diverged(t *testing.T) {
 	})
 	c.stop(bad)
 	c.damage(bad, "k")
-	must(t, bad.Start())
+	must(c.t, bad.Start())
+	l := c.client(bad)
+	defer l.close()
+	c.eventually(func() error { return l.do(http.MethodGet, bad.URL()+"/-/livez", "").err })
+}
+
+// TestProcess_Diverged: a member that holds another state than the others stops serving within 10 s, says so, and
+// does not come to lead; the others go on. One that joins in its place is whole.
+func TestProcess_Diverged(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{Args: []string{"--snapshot-entries", "20"}})
+	bad := c.leader()
+	good := c.client(c.others(bad)[0])
+	c.restartDamaged(bad, good)
 	good.putNew()
 	start := time.Now()
 	l := c.client(bad)
@@ -509,20 +518,7 @@ func TestProcess_Doubtful(t *testing.T) {
 	c := newLiveCluster(t, proc.Options{Nodes: 2, Args: []string{"--snapshot-entries", "20"}})
 	bad := c.others(c.leader())[0]
 	good := c.client(c.leader())
-	good.mustPut("k", "right")
-	for range 100 {
-		good.putNew()
-	}
-	c.eventually(func() error {
-		paths, err := filepath.Glob(filepath.Join(bad.DataDir, snapDir, "*"+bodySuffix))
-		if err == nil && len(paths) < 2 {
-			err = errors.New("no snapshot yet")
-		}
-		return err
-	})
-	c.stop(bad)
-	c.damage(bad, "k")
-	must(t, bad.Start())
+	c.restartDamaged(bad, good)
 	for _, n := range c.Nodes {
 		l := c.client(n)
 		c.eventually(func() error {
