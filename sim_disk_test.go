@@ -221,6 +221,9 @@ func (d *simDisk) writeSnapshot(meta *raftpb.Snapshot, st *state) error {
 	if err := d.usable(); err != nil {
 		return err
 	}
+	if d.process.node.full {
+		return errNoSpace
+	}
 	if err := d.storage.writeSnapshot(meta, st); err != nil {
 		return err
 	}

@@ -21,7 +21,7 @@ type simFault func(s *sim)
 // simFaults are all kinds. A seed uses about half of them, so that runs differ
 // more than if each had a little of everything.
 var simFaults = []simFault{
-	faultCrash, faultCrash, faultTrap, faultTrap, faultTrap, faultDisk, faultPowerCut, faultStop,
+	faultCrash, faultCrash, faultTrap, faultTrap, faultTrap, faultDisk, faultFull, faultPowerCut, faultStop,
 	faultPartition, faultIsolateLeader, faultIsolate, faultOneWay, faultBridge, faultSlow,
 	faultPause, faultPauseLeader, faultTransfer, faultMembers, faultMembers,
 }
@@ -125,6 +125,7 @@ func (s *sim) beginCalm() {
 	s.network.netConfig, s.disk.slow = s.net, 0
 	s.network.heal()
 	for _, n := range s.nodes {
+		n.full = false
 		n.pausedUntil = s.now
 		n.resume()
 		if n.process != nil {
@@ -192,6 +193,9 @@ func faultDisk(s *sim) {
 		n.process.trap = trap{point: pick(s, diskPoints), fault: errDisk, tail: s.someTail()}
 	}
 }
+
+// faultFull fills the disk of a node, up to what guard keeps for the log.
+func faultFull(s *sim) { pick(s, s.nodes).full = true }
 
 func faultPowerCut(s *sim) {
 	for _, n := range s.nodes {

@@ -33,6 +33,7 @@ type simNode struct {
 	pausedUntil time.Duration
 	held        []func() // what waits for the end of the pause
 	retired     bool     // was removed from the cluster
+	full        bool     // its disk has room only for what the log has taken already
 }
 
 var simEpoch = time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
@@ -517,10 +518,16 @@ func (p *process) deliver(m *raftpb.Message, body []byte) error {
 		p.sim.check.violate("guard", "node %d refuses a message that node %d sent: %v\n%v", p.node.id, m.GetFrom(), err, m)
 		return err
 	}
+	if t := m.GetType(); p.node.full && (t == raftpb.MsgApp || t == raftpb.MsgProp) && messageSize(m) > 0 {
+		return nil // see guard.receive
+	}
 	defer p.wake()
 	meta := m.GetSnapshot().GetMetadata()
 	if m.GetType() != raftpb.MsgSnap || meta.GetIndex() <= p.store.applied() {
 		return p.loop.deliver(message{Message: m})
+	}
+	if p.node.full {
+		return errNoSpace // before anything is written
 	}
 	if err := p.disk.receiveBody(meta.GetIndex(), body); err != nil {
 		return err

@@ -75,6 +75,7 @@ func plants() []*plant {
 		{name: "condition checked before apply", request: checkEarly},
 		{name: "peer URL not in the snapshot", disk: snapshotsWith(firstPeerURLs), prepare: often(faultMembers)},
 		{name: "removed id not in the snapshot", disk: snapshotsWith(func(st *state) { st.removed = map[uint64]bool{} }), prepare: often(faultMembers)},
+		{name: "no room for a snapshot ignored", disk: func(_ *process, d disk) disk { return fullDisk{d} }, prepare: often(faultFull, faultCrash)},
 		{name: "a write with another value on one node", turned: otherValue()},
 		{name: "snapshot with a later configuration", disk: laterConfig, prepare: often(faultMembers, faultMembers, faultCrash)},
 	}
@@ -143,6 +144,16 @@ type deafDisk struct{ disk }
 
 func (d deafDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 	if err := d.disk.save(hs, ents); err != errDisk {
+		return err
+	}
+	return nil
+}
+
+// fullDisk takes a snapshot that had no room for one that is there.
+type fullDisk struct{ disk }
+
+func (d fullDisk) writeSnapshot(snap *raftpb.Snapshot, st *state) error {
+	if err := d.disk.writeSnapshot(snap, st); !errors.Is(err, errNoSpace) {
 		return err
 	}
 	return nil
