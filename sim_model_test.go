@@ -154,6 +154,9 @@ func (m *model) applyBatch(e *raftpb.Entry, next *modelEntry) error {
 }
 
 func (m *model) apply(c *command, next *modelEntry) (result, error) {
+	if c.op == opNop {
+		return result{}, nil // it was withdrawn: a retry is the first attempt
+	}
 	if c.op == opExpire && m.items[c.key].expires > m.now && c.condition.rv == m.items[c.key].rv {
 		return result{}, fmt.Errorf("key %q expires %d ms early", c.key, m.items[c.key].expires-m.now)
 	}
@@ -202,8 +205,6 @@ func (m *model) apply(c *command, next *modelEntry) (result, error) {
 
 func (m *model) execute(c *command, changes *[]event) (result, error) {
 	switch c.op {
-	case opNop:
-		return result{}, nil
 	case opRefuse:
 		return result{status: statusRefused}, nil
 	case opPut, opDelete, opExpire:
