@@ -95,6 +95,10 @@ func (g *guard) diskReserve() uint64 {
 	return 2*floorSegments*segmentBytes() + g.store.snapshotSize()
 }
 
+// copiesOfPut is how often a disk must have room for what is put: in the log, and
+// in the next snapshot as an item and as an event.
+const copiesOfPut = 3
+
 // diskFloor is how much of a reserve is not for deletes either.
 func diskFloor(reserve uint64) uint64 { return min(floorSegments*segmentBytes(), reserve/2) }
 
@@ -145,6 +149,7 @@ func (g *guard) admit(c *command, size int) error {
 	if err := g.diskFull(); err != nil {
 		return err
 	}
+	cost *= copiesOfPut
 	if g.left.Load()-cost < g.kept.Load() {
 		return errDiskFull
 	}

@@ -35,12 +35,12 @@ func TestGuard_Disk(t *testing.T) {
 
 	free = 1000 + 299
 	must(t, g.lookAtDisk())
-	must(t, g.admit(&somePut, 50)) // costs 150
-	if err := g.admit(&somePut, 50); !errors.Is(err, errDiskFull) {
+	must(t, g.admit(&somePut, 30)) // costs 270
+	if err := g.admit(&somePut, 30); !errors.Is(err, errDiskFull) {
 		t.Errorf("more than there is room for: %v", err)
 	}
 	must(t, g.admit(&someDelete, 50)) // from the reserve
-	if !g.receive(400) {
+	if !g.receive(300) {
 		t.Error("entries that there is room for are refused")
 	}
 	if g.receive(400) { // the reserve is 1000, of which deletes and entries get 500
