@@ -481,7 +481,7 @@ func TestProcess_Diverged(t *testing.T) {
 		return nil
 	})
 	t.Logf("noticed within %v of the first write", time.Since(start).Round(time.Millisecond))
-	for _, call := range [][2]string{{"GET", "/k"}, {"PUT", "/k"}, {"DELETE", "/k"}, {"GET", "/-/readyz"}, {"GET", "/-/v1/keys?resourceVersion=0"},
+	for _, call := range [][2]string{{"GET", "/k"}, {"PUT", "/k"}, {"DELETE", "/k"}, {"GET", "/-/v1/keys?resourceVersion=0"},
 		{"GET", "/-/v1/watch"}, {"POST", "/-/v1/txn"}} {
 		body := ""
 		if call[0] == "POST" {
@@ -490,6 +490,9 @@ func TestProcess_Diverged(t *testing.T) {
 		if r := l.do(call[0], bad.URL()+call[1], body); r.status != http.StatusServiceUnavailable || r.problem.Code != "diverged" {
 			t.Errorf("%s %s: %d %s %v", call[0], call[1], r.status, r.body, r.err)
 		}
+	}
+	if r := l.do("GET", bad.URL()+"/-/readyz", ""); r.status != http.StatusServiceUnavailable || !strings.Contains(r.problem.Detail, "state: Diverged") {
+		t.Errorf("readyz: %d %s %v", r.status, r.body, r.err)
 	}
 	if st := l.status(); st.Divergence != "diverged" || st.ReadOnly != "diverged" {
 		t.Errorf("status: %+v", st)
