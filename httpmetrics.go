@@ -20,7 +20,7 @@ import (
 // recorder is the ResponseWriter of a request: it notes what was answered.
 type recorder struct {
 	http.ResponseWriter
-	call   *call         // nil until it is known, and for requests that no call is for
+	call   int           // its number; 0 until it is known, and for requests that no call is for
 	status int           // 0 until it is known; then net/http sends 200
 	bytes  int64         // of the body
 	start  time.Duration // since epoch
@@ -38,8 +38,8 @@ var epoch = time.Now()
 
 func newRecorder(w http.ResponseWriter) *recorder {
 	rec := recorders.Get().(*recorder)
-	rec.ResponseWriter, rec.call = w, nil
-	rec.status, rec.bytes, rec.weight = 0, 0, 0
+	rec.ResponseWriter = w
+	rec.call, rec.status, rec.bytes, rec.weight = 0, 0, 0, 0
 	return rec
 }
 
@@ -68,7 +68,7 @@ func (rec *recorder) Unwrap() http.ResponseWriter { return rec.ResponseWriter }
 
 // called notes which call a request is for.
 func (h *httpAPI) called(rec *recorder, c *call) {
-	rec.call = c
+	rec.call = c.number
 	rec.turn++
 	m := &h.metrics.calls[c.number]
 	if every := m.every.Load(); every <= 1 || rec.turn&(every-1) == 0 {
@@ -84,11 +84,7 @@ func (h *httpAPI) answered(rec *recorder, r *http.Request) {
 	if rec.status == 0 {
 		rec.status = http.StatusOK
 	}
-	number := 0
-	if rec.call != nil {
-		number = rec.call.number
-	}
-	m := &h.metrics.calls[number]
+	m := &h.metrics.calls[rec.call]
 	m.count(rec.status)
 	if rec.weight > 0 {
 		m.observe(time.Since(epoch)-rec.start, rec.weight)
@@ -96,16 +92,15 @@ func (h *httpAPI) answered(rec *recorder, r *http.Request) {
 	if h.accessLog {
 		h.logAnswer(rec, r)
 	}
-	rec.ResponseWriter = nil
-	recorders.Put(rec)
+	recorders.Put(rec) // with its writer: pointers cost more to clear than to keep for a moment
 }
 
 func (h *httpAPI) logAnswer(rec *recorder, r *http.Request) {
 	var took time.Duration
-	if rec.call != nil {
+	if rec.call != 0 {
 		took = time.Since(epoch) - rec.start
 	}
-	h.logger.Info("request", zap.String("method", r.Method), zap.String("target", r.RequestURI), zap.String("route", routeName(rec.call)),
+	h.logger.Info("request", zap.String("method", r.Method), zap.String("target", r.RequestURI), zap.String("route", routeName(allCalls[rec.call])),
 		zap.Int("status", rec.status), zap.Int64("bytes", rec.bytes), zap.Duration("duration", took), zap.String("client", r.RemoteAddr))
 }
 
@@ -186,7 +181,7 @@ type httpMetrics struct {
 }
 
 func newHTTPMetrics() *httpMetrics {
-	return &httpMetrics{calls: make([]callMetrics, callCount+1)}
+	return &httpMetrics{calls: make([]callMetrics, len(allCalls))}
 }
 
 var (
@@ -202,20 +197,16 @@ func (m *httpMetrics) Describe(ch chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (m *httpMetrics) Collect(ch chan<- prometheus.Metric) {
-	m.collectCall(ch, nil)
-	for _, rt := range append([]*route{rootRoute, keyRoute}, reservedRoutes...) {
-		for i := range rt.calls {
-			m.collectCall(ch, &rt.calls[i])
-		}
+	for number, c := range allCalls {
+		m.collectCall(ch, &m.calls[number], c)
 	}
 }
 
-func (m *httpMetrics) collectCall(ch chan<- prometheus.Metric, c *call) {
-	method, number := "other", 0
+func (m *httpMetrics) collectCall(ch chan<- prometheus.Metric, of *callMetrics, c *call) {
+	method := "other"
 	if c != nil {
-		method, number = c.method, c.number
+		method = c.method
 	}
-	of := &m.calls[number]
 	for i := range of.statuses {
 		if n := of.statuses[i].Load(); n > 0 {
 			ch <- prometheus.MustNewConstMetric(descRequests, prometheus.CounterValue, float64(n), method, routeName(c), strconv.Itoa(i+statusMin))

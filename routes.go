@@ -35,8 +35,8 @@ type call struct {
 	number int    // from 1; no two calls have the same
 }
 
-// callCount is how many calls there are.
-var callCount int
+// allCalls has every call at its number; the first place stands for no call.
+var allCalls = []*call{nil}
 
 // request is an HTTP request of which the path and the parameters were read.
 type request struct {
@@ -131,8 +131,8 @@ func newRoute(rt route) *route {
 	methods := []string{http.MethodOptions}
 	for i := range rt.calls {
 		c := &rt.calls[i]
-		callCount++
-		c.path, c.number = rt.path, callCount
+		c.path, c.number = rt.path, len(allCalls)
+		allCalls = append(allCalls, c)
 		methods = append(methods, c.method)
 		if c.method == http.MethodGet {
 			methods = append(methods, http.MethodHead)
