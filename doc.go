@@ -24,6 +24,7 @@
 //	txnapi.go     transactions as JSON
 //	item.go       the JSON form of an item
 //	watchapi.go   a watch as lines of JSON or server-sent events
+//	membersapi.go who is in the cluster, and who leads
 //	nodeapi.go    status, readiness, metrics, log level, profiles
 //	openapi.go    the description of the HTTP interface, openapi.json
 //	backup.go     a backup: its file, and the call that streams it
@@ -37,6 +38,7 @@
 //	health.go     the checks of readiness
 //	metrics.go    what a node tells Prometheus: the loop, and what is there anyway;
 //	              httpmetrics.go has the requests, diskmetrics.go the disk
+//	memory.go     how much garbage may lie beside a large state
 //	listener.go   tracked, capped TCP
 //	errors.go     what can go wrong, in every front's words
 package main
