@@ -58,6 +58,7 @@ type Cluster struct {
 	ownsDir bool
 	ports   []*portBlock
 	urls    []string // raft URL by id - 1, of nodes that were forgotten too
+	token   string
 	gone    []*Node
 }
 
@@ -86,6 +87,7 @@ func NewCluster(opts Options) (*Cluster, error) {
 	for _, n := range c.Nodes {
 		n.urls = c.urls // all of them are there from the start
 	}
+	c.token = c.urls[0]
 	return c, nil
 }
 
@@ -129,7 +131,7 @@ func (c *Cluster) Add() (*Node, error) {
 
 // Token is the --cluster-token of all nodes. Without one, nodes whose lists differ would take each other for
 // strangers.
-func (c *Cluster) Token() string { return c.urls[0] }
+func (c *Cluster) Token() string { return c.token }
 
 // Forget takes a node out of Nodes: it is no member any more. Stop still stops it.
 func (c *Cluster) Forget(n *Node) {
