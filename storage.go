@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"go.etcd.io/etcd/client/pkg/v3/fileutil"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/snap"
@@ -549,19 +550,43 @@ func (s *storage) writeBody(meta *raftpb.Snapshot, st *state) error {
 // syncEvery is how much of a large file is written between two syncs. A sync of
 // a gigabyte would hold up those of the log for seconds, and with them the
 // heartbeats.
-const syncEvery = 8 << 20 // bytes
+const syncEvery = 1 << 20 // bytes
+
+// pace lets the log and the requests have half of the disk and of the processor
+// while a large file is written.
+type pace struct {
+	began    time.Time // of this piece
+	unsynced int
+}
+
+// wrote counts bytes. It says when they have to be synced.
+func (p *pace) wrote(n int) (due bool) {
+	if p.unsynced == 0 {
+		p.began = time.Now()
+	}
+	p.unsynced += n
+	return p.unsynced >= syncEvery
+}
+
+// rest is called when a piece was synced.
+func (p *pace) rest() {
+	p.unsynced = 0
+	time.Sleep(min(time.Since(p.began), restMax))
+}
+
+const restMax = 50 * time.Millisecond
 
 // syncingWriter writes a file in pieces that are synced.
 type syncingWriter struct {
-	file     *os.File
-	unsynced int
+	file *os.File
+	pace pace
 }
 
 func (w *syncingWriter) Write(p []byte) (int, error) {
 	n, err := w.file.Write(p)
-	if w.unsynced += n; err == nil && w.unsynced >= syncEvery {
-		w.unsynced = 0
+	if due := w.pace.wrote(n); err == nil && due {
 		err = fileutil.Fdatasync(w.file)
+		w.pace.rest()
 	}
 	return n, err
 }
@@ -570,8 +595,9 @@ func (w *syncingWriter) Write(p []byte) (int, error) {
 // rafthttp has written of it so far, for the same reason.
 type receivedSnapshot struct {
 	io.ReadCloser
-	dir      string // where rafthttp writes it
-	unsynced int
+	dir  string // where rafthttp writes it
+	pace pace
+	due  bool
 }
 
 func (s *storage) receive(body io.ReadCloser) io.ReadCloser {
@@ -579,14 +605,14 @@ func (s *storage) receive(body io.ReadCloser) io.ReadCloser {
 }
 
 func (r *receivedSnapshot) Read(p []byte) (int, error) {
-	if r.unsynced >= syncEvery {
-		r.unsynced = 0
+	if r.due {
 		if err := syncReceived(r.dir); err != nil {
 			return 0, err
 		}
+		r.pace.rest()
 	}
 	n, err := r.ReadCloser.Read(p)
-	r.unsynced += n
+	r.due = r.pace.wrote(n)
 	return n, err
 }
 
