@@ -552,41 +552,26 @@ func (s *storage) writeBody(meta *raftpb.Snapshot, st *state) error {
 // heartbeats.
 const syncEvery = 1 << 20 // bytes
 
-// pace lets the log and the requests have half of the disk and of the processor
-// while a large file is written.
-type pace struct {
+// restMax bounds the pause after each piece, which is as long as the piece took.
+const restMax = 50 * time.Millisecond
+
+// syncingWriter writes a file in pieces that are synced. Between two of them it
+// leaves the disk and the processor to the log and to requests.
+type syncingWriter struct {
+	file     *os.File
 	began    time.Time // of this piece
 	unsynced int
 }
 
-// wrote counts bytes. It says when they have to be synced.
-func (p *pace) wrote(n int) (due bool) {
-	if p.unsynced == 0 {
-		p.began = time.Now()
-	}
-	p.unsynced += n
-	return p.unsynced >= syncEvery
-}
-
-// rest is called when a piece was synced.
-func (p *pace) rest() {
-	p.unsynced = 0
-	time.Sleep(min(time.Since(p.began), restMax))
-}
-
-const restMax = 50 * time.Millisecond
-
-// syncingWriter writes a file in pieces that are synced.
-type syncingWriter struct {
-	file *os.File
-	pace pace
-}
-
 func (w *syncingWriter) Write(p []byte) (int, error) {
+	if w.unsynced == 0 {
+		w.began = time.Now()
+	}
 	n, err := w.file.Write(p)
-	if due := w.pace.wrote(n); err == nil && due {
+	if w.unsynced += n; err == nil && w.unsynced >= syncEvery {
+		w.unsynced = 0
 		err = fileutil.Fdatasync(w.file)
-		w.pace.rest()
+		time.Sleep(min(time.Since(w.began), restMax))
 	}
 	return n, err
 }
@@ -595,9 +580,8 @@ func (w *syncingWriter) Write(p []byte) (int, error) {
 // rafthttp has written of it so far, for the same reason.
 type receivedSnapshot struct {
 	io.ReadCloser
-	dir  string // where rafthttp writes it
-	pace pace
-	due  bool
+	dir      string // where rafthttp writes it
+	unsynced int
 }
 
 func (s *storage) receive(body io.ReadCloser) io.ReadCloser {
@@ -605,14 +589,14 @@ func (s *storage) receive(body io.ReadCloser) io.ReadCloser {
 }
 
 func (r *receivedSnapshot) Read(p []byte) (int, error) {
-	if r.due {
+	if r.unsynced >= syncEvery {
+		r.unsynced = 0
 		if err := syncReceived(r.dir); err != nil {
 			return 0, err
 		}
-		r.pace.rest()
 	}
 	n, err := r.ReadCloser.Read(p)
-	r.due = r.pace.wrote(n)
+	r.unsynced += n
 	return n, err
 }
 
