@@ -78,7 +78,7 @@ func TestProcess_RawBytesSurvive(t *testing.T) {
 			t.Errorf("PUT %.20q: %d %s, want %d and a reason", path, r.status, r.body, want)
 		}
 	}
-	c.fill(24<<20, 64<<10)
+	c.fill(64<<20, 64<<10)
 
 	must(t, behind.Start())
 	c.checkOddKeys(behind, rv)
