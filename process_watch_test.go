@@ -249,8 +249,14 @@ func TestProcess_WatchNeverRead(t *testing.T) {
 		if *heavy && growth > bound {
 			t.Errorf("memory grows by %d bytes", growth)
 		}
-		if *heavy && delay > 100*time.Millisecond {
-			t.Errorf("p99 is %v", delay)
+		// A thousand at once take gigabytes of events into the kernel's buffers before they stand still, and a
+		// machine with two processors needs seconds for that.
+		most99 := 100 * time.Millisecond
+		if size > 1 {
+			most99 = 500 * time.Millisecond
+		}
+		if *heavy && delay > most99 {
+			t.Errorf("p99 is %v, want at most %v", delay, most99)
 		}
 	}
 }
