@@ -130,7 +130,7 @@ func (g *guard) lookAtDisk() error {
 	return nil
 }
 
-func (g *guard) members() int { return max(1, len(g.store.members())) }
+func (g *guard) members() int { return max(1, g.store.memberCount()) }
 
 // admit says whether a command of so many bytes may be proposed.
 func (g *guard) admit(c *command, size int) error {

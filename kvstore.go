@@ -181,11 +181,11 @@ func (s *kvstore) memberUpdates() int {
 	return s.state.updates
 }
 
-// isRemoved says whether id was a member once.
-func (s *kvstore) isRemoved(id uint64) bool {
+// memberCount returns how many members there are. Every write asks.
+func (s *kvstore) memberCount() int {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return s.state.removed[id]
+	return len(s.state.members)
 }
 
 // tellsRemoved says whether this member, self, tells the one with that id that it was

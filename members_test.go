@@ -265,6 +265,40 @@ func TestMembers_OneChangeAtATime(t *testing.T) {
 	s.judge(t)
 }
 
+// A change that was lost with its leader must not keep that one from making
+// others when it leads again.
+func TestMembers_ChangeIsLost(t *testing.T) {
+	s, old := newScenario(t, defaultSimConfig(1, 3))
+	s.network.isolate(old.id, true)
+	lost := s.addNode("http://n4", true)
+	b := old.proposeChange(memberChange{addLearner, member{ID: lost.id, PeerURL: lost.url}}, 500*time.Millisecond)
+	if err := s.changed(t, b); err == nil {
+		t.Fatal("changed by a leader that is cut off")
+	}
+	leader := s.node(old.id%3 + 1)
+	if !s.runUntil(5*time.Second, func() bool { return leads(leader) || leads(s.node(leader.id%3+1)) }) {
+		t.Fatalf("no leader; %v", s.check.violations)
+	}
+	if !leads(leader) {
+		leader = s.node(leader.id%3 + 1)
+	}
+	s.network.isolate(old.id, false)
+	s.wait(t, s.begin(leader, putOp("k", "v"), time.Second))
+	s.run(time.Second)
+	leader.process.loop.call(func() error {
+		leader.process.replica.raw.TransferLeader(old.id)
+		return nil
+	})
+	leader.process.wake()
+	if !s.runUntil(5*time.Second, func() bool { return leads(old) }) {
+		t.Fatalf("node %d does not lead again; %v", old.id, s.check.violations)
+	}
+	s.run(100 * time.Millisecond)
+	s.mustChange(t, old, memberChange{addLearner, member{ID: lost.id, PeerURL: lost.url}})
+	lost.start()
+	s.judge(t)
+}
+
 func TestMembers_LeaderIsRemoved(t *testing.T) {
 	for _, name := range []string{"asked itself", "asked another"} {
 		t.Run(name, func(t *testing.T) {
@@ -278,7 +312,7 @@ func TestMembers_LeaderIsRemoved(t *testing.T) {
 			if !s.runUntil(5*time.Second, func() bool { return leader.retired && s.agreedLeader() != nil }) {
 				t.Fatalf("stopped: %v, leader: %v; %v", leader.retired, s.agreedLeader(), s.check.violations)
 			}
-			if members := follower.process.store.members(); len(members) != 2 || !follower.process.store.isRemoved(leader.id) {
+			if members := follower.process.store.members(); len(members) != 2 || !follower.process.store.state.removed[leader.id] {
 				t.Errorf("%+v", members)
 			}
 			s.wait(t, s.begin(follower, putOp("k", "v"), time.Second))

@@ -540,7 +540,8 @@ func (r *replica) noteLeader(rd raft.Ready) {
 	}
 	r.leader, r.term = leader, term
 	if last, err := r.log.LastIndex(); err == nil {
-		r.electedIndex = last
+		// What it let pass as an earlier leader is in there, or lost.
+		r.electedIndex, r.changeIndex = last, 0
 	}
 	for _, b := range r.pending {
 		r.offer(b)
@@ -718,11 +719,10 @@ func decodeMemberChange(e *raftpb.Entry) (cc *raftpb.ConfChange, h batchHeader, 
 // place of a configuration change that must not be made: raft would replace it
 // by nothing, and its proposer would never know.
 func (r *replica) stepProposal(m *raftpb.Message) error {
-	// Raft may lead since its last Ready, of which noteLeader does not know yet.
-	leads := r.raw.BasicStatus().RaftState == raft.StateLeader
 	changes := false
 	for i, e := range m.GetEntries() {
-		if !leads || e.GetType() != raftpb.EntryConfChange {
+		// Raft may lead since its last Ready, of which noteLeader does not know yet.
+		if e.GetType() != raftpb.EntryConfChange || r.raw.BasicStatus().RaftState != raft.StateLeader {
 			continue
 		}
 		if r.role != raft.StateLeader || r.electedIndex > r.store.applied() {

@@ -335,7 +335,7 @@ func TestRemovedLeaderHasMore(t *testing.T) {
 	for range 3 {
 		s.begin(gone, putOp("k", "more"), time.Second)
 	}
-	if !s.runUntil(time.Second, func() bool { return gone.process.store.isRemoved(gone.id) }) {
+	if !s.runUntil(time.Second, func() bool { return gone.process.store.state.removed[gone.id] }) {
 		t.Fatalf("the removal of node %d was not committed; %v", gone.id, s.check.violations)
 	}
 	s.network.filter = nil
@@ -363,7 +363,7 @@ func TestLearnersDoNotTell(t *testing.T) {
 	})
 	s.change(t, leader, memberChange{removeMember, member{ID: gone.id}})
 	s.network.cut[leader.id][gone.id], s.network.cut[gone.id][leader.id] = true, true
-	if !s.runUntil(time.Second, func() bool { return learner.process.store.isRemoved(gone.id) }) {
+	if !s.runUntil(time.Second, func() bool { return learner.process.store.state.removed[gone.id] }) {
 		t.Fatalf("the learner does not know of the removal; %v", s.check.violations)
 	}
 	s.run(3 * time.Second)
@@ -407,7 +407,7 @@ func TestRemovalFromTwo(t *testing.T) {
 			}
 			s.change(t, leader, memberChange{removeMember, member{ID: gone.id}})
 			if !tt.lose {
-				if !s.runUntil(3*time.Second, func() bool { return left.process.store.isRemoved(gone.id) }) {
+				if !s.runUntil(3*time.Second, func() bool { return left.process.store.state.removed[gone.id] }) {
 					t.Fatalf("node %d was not removed; %v", gone.id, s.check.violations)
 				}
 				left.crash(tailLost)
