@@ -7,6 +7,7 @@
 //	main.go       the command line
 //	config.go     flags, their ranges and defaults
 //	server.go     builds a node from the parts below, starts and stops it
+//	member.go     how a node finds its place in the cluster
 //	httpapi.go    requests become commands and reads, results become responses
 //	loop.go       one goroutine drives the replica; everybody else waits here
 //	raft.go       the replica, a step machine over raft: persist, send, apply
@@ -35,6 +36,7 @@
 //	storage.go    the data directory: log and snapshots
 //	watermark.go  how a log that lost something is noticed
 //	transport.go  messages between members
+//	peerinfo.go   what else members tell each other
 //	health.go     the checks of readiness
 //	metrics.go    what a node tells Prometheus: the loop, and what is there anyway;
 //	              httpmetrics.go has the requests, diskmetrics.go the disk
