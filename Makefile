@@ -8,6 +8,7 @@ tool         = $(GO) tool -modfile=tools/$(1)/go.mod $(1)
 GOLANGCI_LINT = $(call tool,golangci-lint)
 GOREMAN       = $(call tool,goreman) -set-ports=false
 GOVULNCHECK   = $(call tool,govulncheck)
+CYCLONEDX     = $(call tool,cyclonedx-gomod)
 K6            = $(call tool,k6) run --no-usage-report $(if $(CI),--quiet) k6.js
 WITHCLUSTER   = $(GO) run ./internal/cmd/withcluster
 
@@ -79,6 +80,21 @@ vuln: ## look for known vulnerabilities in the dependencies
 	else \
 		exit $$status; \
 	fi
+
+# What is in each binary is written down beside it: the CycloneDX bill of materials of what it links, and a digest.
+RELEASE_TARGETS ?= linux/amd64 linux/arm64
+
+.PHONY: release
+release: ## build the binaries of a release, their bills of materials and digests, in dist/
+	@mkdir -p dist
+	@for target in $(RELEASE_TARGETS); do \
+		name=raftrv-$(VERSION)-$$(echo $$target | tr / -); \
+		echo "building dist/$$name"; \
+		GOOS=$${target%/*} GOARCH=$${target#*/} CGO_ENABLED=0 \
+			$(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o dist/$$name . && \
+		$(CYCLONEDX) bin -json -std -version $(VERSION) -output dist/$$name.cdx.json dist/$$name || exit 1; \
+	done
+	@cd dist && sha256sum raftrv-$(VERSION)-* > raftrv-$(VERSION).sha256 && cat raftrv-$(VERSION).sha256
 
 .PHONY: lab
 lab: ## run the 25 scenarios of the raft labs and print the course's lines

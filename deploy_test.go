@@ -398,9 +398,27 @@ func TestDeploy_Compose(t *testing.T) {
 func TestDeploy_Dockerfile(t *testing.T) {
 	docker := readFile(t, filepath.Join(deployDir, "Dockerfile"))
 	language := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(readFile(t, "go.mod"))[1]
-	for _, line := range []string{"FROM golang:" + language + " ", "CGO_ENABLED=0 ", "-X main.version=", "FROM scratch\n", `ENTRYPOINT ["/raftrv"]`} {
+	for _, line := range []string{"FROM golang:" + language + ".", "CGO_ENABLED=0 ", "-X main.version=", "FROM scratch\n", `ENTRYPOINT ["/raftrv"]`} {
 		if !strings.Contains(docker, line) {
 			t.Errorf("it has no %s", line)
+		}
+	}
+}
+
+// What others made is named by its content: a tag can be moved to something else.
+func TestDeploy_Pinned(t *testing.T) {
+	foreign := regexp.MustCompile(`(?m)^\s*(?:FROM|image:|- uses:|uses:) +(\S+)`)
+	pinned := regexp.MustCompile(`@(sha256:[0-9a-f]{64}|[0-9a-f]{40})$`)
+	ours := []string{"scratch", "raftrv"}
+	for _, path := range []string{"deploy/Dockerfile", "deploy/compose.yml", ".github/workflows/check.yml"} {
+		found := foreign.FindAllStringSubmatch(readFile(t, path), -1)
+		if len(found) == 0 {
+			t.Errorf("%s names nothing", path)
+		}
+		for _, m := range found {
+			if !slices.Contains(ours, m[1]) && !pinned.MatchString(m[1]) {
+				t.Errorf("%s: %s is not pinned", path, m[1])
+			}
 		}
 	}
 }
