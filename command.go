@@ -80,6 +80,8 @@ const (
 	ifMatch  conditionKind = 1 // the key exists at version rv
 	ifExists conditionKind = 2
 	ifAbsent conditionKind = 3
+
+	conditionsKnown = ifAbsent // the last one
 )
 
 func (c condition) holds(it item, exists bool) bool {
@@ -110,7 +112,44 @@ const (
 	flagsKnown    = flagExpires | flagCondition | flagRetry
 )
 
-var errMalformed = errors.New("malformed command")
+// grammar is what an op may come with. Anything else was written by a newer
+// program, to which it means something: it is refused in whole. To carry out the
+// rest, as if the unknown part were not there, would be another write than the
+// other members make.
+type grammar struct {
+	level      int // from which on members know the op; 0 = it stands for no command
+	flags      byte
+	inTxn      bool
+	flagsInTxn byte
+}
+
+var grammars = [...]grammar{
+	opNop:          {level: 1, flags: flagsKnown}, // of whatever command it was before
+	opPut:          {level: 1, flags: flagsKnown, inTxn: true, flagsInTxn: flagExpires},
+	opDelete:       {level: 1, flags: flagCondition | flagRetry, inTxn: true},
+	opMember:       {level: 1},
+	opExpire:       {level: 1, flags: flagCondition},
+	opDeletePrefix: {level: 1, flags: flagRetry},
+	opTxn:          {level: 1, flags: flagRetry},
+	opGet:          {inTxn: true},
+	opRefuse:       {level: 1},
+}
+
+// grammarOf returns the zero grammar for an op that is not known.
+func grammarOf(o op) (g grammar) {
+	if int(o) < len(grammars) {
+		g = grammars[o]
+	}
+	return g
+}
+
+var (
+	errMalformed = errors.New("malformed command")
+	errNewer     = errors.New("newer than this program: upgrade this node to the version that the others run")
+)
+
+// newer is the error for a part of an entry that this program does not know.
+func newer(part string, n uint64) error { return fmt.Errorf("%s %d is %w", part, n, errNewer) }
 
 // appendTo appends the encoded command to buf.
 func (c *command) appendTo(buf []byte) []byte {
@@ -148,27 +187,98 @@ func (c *command) encodedSizeMax() int {
 }
 
 // decodeCommand reads one command from the front of data and returns the rest.
-// The command owns its memory: it does not keep data alive.
+// The command owns its memory: it does not keep data alive. What it returns
+// without an error is known in all its parts.
 func decodeCommand(data []byte) (command, []byte, error) {
 	d := fields{data: data}
-	c := command{op: op(d.byte())}
-	flags := d.byte()
-	if flags&^flagsKnown != 0 {
-		return command{}, nil, fmt.Errorf("%w: unknown flags %#x", errMalformed, flags)
+	v := d.command(false)
+	return v.command(), d.data, d.err
+}
+
+// checkCommands says whether all commands of a batch can be read, and are not
+// above a feature level. It copies nothing.
+func checkCommands(data []byte, level int) error {
+	d := fields{data: data}
+	for n := 1; len(d.data) > 0; n++ {
+		v := d.command(false)
+		if d.err != nil {
+			return fmt.Errorf("command %d: %w", n, d.err)
+		}
+		if need := grammarOf(v.op).level; need > level {
+			return fmt.Errorf("command %d: the cluster is at feature level %d, and this needs %d", n, level, need)
+		}
 	}
-	c.key = d.string()
-	c.value = d.string()
+	return nil
+}
+
+// commandView is a command that was read and lies in the bytes it was read from.
+type commandView struct {
+	op               op
+	key, value       []byte
+	expires          int64
+	condition        condition
+	retryKey, digest []byte
+}
+
+// command returns a copy.
+func (v *commandView) command() command {
+	c := command{op: v.op, key: string(v.key), value: string(v.value), expires: v.expires, condition: v.condition}
+	c.retry.key = string(v.retryKey)
+	copy(c.retry.digest[:], v.digest)
+	return c
+}
+
+// command reads a command and checks all of it, also what is encoded in its value.
+func (d *fields) command(inTxn bool) commandView {
+	v := commandView{op: op(d.byte())}
+	flags := d.byte()
+	g := grammarOf(v.op)
+	allowed, known := g.flags, g.level > 0
+	if inTxn {
+		allowed, known = g.flagsInTxn, g.inTxn
+	}
+	switch {
+	case d.err != nil:
+	case !known:
+		d.fail(newer("command", uint64(v.op)))
+	case flags&^allowed != 0:
+		d.fail(newer(fmt.Sprintf("command %d with flags", v.op), uint64(flags)))
+	}
+	v.key, v.value = d.view(), d.view()
 	if flags&flagExpires != 0 {
-		c.expires = int64(d.uint())
+		v.expires = int64(d.uint())
 	}
 	if flags&flagCondition != 0 {
-		c.condition = condition{kind: conditionKind(d.byte()), rv: d.uint()}
+		v.condition = condition{kind: conditionKind(d.byte()), rv: d.uint()}
+		if v.condition.kind > conditionsKnown {
+			d.fail(newer("condition", uint64(v.condition.kind)))
+		}
 	}
 	if flags&flagRetry != 0 {
-		c.retry.key = d.string()
-		copy(c.retry.digest[:], d.bytes(len(c.retry.digest)))
+		v.retryKey, v.digest = d.view(), d.bytes(len(command{}.retry.digest))
 	}
-	return c, d.data, d.err
+	if d.err == nil {
+		d.fail(v.checkValue())
+	}
+	if d.err != nil {
+		return commandView{}
+	}
+	return v
+}
+
+// checkValue checks a value that has an encoding of its own.
+func (v *commandView) checkValue() error {
+	switch v.op {
+	case opTxn:
+		d := fields{data: v.value}
+		d.txn(func(*comparisonView) {}, func(int, *commandView) {})
+		return d.err
+	case opMember:
+		_, err := decodeMember(v.value)
+		return err
+	default:
+		return nil
+	}
 }
 
 func appendString(buf []byte, s string) []byte {
@@ -184,8 +294,10 @@ type fields struct {
 }
 
 func (d *fields) bytes(n int) []byte {
-	if d.err != nil || n < 0 || n > len(d.data) {
-		d.data, d.err = nil, errMalformed
+	if n < 0 || n > len(d.data) {
+		d.fail(errMalformed)
+	}
+	if d.err != nil {
 		return nil
 	}
 	b := d.data[:n]
@@ -211,9 +323,17 @@ func (d *fields) uint() uint64 {
 	return v
 }
 
-func (d *fields) string() string {
+// view reads what appendString wrote, without a copy.
+func (d *fields) view() []byte {
 	n := d.uint()
-	return string(d.bytes(int(min(n, uint64(len(d.data))+1))))
+	return d.bytes(int(min(n, uint64(len(d.data))+1)))
+}
+
+// fail notes the first error.
+func (d *fields) fail(err error) {
+	if d.err == nil && err != nil {
+		d.data, d.err = nil, err
+	}
 }
 
 // txn is a transaction: if all comparisons hold the operations of then are
@@ -240,6 +360,8 @@ const (
 	byExists  comparisonKind = 3
 	byAbsent  comparisonKind = 4
 	byValue   comparisonKind = 5
+
+	comparisonsKnown = byValue // the last one
 )
 
 func (c *comparison) holds(it item, exists bool) bool {
@@ -277,20 +399,49 @@ func (t *txn) encode() string {
 	return string(buf)
 }
 
-func decodeTxn(value string) (txn, error) {
+func decodeTxn[T string | []byte](value T) (txn, error) {
 	var t txn
 	d := fields{data: []byte(value)}
-	for n := d.uint(); n > 0 && d.err == nil; n-- {
-		t.compare = append(t.compare, comparison{kind: comparisonKind(d.byte()), key: d.string(), rv: d.uint(), value: d.string()})
+	d.txn(func(c *comparisonView) {
+		t.compare = append(t.compare, comparison{kind: c.kind, key: string(c.key), rv: c.rv, value: string(c.value)})
+	}, func(branch int, v *commandView) {
+		ops := []*[]command{&t.then, &t.otherwise}[branch]
+		*ops = append(*ops, v.command())
+	})
+	if d.err != nil {
+		return txn{}, d.err
 	}
-	for _, ops := range []*[]command{&t.then, &t.otherwise} {
-		for n := d.uint(); n > 0 && d.err == nil; n-- {
-			var c command
-			c, d.data, d.err = decodeCommand(d.data)
-			*ops = append(*ops, c)
+	return t, nil
+}
+
+// comparisonView is a comparison that lies in the bytes it was read from.
+type comparisonView struct {
+	kind       comparisonKind
+	key, value []byte
+	rv         uint64
+}
+
+// txn reads a transaction and checks all of it. Branch 0 is then, 1 otherwise.
+func (d *fields) txn(compare func(*comparisonView), do func(branch int, v *commandView)) {
+	for n := d.uint(); n > 0 && d.err == nil; n-- {
+		c := comparisonView{kind: comparisonKind(d.byte()), key: d.view(), rv: d.uint(), value: d.view()}
+		if d.err == nil && (c.kind == 0 || c.kind > comparisonsKnown) {
+			d.fail(newer("comparison", uint64(c.kind)))
+		}
+		if d.err == nil {
+			compare(&c)
 		}
 	}
-	return t, d.err
+	for branch := range 2 {
+		for n := d.uint(); n > 0 && d.err == nil; n-- {
+			if v := d.command(true); d.err == nil {
+				do(branch, &v)
+			}
+		}
+	}
+	if d.err == nil && len(d.data) > 0 {
+		d.fail(newer("a transaction with more bytes:", uint64(len(d.data))))
+	}
 }
 
 // batchHeader identifies a batch and says when it was proposed.

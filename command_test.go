@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"reflect"
 	"strings"
@@ -12,7 +13,8 @@ var codecCommands = []command{
 	{op: opPut, key: "k", value: "v"},
 	{op: opPut, key: "\x00\xff", value: "\x80", expires: 1 << 40, condition: condition{ifMatch, 1<<64 - 1}},
 	{op: opDelete, key: strings.Repeat("k", keySizeMax), condition: condition{kind: ifAbsent}},
-	{op: opExpire, key: "k", condition: condition{ifMatch, 7}, retry: retryID{key: strings.Repeat("r", idempotencyKeySizeMax), digest: [16]byte{1, 15: 2}}},
+	{op: opExpire, key: "k", condition: condition{ifMatch, 7}},
+	{op: opPut, key: "k", condition: condition{ifMatch, 7}, retry: retryID{key: strings.Repeat("r", idempotencyKeySizeMax), digest: [16]byte{1, 15: 2}}},
 	{op: opTxn, value: codecTxns[1].encode()},
 }
 
@@ -54,12 +56,67 @@ func TestCommand_RoundTrip(t *testing.T) {
 	}
 }
 
+// unknownParts are commands of a newer program: known ones with something in
+// them that this program does not know.
+func unknownParts() map[string][]byte {
+	inTxn := func(t txn) []byte { return (&command{op: opTxn, value: t.encode()}).appendTo(nil) }
+	flags := func(c command, flags byte, more ...byte) []byte {
+		b := c.appendTo(nil)
+		b[1] = flags
+		return append(b, more...)
+	}
+	return map[string][]byte{
+		"command":                    (&command{op: 200, key: "k"}).appendTo(nil),
+		"command of transactions":    (&command{op: opGet, key: "k"}).appendTo(nil),
+		"condition":                  (&command{op: opPut, key: "k", condition: condition{kind: 9, rv: 77}}).appendTo(nil),
+		"flag":                       flags(command{op: opPut, key: "k"}, 1<<6, 0),
+		"deadline of a delete":       flags(command{op: opDelete, key: "k"}, flagExpires, 5),
+		"condition of a transaction": (&command{op: opTxn, value: (&txn{}).encode(), condition: condition{kind: ifExists}}).appendTo(nil),
+		"operation":                  inTxn(txn{then: []command{{op: 42, key: "k", value: "3"}}}),
+		"operation not chosen":       inTxn(txn{otherwise: []command{{op: opDeletePrefix, key: "k"}}}),
+		"condition of an operation":  inTxn(txn{then: []command{{op: opPut, key: "k", condition: condition{kind: ifAbsent}}}}),
+		"comparison":                 inTxn(txn{compare: []comparison{{kind: 42, key: "k"}}, otherwise: []command{{op: opDelete, key: "k"}}}),
+		"comparison of kind 0":       inTxn(txn{compare: []comparison{{key: "k"}}}),
+		"bytes behind a transaction": (&command{op: opTxn, value: (&txn{}).encode() + "x"}).appendTo(nil),
+		"command after a known one":  append((&command{op: opPut, key: "other", value: "v"}).appendTo(nil), 200, 0, 0, 0),
+	}
+}
+
+// A command with a part that is not known is not known, whoever is asked: to
+// carry out the rest would be another write than what the newer program meant.
+func TestCommand_UnknownPartsAreRefused(t *testing.T) {
+	for name, data := range unknownParts() {
+		if err := checkCommands(data, levelFirst); !errors.Is(err, errNewer) {
+			t.Errorf("%s: the leader takes it: %v", name, err)
+		}
+		s := newKVStore()
+		applyAll(t, s, command{op: opPut, key: "k", value: "old"})
+		before, sums := stateBytes(t, s.snapshot()), s.sums()
+		_, err := s.apply(2, 1, batchHeader{session: 1, seq: 2, time: 5000}, data, new([]result))
+		if !errors.Is(err, errNewer) {
+			t.Errorf("%s is applied: %v", name, err)
+		}
+		if !bytes.Equal(stateBytes(t, s.snapshot()), before) || !reflect.DeepEqual(s.sums(), sums) {
+			t.Errorf("%s: it is refused, and the state has changed", name)
+		}
+	}
+	for _, c := range codecCommands {
+		if err := checkCommands(c.appendTo(nil), levelFirst); err != nil {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+	above := (&command{op: opPut, key: "k"}).appendTo(nil)
+	if err := checkCommands(above, 0); err == nil || !strings.Contains(err.Error(), "feature level 0") {
+		t.Errorf("above the level: %v", err)
+	}
+}
+
 // A command owns its memory: what it was read from may be reused.
 func TestCommand_OwnsItsMemory(t *testing.T) {
-	b := codecCommands[4].appendTo(nil)
+	b := codecCommands[5].appendTo(nil)
 	got, _, err := decodeCommand(b)
 	clear(b)
-	if err != nil || got != codecCommands[4] {
+	if err != nil || got != codecCommands[5] {
 		t.Errorf("%+v, %v", got, err)
 	}
 }
@@ -94,7 +151,7 @@ func FuzzCommandDecode(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		c, rest, err := decodeCommand(data)
 		if err != nil {
-			if !errors.Is(err, errMalformed) || c != (command{}) && len(rest) > 0 {
+			if !errors.Is(err, errMalformed) && !errors.Is(err, errNewer) || c != (command{}) && len(rest) > 0 {
 				t.Fatal(c, rest, err)
 			}
 			return
@@ -128,7 +185,7 @@ func FuzzTxnDecode(f *testing.F) {
 	f.Fuzz(func(t *testing.T, s string) {
 		tx, err := decodeTxn(s)
 		if err != nil {
-			if !errors.Is(err, errMalformed) {
+			if !errors.Is(err, errMalformed) && !errors.Is(err, errNewer) {
 				t.Fatal(err)
 			}
 			return

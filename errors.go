@@ -77,6 +77,8 @@ var (
 		title: "Disk full", detail: "a disk has no room for more; reads and deletes go on, and writes do as soon as there is space again"}
 	errQuota = &apiError{code: "quota-exceeded", status: http.StatusInsufficientStorage, outcome: notApplied,
 		title: "Quota exceeded", detail: "the store has reached --quota-bytes; delete keys, or start the nodes with a larger quota"}
+	errLevel = &apiError{code: "feature-level", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
+		title: "Not all members know this", detail: "the request needs a newer version than some member runs; upgrade all of them, then send it again"}
 	errDiverged = &apiError{code: "diverged", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
 		title: "Diverged", detail: "the state of this node is not that of the others, so it serves nothing; use another node, and replace this one"}
 	errNoLeader = &apiError{code: "no-leader", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,

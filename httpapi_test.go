@@ -904,6 +904,7 @@ func TestHTTP_BackendErrors(t *testing.T) {
 		{errDiskFull, 507, "disk-full", notApplied, "1"},
 		{errQuota, 507, "quota-exceeded", notApplied, ""},
 		{errDiverged, 503, "diverged", notApplied, "1"},
+		{errLevel, 503, "feature-level", notApplied, "1"},
 		{errUnknown, 504, "timeout", unknown, ""},
 		{fmt.Errorf("propose: %w", errUnknown), 504, "timeout", unknown, ""},
 		{errors.New("secret"), 500, "internal", unknown, ""},

@@ -42,6 +42,7 @@ type member struct {
 // state is everything that is replicated. A copy of it at one raft index is a
 // snapshot.
 type state struct {
+	level int    // feature level of the cluster, see level.go
 	index uint64 // raft index of the last applied entry
 	term  uint64 // and its term
 	rv    uint64 // resource version of the last write, for the whole store
@@ -66,6 +67,7 @@ type state struct {
 
 func newState() state {
 	return state{
+		level:    levelFirst,
 		items:    new(btree.Map[string, item]),
 		expiry:   new(btree.Set[string]),
 		events:   newEventLog(),
@@ -96,6 +98,7 @@ type kvstore struct {
 	mu          sync.RWMutex
 	state       state
 	checkpoints checkpoints // of what was applied here
+	steps       []step      // of the entry that is being applied; kept for its memory
 }
 
 func newKVStore() *kvstore {
@@ -235,43 +238,73 @@ func (s *kvstore) setWindow(countMax, bytesMax uint64) {
 // before, at a lower index; then nothing changes and out stays empty.
 //
 // An error means that this program cannot read what the cluster has agreed on,
-// so it must stop.
+// so it must stop. Nothing has changed then: neither a snapshot nor a checksum
+// of this node may tell of an entry that it did not carry out.
 func (s *kvstore) apply(index, term uint64, h batchHeader, commands []byte, out *[]result) (fresh bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.state.advance(index, term); err != nil {
+	if err := s.state.follows(index); err != nil {
 		return false, err
 	}
+	if s.steps, err = decodeSteps(s.steps[:0], commands); err != nil {
+		return false, err
+	}
+	defer clear(s.steps) // they keep values alive
+	s.state.index, s.state.term = index, term
 	if !s.state.sessions.first(h, index) {
 		s.seal(h.digest(commands, false))
 		return false, nil
 	}
-	content := h.digest(commands, true)
 	s.state.now = max(s.state.now, h.time)
-	for len(commands) > 0 {
-		var c command
-		if c, commands, err = decodeCommand(commands); err != nil {
-			return false, err
-		}
-		r, err := s.state.applyCommand(&c)
-		if err != nil {
-			return false, err
-		}
+	for i := range s.steps {
+		r := s.state.applyStep(&s.steps[i])
 		if out != nil {
 			*out = append(*out, r)
 		}
 	}
-	s.seal(content)
+	s.seal(h.digest(commands, true))
 	return true, nil
+}
+
+// step is a command that can be carried out: all of it is known.
+type step struct {
+	command
+	txn    txn    // of opTxn, instead of the value
+	update member // of opMember
+}
+
+// decodeSteps reads a batch and appends its commands to steps.
+func decodeSteps(steps []step, commands []byte) ([]step, error) {
+	d := fields{data: commands}
+	for n := 1; len(d.data) > 0; n++ {
+		v := d.command(false)
+		st := step{}
+		if d.err == nil {
+			switch v.op {
+			case opTxn:
+				st.txn, d.err = decodeTxn(v.value)
+				v.value = nil
+			case opMember:
+				st.update, d.err = decodeMember(v.value)
+			}
+		}
+		if d.err != nil {
+			return steps, fmt.Errorf("command %d: %w", n, d.err)
+		}
+		st.command = v.command()
+		steps = append(steps, st)
+	}
+	return steps, nil
 }
 
 // skip applies an entry that holds nothing.
 func (s *kvstore) skip(index, term uint64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.state.advance(index, term); err != nil {
+	if err := s.state.follows(index); err != nil {
 		return err
 	}
+	s.state.index, s.state.term = index, term
 	s.seal(0)
 	return nil
 }
@@ -282,30 +315,26 @@ func (s *kvstore) seal(content uint64) {
 	s.checkpoints.note(&s.state)
 }
 
-// advance moves the applied index to the next entry.
-func (s *state) advance(index, term uint64) error {
+// follows says whether index is that of the next entry.
+func (s *state) follows(index uint64) error {
 	if index != s.index+1 {
 		return fmt.Errorf("entry %d does not follow the applied index %d", index, s.index)
 	}
-	s.index, s.term = index, term
 	return nil
 }
 
-// applyCommand carries out a command, or answers it like the request that it
+// applyStep carries out a command, or answers it like the request that it
 // repeats.
-func (s *state) applyCommand(c *command) (result, error) {
+func (s *state) applyStep(c *step) result {
 	if c.op == opNop {
-		return result{}, nil // it never happened: a retry must not find it
+		return result{} // it never happened: a retry must not find it
 	}
 	if c.retry.key != "" {
 		if first, known := s.retries.lookup(c.retry, s.now); known {
-			return first, nil
+			return first
 		}
 	}
-	r, err := s.execute(c)
-	if err != nil {
-		return result{}, err
-	}
+	r := s.execute(c)
 	r.key = c.key
 	if c.op == opRefuse {
 		r.key = c.value
@@ -314,35 +343,34 @@ func (s *state) applyCommand(c *command) (result, error) {
 	if c.retry.key != "" {
 		s.retries.add(c.retry, r, s.now)
 	}
-	return r, nil
+	return r
 }
 
 // execute makes the changes of a command and leaves their events in changed.
-func (s *state) execute(c *command) (result, error) {
+// What it does not know never gets here.
+func (s *state) execute(c *step) result {
 	switch c.op {
 	case opPut, opDelete, opExpire:
 		it, exists := s.items.Get(c.key)
 		if !c.condition.holds(it, exists) {
-			return result{status: statusPrecondition, current: it.rv}, nil
+			return result{status: statusPrecondition, current: it.rv}
 		}
 		switch c.op {
 		case opPut:
-			return result{status: s.put(c.key, c.value, c.expires)}, nil
+			return result{status: s.put(c.key, c.value, c.expires)}
 		case opExpire:
-			return result{status: s.delete(c.key, eventExpired)}, nil
+			return result{status: s.delete(c.key, eventExpired)}
 		default:
-			return result{status: s.delete(c.key, eventDeleted)}, nil
+			return result{status: s.delete(c.key, eventDeleted)}
 		}
 	case opDeletePrefix:
-		return s.deletePrefix(c.key), nil
+		return s.deletePrefix(c.key)
 	case opTxn:
-		return s.executeTxn(c.value)
+		return s.executeTxn(&c.txn)
 	case opMember:
-		return s.updateMember(c.value)
-	case opRefuse:
-		return result{status: statusRefused}, nil
-	default:
-		return result{}, fmt.Errorf("command %d is newer than this program: upgrade it", c.op)
+		return s.updateMember(c.update)
+	default: // opRefuse
+		return result{status: statusRefused}
 	}
 }
 
@@ -444,11 +472,7 @@ func (s *state) keysWith(prefix string, n int) []string {
 // txnResultMax bounds the bytes of the values that one transaction returns.
 const txnResultMax = 4 << 20
 
-func (s *state) executeTxn(value string) (result, error) {
-	t, err := decodeTxn(value)
-	if err != nil {
-		return result{}, err
-	}
+func (s *state) executeTxn(t *txn) result {
 	r, ops := result{status: statusSucceeded}, t.then
 	for i := range t.compare {
 		if it, exists := s.items.Get(t.compare[i].key); !t.compare[i].holds(it, exists) {
@@ -458,12 +482,12 @@ func (s *state) executeTxn(value string) (result, error) {
 	}
 	r.ops = make([]opResult, len(ops))
 	if s.resultSize(ops) > txnResultMax {
-		return result{status: statusTooMany}, nil
+		return result{status: statusTooMany}
 	}
 	for i := range ops {
 		r.ops[i] = s.executeOp(&ops[i])
 	}
-	return r, nil
+	return r
 }
 
 // resultSize returns the bytes of the values that the operations will return.
@@ -576,9 +600,10 @@ const (
 func (s *kvstore) applyMember(index, term uint64, h batchHeader, c memberChange) (fresh bool, refused, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.state.advance(index, term); err != nil {
+	if err := s.state.follows(index); err != nil {
 		return false, nil, err
 	}
+	s.state.index, s.state.term = index, term
 	if !s.state.sessions.first(h, index) {
 		s.seal(h.digest(nil, false))
 		return false, nil, nil
@@ -643,27 +668,30 @@ func (s *state) voters() int {
 	return n
 }
 
-// updateMember changes what is known of a member: the fields that are set in
-// the JSON encoded update.
-func (s *state) updateMember(value string) (result, error) {
-	var update member
-	if err := json.Unmarshal([]byte(value), &update); err != nil {
-		return result{}, err
+// decodeMember reads who a member is.
+func decodeMember[T string | []byte](value T) (m member, err error) {
+	if err := json.Unmarshal([]byte(value), &m); err != nil {
+		return m, fmt.Errorf("%w: member: %w", errMalformed, err)
 	}
+	return m, nil
+}
+
+// updateMember changes what is known of a member: the fields that are set.
+func (s *state) updateMember(update member) result {
 	m, ok := s.members[update.ID]
 	if !ok {
-		return result{status: statusNotFound}, nil
+		return result{status: statusNotFound}
 	}
 	m.Name = cmp.Or(update.Name, m.Name)
 	m.PeerURL = cmp.Or(update.PeerURL, m.PeerURL)
 	m.ClientURL = cmp.Or(update.ClientURL, m.ClientURL)
 	m.Directory = cmp.Or(update.Directory, m.Directory)
 	if s.peerURLOwner(m) != 0 {
-		return result{status: statusPrecondition}, nil
+		return result{status: statusPrecondition}
 	}
 	s.members[m.ID] = m
 	s.updates++
-	return result{status: statusReplaced}, nil
+	return result{status: statusReplaced}
 }
 
 // Bounds of the table that makes a batch apply once. A session is one process

@@ -413,7 +413,7 @@ func TestKVStore_RefusesGapsAndUnknownCommands(t *testing.T) {
 	if _, err := s.apply(1, 1, batchHeader{session: 1, seq: 1}, unknown.appendTo(nil), nil); err == nil || !strings.Contains(err.Error(), "newer than this program") {
 		t.Error(err)
 	}
-	if _, err := s.apply(2, 1, batchHeader{session: 1, seq: 2}, []byte{byte(opPut)}, nil); !errors.Is(err, errMalformed) {
+	if _, err := s.apply(1, 1, batchHeader{session: 1, seq: 2}, []byte{byte(opPut)}, nil); !errors.Is(err, errMalformed) {
 		t.Error(err)
 	}
 }
@@ -534,5 +534,39 @@ func TestSessions_Window(t *testing.T) {
 	}
 	if s[1] != nil || s[0] == nil || s[7] == nil || s[2] == nil {
 		t.Error("another session than 1 was forgotten")
+	}
+}
+
+// BenchmarkKVStore_Apply applies entries of so many writes, of several kinds.
+func BenchmarkKVStore_Apply(b *testing.B) {
+	for _, n := range []int{1, 64} {
+		for _, kind := range []string{"put", "retry", "txn"} {
+			b.Run(fmt.Sprintf("%s/commands=%d", kind, n), func(b *testing.B) {
+				s := newKVStore()
+				value := strings.Repeat("v", 100)
+				index := uint64(0)
+				var data []byte
+				var out []result
+				for b.Loop() {
+					index++
+					data = data[:0]
+					for i := range n {
+						c := command{op: opPut, key: "key/" + strconv.Itoa((int(index)*7919+i)%10_000), value: value}
+						switch kind {
+						case "retry":
+							c.retry.key = strconv.Itoa(int(index)*n + i)
+						case "txn":
+							t := txn{compare: []comparison{{kind: byExists, key: c.key}}, then: []command{c, {op: opGet, key: c.key}}, otherwise: []command{c}}
+							c = command{op: opTxn, value: t.encode()}
+						}
+						data = c.appendTo(data)
+					}
+					if _, err := s.apply(index, 1, batchHeader{session: 1 + index%3, seq: index, time: int64(index)}, data, &out); err != nil {
+						b.Fatal(err)
+					}
+					out = out[:0]
+				}
+			})
+		}
 	}
 }

@@ -78,6 +78,7 @@ type message struct {
 type replicaStatus struct {
 	term, leader, committed uint64
 	role                    string
+	level                   int // of the cluster
 }
 
 func newLoop(tick time.Duration, applied func(), logger *zap.Logger) *loop {
@@ -222,7 +223,7 @@ func (l *loop) nextRound() *readRound {
 
 func (l *loop) publish() {
 	r := l.replica
-	s := replicaStatus{term: r.term, leader: r.leader, committed: r.committed, role: r.roleName()}
+	s := replicaStatus{term: r.term, leader: r.leader, committed: r.committed, role: r.roleName(), level: r.store.level()}
 	if old := *l.status.Load(); old != s {
 		if s.leader != old.leader && s.leader != 0 {
 			l.metrics.leaderChanges.Inc()
@@ -367,6 +368,12 @@ func (l *loop) enqueue(c *command, deadline time.Time) (b *batch, i int, err err
 	b = l.openBatch(size)
 	before := len(b.data)
 	b.add(c)
+	// One command that some member does not know would be the end of its batch.
+	if err := checkCommands(b.data[before:], max(levelFirst, l.status.Load().level)); err != nil {
+		b.data, b.offsets = b.data[:before], b.offsets[:len(b.offsets)-1]
+		l.dropEmpty(b)
+		return nil, 0, errLevel.withDetail("%v", err)
+	}
 	l.inbox.queueSize += len(b.data) - before
 	if deadline.After(b.deadline) {
 		b.deadline = deadline
@@ -413,14 +420,20 @@ func (l *loop) giveUp(b *batch, i int) error {
 		return errUnknown
 	}
 	b.withdraw(i)
-	if b.withdrawn == len(b.offsets) { // do not keep it for a leader that may be long in coming
-		l.inbox.queue = slices.DeleteFunc(l.inbox.queue, func(q *batch) bool { return q == b })
-		l.inbox.queueSize -= len(b.data)
-	}
+	l.dropEmpty(b)
 	if l.status.Load().leader != 0 {
 		return errOverloaded
 	}
 	return errNoLeader
+}
+
+// dropEmpty takes a batch from the queue that holds nothing, so that it is not
+// kept for a leader that may be long in coming.
+func (l *loop) dropEmpty(b *batch) {
+	if b.withdrawn == len(b.offsets) {
+		l.inbox.queue = slices.DeleteFunc(l.inbox.queue, func(q *batch) bool { return q == b })
+		l.inbox.queueSize -= len(b.data)
+	}
 }
 
 // addMember adds a learner.

@@ -91,8 +91,8 @@ func TestUpdateMember(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			r, err := st.updateMember(string(value))
-			if err != nil || r.status != tt.status {
+			update, err := decodeMember(value)
+			if r := st.updateMember(update); err != nil || r.status != tt.status {
 				t.Errorf("%+v, %v", r, err)
 			}
 			wantMembers(t, &st, []member{tt.want, other})
@@ -101,8 +101,7 @@ func TestUpdateMember(t *testing.T) {
 			}
 		})
 	}
-	st := newState()
-	if _, err := st.updateMember("{"); err == nil {
+	if _, err := decodeMember("{"); err == nil {
 		t.Error("malformed update accepted")
 	}
 }

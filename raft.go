@@ -642,16 +642,18 @@ func (r *replica) applyBatch(e *raftpb.Entry) error {
 	}
 	own.results = make([]result, 0, len(own.offsets))
 	fresh, err := r.store.apply(e.GetIndex(), e.GetTerm(), h, commands, &own.results)
-	if err != nil {
-		return err
-	}
-	if !fresh {
+	switch {
+	case err != nil:
+		own.err = errUnknown
+	case !fresh:
 		// It was applied at an index that this member received as part of a
 		// snapshot, so its results are not known here.
 		own.err = errUnknown.withDetail("the write was applied, but its result was lost; read the key")
+	case own.change == nil && len(own.results) > 0 && own.results[0].status == statusRefused: // in the place of the whole batch
+		own.err = errLevel.withDetail("%s", own.results[0].key)
 	}
 	r.handBack(own)
-	return nil
+	return err
 }
 
 // takePending removes the own batch with this header from those that wait.
@@ -697,11 +699,14 @@ func decodeMemberChange(e *raftpb.Entry) (cc *raftpb.ConfChange, h batchHeader, 
 	if err != nil {
 		return cc, h, c, err
 	}
-	m, _, err := decodeCommand(commands)
+	m, rest, err := decodeCommand(commands)
+	if err == nil && (m.op != opMember || len(rest) > 0) {
+		err = newer("a configuration change with command", uint64(m.op))
+	}
 	if err != nil {
 		return cc, h, c, err
 	}
-	if err := json.Unmarshal([]byte(m.value), &c.member); err != nil {
+	if c.member, err = decodeMember(m.value); err != nil {
 		return cc, h, c, err
 	}
 	for kind, t := range changeTypes {
@@ -716,23 +721,35 @@ func decodeMemberChange(e *raftpb.Entry) (cc *raftpb.ConfChange, h batchHeader, 
 }
 
 // stepProposal gives raft a proposal. As a leader it first puts a refusal in the
-// place of a configuration change that must not be made: raft would replace it
-// by nothing, and its proposer would never know.
+// place of what must not be in the log, so that its proposer knows: of a
+// configuration change that must not be made, which raft would replace by
+// nothing, and of a batch that some member cannot read, which would end it.
 func (r *replica) stepProposal(m *raftpb.Message) error {
+	// Raft may lead since its last Ready, of which noteLeader does not know yet.
+	leads := r.raw.BasicStatus().RaftState == raft.StateLeader
 	changes := false
 	for i, e := range m.GetEntries() {
-		// Raft may lead since its last Ready, of which noteLeader does not know yet.
-		if e.GetType() != raftpb.EntryConfChange || r.raw.BasicStatus().RaftState != raft.StateLeader {
+		if !leads {
+			break
+		}
+		if e.GetType() != raftpb.EntryConfChange {
+			ready, err := r.readyBatch(e)
+			if err != nil {
+				return err
+			}
+			m.Entries[i] = ready
 			continue
 		}
 		if r.role != raft.StateLeader || r.electedIndex > r.store.applied() {
 			return raft.ErrProposalDropped // raft would refuse any change now
 		}
-		_, h, change, err := decodeMemberChange(e)
-		if err != nil {
-			return err
+		_, h, change, refused := decodeMemberChange(e)
+		if refused != nil && !errors.Is(refused, errNewer) {
+			return refused
 		}
-		refused := r.refuseChange(change)
+		if refused == nil {
+			refused = r.refuseChange(change)
+		}
 		if refused == nil {
 			if r.standsAside(change) {
 				return raft.ErrProposalDropped
@@ -740,10 +757,7 @@ func (r *replica) stepProposal(m *raftpb.Message) error {
 			changes = true
 			continue
 		}
-		b := newBatch(nil)
-		b.add(&command{op: opRefuse, value: refused.Error()})
-		h.put(b.data)
-		m.Entries[i] = &raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Data: b.data}
+		m.Entries[i] = refusal(h, refused)
 	}
 	if err := r.raw.Step(m); err != nil {
 		return err
@@ -752,6 +766,27 @@ func (r *replica) stepProposal(m *raftpb.Message) error {
 		r.changeIndex = unknownIndex
 	}
 	return nil
+}
+
+// refusal is an entry that tells the proposer of a batch why it is not in the log.
+func refusal(h batchHeader, why error) *raftpb.Entry {
+	b := newBatch(nil)
+	b.add(&command{op: opRefuse, value: why.Error()})
+	h.put(b.data)
+	return &raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Data: b.data}
+}
+
+// readyBatch returns what a leader puts into its log for a batch.
+func (r *replica) readyBatch(e *raftpb.Entry) (*raftpb.Entry, error) {
+	h, commands, err := decodeBatch(e.GetData())
+	if err != nil {
+		return nil, err
+	}
+	if err := checkCommands(commands, r.store.level()); err != nil {
+		r.logger.Warn("refused a batch", zap.Error(err))
+		return refusal(h, fmt.Errorf("the leader, node %d, refuses it: %w", r.id, err)), nil
+	}
+	return e, nil
 }
 
 // unknownIndex is that of a configuration change in the log of a leader that has

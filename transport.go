@@ -349,7 +349,9 @@ func checkProposal(ents []*raftpb.Entry) error {
 		case raftpb.EntryNormal:
 			_, _, err = decodeBatch(e.GetData())
 		case raftpb.EntryConfChange:
-			_, _, _, err = decodeMemberChange(e)
+			if _, _, _, err = decodeMemberChange(e); errors.Is(err, errNewer) {
+				err = nil // its proposer gets an answer
+			}
 		default:
 			err = fmt.Errorf("entries of type %s are not used", e.GetType())
 		}
