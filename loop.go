@@ -62,9 +62,10 @@ type inbox struct {
 	messages  []message
 	bytes     int // of messages
 	calls     []func() error
-	queue     []*batch // oldest first; the last one is open
-	queueSize int      // bytes in queue
-	spare     []byte   // buffer for the next batch
+	abandoned []abandonedCommand // each belongs to a request, so they are bounded like these
+	queue     []*batch           // oldest first; the last one is open
+	queueSize int                // bytes in queue
+	spare     []byte             // buffer for the next batch
 	reads     *readRound
 }
 
@@ -132,13 +133,16 @@ func (l *loop) run(ctx context.Context, r *replica, admit func(context.Context) 
 // turn gives the replica all that waits for it.
 func (l *loop) turn(ticked bool) error {
 	r := l.replica
-	if ticked {
-		r.tick(l.clock())
-	}
 	l.mu.Lock()
-	messages, calls := l.inbox.messages, l.inbox.calls
-	l.inbox.messages, l.inbox.bytes, l.inbox.calls = nil, 0, nil
+	messages, calls, abandoned := l.inbox.messages, l.inbox.calls, l.inbox.abandoned
+	l.inbox.messages, l.inbox.bytes, l.inbox.calls, l.inbox.abandoned = nil, 0, nil, nil
 	l.mu.Unlock()
+	for _, c := range abandoned {
+		r.abandon(c.batch, c.place)
+	}
+	if ticked {
+		r.tick(l.clock()) // which may propose again what is still wanted
+	}
 	for _, call := range calls {
 		if err := call(); err != nil {
 			return err
@@ -413,10 +417,18 @@ func (l *loop) push(b *batch) {
 
 // giveUp says what became of a command that nobody waits for any more. As long
 // as its batch was not taken it can be withdrawn, and then it never happened.
+// Later it is at least not proposed again.
 func (l *loop) giveUp(b *batch, i int) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if b.taken || b.err != nil {
+	if b.taken {
+		if l.inbox.closed == nil {
+			l.inbox.abandoned = append(l.inbox.abandoned, abandonedCommand{b, i})
+			l.signal()
+		}
+		return errUnknown
+	}
+	if b.err != nil {
 		return errUnknown
 	}
 	b.withdraw(i)
@@ -434,6 +446,13 @@ func (l *loop) dropEmpty(b *batch) {
 		l.inbox.queue = slices.DeleteFunc(l.inbox.queue, func(q *batch) bool { return q == b })
 		l.inbox.queueSize -= len(b.data)
 	}
+}
+
+// abandonedCommand is one that nobody waits for any more, of a batch that the
+// replica has.
+type abandonedCommand struct {
+	batch *batch
+	place int
 }
 
 // addMember adds a learner.

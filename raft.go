@@ -86,6 +86,7 @@ type batch struct {
 
 	// These belong to the replica.
 	seq       uint64
+	shared    bool // raft has these bytes
 	offered   bool // raft took it, under the present leader
 	offers    int
 	offeredAt uint64 // tick
@@ -375,7 +376,7 @@ func (r *replica) offer(b *batch) {
 		entry = &raftpb.Entry{Type: raftpb.EntryConfChange.Enum(), Data: data}
 	}
 	err := r.stepProposal(&raftpb.Message{Type: raftpb.MsgProp.Enum(), From: new(r.id), Entries: []*raftpb.Entry{entry}})
-	b.offered = err == nil
+	b.offered, b.shared = err == nil, true
 	b.offeredAt = r.ticks
 	b.offers++
 }
@@ -393,6 +394,27 @@ func (r *replica) giveUp() {
 		r.handBack(b)
 		return true
 	})
+}
+
+// abandon sees to it that a command is not proposed again, since nobody waits
+// for it any more. One that was given up must not come back, while others of its
+// batch go on waiting, over what its client has read and written since. Of a
+// proposal that is on its way nobody can tell: the batch that commits first
+// counts, with the command or without it.
+func (r *replica) abandon(b *batch, place int) {
+	i := slices.Index(r.pending, b)
+	if i < 0 {
+		return // it was handed back meanwhile
+	}
+	if b.shared { // the log may be sending them
+		b.data, b.shared = slices.Clone(b.data), false
+	}
+	b.withdraw(place)
+	if b.withdrawn == len(b.offsets) {
+		r.pending = slices.Delete(r.pending, i, i+1)
+		b.err = errUnknown
+		r.handBack(b)
+	}
 }
 
 // handBack ends a batch that is not pending any more.

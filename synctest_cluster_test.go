@@ -561,3 +561,67 @@ func TestVirtual_Churn(t *testing.T) {
 		}
 	})
 }
+
+// A write whose client was told that nobody knows what became of it ends soon: it is not proposed any longer because
+// others wait for their turn beside it. Else it would come back over what its client has read and written since.
+func TestVirtual_GivenUpEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newVirtualCluster(t)
+		time.Sleep(time.Second)
+		cutOff := c.followers()[0]
+		healthy := c.nodes[0]
+		if healthy == cutOff {
+			healthy = c.nodes[1]
+		}
+		c.isolate(cutOff)
+		const pairs = 40
+		key := func(i int) string { return fmt.Sprintf("/k%d", i) }
+		var impatient, patient sync.WaitGroup
+		for i := range pairs {
+			impatient.Go(func() {
+				if r := cutOff.do(http.MethodPut, key(i)+"?timeout=100ms", "old"); r.status < 500 {
+					t.Errorf("%s at the node that is cut off: %v", key(i), r)
+				}
+			})
+			patient.Go(func() {
+				if r := cutOff.do(http.MethodPut, fmt.Sprintf("/o%d?timeout=60s", i), "x"); r.status != http.StatusCreated {
+					t.Errorf("a request that waited for the network: %v", r)
+				}
+			})
+		}
+		impatient.Wait()
+		for i := range pairs {
+			if r := healthy.do(http.MethodGet, key(i), ""); r.status != http.StatusNotFound {
+				t.Fatal(r)
+			}
+			if r := healthy.do(http.MethodPut, key(i), "new"); r.status != http.StatusCreated {
+				t.Fatal(r)
+			}
+		}
+		time.Sleep(30 * time.Second)
+		c.isolate()
+		patient.Wait()
+		for i := range pairs {
+			if r := healthy.do(http.MethodGet, key(i), ""); r.body != "new" {
+				t.Errorf("%s, which was given up 30 s before the network was back: %v", key(i), r)
+			}
+		}
+	})
+}
+
+// A batch of which nobody waits for anything is forgotten at once, and makes room for the next.
+func TestReplica_AbandonedBatch(t *testing.T) {
+	s, leader := newScenario(t, defaultSimConfig(1, 3))
+	follower := s.node(leader.id%3 + 1)
+	s.network.isolate(follower.id, true)
+	ops := []*simOp{s.begin(follower, putOp("a", "1"), 100*time.Millisecond), s.begin(follower, putOp("b", "1"), 100*time.Millisecond)}
+	if !s.runUntil(time.Second, func() bool { return ops[0].ended() && ops[1].ended() }) {
+		t.Fatal("no answer")
+	}
+	s.run(20 * time.Millisecond)
+	if r := follower.process.replica; len(r.pending) != 0 {
+		t.Errorf("%d batches are still proposed", len(r.pending))
+	}
+	s.network.heal()
+	s.judge(t)
+}
