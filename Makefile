@@ -32,16 +32,20 @@ goreman: ## talk to that goreman, as in: make goreman ARGS="run stop raftrv2"
 	$(GOREMAN) $(ARGS)
 
 .PHONY: test
-test: ## run the Go tests, then the load test
+test: load ## run the load test, then the Go tests
 	$(GO) test ./...
-	@$(MAKE) --no-print-directory load
 
 .PHONY: load
-load: raftrv ## run the k6 load test, on the running cluster or else its own; slow machine: RAFTRV_MAX_DURATION=60 make load
+load: raftrv ## run the k6 load test, on the running cluster or else on its own
 	$(WITHCLUSTER) -- $(K6)
 
+.PHONY: load-check
+load-check: ## see that the load test fails when it should, and only then
+	cd tools/k6 && $(GO) vet ./... && $(GO) test ./...
+
 .PHONY: check
-check: fmt-check vet lint race browser load-own vuln ## everything that CI runs
+check: ## everything that CI runs
+	.ci/run
 
 .PHONY: fmt-check
 fmt-check:
@@ -55,19 +59,15 @@ vet:
 lint: ## run golangci-lint
 	$(GOLANGCI_LINT) run
 
+# -short leaves out the tests that start nodes: those are built without the race detector, and make test runs them.
 .PHONY: race
-race: ## run the Go tests under the race detector
-	$(GO) test -race -timeout 20m ./...
+race: ## run the Go tests that start no processes under the race detector
+	$(GO) test -race -short -timeout 20m ./...
 
 # A module of its own, since only this test needs what drives a browser. -v says so if it is skipped.
 .PHONY: browser
 browser: ## watch with a real browser, if there is one
 	cd internal/browser && $(GO) vet ./... && $(GO) test -v ./...
-
-# The machines of CI are slow and shared: the load test may take longer there. What it finds is the same.
-.PHONY: load-own
-load-own: raftrv
-	RAFTRV_MAX_DURATION=$${RAFTRV_MAX_DURATION:-150} $(WITHCLUSTER) -own -- $(K6)
 
 # Known vulnerabilities in what we link. Without a network there is no answer, which is no failure.
 .PHONY: vuln
