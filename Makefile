@@ -110,6 +110,15 @@ sim: ## run the simulator; SEEDS=500
 planted: ## plant bugs and print how soon the simulator finds each
 	$(GO) test -count=1 -run 'TestPlanted$$' -planted.report -timeout 1h .
 
+# The replica, the store and storage.
+FILES  ?= raft.go kvstore.go command.go retries.go events.go scan.go storage.go watermark.go snapshot.go
+SAMPLE ?= 50
+SEED   ?= 1
+
+.PHONY: mutate
+mutate: ## plant small bugs and print those that no quick test notices; SAMPLE=50 (0: all) SEED=1 FILES="raft.go"
+	$(GO) run ./internal/cmd/mutate -sample $(SAMPLE) -seed $(SEED) -out mutate.out $(FILES)
+
 .PHONY: process
 process: ## real processes: stops, kills, a node far behind, at full size
 	$(GO) test -count=1 -run 'TestProcess|TestServe' -heavy -timeout 30m -v .
@@ -137,6 +146,6 @@ cover: ## run the Go tests and show how much of each function they reach
 
 .PHONY: clean
 clean: ## delete the binary and the data of make run, saying what
-	@for f in raftrv raftrv-1 raftrv-2 raftrv-3 cover.out; do \
+	@for f in raftrv raftrv-1 raftrv-2 raftrv-3 cover.out mutate.out; do \
 		if [ -e $$f ]; then echo "deleting $$f"; rm -r $$f; fi; \
 	done
