@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -124,6 +125,40 @@ func TestBackup_NoticesDamage(t *testing.T) {
 	}
 	if _, err := parseBackup(append(whole, 0)); !errors.Is(err, errSnapshotDamage) {
 		t.Error(err)
+	}
+}
+
+// TestBackup_Head: a backup of a format that comes later says who can read it, and a head has a limit.
+func TestBackup_Head(t *testing.T) {
+	w := &writer{t: t, store: newKVStore()}
+	w.put("a", "12345")
+	w.put("bc", "")
+	write := func(head backupHead) []byte {
+		b, err := w.store.backup()
+		must(t, err)
+		defer b.close()
+		var out bytes.Buffer
+		must(t, b.writeTo(&out, head, func() {}))
+		return out.Bytes()
+	}
+	head := backupHead{Format: backupFormat, Version: "v0"}
+	empty, err := json.Marshal(head)
+	must(t, err)
+	head.Version += strings.Repeat("0", backupHeadMax-len(empty))
+	got, err := parseBackup(write(head))
+	must(t, err)
+	if got.Version != head.Version || got.bytes() != 1+5+2 {
+		t.Errorf("version of %d bytes, keys and values of %d", len(got.Version), got.bytes())
+	}
+	head.Version += "0"
+	if _, err := parseBackup(write(head)); !errors.Is(err, errSnapshotDamage) || !strings.Contains(err.Error(), fmt.Sprintf("head of %d bytes", backupHeadMax+1)) {
+		t.Errorf("a head that is too long: %v", err)
+	}
+	for _, format := range []int{0, backupFormat + 1} {
+		_, err := parseBackup(write(backupHead{Format: format, Version: "v9"}))
+		if err == nil || errors.Is(err, errSnapshotDamage) || !strings.Contains(err.Error(), `the version that wrote it, "v9"`) {
+			t.Errorf("format %d: %v", format, err)
+		}
 	}
 }
 

@@ -120,15 +120,40 @@ func TestEventLog_SeekAndFrom(t *testing.T) {
 	}
 }
 
+// TestEventLog_Aging: only once events have been dropped, and only the oldest quarter of the chunks.
+func TestEventLog_Aging(t *testing.T) {
+	l := eventLog{countMax: 8 * chunkEventsMax, bytesMax: 1 << 40}
+	for l.dropped == 0 {
+		if _, aging, ok := l.from(0); aging || !ok {
+			t.Fatalf("of %d events none was dropped, and the oldest is aging", l.count)
+		}
+		l.append(event{rv: l.end() + 1, last: true})
+	}
+	if len(l.chunks) != 8 {
+		t.Fatalf("%d chunks", len(l.chunks))
+	}
+	for i, c := range l.chunks {
+		if _, aging, _ := l.from(c.first); aging != (i < 2) {
+			t.Errorf("chunk %d of 8 is aging: %v", i, aging)
+		}
+	}
+}
+
 // TestEventLog_Copy: a copy and its original go separate ways.
 func TestEventLog_Copy(t *testing.T) {
+	for _, both := range []int{1, 10, chunkEventsMax, chunkEventsMax + 10} {
+		testEventLogCopy(t, both)
+	}
+}
+
+func testEventLogCopy(t *testing.T, both int) {
 	l := eventLog{countMax: 1000, bytesMax: 1 << 40}
 	add := func(l *eventLog, key string, n int) {
 		for range n {
 			l.append(event{rv: l.end() + 1, last: true, key: key})
 		}
 	}
-	add(&l, "both", chunkEventsMax+10)
+	add(&l, "both", both)
 	c := l.copy()
 	add(&l, "original", 5)
 	add(&c, "copy", 3*chunkEventsMax)
@@ -136,10 +161,10 @@ func TestEventLog_Copy(t *testing.T) {
 	checkWindow(t, &l)
 	checkWindow(t, &c)
 	for name, log := range map[string]*eventLog{"original": &l, "copy": &c} {
-		events, _, _ := log.from(chunkEventsMax + 10)
+		events, _, _ := log.from(uint64(both))
 		for _, e := range events {
 			if e.key != name {
-				t.Fatalf("the %s has an event of the other", name)
+				t.Fatalf("after %d events the %s has one of the other", both, name)
 			}
 		}
 	}

@@ -208,12 +208,15 @@ func TestHTTP_List(t *testing.T) {
 			a.wantHeader(t, "Resource-Version", "8")
 			a.wantHeader(t, "Content-Type", "application/json")
 			a.wantHeader(t, "Vary", "Accept")
+			a.wantHeader(t, "X-Content-Type-Options", "nosniff")
 			a.wantHeader(t, "Content-Length", fmt.Sprint(len(a.body)))
 
 			stream := f.do("GET", target, "", "Accept: text/html;q=0.5, Application/X-NDJSON;q=0.9")
 			stream.want(t, 200)
 			stream.wantHeader(t, "Resource-Version", "8")
 			stream.wantHeader(t, "Content-Type", "application/x-ndjson")
+			stream.wantHeader(t, "Vary", "Accept")
+			stream.wantHeader(t, "X-Content-Type-Options", "nosniff")
 			wantItems(t, target, decodeLines(t, stream.body), tt.want, keysOnly)
 			if strings.Count(stream.body, "\n") != len(tt.want) {
 				t.Errorf("%s: %q", target, stream.body)
@@ -279,6 +282,12 @@ func TestHTTP_LongList(t *testing.T) {
 		a.want(t, 200)
 		a.wantHeader(t, "Content-Length", "") // which nobody knows yet
 	}
+	// A response of one part has a length, although it is more than net/http would count.
+	a := f.do("GET", "/-/v1/keys?limit=100", "")
+	if len(a.body) < 4<<10 {
+		t.Errorf("%d bytes are too few to tell", len(a.body))
+	}
+	a.wantHeader(t, "Content-Length", fmt.Sprint(len(a.body)))
 	limited := f.do("GET", "/-/v1/keys?limit=20001", "", "Accept: application/x-ndjson")
 	wantItems(t, "limited stream", decodeLines(t, limited.body), keys[:20_001], false)
 
@@ -299,6 +308,37 @@ func TestHTTP_LongList(t *testing.T) {
 	if list := mustDecode[jsonList](t, f.do("GET", "/-/v1/keys", "")); len(list.Items) != listLimitDefault || *list.After != keys[listLimitDefault-1] {
 		t.Errorf("%d items", len(list.Items))
 	}
+}
+
+// TestTurns: a long read rests twice as long as it has worked, but only while there are writes.
+func TestTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &writer{t: t, store: newKVStore()}
+		turn := turns{store: w.store, began: time.Now()}
+		for _, tt := range []struct {
+			writes       bool
+			worked, want time.Duration
+		}{
+			{true, streamTurn, 0}, // not yet
+			{true, time.Millisecond, 2 * (streamTurn + time.Millisecond)},
+			{false, 3 * time.Millisecond, 0},
+			{true, 3 * time.Millisecond, 6 * time.Millisecond},
+			{true, streamTurn, 0}, // a turn begins after the rest
+			{true, time.Second, streamRestMax},
+			{false, time.Second, 0},
+			{true, streamTurn, 0}, // or where one would have been
+		} {
+			if tt.writes {
+				w.put("a", "1")
+			}
+			time.Sleep(tt.worked)
+			start := time.Now()
+			turn.rest()
+			if got := time.Since(start); got != tt.want {
+				t.Errorf("%+v: rested for %v", tt, got)
+			}
+		}
+	})
 }
 
 // A stream has the items of one version, although they change while it is read.

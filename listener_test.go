@@ -215,6 +215,24 @@ func TestListener_CloseAll(t *testing.T) {
 	}
 }
 
+// TestListener_CloseAllWaits: nothing of the listener's is left when closeAll returns.
+func TestListener_CloseAllWaits(t *testing.T) {
+	for range 20 { // without the wait it is a matter of luck
+		l := newListener(newPipeListener(), listenerConfig{connectionsMax: 0, refusal: []byte("full")})
+		for range refusalsMax {
+			_, server := net.Pipe() // nobody reads what it says
+			l.admit(server)
+		}
+		l.closeAll()
+		l.mu.Lock()
+		left := len(l.refusing)
+		l.mu.Unlock()
+		if left > 0 {
+			t.Fatalf("%d refusals are left", left)
+		}
+	}
+}
+
 // A connection that was accepted while closeAll ran must not stay.
 func TestListener_NoConnectionAfterCloseAll(t *testing.T) {
 	l := newListener(newPipeListener(), listenerConfig{connectionsMax: 1})

@@ -228,6 +228,23 @@ func TestHTTP_TTL(t *testing.T) {
 	})
 }
 
+// The parameters of profiles, which net/http/pprof reads: what it would take too long over is refused.
+func TestParams_Profiles(t *testing.T) {
+	for _, tt := range []struct {
+		param paramSet
+		value string
+		ok    bool
+	}{
+		{paramSeconds, "1", true}, {paramSeconds, "60", true}, {paramSeconds, "0", false}, {paramSeconds, "61", false},
+		{paramSeconds, "", false}, {paramSeconds, "-1", false}, {paramSeconds, "1.5", false},
+		{paramDebug, "0", true}, {paramDebug, "1", true}, {paramDebug, "2", true}, {paramDebug, "3", false}, {paramDebug, "", false},
+	} {
+		if err := new(params).set(tt.param, tt.value); (err == nil) != tt.ok {
+			t.Errorf("%v=%q: %v", tt.param, tt.value, err)
+		}
+	}
+}
+
 func TestHTTP_IdempotencyKeys(t *testing.T) {
 	f := newFront(t)
 	long := strings.Repeat("k", idempotencyKeySizeMax)
@@ -284,6 +301,8 @@ var retryTests = []struct {
 	{method: "PUT", target: "/k", body: "v", code: 201, others: []string{
 		"PUT|/k2|v", "PUT|/k|v2", "PUT|/k|", "DELETE|/k|", "PUT|/k?ttl=30s|v", `PUT|/k|v|If-Match: "1"`, "PUT|/k|v|If-None-Match: *", "POST|/|v", "PATCH|/|1", "POST|/-/v1/txn|{}", "DELETE|/-/v1/keys?prefix=k|",
 	}},
+	// As a whole the two say the same, but not field by field.
+	{method: "PUT", target: "/k", body: "0s00v", code: 201, others: []string{"PUT|/k0s00|v"}},
 	{method: "PUT", target: "/k?ttl=30s", body: "v", code: 201, others: []string{"PUT|/k?ttl=31s|v", "PUT|/k|v"}},
 	{method: "PUT", target: "/k", body: "v", headers: []string{"If-None-Match: *"}, code: 201, others: []string{"PUT|/k|v"}},
 	{method: "PUT", target: "/k", body: "v", headers: []string{`If-Match: "7"`}, code: 412, others: []string{`PUT|/k|v|If-Match: "8"`, "PUT|/k|v"}},

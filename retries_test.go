@@ -112,3 +112,38 @@ func TestRetries_CopyIsUndisturbed(t *testing.T) {
 		t.Errorf("%d and %d records", r.records.Len(), c.records.Len())
 	}
 }
+
+// TestRetries_Size: how records are counted decides which are forgotten, so every member must count alike.
+func TestRetries_Size(t *testing.T) {
+	r := retryRecord{id: retryID{key: "retry"}, first: result{key: "of", ops: []opResult{{item: item{value: "value"}}, {}}}}
+	if got, want := r.size(), uint64(256+5+2+64+5+64); got != want {
+		t.Errorf("%d bytes, want %d", got, want)
+	}
+}
+
+// TestRetries_Bounds: what is just at a bound stays, what is over it goes.
+func TestRetries_Bounds(t *testing.T) {
+	r := newRetryTable()
+	r.add(retryKey(1), result{}, 1000)
+	r.add(retryKey(2), result{}, 1000+retryAgeMillis)
+	if n := r.records.Len(); n != 2 {
+		t.Errorf("age: %d records, want 2", n)
+	}
+	r.add(retryKey(3), result{}, 1001+retryAgeMillis)
+	if _, there := r.numbers.Get(retryKey(1).key); there || r.records.Len() != 2 {
+		t.Errorf("age: %d records, the oldest is there: %v", r.records.Len(), there)
+	}
+
+	r = newRetryTable()
+	overhead := retryRecord{id: retryKey(1), first: result{ops: make([]opResult, 1)}}
+	half := result{ops: []opResult{{item: item{value: strings.Repeat("v", retryBytesMax/2-int(overhead.size()))}}}}
+	r.add(retryKey(1), half, 0)
+	r.add(retryKey(2), half, 0)
+	if r.bytes != retryBytesMax || r.records.Len() != 2 {
+		t.Errorf("%d bytes in %d records, want %d in 2", r.bytes, r.records.Len(), retryBytesMax)
+	}
+	r.add(retryKey(3), result{}, 0)
+	if n := r.records.Len(); n != 2 {
+		t.Errorf("bytes: %d records, want 2", n)
+	}
+}

@@ -206,3 +206,17 @@ func FuzzTxnJSON(f *testing.F) {
 		}
 	})
 }
+
+func TestHasLoneSurrogate(t *testing.T) {
+	for text, want := range map[string]bool{
+		`ud800`: false, `\\ud800`: false, `\n\\ud800`: false, `\`: false, `\u`: false, `\ud80`: false, `\ud7ff`: false, `\ue000`: false,
+		`\ud800`: true, `\ud800x`: true, `\ud800\`: true, `\ud800\n`: true, `\ud800\udbff`: true, `\ud800\ue000`: true,
+		`\udc00`: true, `\udfff`: true, `\n\udc00`: true, `\udbff`: true,
+		`\ud800\udc00`: false, `\udbff\udfff`: false, `\uD800\uDFFF`: false,
+		`\ud800\udc00\ud800`: true, `\ud800\udc00\udc00`: true, `\ud800\udc00ud800`: false,
+	} {
+		if got := hasLoneSurrogate(text); got != want {
+			t.Errorf("%s: %v", text, got)
+		}
+	}
+}
