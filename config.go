@@ -29,6 +29,9 @@ type config struct {
 	clientURL  string
 	dataDir    string
 
+	allowedHosts   []string
+	allowedOrigins []string
+
 	tick           time.Duration
 	electionTicks  int
 	heartbeatTicks int
@@ -90,6 +93,8 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.listen, "listen", "", "`host:port` for HTTP clients, instead of 127.0.0.1 and --port")
 	f.StringVar(&c.listenPeer, "listen-peer", "", "`host:port` for the other nodes (default that of this node's URL in --cluster)")
 	f.StringVar(&c.clientURL, "client-url", "", "`URL` at which clients reach this node, for others to know (default made from --listen)")
+	f.StringArrayVar(&c.allowedHosts, "allowed-host", nil, "answer to this host `name`, too, and not only to IP addresses, localhost and the names in client URLs; may be repeated")
+	f.StringArrayVar(&c.allowedOrigins, "allowed-origin", nil, "let web pages of this `origin`, such as https://app.example, read and write; may be repeated")
 	f.DurationVar(&c.tick, "tick", 10*time.Millisecond, "raft's unit of time")
 	f.IntVar(&c.heartbeatTicks, "heartbeat-ticks", 2, "`ticks` between two heartbeats of a leader")
 	f.IntVar(&c.electionTicks, "election-ticks", 20, "`ticks` without a heartbeat before an election")
@@ -123,13 +128,24 @@ func (c *config) validate() error {
 	}
 	c.dataDir = cmp.Or(c.dataDir, fmt.Sprintf("raftrv-%d", c.id))
 	c.listen = cmp.Or(c.listen, net.JoinHostPort("127.0.0.1", strconv.Itoa(c.port)))
-	c.clientURL = cmp.Or(c.clientURL, "http://"+c.listen)
-	if c.listenPeer == "" {
-		u, err := url.Parse(c.self().PeerURL)
-		if err != nil {
-			return err
+	peer, err := url.Parse(c.self().PeerURL)
+	if err != nil {
+		return err
+	}
+	c.listenPeer = cmp.Or(c.listenPeer, peer.Host)
+	if c.clientURL, err = c.findClientURL(peer.Hostname()); err != nil {
+		return err
+	}
+	for i, name := range c.allowedHosts {
+		if err := checkHostName(name); err != nil {
+			return fmt.Errorf("--allowed-host: %w", err)
 		}
-		c.listenPeer = u.Host
+		c.allowedHosts[i] = strings.ToLower(name)
+	}
+	for _, origin := range c.allowedOrigins {
+		if err := checkOrigin(origin); err != nil {
+			return fmt.Errorf("--allowed-origin: %w", err)
+		}
 	}
 	return errors.Join(
 		checkRange("--tick", c.tick, tickMin, tickMax),
@@ -150,6 +166,40 @@ func (c *config) validate() error {
 		checkOneOf("--log-level", c.logLevel, "debug", "info", "warn", "error"),
 		checkOneOf("--log-format", c.logFormat, "console", "json"),
 	)
+}
+
+// findClientURL returns where the others and their clients are told to find this
+// node. A node that listens on every interface does so under the host at which
+// the others reach it.
+func (c *config) findClientURL(peerHost string) (string, error) {
+	if c.clientURL != "" {
+		u, err := parseNodeURL(c.clientURL)
+		if err != nil {
+			return "", fmt.Errorf("--client-url %q: %w", c.clientURL, err)
+		}
+		return u, nil
+	}
+	host, port, err := net.SplitHostPort(c.listen)
+	if err != nil {
+		return "", fmt.Errorf("--listen: %w", err)
+	}
+	if isUnspecified(host) {
+		host = peerHost
+	}
+	u, err := parseNodeURL("http://" + net.JoinHostPort(host, port))
+	if err != nil {
+		return "", fmt.Errorf("--listen %s: no URL for clients can be made from that, so --client-url is needed: %w", c.listen, err)
+	}
+	return u, nil
+}
+
+// hostNames are the names that this node answers to.
+func (c *config) hostNames() []string {
+	names := c.allowedHosts
+	if u, err := url.Parse(c.clientURL); err == nil {
+		names = append(slices.Clone(names), strings.ToLower(u.Hostname()))
+	}
+	return names
 }
 
 func checkRange[T cmp.Ordered](flag string, v, low, high T) error {

@@ -59,6 +59,10 @@ var (
 		title: "Not found"}
 	errMethod = &apiError{code: "method-not-allowed", status: http.StatusMethodNotAllowed, outcome: notApplied,
 		title: "Method not allowed"}
+	errHost = &apiError{code: "unknown-host", status: http.StatusMisdirectedRequest, outcome: notApplied,
+		title: "Unknown host"}
+	errOrigin = &apiError{code: "cross-origin", status: http.StatusForbidden, outcome: notApplied,
+		title: "Cross-origin request"}
 	errTooLarge = &apiError{code: "value-too-large", status: http.StatusRequestEntityTooLarge, outcome: notApplied,
 		title: "Value too large"}
 	errBodyTimeout = &apiError{code: "request-timeout", status: http.StatusRequestTimeout, outcome: notApplied, retry: true,

@@ -10,6 +10,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"runtime"
 	"strconv"
@@ -114,6 +115,8 @@ type httpConfig struct {
 	valueSizeMax int           // bytes
 	version      string        // of the program
 	newID        func() string // the second part of a key that this node makes up
+	hosts        []string      // names that this node answers to, beside those of the members' client URLs
+	origins      []string      // of web pages that may read and write; see checkOrigin
 
 	registry  *prometheus.Registry // of the node's metrics; the front adds its own
 	checks    []check              // of readiness
@@ -132,18 +135,19 @@ var (
 	errTarget  = errInvalid.withDetail("the request target must be a path; a key is written /key")
 	errNoKey   = errNotFound.withDetail("the key has no value")
 	errNoCall  = errNotFound.withDetail("paths under /-/ are reserved and there is no such call; the key is written with %%2D for the first -")
-	errPeerURL = errInvalid.withDetail("the body must be the peer URL of the new member, such as http://10.0.0.4:12379, with a port and no path")
+	errPeerURL = errInvalid.withDetail("the body must be the peer URL of the new member, such as http://10.0.0.4:12379, with a port and no path, and a host that others can reach")
 )
 
 type httpAPI struct {
 	httpConfig
+	browsers   *browsers
 	metrics    *httpMetrics
 	exposition http.Handler // of all metrics
 	bodies     atomic.Int64 // bytes of large ones
 }
 
 func newHTTPAPI(cfg httpConfig) http.Handler {
-	h := &httpAPI{httpConfig: cfg, metrics: newHTTPMetrics(), exposition: newExposition(cfg)}
+	h := &httpAPI{httpConfig: cfg, browsers: newBrowsers(cfg.store, cfg.hosts, cfg.origins), metrics: newHTTPMetrics(), exposition: newExposition(cfg)}
 	cfg.registry.MustRegister(h.metrics)
 	return h
 }
@@ -160,6 +164,15 @@ func newHTTPServer(handler http.Handler, logger *zap.Logger) *http.Server {
 		MaxHeaderBytes:               headerSizeMax,
 		ErrorLog:                     log.New(serverLog{logger}, "", 0),
 		DisableGeneralOptionsHandler: true, // OPTIONS * is ours, too
+		ConnState:                    watchAnswers,
+	}
+}
+
+// watchAnswers looks at the beginning of each answer: net/http makes some by
+// itself.
+func watchAnswers(c net.Conn, state http.ConnState) {
+	if c, ok := c.(*conn); ok && (state == http.StateActive || state == http.StateIdle) {
+		c.first = withBrowserHeader
 	}
 }
 
@@ -186,9 +199,14 @@ func (h *httpAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		// saw. net/http hides the second header, so end here after every one.
 		w.Header()["Connection"] = closeAfter
 	}
+	setBrowserHeader(w.Header())
 	rec := newRecorder(w)
 	defer h.answered(rec, r)
-	if err := h.routeWithin(rec, r); err != nil {
+	done, err := h.browsers.admit(rec, r)
+	if !done && err == nil {
+		err = h.routeWithin(rec, r)
+	}
+	if err != nil {
 		h.writeError(rec, r, err)
 		if r.Context().Err() != nil {
 			rec.status = statusClientGone
@@ -390,21 +408,39 @@ func parseMemberID(s string) (uint64, error) {
 	return id, nil
 }
 
-// parsePeerURL accepts scheme://host:port and nothing else, because this node
-// and all others will connect to it.
+// parsePeerURL reads the URL of a new member.
 func parsePeerURL(s string) (string, error) {
-	s = strings.TrimSpace(s)
-	u, err := url.Parse(s)
+	s, err := parseNodeURL(s)
 	if err != nil {
 		return "", errPeerURL
 	}
-	if u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || s != u.Scheme+"://"+u.Host {
-		return "", errPeerURL
+	return s, nil
+}
+
+var errNodeURL = errors.New("it must be like http://10.0.0.4:12379, with a port and no path, and a host that others can reach")
+
+// parseNodeURL accepts scheme://host:port and nothing else, because this node
+// and all others will connect to it. An unspecified address is none of those:
+// everybody would connect to himself.
+func parseNodeURL(s string) (string, error) {
+	s = strings.TrimSpace(s)
+	u, err := url.Parse(s)
+	if err != nil {
+		return "", errNodeURL
+	}
+	if u.Scheme != "http" && u.Scheme != "https" || isUnspecified(u.Hostname()) || s != u.Scheme+"://"+u.Host {
+		return "", errNodeURL
 	}
 	if port, err := strconv.ParseUint(u.Port(), 10, 16); err != nil || port == 0 {
-		return "", errPeerURL
+		return "", errNodeURL
 	}
 	return s, nil
+}
+
+// isUnspecified says whether a host to listen on stands for every interface.
+func isUnspecified(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "" || err == nil && ip.Unmap().IsUnspecified()
 }
 
 // The node.
@@ -535,7 +571,6 @@ var (
 	typeJSON    = []string{"application/json"}
 	typeProblem = []string{"application/problem+json"}
 	typeText    = []string{"text/plain; charset=utf-8"}
-	noSniff     = []string{"nosniff"}
 	retryAfter  = []string{"1"} // second
 	closeAfter  = []string{"close"}
 	noCache     = []string{"no-cache"}
@@ -557,7 +592,6 @@ func setItemHeaders(header http.Header, it item, rv uint64) {
 	header["Resource-Version"] = values[1:2:2]
 	header["Content-Length"] = values[2:3:3]
 	header["Content-Type"] = typeBytes
-	header["X-Content-Type-Options"] = noSniff // a value may be HTML: browsers must not run it
 	setExpires(header, it)
 }
 
@@ -618,7 +652,6 @@ func writeBody(w http.ResponseWriter, r *http.Request, code int, contentType []s
 	header := w.Header()
 	header["Content-Type"] = contentType
 	header["Content-Length"] = []string{strconv.Itoa(len(body))}
-	header["X-Content-Type-Options"] = noSniff
 	w.WriteHeader(code)
 	if r.Method != http.MethodHead {
 		_, _ = w.Write(body) // fails if the client is gone
@@ -706,6 +739,6 @@ func isWrite(method string) bool {
 // for. No request was read, so it must suit every one.
 func httpRefusal() []byte {
 	body := newProblem(errConnections).encode()
-	return fmt.Appendf(nil, "HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nRetry-After: %s\r\nConnection: close\r\n\r\n%s",
-		errConnections.status, http.StatusText(errConnections.status), typeProblem[0], len(body), retryAfter[0], body)
+	return fmt.Appendf(nil, "HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nRetry-After: %s\r\n%sConnection: close\r\n\r\n%s",
+		errConnections.status, http.StatusText(errConnections.status), typeProblem[0], len(body), retryAfter[0], browserHeader, body)
 }

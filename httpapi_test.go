@@ -223,6 +223,7 @@ func serveFront(t *testing.T, l *listener, dial func() (net.Conn, error), option
 		valueSizeMax: testValueSizeMax,
 		version:      "v0",
 		newID:        newUUID,
+		hosts:        []string{"x", "other"}, // the Host of these tests
 		registry:     prometheus.NewRegistry(),
 		checks:       clusterChecks(backend),
 		level:        zap.NewAtomicLevel(),

@@ -68,7 +68,7 @@ func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 	}
 	items, rv := h.store.list(p.prefix, p.after, p.limit+1) // one more than asked for tells whether there are more
 	setResourceVersion(w.Header(), rv)
-	w.Header()["Vary"] = varyAccept
+	w.Header()["Vary"] = h.browsers.varyAccept
 	s := newStream(w, r, typeJSON)
 	defer s.free()
 	s.buf = append(s.buf, `{"resourceVersion":`...)
@@ -100,7 +100,7 @@ func (h *httpAPI) streamKeys(w http.ResponseWriter, r request) error {
 	}
 	defer sc.close()
 	setResourceVersion(w.Header(), sc.rv)
-	w.Header()["Vary"] = varyAccept
+	w.Header()["Vary"] = h.browsers.varyAccept
 	s := newStream(w, r, typeNDJSON)
 	defer s.free()
 	if s.isHead {
@@ -186,7 +186,6 @@ var streamBuffers = sync.Pool{New: func() any { return new([]byte) }}
 // newStream begins a response. The caller must free the stream.
 func newStream(w http.ResponseWriter, r request, contentType []string) *stream {
 	w.Header()["Content-Type"] = contentType
-	w.Header()["X-Content-Type-Options"] = noSniff
 	return &stream{
 		w:       w,
 		control: http.NewResponseController(w),

@@ -168,6 +168,20 @@ func (l *listener) stats() connStats {
 type conn struct {
 	net.Conn
 	listener *listener
+
+	// first, if not nil, is given what is written next and returns what to write
+	// instead. Only whoever writes may set it.
+	first func([]byte) []byte
+}
+
+func (c *conn) Write(p []byte) (int, error) {
+	if c.first == nil {
+		return c.Conn.Write(p)
+	}
+	out := c.first(p)
+	c.first = nil
+	n, err := c.Conn.Write(out)
+	return min(n, len(p)), err
 }
 
 // Close may be called more than once, by its user and by closeAll.

@@ -137,8 +137,8 @@ func readMember(r request) (m member, err error) {
 		if *u == "" {
 			continue
 		}
-		if *u, err = parsePeerURL(*u); err != nil {
-			return m, errInvalid.withDetail("peerURL and clientURL are written like http://10.0.0.4:12379, with a port and no path")
+		if *u, err = parseNodeURL(*u); err != nil {
+			return m, errInvalid.withDetail("peerURL and clientURL: %v", err)
 		}
 	}
 	m.Name, m.PeerURL, m.ClientURL = body.Name, body.PeerURL, body.ClientURL

@@ -163,7 +163,7 @@ func TestMetrics_CountClientsThatLeft(t *testing.T) {
 	ctx, leave := testContextThatEnds(t)
 	leave()
 	r := httptest.NewRequest("GET", "/k", nil).WithContext(ctx)
-	r.RequestURI = "/k"
+	r.RequestURI, r.Host = "/k", "localhost"
 	h.ServeHTTP(httptest.NewRecorder(), r)
 	if got := gather(t, h.registry)[`raftrv_http_requests_total{code="499",method="GET",route="/{key}"}`]; got != 1 {
 		t.Errorf("%v requests", got)

@@ -76,7 +76,7 @@ func dialWatch(n *proc.Node, query string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, err = io.WriteString(conn, "GET /-/v1/watch?"+query+" HTTP/1.1\r\nHost: x\r\n\r\n")
+	_, err = io.WriteString(conn, "GET /-/v1/watch?"+query+" HTTP/1.1\r\nHost: localhost\r\n\r\n")
 	return conn, err
 }
 

@@ -185,6 +185,8 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 		valueSizeMax: n.config.valueSizeMax,
 		version:      version,
 		newID:        newUUID,
+		hosts:        n.config.hostNames(),
+		origins:      n.config.allowedOrigins,
 		registry:     newRegistry(n, clientListener, checks),
 		checks:       checks,
 		level:        n.level,

@@ -71,9 +71,8 @@ func (h *httpAPI) watch(w http.ResponseWriter, r request) error {
 		header["Content-Type"] = typeEvents
 	}
 	header["Cache-Control"] = noStore
-	header["Vary"] = varyAccept
+	header["Vary"] = h.browsers.varyAccept
 	header["X-Accel-Buffering"] = noBuffering // asks a proxy to pass on each part at once
-	header["X-Content-Type-Options"] = noSniff
 	setResourceVersion(header, s.rv)
 	if r.Method == http.MethodHead {
 		return nil
