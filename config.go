@@ -23,6 +23,8 @@ type config struct {
 	token   string
 	join    bool
 
+	abandon func() // ends the process at once; nil = never
+
 	port       int
 	listen     string
 	listenPeer string

@@ -43,6 +43,10 @@ type loop struct {
 	replica *replica
 	version uint64 // of the store at the last call of applied
 
+	// interrupt makes work in the background end soon, without a result. nil = it
+	// cannot be told to.
+	interrupt func()
+
 	metrics    *loopMetrics
 	savedAt    time.Time // when the log was last saved ...
 	savedIndex uint64    // ... and what was applied then
@@ -107,9 +111,11 @@ func (l *loop) run(ctx context.Context, r *replica, admit func(context.Context) 
 			err = fmt.Errorf("replica panicked: %v\n%s", p, debug.Stack())
 		}
 		l.close(err)
-		l.work.Wait()
+		l.endWork()
 	}()
-	if err := admit(ctx); err != nil {
+	// An admission that was cut short is none: what other members have sent
+	// meanwhile must not be looked at, since the answer to it may be a vote.
+	if err := admit(ctx); err != nil || ctx.Err() != nil {
 		return err
 	}
 	ticker := time.NewTicker(l.tick)
@@ -298,8 +304,34 @@ func (l *loop) readable(q *readRound) {
 func (l *loop) background(work func() error, done func(error) error) {
 	l.work.Go(func() {
 		err := work()
+		if errors.Is(err, errInterrupted) {
+			return // only a node that ends interrupts
+		}
 		l.call(func() error { return done(err) })
 	})
+}
+
+// workGrace is how long a loop that ends waits for what it runs in the
+// background, after it has told it to end.
+const workGrace = 500 * time.Millisecond
+
+// endWork ends what runs in the background. Work that does not heed the call is
+// left behind: nobody hears of its result, what it writes has no name or no
+// record in the log yet, and the process ends soon, or else the disk is hung.
+func (l *loop) endWork() {
+	if l.interrupt != nil {
+		l.interrupt()
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		l.work.Wait()
+	}()
+	select {
+	case <-ended:
+	case <-time.After(workGrace):
+		l.logger.Warn("the node ends although work in the background goes on; what it has written does not count, and is deleted at the next start")
+	}
 }
 
 // call runs f on the loop's goroutine; an error of f ends the loop. It does

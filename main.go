@@ -82,6 +82,7 @@ func newServeCommand(use string, stderr io.Writer) *cobra.Command {
 			logger, level := newLogger(stderr, cfg.logLevel, cfg.logFormat)
 			boundGarbage()
 			setSegmentBytes(cfg.segmentBytes)
+			cfg.abandon = func() { os.Exit(1) }
 			syscall.Umask(0o077) // the log and the snapshots are for this user only
 			return serve(cmd.Context(), cfg, logger, level)
 		},

@@ -19,8 +19,9 @@ import (
 // Every goroutine of the process is started here or by something that is
 // closed here.
 
-// Steps of a graceful stop; together they stay below the 5 seconds after which
-// a supervisor loses patience.
+// Steps of a graceful stop; together with workGrace they stay below the 5 seconds
+// after which a supervisor loses patience. stopTimeout is for what no step
+// bounds: a disk that hangs.
 const (
 	// noticeTime is how long a node that stops goes on serving, with answers
 	// that tell clients to close their connection. Without it a request that is
@@ -28,6 +29,7 @@ const (
 	noticeTime      = 250 * time.Millisecond
 	transferTimeout = time.Second
 	drainTimeout    = 3 * time.Second
+	stopTimeout     = 4800 * time.Millisecond
 )
 
 // node is a running member. It implements backend.
@@ -93,7 +95,12 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		return err
 	}
 	defer func() { err = errors.Join(err, disk.close()) }()
+	defer cfg.boundStop(ctx, logger)()
+	defer context.AfterFunc(ctx, disk.interrupt)()
 	rec, fresh, err := recoverState(ctx, cfg, disk, logger)
+	if errors.Is(err, errInterrupted) {
+		return nil // stopped while it read a snapshot
+	}
 	if err != nil {
 		return err
 	}
@@ -118,6 +125,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		fresh:     fresh,
 		informed:  new(atomic.Bool),
 	}
+	n.loop.interrupt = disk.interrupt
 	if cfg.journal != "" {
 		if n.journal, err = openJournal(cfg.journal, logger.Named("journal")); err != nil {
 			return err
@@ -200,6 +208,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 	loopCtx, stopLoop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopLoop()
 	group, ctx := errgroup.WithContext(ctx)
+	defer n.config.boundStop(ctx, n.logger)()
 	group.Go(func() error { return n.loop.run(loopCtx, r, n.checkFresh) })
 	group.Go(func() error { return n.announce(ctx) })
 	group.Go(func() error { return n.watchDisk(ctx) })
@@ -224,6 +233,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 	group.Go(func() error {
 		<-ctx.Done() // a signal, or a part failed
 		n.logger.Info("stopping")
+		n.disk.interrupt()
 		front.closing.Store(true)
 		notice := time.After(noticeTime)
 		n.transferLeadership()
@@ -243,6 +253,30 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 		n.logger.Info("stopped")
 	}
 	return err
+}
+
+// boundStop ends the process if a stop that begins when ctx ends takes too long.
+// What is on the disk is then what a crash leaves, which the next start knows.
+// The caller calls the returned function at the end of the stop.
+func (cfg *config) boundStop(ctx context.Context, logger *zap.Logger) (ended func()) {
+	if cfg.abandon == nil {
+		return func() {}
+	}
+	end := make(chan struct{})
+	cancel := context.AfterFunc(ctx, func() {
+		timeout := time.NewTimer(stopTimeout)
+		defer timeout.Stop()
+		select {
+		case <-timeout.C:
+			logger.Error("the node does not stop in time: does the disk hang? it ends as if it was killed")
+			cfg.abandon()
+		case <-end:
+		}
+	})
+	return func() {
+		cancel()
+		close(end)
+	}
 }
 
 // closingHandler asks clients to close their connection once closing is set.

@@ -104,6 +104,10 @@ type storage struct {
 	wal    *wal.WAL // nil until load or create
 	mark   *watermarkFile
 
+	// Closed by interrupt: then whatever takes long ends with errInterrupted.
+	interrupted chan struct{}
+	interruptOn sync.Once
+
 	mu        sync.Mutex        // orders the loop's goroutine and those in the background
 	snapshots []*walpb.Snapshot // recorded in the log, oldest first
 	reached   watermark         // what the log has on disk
@@ -129,9 +133,39 @@ func openStorage(dir string, logger *zap.Logger) (*storage, error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock data directory: %w", err)
 	}
-	s := &storage{dir: dir, logger: logger, lock: lock}
+	s := &storage{dir: dir, logger: logger, lock: lock, interrupted: make(chan struct{})}
 	s.snap = snap.New(logger, s.path(snapDir))
 	return s, nil
+}
+
+// errInterrupted ends what takes long when the node stops.
+var errInterrupted = errors.New("interrupted since the node stops")
+
+// interrupt ends soon all reading and writing of snapshots and all deleting,
+// now and later. What is half written is deleted. The log is not concerned.
+func (s *storage) interrupt() { s.interruptOn.Do(func() { close(s.interrupted) }) }
+
+// goOn says whether nobody has interrupted.
+func (s *storage) goOn() error {
+	select {
+	case <-s.interrupted:
+		return errInterrupted
+	default:
+		return nil
+	}
+}
+
+// interruptible is a file of which reading can be interrupted.
+type interruptible struct {
+	*os.File
+	storage *storage
+}
+
+func (f interruptible) Read(p []byte) (int, error) {
+	if err := f.storage.goOn(); err != nil {
+		return 0, err
+	}
+	return f.File.Read(p)
 }
 
 func (s *storage) path(name string) string { return filepath.Join(s.dir, name) }
@@ -391,6 +425,9 @@ func (s *storage) loadSnapshot(r *recovered) (*walpb.Snapshot, error) {
 			continue
 		}
 		meta, st, err := s.readSnapshot(w)
+		if errors.Is(err, errInterrupted) {
+			return nil, err
+		}
 		if err != nil {
 			damage = errors.Join(damage, err)
 			continue
@@ -434,7 +471,7 @@ func (s *storage) readBody(index, term uint64) (state, error) {
 		return state{}, err
 	}
 	defer f.Close()
-	st, err := readState(f)
+	st, err := readState(interruptible{f, s})
 	if err != nil {
 		return state{}, fmt.Errorf("%s: %w", f.Name(), err)
 	}
@@ -531,7 +568,7 @@ func (s *storage) writeBody(meta *raftpb.Snapshot, st *state) error {
 		return err
 	}
 	defer func() { _ = os.Remove(f.Name()) }() // fails after the rename
-	err = st.writeTo(&syncingWriter{file: f})
+	err = st.writeTo(&syncingWriter{storage: s, file: f})
 	if err == nil {
 		err = f.Sync()
 	}
@@ -558,12 +595,16 @@ const restMax = 50 * time.Millisecond
 // syncingWriter writes a file in pieces that are synced. Between two of them it
 // leaves the disk and the processor to the log and to requests.
 type syncingWriter struct {
+	storage  *storage
 	file     *os.File
 	began    time.Time // of this piece
 	unsynced int
 }
 
 func (w *syncingWriter) Write(p []byte) (int, error) {
+	if err := w.storage.goOn(); err != nil {
+		return 0, err
+	}
 	if w.unsynced == 0 {
 		w.began = time.Now()
 	}
@@ -571,7 +612,10 @@ func (w *syncingWriter) Write(p []byte) (int, error) {
 	if w.unsynced += n; err == nil && w.unsynced >= syncEvery {
 		w.unsynced = 0
 		err = fileutil.Fdatasync(w.file)
-		time.Sleep(min(time.Since(w.began), restMax))
+		select {
+		case <-time.After(min(time.Since(w.began), restMax)):
+		case <-w.storage.interrupted:
+		}
 	}
 	return n, err
 }
@@ -580,18 +624,21 @@ func (w *syncingWriter) Write(p []byte) (int, error) {
 // rafthttp has written of it so far, for the same reason.
 type receivedSnapshot struct {
 	io.ReadCloser
-	dir      string // where rafthttp writes it
+	storage  *storage
 	unsynced int
 }
 
 func (s *storage) receive(body io.ReadCloser) io.ReadCloser {
-	return &receivedSnapshot{ReadCloser: body, dir: s.path(snapDir)}
+	return &receivedSnapshot{ReadCloser: body, storage: s}
 }
 
 func (r *receivedSnapshot) Read(p []byte) (int, error) {
+	if err := r.storage.goOn(); err != nil {
+		return 0, err
+	}
 	if r.unsynced >= syncEvery {
 		r.unsynced = 0
-		if err := syncReceived(r.dir); err != nil {
+		if err := syncReceived(r.storage.path(snapDir)); err != nil {
 			return 0, err
 		}
 	}
@@ -686,6 +733,9 @@ func (s *storage) purgeLog() error {
 		return err
 	}
 	for _, name := range names[:max(len(names)-1, 0)] {
+		if err := s.goOn(); err != nil {
+			return err
+		}
 		path := filepath.Join(s.path(walDir), name)
 		l, err := fileutil.TryLockFile(path, os.O_WRONLY, fileMode)
 		if errors.Is(err, fileutil.ErrLocked) {
@@ -710,6 +760,9 @@ func (s *storage) purgeSnapshots(oldest uint64) error {
 		index, ok := snapshotIndex(name)
 		if !ok || index >= oldest {
 			continue
+		}
+		if err := s.goOn(); err != nil {
+			return err
 		}
 		if err := os.Remove(filepath.Join(s.path(snapDir), name)); err != nil {
 			return err
