@@ -65,19 +65,47 @@ const (
 	checkpointsKept = 64
 )
 
+// recentKept is of how many of its last entries a member keeps the sums for
+// itself: what the others were at when they told is then among them.
+const recentKept = 4096
+
 // checkpoints are the last ones of a member, by index.
-type checkpoints [checkpointsKept]checkpoint
+type checkpoints struct {
+	earlier [checkpointsKept]checkpoint
+	recent  [recentKept]checkpoint
+}
 
 func (c *checkpoints) note(s *state) {
 	if s.index%checkpointEvery == 0 {
-		c[s.index/checkpointEvery%checkpointsKept] = checkpoint{s.index, s.sum}
+		c.earlier[s.index/checkpointEvery%checkpointsKept] = checkpoint{s.index, s.sum}
 	}
+	c.recent[s.index%recentKept] = checkpoint{s.index, s.sum}
 }
 
 // sums are what a member tells the others: the sum of its state, and earlier ones.
 type sums struct {
 	Now     checkpoint   `json:"now"`
 	Earlier []checkpoint `json:"earlier,omitempty"`
+
+	recent *[recentKept]checkpoint // of a member's own sums
+}
+
+// at returns the sum at an index.
+func (s *sums) at(index uint64) (sum uint64, ok bool) {
+	if index == s.Now.Index {
+		return s.Now.Sum, true
+	}
+	if s.recent != nil {
+		if c := s.recent[index%recentKept]; c.Index == index {
+			return c.Sum, true
+		}
+	}
+	for _, c := range s.Earlier {
+		if c.Index == index {
+			return c.Sum, true
+		}
+	}
+	return 0, false
 }
 
 // sums returns what there is to compare.
@@ -85,7 +113,7 @@ func (s *kvstore) sums() sums {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	r := sums{Now: checkpoint{s.state.index, s.state.sum}}
-	for _, c := range s.checkpoints {
+	for _, c := range s.checkpoints.earlier {
 		if c.Index != 0 {
 			r.Earlier = append(r.Earlier, c)
 		}
@@ -93,16 +121,35 @@ func (s *kvstore) sums() sums {
 	return r
 }
 
+// ownSums returns what a member compares with what others tell.
+func (s *kvstore) ownSums() sums {
+	r := s.sums()
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	recent := s.checkpoints.recent
+	r.recent = &recent
+	return r
+}
+
+// voters returns the members that have a vote.
+func (s *kvstore) voters() (ids []uint64) {
+	for _, m := range s.members() {
+		if !m.Learner {
+			ids = append(ids, m.ID)
+		}
+	}
+	return ids
+}
+
 // compare says whether two members have the same sum at the highest index that
 // both know. Sums are chained: there is no need to look at the others.
 func (s *sums) compare(other *sums) (known, same bool) {
-	at := map[uint64]uint64{s.Now.Index: s.Now.Sum}
-	for _, c := range s.Earlier {
-		at[c.Index] = c.Sum
-	}
 	highest := uint64(0)
 	for _, c := range append([]checkpoint{other.Now}, other.Earlier...) {
-		if sum, ok := at[c.Index]; ok && c.Index >= highest && c.Index > 0 {
+		if c.Index == 0 || c.Index < highest {
+			continue
+		}
+		if sum, ok := s.at(c.Index); ok {
 			highest, known, same = c.Index, true, sum == c.Sum
 		}
 	}
@@ -118,34 +165,49 @@ const (
 	doubtful
 	// diverged: a majority has the same state, and it is another one.
 	diverged
+	// unchecked: nothing is known yet.
+	unchecked
 )
 
-func (v verdict) String() string { return [...]string{"sound", "doubtful", "diverged"}[v] }
+func (v verdict) String() string { return [...]string{"sound", "doubtful", "diverged", "unchecked"}[v] }
 
-// judge compares a member's sums with those of the others that answered.
-// members is how many there are. With sound, differ are those who have another
-// state than the majority, which this member is part of.
-func judge(own sums, others map[uint64]sums, members int) (v verdict, differ []uint64) {
-	agree := 1
-	for id, o := range others {
-		switch known, same := own.compare(&o); {
+// judge compares a member's sums with those of the voters that answered, which
+// may be none. It is sound only if a majority of the voters has its state, and
+// unchecked if nobody has another one either. differ are the voters that have
+// another one. A learner has no voice, but an opinion.
+func judge(own sums, self uint64, others map[uint64]sums, voters []uint64) (v verdict, differ []uint64) {
+	agree := 0
+	for _, id := range voters {
+		o, answered := others[id]
+		known, same := id == self, id == self
+		if id != self && answered {
+			known, same = own.compare(&o)
+		}
+		switch {
 		case known && same:
 			agree++
 		case known:
 			differ = append(differ, id)
 		}
 	}
-	if len(differ) == 0 || agree > members/2 {
+	switch {
+	case agree > len(voters)/2:
 		return sound, differ
+	case len(differ) == 0:
+		return unchecked, nil
 	}
 	for _, id := range differ {
 		o, size := others[id], 1
-		for other, p := range others {
-			if known, same := o.compare(&p); other != id && known && same {
+		for _, other := range voters {
+			p, answered := others[other]
+			if other == id || other == self || !answered {
+				continue
+			}
+			if known, same := o.compare(&p); known && same {
 				size++
 			}
 		}
-		if size > members/2 {
+		if size > len(voters)/2 {
 			return diverged, differ
 		}
 	}

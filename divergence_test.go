@@ -18,35 +18,84 @@ func sumsAt(index uint64, branch uint64) sums {
 func TestJudge(t *testing.T) {
 	const other = 1 << 40 // another history
 	tests := []struct {
-		name    string
-		own     sums
-		others  map[uint64]sums
-		members int
-		want    verdict
-		differ  int
+		name   string
+		own    sums
+		others map[uint64]sums
+		voters []uint64
+		want   verdict
+		differ int
 	}{
-		{"alone", sumsAt(10, 0), nil, 1, sound, 0},
-		{"nobody answers", sumsAt(10, 0), nil, 3, sound, 0},
-		{"all the same", sumsAt(900, 0), map[uint64]sums{2: sumsAt(900, 0), 3: sumsAt(900, 0)}, 3, sound, 0},
-		{"at other entries", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, 0), 3: sumsAt(30_000, 0)}, 3, sound, 0},
-		{"too far behind to say", sumsAt(900, 0), map[uint64]sums{2: sumsAt(900_000, other)}, 3, sound, 0},
-		{"before the first checkpoint", sumsAt(10, 0), map[uint64]sums{2: sumsAt(11, other), 3: sumsAt(12, other)}, 3, sound, 0},
-		{"against a majority", sumsAt(900, other), map[uint64]sums{2: sumsAt(901, 0), 3: sumsAt(1200, 0)}, 3, diverged, 2},
-		{"with a majority", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, 0), 3: sumsAt(1200, other)}, 3, sound, 1},
-		{"one of two", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, other)}, 2, doubtful, 1},
-		{"one of three is down", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, other)}, 3, doubtful, 1},
-		{"three states", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, other), 3: sumsAt(901, 2*other)}, 3, doubtful, 2},
-		{"two of five, two are down", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, 0), 3: sumsAt(901, other)}, 5, doubtful, 1},
+		{"alone", sumsAt(10, 0), nil, voters(1), sound, 0},
+		{"nobody answers", sumsAt(10, 0), nil, voters(3), unchecked, 0},
+		{"all the same", sumsAt(900, 0), map[uint64]sums{2: sumsAt(900, 0), 3: sumsAt(900, 0)}, voters(3), sound, 0},
+		{"one is the same", sumsAt(900, 0), map[uint64]sums{2: sumsAt(900, 0)}, voters(3), sound, 0},
+		{"one of four others is the same", sumsAt(900, 0), map[uint64]sums{2: sumsAt(900, 0)}, voters(5), unchecked, 0},
+		{"at other entries", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, 0), 3: sumsAt(30_000, 0)}, voters(3), sound, 0},
+		{"too far behind to say", sumsAt(900, 0), map[uint64]sums{2: sumsAt(900_000, other)}, voters(3), unchecked, 0},
+		{"before the first checkpoint", sumsAt(10, 0), map[uint64]sums{2: sumsAt(11, other), 3: sumsAt(12, other)}, voters(3), unchecked, 0},
+		{"before anything", sumsAt(0, 0), map[uint64]sums{2: sumsAt(0, 0), 3: sumsAt(0, 0)}, voters(3), unchecked, 0},
+		{"against a majority", sumsAt(900, other), map[uint64]sums{2: sumsAt(901, 0), 3: sumsAt(1200, 0)}, voters(3), diverged, 2},
+		{"with a majority", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, 0), 3: sumsAt(1200, other)}, voters(3), sound, 1},
+		{"one of two", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, other)}, voters(2), doubtful, 1},
+		{"one of three is down", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, other)}, voters(3), doubtful, 1},
+		{"three states", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, other), 3: sumsAt(901, 2*other)}, voters(3), doubtful, 2},
+		{"two of five, two are down", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, 0), 3: sumsAt(901, other)}, voters(5), doubtful, 1},
 		{"two against three of five", sumsAt(900, 0),
-			map[uint64]sums{2: sumsAt(901, 0), 3: sumsAt(901, other), 4: sumsAt(901, other), 5: sumsAt(901, other)}, 5, diverged, 3},
+			map[uint64]sums{2: sumsAt(901, 0), 3: sumsAt(901, other), 4: sumsAt(901, other), 5: sumsAt(901, other)}, voters(5), diverged, 3},
+		{"learners do not make a majority", sumsAt(900, 0), map[uint64]sums{2: sumsAt(901, other), 4: sumsAt(901, other), 5: sumsAt(901, other)}, voters(3), doubtful, 1},
+		{"nor one for this member", sumsAt(900, 0), map[uint64]sums{4: sumsAt(900, 0), 5: sumsAt(900, 0)}, voters(3), unchecked, 0},
+		{"nor a doubt", sumsAt(900, 0), map[uint64]sums{2: sumsAt(900, 0), 4: sumsAt(900, other)}, voters(3), sound, 0},
+		{"a learner with one of two voters", sumsAt(900, 0), map[uint64]sums{2: sumsAt(900, 0)}, []uint64{2, 3}, unchecked, 0},
+		{"a learner with both", sumsAt(900, 0), map[uint64]sums{2: sumsAt(900, 0), 3: sumsAt(900, 0)}, []uint64{2, 3}, sound, 0},
+		{"a learner against both", sumsAt(900, other), map[uint64]sums{2: sumsAt(900, 0), 3: sumsAt(900, 0)}, []uint64{2, 3}, diverged, 2},
+		{"no voters are known", sumsAt(0, 0), map[uint64]sums{2: sumsAt(900, 0)}, nil, unchecked, 0},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			v, differ := judge(tt.own, tt.others, tt.members)
+			v, differ := judge(tt.own, 1, tt.others, tt.voters)
 			if v != tt.want || len(differ) != tt.differ {
 				t.Errorf("%v, %v; want %v and %d that differ", v, differ, tt.want, tt.differ)
 			}
 		})
+	}
+}
+
+// voters returns the first n members.
+func voters(n uint64) (ids []uint64) {
+	for id := range n {
+		ids = append(ids, id+1)
+	}
+	return ids
+}
+
+// TestSums_Kept: of what it applied a member knows the sum of each of the last entries, and tells those that members
+// far apart have in common.
+func TestSums_Kept(t *testing.T) {
+	s, other := newKVStore(), newKVStore()
+	const behind = 100
+	for i := range uint64(2*checkpointEvery*checkpointsKept + 300) {
+		must(t, s.skip(i+1, 1))
+		must(t, other.skip(i+1, 1))
+	}
+	lagging := other.sums()
+	for range behind {
+		must(t, s.skip(s.applied()+1, 1))
+	}
+	own := s.ownSums()
+	if known, same := own.compare(&lagging); !known || !same {
+		t.Errorf("with one that lags %d entries: %v, %v", behind, known, same)
+	}
+	if got, ok := own.at(lagging.Now.Index); !ok || got != lagging.Now.Sum {
+		t.Errorf("at index %d of the other: %v, %v", lagging.Now.Index, got, ok)
+	}
+	told := s.sums()
+	if len(told.Earlier) != checkpointsKept {
+		t.Errorf("it tells %d sums, want %d", len(told.Earlier), checkpointsKept)
+	}
+	for _, c := range told.Earlier {
+		if c.Index%checkpointEvery != 0 || c.Index+checkpointEvery*checkpointsKept < s.applied() {
+			t.Errorf("it tells the sum at %d, when it is at %d", c.Index, s.applied())
+		}
 	}
 }
 

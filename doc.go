@@ -18,7 +18,8 @@
 //	scan.go       many items as they were at one version, while writes go on
 //	events.go     what changed recently, so that a watch can start in the past
 //	watch.go      the hub: who waits for which event
-//	guard.go      what a node must not do: disk full, quota, diverged
+//	guard.go      what a node does not take: disk full, quota
+//	consistency.go  what it does not serve: its state is not that of the others, or was not compared yet
 //	routes.go     the table of all calls
 //	params.go     the query, conditions, TTL and Idempotency-Key of a request
 //	keysapi.go    keys as JSON: one, lists, streams

@@ -85,6 +85,8 @@ var (
 		title: "Not all members know this", detail: "the request needs a newer version than some member runs; upgrade all of them, then send it again"}
 	errDiverged = &apiError{code: "diverged", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
 		title: "Diverged", detail: "the state of this node is not that of the others, so it serves nothing; use another node, and replace this one"}
+	errUnchecked = &apiError{code: "unchecked", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
+		title: "Not compared yet", detail: "this node has not found a majority that has its state since it started, which takes a moment; retry later or at another node"}
 	errNoLeader = &apiError{code: "no-leader", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
 		title: "No leader", detail: "no leader was reachable before the deadline; is a majority of the members up?"}
 )

@@ -5,28 +5,26 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"sync"
 	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
 )
 
-// This file decides what a node must not do at present: write when a disk has
-// no room, let the store grow beyond its quota, or serve anything when its state
-// is not that of the other members. The first two are decided before a write is
-// proposed, so it is refused in whole, with certainty. They are about: each node
-// decides by itself, of what it sees.
+// This file decides what a node does not take at present: writes when a disk has
+// no room, or what would let the store grow beyond its quota. That is decided
+// before a write is proposed, so it is refused in whole, with certainty. And it
+// is about: each node decides by itself, of what it sees. What a node does not
+// serve is in consistency.go.
 //
 // Of the disk there are two marks. Below the reserve a node is full: it takes
 // deletes, and whatever the others write. With less than the next two files of
 // its log need it is closed: it takes nothing, not even entries of a leader, and
-// falls behind until there is room. So its log never meets a disk without space,
-// which would end the node.
+// falls behind until there is room. So its log finds room for its next file,
+// unless somebody else fills the disk between two looks; that ends the node.
 
 const (
-	spaceEvery    = 100 * time.Millisecond // between two looks at the disk
-	exchangeEvery = 500 * time.Millisecond // between two looks at the other members
+	spaceEvery = 100 * time.Millisecond // between two looks at the disk
 	// releaseEvery is how often a node whose disk is full takes a snapshot, if
 	// something has changed, so that it can delete some of its log.
 	releaseEvery = 2 * time.Second
@@ -47,9 +45,10 @@ type guard struct {
 	left, kept   atomic.Int64
 	space        atomic.Pointer[space]
 	othersFull   atomic.Bool // the leader, or so many that no majority has room
-	verdict      atomic.Int32
 	others       atomic.Pointer[map[uint64]health]
 	lastReleased time.Time // owned by the goroutine that watches the disk
+
+	*opinion // of its own state, see consistency.go
 }
 
 // space is what a node saw of its disk.
@@ -60,9 +59,10 @@ type space struct {
 
 // health is what a member tells the others about itself.
 type health struct {
-	Sums       sums `json:"sums"`
-	DiskFull   bool `json:"diskFull,omitempty"`
-	DiskClosed bool `json:"diskClosed,omitempty"`
+	Member     uint64 `json:"member"`
+	Sums       sums   `json:"sums"`
+	DiskFull   bool   `json:"diskFull,omitempty"`
+	DiskClosed bool   `json:"diskClosed,omitempty"`
 }
 
 func newGuard(cfg *config, store *kvstore, waiting func() int, logger *zap.Logger) *guard {
@@ -74,6 +74,7 @@ func newGuard(cfg *config, store *kvstore, waiting func() int, logger *zap.Logge
 		free:    func() (uint64, error) { return freeBytes(cfg.dataDir) },
 		waiting: waiting,
 		logger:  logger,
+		opinion: newOpinion(cfg.dataDir),
 	}
 	g.left.Store(math.MaxInt64 / 2) // until the first look
 	g.space.Store(&space{})
@@ -134,9 +135,6 @@ func (g *guard) members() int { return max(1, g.store.memberCount()) }
 
 // admit says whether a command of so many bytes may be proposed.
 func (g *guard) admit(c *command, size int) error {
-	if err := g.serving(); err != nil {
-		return err
-	}
 	// The others may take as many bytes at the same time, and this node has to
 	// write them too.
 	cost := int64(size) * int64(g.members())
@@ -225,14 +223,6 @@ func (g *guard) writable() error {
 	return g.overQuota(&command{op: opTxn}, 0)
 }
 
-// serving says why the node serves nothing at present.
-func (g *guard) serving() error {
-	if verdict(g.verdict.Load()) != sound {
-		return errDiverged
-	}
-	return nil
-}
-
 // describe adds to a status what the guard knows.
 func (g *guard) describe(st *nodeStatus) {
 	sum, space := g.store.sums().Now, g.space.Load()
@@ -240,7 +230,7 @@ func (g *guard) describe(st *nodeStatus) {
 	st.AppliedIndex = sum.Index // that it is the sum of
 	st.QuotaBytes = g.quota
 	st.DiskFreeBytes, st.DiskReserveBytes = space.free, space.reserve
-	st.Divergence = verdict(g.verdict.Load()).String()
+	st.Divergence = g.current().String()
 	if e, ok := errors.AsType[*apiError](errors.Join(g.serving(), g.writable())); ok {
 		st.ReadOnly = e.code
 	}
@@ -249,59 +239,11 @@ func (g *guard) describe(st *nodeStatus) {
 // health is what the others are told.
 func (g *guard) health() health {
 	s := g.space.Load()
-	return health{Sums: g.store.sums(), DiskFull: s.full, DiskClosed: s.closed}
+	return health{Member: g.id, Sums: g.store.sums(), DiskFull: s.full, DiskClosed: s.closed}
 }
 
 // isClosed says whether a member has said that it takes no entries.
 func (g *guard) isClosed(id uint64) bool { return (*g.others.Load())[id].DiskClosed }
-
-// hear takes what the others have told. It returns what that means for this
-// node's state.
-func (g *guard) hear(others map[uint64]health, leader uint64) (before, now verdict) {
-	g.others.Store(&others)
-	voters, full := 0, 0
-	for _, m := range g.store.members() {
-		if m.Learner {
-			continue
-		}
-		voters++
-		if others[m.ID].DiskFull || m.ID == g.id && g.space.Load().full {
-			full++
-		}
-	}
-	g.othersFull.Store(others[leader].DiskFull || full > 0 && voters-full <= voters/2)
-
-	told := map[uint64]sums{}
-	for id, h := range others {
-		told[id] = h.Sums
-	}
-	before = verdict(g.verdict.Load())
-	now, differ := judge(g.store.sums(), told, g.members())
-	if before == diverged {
-		now = diverged // for good: what it has is wrong
-	}
-	g.verdict.Store(int32(now))
-	g.report(before, now, differ)
-	return before, now
-}
-
-// report logs what an operator should know.
-func (g *guard) report(before, now verdict, differ []uint64) {
-	if now == before {
-		return
-	}
-	switch now {
-	case diverged:
-		g.logger.Error("the state of this node is not that of the majority: it serves nothing any more", zap.Uint64("node", g.id),
-			zap.Uint64s("differsFrom", differ), zap.String("do", fmt.Sprintf("remove it (curl -X DELETE http://NODE/-/v1/members/%d), "+
-				"then add it under a new ID, with an empty --data-dir and --join; keep the old directory to find the reason", g.id)))
-	case doubtful:
-		g.logger.Error("this node and others have different states and there is no majority for any: it serves nothing until there is", zap.Uint64("node", g.id),
-			zap.Uint64s("differsFrom", differ), zap.String("do", "bring back the members that are down; if there are none, keep the one that you trust and remove the others"))
-	default:
-		g.logger.Warn("a majority has the state of this node: it serves again", zap.Uint64("node", g.id), zap.Uint64s("differ", differ))
-	}
-}
 
 // watchDisk looks at the disk until ctx ends.
 func (n *node) watchDisk(ctx context.Context) error {
@@ -326,75 +268,17 @@ func (n *node) watchDisk(ctx context.Context) error {
 	}
 }
 
-// exchange asks the other members how they are, until ctx ends.
-func (n *node) exchange(ctx context.Context) error {
-	tick := time.NewTicker(exchangeEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return nil
-		}
-		leader := n.loop.status.Load().leader
-		before, now := n.guard.hear(n.askOthers(ctx), leader)
-		switch {
-		case before == sound && now != sound:
-			n.hub.close(errDiverged)
-		case before != sound && now == sound:
-			n.hub.reopen()
-		}
-		// Somebody else may lead better.
-		if leader == n.config.id && (now != sound || n.guard.space.Load().full && !n.guard.othersFull.Load()) {
-			n.loop.call(func() error {
-				n.loop.replica.transfer()
-				return nil
-			})
-		}
-	}
-}
-
-// askOthers returns what those members say that answer.
-func (n *node) askOthers(ctx context.Context) map[uint64]health {
-	var mu sync.Mutex
-	var wg sync.WaitGroup
-	others := map[uint64]health{}
-	for _, m := range n.store.members() {
-		if m.ID == n.config.id {
-			continue
-		}
-		wg.Go(func() {
-			info, err := fetchPeerInfo(ctx, m.PeerURL)
-			if err != nil || info.Cluster != fmt.Sprintf("%x", n.cluster) {
-				return
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			others[m.ID] = info.Health
-		})
-	}
-	wg.Wait()
-	return others
-}
-
-// propose is that of the loop, unless the node must not take the command.
+// propose is that of the loop, unless the node must not serve or take the command.
 func (n *node) propose(ctx context.Context, timeout time.Duration, c command) (result, error) {
+	timeout, err := n.awaitServing(ctx, timeout)
+	if err != nil {
+		return result{}, err
+	}
 	if err := n.guard.admit(&c, c.encodedSizeMax()); err != nil {
 		return result{}, err
 	}
 	return n.loop.propose(ctx, timeout, c)
 }
-
-// linearize is that of the loop, unless the node must not serve.
-func (n *node) linearize(ctx context.Context, timeout time.Duration) error {
-	if err := n.serving(); err != nil {
-		return err
-	}
-	return n.loop.linearize(ctx, timeout)
-}
-
-// serving says why the node serves nothing at present.
-func (n *node) serving() error { return n.guard.serving() }
 
 // writable says why the node takes no writes but deletes at present.
 func (n *node) writable() error { return n.guard.writable() }

@@ -93,32 +93,6 @@ func TestGuard_OthersFull(t *testing.T) {
 	}
 }
 
-// TestGuard_Diverged: a verdict by a majority lasts, a doubt goes when there is one.
-func TestGuard_Diverged(t *testing.T) {
-	free := uint64(math.MaxUint64 / 4)
-	g := newTestGuard(t, &free)
-	applyAll(t, g.store, somePut)
-	own := health{Sums: g.store.sums()}
-	other := health{Sums: sums{Now: checkpoint{own.Sums.Now.Index, own.Sums.Now.Sum + 1}}}
-	for _, step := range []struct {
-		others map[uint64]health
-		want   verdict
-	}{
-		{map[uint64]health{}, sound},
-		{map[uint64]health{2: other}, doubtful},
-		{map[uint64]health{2: other, 3: own}, sound},
-		{map[uint64]health{2: other, 3: other}, diverged},
-		{map[uint64]health{2: own, 3: own}, diverged},
-	} {
-		if _, v := g.hear(step.others, 2); v != step.want {
-			t.Errorf("%v, want %v", v, step.want)
-		}
-		if err := g.admit(&someDelete, 1); errors.Is(err, errDiverged) != (step.want != sound) {
-			t.Errorf("%v: %v", step.want, err)
-		}
-	}
-}
-
 // TestGuard_Quota: what grows the store beyond it is refused, and nothing else.
 func TestGuard_Quota(t *testing.T) {
 	free := uint64(math.MaxUint64 / 4)
@@ -146,24 +120,12 @@ func TestGuard_Quota(t *testing.T) {
 	applyAll(t, g.store, command{op: opDelete, key: "big"})
 	must(t, g.admit(&somePut, 10))
 	must(t, g.writable())
-}
 
-// TestHub_ClosedForAWhile: watches end when a node stops serving, and can start again when it serves again.
-func TestHub_ClosedForAWhile(t *testing.T) {
-	s := newKVStore()
-	h := newHub(s)
-	w, err := h.watch("", true, 0)
-	must(t, err)
-	h.close(errDiverged)
-	if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, errDiverged) {
-		t.Errorf("read: %v", err)
-	}
-	h.reopen()
-	w, err = h.watch("", true, 0)
-	must(t, err)
-	applyAll(t, s, somePut)
-	h.distribute()
-	if n, _, err := w.read(func(*event, bool) {}); n != 1 || err != nil {
-		t.Errorf("read %d events: %v", n, err)
+	// What waits to be written counts as written.
+	waits := 10_000 - int(g.store.size()) - itemOverhead - 100
+	g.waiting = func() int { return waits }
+	must(t, g.admit(&somePut, 100))
+	if err := g.admit(&somePut, 101); !errors.Is(err, errQuota) {
+		t.Errorf("with %d bytes that wait: %v", waits, err)
 	}
 }

@@ -30,7 +30,7 @@ func clusterChecks(b backend) []check {
 		// The read proves both that the leader leads and that this node has caught
 		// up with it.
 		{"caught-up", func(ctx context.Context) error { return b.linearize(ctx, readyTimeout) }},
-		{"state", func(context.Context) error { return b.serving() }},
+		{"state", func(ctx context.Context) error { return b.serving(ctx, readyTimeout) }},
 	}
 }
 

@@ -70,9 +70,10 @@ type backend interface {
 	linearize(ctx context.Context, timeout time.Duration) error
 	// waitVersion returns once the store has the resource version rv.
 	waitVersion(ctx context.Context, timeout time.Duration, rv uint64) error
-	// serving says why this node serves nothing at present, writable why it takes
-	// no writes but deletes. Neither waits.
-	serving() error
+	// serving says why this node serves nothing at present. It waits if that is
+	// not known yet. The calls above do the same.
+	serving(ctx context.Context, timeout time.Duration) error
+	// writable says why it takes no writes but deletes. It does not wait.
 	writable() error
 	// status must not wait: it is asked for while the node is in trouble.
 	status() nodeStatus
@@ -98,8 +99,8 @@ type nodeStatus struct {
 	DiskFreeBytes    uint64 `json:"diskFreeBytes"`
 	DiskReserveBytes uint64 `json:"diskReserveBytes"`
 	// ReadOnly is the code of the error that a write gets at present.
-	ReadOnly string `json:"readOnly,omitempty"` // disk-full, quota-exceeded or diverged
-	// Divergence is sound, doubtful or diverged; but for sound the node serves nothing.
+	ReadOnly string `json:"readOnly,omitempty"` // disk-full, quota-exceeded, diverged or unchecked
+	// Divergence is unchecked, sound, doubtful or diverged; but for sound the node serves nothing.
 	Divergence string `json:"divergence"`
 }
 
@@ -503,14 +504,11 @@ func keyPath(key string) string {
 
 // catchUp waits until a read from this node's store is as fresh as asked.
 func (h *httpAPI) catchUp(r request) error {
-	if err := h.backend.serving(); err != nil {
-		return err
-	}
 	if !r.params.has(paramResourceVersion) {
 		return h.backend.linearize(r.Context(), r.params.timeout)
 	}
 	if h.store.version() >= r.params.resourceVersion {
-		return nil
+		return h.backend.serving(r.Context(), r.params.timeout)
 	}
 	return h.backend.waitVersion(r.Context(), r.params.timeout, r.params.resourceVersion)
 }

@@ -96,7 +96,7 @@ func (b *fakeBackend) waitVersion(_ context.Context, timeout time.Duration, rv u
 	return nil
 }
 
-func (b *fakeBackend) serving() error {
+func (b *fakeBackend) serving(context.Context, time.Duration) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if errors.Is(b.err, errDiverged) {

@@ -203,9 +203,15 @@ func (j *journal) run(ctx context.Context, src journalSource, syncEvery time.Dur
 			err = j.follow(w, src, syncEvery)
 			w.close()
 		}
-		if errors.Is(err, errExpired) {
+		switch {
+		case errors.Is(err, errExpired):
 			err = j.skip(src.store.eventsDropped())
-		} else if err == nil {
+		case err == nil:
+			return nil
+		case errors.Is(err, errDiverged), errors.Is(err, errUnchecked):
+			err = j.pause(src)
+		}
+		if errors.Is(err, errShuttingDown) {
 			return nil
 		}
 		if err != nil {
@@ -231,6 +237,29 @@ func (j *journal) catchUp(ctx context.Context, src journalSource) error {
 		return fmt.Errorf("it is at resource version %d, but the store is at %d: does it belong to another cluster?", j.rv, now)
 	}
 	return nil
+}
+
+// pause waits until the node serves again: what it applies while its state is in
+// doubt is for nobody. Then the journal goes on where it was.
+func (j *journal) pause(src journalSource) error {
+	if err := errors.Join(j.sync(), j.resume()); err != nil { // half a version may be there
+		return err
+	}
+	j.logger.Info("the journal waits until the node serves", zap.String("journal", j.path), zap.Uint64("resourceVersion", j.rv))
+	retry := time.NewTicker(journalRetry)
+	defer retry.Stop()
+	for {
+		if err := src.hub.closed.Load(); err == nil {
+			return nil
+		} else if errors.Is(err, errShuttingDown) {
+			return err
+		}
+		select {
+		case <-retry.C:
+		case <-src.stopped:
+			return errShuttingDown
+		}
+	}
 }
 
 // skip writes that the events up to version to are missing.

@@ -132,13 +132,13 @@ func (n *node) announce(ctx context.Context) error {
 	retry := time.NewTicker(announceRetry)
 	defer retry.Stop()
 	for {
-		if n.linearize(ctx, n.config.requestTimeout) == nil {
+		if n.loop.linearize(ctx, n.config.requestTimeout) == nil { // before the node serves anybody else
 			n.informed.Store(true)
 			m, ok := n.store.member(n.config.id)
 			if ok && m.ClientURL == update.ClientURL && m.Directory == update.Directory {
 				return nil
 			}
-			if _, err := n.propose(ctx, n.config.requestTimeout, command{op: opMember, value: string(value)}); err != nil {
+			if _, err := n.loop.propose(ctx, n.config.requestTimeout, command{op: opMember, value: string(value)}); err != nil {
 				n.logger.Debug("announce this node", zap.Error(err))
 			}
 		}

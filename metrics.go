@@ -249,10 +249,10 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge(descDiskReserve, float64(s.DiskReserveBytes))
 	gauge(descQuota, float64(s.QuotaBytes))
-	for _, e := range []*apiError{errDiskFull, errQuota, errDiverged} {
+	for _, e := range []*apiError{errDiskFull, errQuota, errDiverged, errUnchecked} {
 		gauge(descReadOnly, number(s.ReadOnly == e.code), e.code)
 	}
-	gauge(descDiverged, number(s.Divergence != sound.String()))
+	gauge(descDiverged, number(s.Divergence == doubtful.String() || s.Divergence == diverged.String()))
 }
 
 func number(b bool) float64 {

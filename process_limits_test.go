@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -415,7 +416,9 @@ func TestProcess_Overload(t *testing.T) {
 		t.Errorf("%v; %d bytes, at most %d are all right", codes, highest, rssMax)
 	}
 	c.start()
-	c.client(n).mustPut("kept", "v")
+	if r := c.client(n).raw(http.MethodPut, "kept", "", value); r.status/100 != 2 { // what was refused holds nothing any more
+		t.Errorf("PUT after it: %d %s %v", r.status, r.body, r.err)
+	}
 }
 
 // damage changes a value in the newest snapshot of a node that is down, as a fault of the program would: the file
@@ -464,10 +467,15 @@ func (c *liveCluster) restartDamaged(bad *proc.Node, good *liveClient) {
 	c.eventually(func() error { return l.do(http.MethodGet, bad.URL()+"/-/livez", "").err })
 }
 
+// journalArgs gives each node a journal.
+func journalArgs() func(*proc.Node) []string {
+	return func(n *proc.Node) []string { return []string{"--journal", journalOf(n)} }
+}
+
 // TestProcess_Diverged: a member that holds another state than the others stops serving within 10 s, says so, and
 // does not come to lead; the others go on. One that joins in its place is whole.
 func TestProcess_Diverged(t *testing.T) {
-	c := newLiveCluster(t, proc.Options{Args: []string{"--snapshot-entries", "20"}})
+	c := newLiveCluster(t, proc.Options{Args: []string{"--snapshot-entries", "20"}, NodeArgs: journalArgs()})
 	bad := c.leader()
 	good := c.client(c.others(bad)[0])
 	c.restartDamaged(bad, good)
@@ -513,12 +521,44 @@ func TestProcess_Diverged(t *testing.T) {
 	if c.leader() == bad {
 		t.Errorf("node %d leads", bad.ID)
 	}
+
+	// A restart makes it no better, and its log and journal do not end it.
+	c.stop(bad)
+	must(t, bad.Start())
+	c.eventually(func() error { return l.do(http.MethodGet, bad.URL()+"/-/livez", "").err })
+	for range 100 {
+		good.putNew()
+	}
+	c.eventually(func() error {
+		if st, now := l.status(), good.status(); st.AppliedIndex < now.AppliedIndex {
+			return fmt.Errorf("it does not store what the others write: %+v", st)
+		}
+		return nil
+	})
+	time.Sleep(2 * exchangeEvery)
+	if st := l.status(); st.Divergence != "diverged" {
+		t.Errorf("after a restart: %+v", st)
+	}
+	if r := l.raw(http.MethodGet, "k", "?resourceVersion=0", ""); r.problem.Code != "diverged" {
+		t.Errorf("after a restart: %d %s %v", r.status, r.body, r.err)
+	}
+	c.stop(bad)
+	recovery := func(flags ...string) ([]byte, error) {
+		args := append([]string{"recover", "--data-dir", bad.DataDir, "--to", filepath.Join(t.TempDir(), "made")}, flags...)
+		return exec.Command(buildLiveBinary(t), args...).CombinedOutput()
+	}
+	if out, err := recovery(); err == nil || !bytes.Contains(out, []byte(divergedName)) {
+		t.Errorf("recover takes a directory whose state is wrong: %s", out)
+	}
+	if out, err := recovery("--damaged"); err != nil {
+		t.Errorf("recover --damaged: %v\n%s", err, out)
+	}
 }
 
 // TestProcess_Doubtful: of two members that differ both stop serving, since nobody can tell which one is right,
 // until a person has decided.
 func TestProcess_Doubtful(t *testing.T) {
-	c := newLiveCluster(t, proc.Options{Nodes: 2, Args: []string{"--snapshot-entries", "20"}})
+	c := newLiveCluster(t, proc.Options{Nodes: 2, Args: []string{"--snapshot-entries", "20"}, NodeArgs: journalArgs()})
 	bad := c.others(c.leader())[0]
 	good := c.client(c.leader())
 	c.restartDamaged(bad, good)
@@ -540,6 +580,19 @@ func TestProcess_Doubtful(t *testing.T) {
 	c.eventually(func() error {
 		if r := good.raw(http.MethodGet, "k", "", ""); string(r.body) != "right" {
 			return fmt.Errorf("GET at the one that is left: %d %s", r.status, r.body)
+		}
+		return nil
+	})
+	// It serves watches again, too, and its journal has gone on, without a gap.
+	after := good.mustPut("after", c.newValue(10))
+	r := good.do(http.MethodGet, fmt.Sprintf("%s/-/v1/watch?timeout=1s&resourceVersion=%d", good.node.URL(), after.rv-1), "")
+	if r.status != http.StatusOK || !bytes.Contains(r.body, []byte(after.value)) || bytes.Contains(r.body, []byte("ERROR")) {
+		t.Errorf("watch at the one that is left: %d %s", r.status, r.body)
+	}
+	c.eventually(func() error {
+		lines, err := os.ReadFile(journalOf(good.node))
+		if err != nil || !bytes.Contains(lines, []byte(after.value)) || bytes.Contains(lines, []byte(`"gap"`)) {
+			return fmt.Errorf("its journal: %s %v", lines, err)
 		}
 		return nil
 	})

@@ -140,13 +140,19 @@ type recovery struct {
 // outcome of may thereby happen, which it may at any time.
 //
 // Of a directory that is refused as damaged it takes what can be read, if
-// anyway is set.
+// anyway is set, and then it takes one whose state was found wrong, too.
 func recoverDirectory(from, to string, id uint64, anyway bool, logger *zap.Logger) (*recovery, error) {
 	if _, err := os.Stat(from); err != nil {
 		return nil, err
 	}
 	if err := checkEmpty(to); err != nil {
 		return nil, err
+	}
+	if note := filepath.Join(from, divergedName); !anyway {
+		if _, err := os.Stat(note); !errors.Is(err, os.ErrNotExist) {
+			return nil, errors.Join(fmt.Errorf("%s says that the state in this directory is not that of the majority: recover from another node, "+
+				"or with --damaged if there is none", note), err)
+		}
 	}
 	var damage error
 	rec, err := readDirectory(from, logger)

@@ -73,7 +73,8 @@ func (n *node) status() nodeStatus {
 
 // waitVersion returns once the store holds version rv.
 func (n *node) waitVersion(ctx context.Context, timeout time.Duration, rv uint64) error {
-	if err := n.serving(); err != nil {
+	timeout, err := n.awaitServing(ctx, timeout)
+	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
@@ -133,7 +134,8 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		defer func() { err = errors.Join(err, n.journal.close()) }()
 	}
 	n.guard = newGuard(&n.config, n.store, n.loop.waiting, logger.Named("guard"))
-	if err := n.guard.lookAtDisk(); err != nil {
+	n.guard.gate = hub.gate
+	if err := errors.Join(n.guard.lookAtDisk(), n.guard.begin()); err != nil {
 		return err
 	}
 	network, err := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, n.informed, n.guard, logger.Named("peers"))

@@ -292,7 +292,7 @@ func (p *process) compare() {
 			others[n.id] = n.process.store.sums()
 		}
 	}
-	v, differ := judge(p.store.sums(), others, len(p.store.members()))
+	v, differ := judge(p.store.ownSums(), p.node.id, others, p.store.voters())
 	s.check.judged(p, v, differ)
 	p.after(compareEvery, p.compare)
 }

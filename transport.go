@@ -127,7 +127,7 @@ func (n *peerNetwork) send(msgs []*raftpb.Message) {
 // sendSnapshot streams the body behind the message, so that neither side holds
 // it in memory as bytes.
 func (n *peerNetwork) sendSnapshot(m *raftpb.Message) {
-	if n.guard.isClosed(m.GetTo()) || n.guard.serving() != nil { // its state is for nobody
+	if n.guard.isClosed(m.GetTo()) || n.guard.current().suspect() { // its state is for nobody
 		n.ReportSnapshot(m.GetTo(), raft.SnapshotFailure)
 		return
 	}

@@ -28,10 +28,11 @@ type hub struct {
 	wake  chan struct{} // holds one token: something was applied
 	busy  atomic.Bool   // somebody waits; without it notify has nothing to do
 
-	closed atomic.Pointer[apiError] // set once run has ended
+	closed atomic.Pointer[apiError] // why nobody is told of anything; nil = all are
 	stats  watchStats
 
 	mu       sync.Mutex
+	ended    bool   // run has: it stays closed
 	next     uint64 // number of the next event to look at
 	rv       uint64 // all events up to this version were looked at
 	armed    int    // watchers in the sets; without any the hub looks at nothing
@@ -205,9 +206,15 @@ func (h *hub) setsOf(w *watcher) watchSets {
 
 func (h *hub) updateBusy() { h.busy.Store(h.armed > 0 || len(h.waiters) > 0) }
 
+// close ends all watches and waits, and what begins until the hub is reopened.
+// With errShuttingDown that is never.
 func (h *hub) close(err *apiError) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.ended {
+		return
+	}
+	h.ended = err == errShuttingDown
 	h.closed.Store(err)
 	h.wakeAll()
 	for len(h.waiters) > 0 {
@@ -219,7 +226,22 @@ func (h *hub) close(err *apiError) {
 }
 
 // reopen lets new watches start again.
-func (h *hub) reopen() { h.closed.Store(nil) }
+func (h *hub) reopen() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.ended {
+		h.closed.Store(nil)
+	}
+}
+
+// gate closes the hub because of err, or reopens it.
+func (h *hub) gate(err *apiError) {
+	if err != nil {
+		h.close(err)
+	} else {
+		h.reopen()
+	}
+}
 
 // watcher is one watch. Its methods are for one goroutine.
 type watcher struct {

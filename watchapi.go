@@ -101,9 +101,6 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *watchList, err er
 	if err != nil {
 		return nil, err
 	}
-	if err := h.backend.serving(); err != nil {
-		return nil, err
-	}
 	known := resumed || p.has(paramResourceVersion)
 	if !resumed {
 		rv = p.resourceVersion
@@ -118,6 +115,9 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *watchList, err er
 		}
 		rv = list.rv
 	case known && rv <= h.store.version():
+		if err := h.backend.serving(r.Context(), p.timeout); err != nil {
+			return nil, err
+		}
 	default:
 		// From now on means after every write that was acknowledged. And a version
 		// that this node does not have may be one that it will hear of soon.

@@ -1,0 +1,328 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// This file is the consistency check: members tell each other the sums of their
+// states, see divergence.go, and a node serves only while it has reason to think
+// that its state is that of the cluster.
+//
+// A node that starts serves nothing before a majority of the voters, itself
+// included, was found to have its state. From then on silence changes nothing,
+// good or bad. Another state at some voter, without a majority for any, is a
+// doubt, which ends when a majority has the state of this node. A majority for
+// another state is final: it is written down in the data directory, so that
+// starting the node again does not make it trusted again.
+
+const (
+	exchangeEvery = 500 * time.Millisecond // between two looks at the other members
+	// firstExchangeEvery is that before the first comparison, for which requests wait.
+	firstExchangeEvery = 10 * time.Millisecond
+)
+
+// divergedName is the file that says that this directory's state was found
+// wrong. Nothing deletes it but a person who knows better, since the directory
+// is to be replaced.
+const divergedName = "diverged"
+
+// divergedNote is what is in it.
+type divergedNote struct {
+	Member      uint64    `json:"member"`
+	Index       uint64    `json:"index"` // applied by then
+	Sum         string    `json:"stateSum"`
+	DiffersFrom []uint64  `json:"differsFrom"`
+	Time        time.Time `json:"time"`
+}
+
+// opinion is what a node thinks of its own state. Only the goroutine of exchange
+// changes it.
+type opinion struct {
+	verdict atomic.Int32
+	path    string // of the file divergedName; "" = none
+	noted   bool   // it is written
+
+	// gate is told when the node begins to serve (nil) and when it ends to. nil =
+	// nobody is.
+	gate func(*apiError)
+
+	checked     chan struct{} // closed at the end of the first wait
+	checkedOnce sync.Once
+}
+
+func newOpinion(dir string) *opinion {
+	o := &opinion{checked: make(chan struct{})}
+	if dir != "" {
+		o.path = filepath.Join(dir, divergedName)
+	}
+	return o
+}
+
+func (o *opinion) current() verdict { return verdict(o.verdict.Load()) }
+
+// release lets those go on who wait for the first comparison.
+func (o *opinion) release() { o.checkedOnce.Do(func() { close(o.checked) }) }
+
+// begin makes the node serve nothing until it was compared with the others, or
+// at all if it was found wrong before.
+func (g *guard) begin() error {
+	_, err := os.Stat(g.path)
+	switch {
+	case err == nil:
+		g.noted = true
+		g.set(diverged)
+		g.report(unchecked, diverged, nil)
+	case errors.Is(err, os.ErrNotExist):
+		g.set(unchecked)
+	default:
+		return err
+	}
+	return nil
+}
+
+// set changes the opinion. The gate opens before anybody is told that the node
+// serves, and closes after everybody is told that it does not.
+func (g *guard) set(v verdict) {
+	if g.gate != nil && v == sound {
+		g.gate(nil)
+	}
+	g.verdict.Store(int32(v))
+	if g.gate != nil && v != sound {
+		g.gate(v.err())
+	}
+	if v != unchecked {
+		g.release()
+	}
+}
+
+// err is what requests are told.
+func (v verdict) err() *apiError {
+	switch v {
+	case sound:
+		return nil
+	case unchecked:
+		return errUnchecked
+	default:
+		return errDiverged
+	}
+}
+
+// serving says why the node serves nothing at present.
+func (g *guard) serving() error {
+	if err := g.current().err(); err != nil {
+		return err
+	}
+	return nil
+}
+
+// suspect says whether the node has reason to think that its state is wrong.
+func (v verdict) suspect() bool { return v == doubtful || v == diverged }
+
+// judge compares this node's state with those of others.
+func (g *guard) judge(others map[uint64]health) (before, now verdict) {
+	before = g.current()
+	now, differ := g.compare(others)
+	if before == diverged || now == unchecked {
+		now = before
+	}
+	if now != before {
+		g.set(now)
+		g.report(before, now, differ)
+	}
+	if now == diverged && !g.noted && g.path != "" {
+		if err := g.note(differ); err != nil {
+			g.logger.Error("cannot write down that this node's state is wrong; it is tried again", zap.Error(err))
+		} else {
+			g.noted = true
+		}
+	}
+	return before, now
+}
+
+// compare says what others have told means for this node's state.
+func (g *guard) compare(others map[uint64]health) (v verdict, differ []uint64) {
+	told := map[uint64]sums{}
+	for id, h := range others {
+		told[id] = h.Sums
+	}
+	return judge(g.store.ownSums(), g.id, told, g.store.voters())
+}
+
+// note writes the verdict down, so that it lasts.
+func (g *guard) note(differ []uint64) error {
+	sum := g.store.sums().Now
+	text, err := json.Marshal(divergedNote{Member: g.id, Index: sum.Index, Sum: fmt.Sprintf("%016x", sum.Sum), DiffersFrom: differ, Time: time.Now()})
+	if err != nil {
+		return err
+	}
+	return replaceFile(g.path, append(text, '\n'))
+}
+
+// replaceFile writes a file whole or not at all.
+func replaceFile(path string, content []byte) error {
+	temporary := path + ".tmp"
+	f, err := os.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, fileMode)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(content)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(temporary, path); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// hear takes what the others have told. It returns what that means for this
+// node's state.
+func (g *guard) hear(others map[uint64]health, leader uint64) (before, now verdict) {
+	g.others.Store(&others)
+	voters, full := g.store.voters(), 0
+	for _, id := range voters {
+		if others[id].DiskFull || id == g.id && g.space.Load().full {
+			full++
+		}
+	}
+	g.othersFull.Store(others[leader].DiskFull || full > 0 && len(voters)-full <= len(voters)/2)
+	return g.judge(others)
+}
+
+// report logs what an operator should know.
+func (g *guard) report(before, now verdict, differ []uint64) {
+	switch {
+	case now == diverged:
+		g.logger.Error("the state of this node is not that of the majority: it serves nothing any more, also after a restart", zap.Uint64("node", g.id),
+			zap.Uint64s("differsFrom", differ), zap.String("file", g.path), zap.String("do", fmt.Sprintf("remove it (curl -X DELETE http://NODE/-/v1/members/%d), "+
+				"then add it under a new ID, with an empty --data-dir and --join; keep the old directory to find the reason", g.id)))
+	case now == doubtful:
+		g.logger.Error("this node and others have different states and there is no majority for any: it serves nothing until there is one for its own", zap.Uint64("node", g.id),
+			zap.Uint64s("differsFrom", differ), zap.String("do", "bring back the members that are down; if there are none, keep the one that you trust and remove the others"))
+	case before == unchecked:
+		g.logger.Info("a majority has the state of this node: it serves", zap.Uint64("node", g.id), zap.Uint64s("differ", differ))
+	default:
+		g.logger.Warn("a majority has the state of this node: it serves again", zap.Uint64("node", g.id), zap.Uint64s("differ", differ))
+	}
+}
+
+// exchange asks the other members how they are, until ctx ends.
+func (n *node) exchange(ctx context.Context) error {
+	defer n.guard.release()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			return nil
+		}
+		every, leader := exchangeEvery, n.loop.status.Load().leader
+		if n.guard.current() == unchecked {
+			every = firstExchangeEvery
+			if leader == 0 || !n.informed.Load() {
+				timer.Reset(every) // nobody could be served, and who is a voter may be out of date
+				continue
+			}
+			// This node may have come to where the others were.
+			n.guard.judge(*n.guard.others.Load())
+		}
+		_, now := n.guard.hear(n.askOthers(ctx), leader)
+		// Somebody else may lead better.
+		if leader == n.config.id && (now.suspect() || n.guard.space.Load().full && !n.guard.othersFull.Load()) {
+			n.loop.call(func() error {
+				n.loop.replica.transfer()
+				return nil
+			})
+		}
+		if now != unchecked {
+			every = exchangeEvery
+		}
+		timer.Reset(every)
+	}
+}
+
+// askOthers returns what those members say that answer. A node that waits for
+// its first comparison looks at each answer as it comes, since one member may
+// need long to be known as silent.
+func (n *node) askOthers(ctx context.Context) map[uint64]health {
+	var asking sync.WaitGroup
+	answers := make(chan health)
+	for _, m := range n.store.members() {
+		if m.ID == n.config.id {
+			continue
+		}
+		asking.Go(func() {
+			info, err := fetchPeerInfo(ctx, m.PeerURL)
+			if err != nil || info.Cluster != fmt.Sprintf("%x", n.cluster) {
+				return
+			}
+			if info.Health.Member == 0 {
+				info.Health.Member = m.ID // of an older program
+			}
+			if info.Health.Member == m.ID { // another one may answer at its address
+				answers <- info.Health
+			}
+		})
+	}
+	go func() {
+		asking.Wait()
+		close(answers)
+	}()
+	others := map[uint64]health{}
+	for h := range answers {
+		others[h.Member] = h
+		if n.guard.current() == unchecked && n.informed.Load() {
+			if v, _ := n.guard.compare(others); v == sound {
+				n.guard.judge(others)
+			}
+		}
+	}
+	return others
+}
+
+// awaitServing returns once the node may serve, or why it may not, and what is
+// left of timeout.
+func (n *node) awaitServing(ctx context.Context, timeout time.Duration) (left time.Duration, err error) {
+	if n.guard.current() != unchecked {
+		return timeout, n.guard.serving()
+	}
+	start := time.Now()
+	timer := time.NewTimer(timeout)
+	defer timer.Stop()
+	select {
+	case <-n.guard.checked:
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	err = n.guard.serving()
+	if errors.Is(err, errUnchecked) && n.loop.status.Load().leader == 0 {
+		err = errNoLeader
+	}
+	return max(0, timeout-time.Since(start)), err
+}
+
+// serving returns once the node may serve, or why it may not.
+func (n *node) serving(ctx context.Context, timeout time.Duration) error {
+	_, err := n.awaitServing(ctx, timeout)
+	return err
+}
+
+// linearize is that of the loop, unless the node must not serve.
+func (n *node) linearize(ctx context.Context, timeout time.Duration) error {
+	timeout, err := n.awaitServing(ctx, timeout)
+	if err != nil {
+		return err
+	}
+	return n.loop.linearize(ctx, timeout)
+}

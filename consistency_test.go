@@ -1,0 +1,342 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// TestOpinion: a verdict by a majority lasts, a doubt goes only when a majority has this node's state, and silence
+// changes nothing.
+func TestOpinion(t *testing.T) {
+	free := uint64(1 << 40)
+	g := newTestGuard(t, &free)
+	must(t, g.begin())
+	applyAll(t, g.store, somePut)
+	own := health{Sums: g.store.sums()}
+	other := health{Sums: sums{Now: checkpoint{own.Sums.Now.Index, own.Sums.Now.Sum + 1}}}
+	elsewhere := health{Sums: sums{Now: checkpoint{own.Sums.Now.Index + 1, 7}}}
+	for i, step := range []struct {
+		others map[uint64]health
+		want   verdict
+	}{
+		{nil, unchecked},
+		{map[uint64]health{2: elsewhere, 3: elsewhere}, unchecked},
+		{map[uint64]health{2: other}, doubtful},
+		{nil, doubtful},
+		{map[uint64]health{2: elsewhere, 3: elsewhere}, doubtful},
+		{map[uint64]health{2: other, 3: own}, sound},
+		{nil, sound},
+		{map[uint64]health{2: elsewhere}, sound},
+		{map[uint64]health{2: other, 3: other}, diverged},
+		{nil, diverged},
+		{map[uint64]health{2: own, 3: own}, diverged},
+	} {
+		if _, v := g.hear(step.others, 2); v != step.want {
+			t.Errorf("step %d: %v, want %v", i, v, step.want)
+		}
+		if err, want := g.serving(), step.want.err(); want == nil && err != nil || want != nil && !errors.Is(err, want) {
+			t.Errorf("step %d, %v: %v", i, step.want, err)
+		}
+	}
+}
+
+// TestOpinion_Lasts: that a node's state is wrong is remembered over restarts, and nothing else is.
+func TestOpinion_Lasts(t *testing.T) {
+	dir := t.TempDir()
+	start := func(want verdict) *guard {
+		t.Helper()
+		s := newKVStore()
+		for _, id := range voters(3) {
+			s.state.members[id] = member{ID: id}
+		}
+		applyAll(t, s, somePut)
+		g := newGuard(&config{id: 1, dataDir: dir}, s, func() int { return 0 }, zap.NewNop())
+		must(t, g.begin())
+		if v := g.current(); v != want {
+			t.Errorf("started %v, want %v", v, want)
+		}
+		return g
+	}
+	g := start(unchecked)
+	own := health{Sums: g.store.sums()}
+	other := health{Sums: sums{Now: checkpoint{own.Sums.Now.Index, own.Sums.Now.Sum + 1}}}
+	g.hear(map[uint64]health{2: own}, 2)
+	g = start(unchecked)
+	g.hear(map[uint64]health{2: other}, 2)
+	g = start(unchecked)
+	// A disk that cannot take the note gets it later.
+	path := filepath.Join(dir, divergedName)
+	must(t, os.Mkdir(path+".tmp", 0o700))
+	g.hear(map[uint64]health{2: other, 3: other}, 2)
+	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) || g.current() != diverged {
+		t.Fatalf("%v: %v", g.current(), err)
+	}
+	must(t, os.Remove(path+".tmp"))
+	g.hear(nil, 2)
+	var note divergedNote
+	text, err := os.ReadFile(path)
+	must(t, err)
+	if err := json.Unmarshal(text, &note); err != nil || note.Member != 1 || note.Index != own.Sums.Now.Index {
+		t.Errorf("%s: %v", text, err)
+	}
+	g = start(diverged)
+	g.hear(map[uint64]health{2: own, 3: own}, 2)
+	start(diverged)
+	must(t, os.Remove(path)) // by a person
+	start(unchecked)
+}
+
+// peerAnswers is a member of which only the answer to others runs.
+type peerAnswers struct {
+	health atomic.Pointer[health]
+	delay  atomic.Int64
+}
+
+// exchangeRig is a node of which only the exchange with two other members runs.
+type exchangeRig struct {
+	*node
+	peers map[uint64]*peerAnswers
+}
+
+func newExchangeRig(t *testing.T) *exchangeRig {
+	t.Helper()
+	n, _ := idleNode(t)
+	n.config.id, n.informed, n.cluster = 1, new(atomic.Bool), 7
+	n.guard.id = 1
+	n.store.state.members[1] = member{ID: 1, PeerURL: "http://127.0.0.1:1"}
+	r := &exchangeRig{node: n, peers: map[uint64]*peerAnswers{}}
+	for _, id := range []uint64{2, 3} {
+		p := new(peerAnswers)
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			select {
+			case <-time.After(time.Duration(p.delay.Load())):
+			case <-r.Context().Done():
+			}
+			if h := p.health.Load(); h == nil {
+				w.WriteHeader(http.StatusServiceUnavailable)
+			} else {
+				_ = json.NewEncoder(w).Encode(peerInfo{Cluster: "7", Health: *h}) // the client may be gone
+			}
+		}))
+		t.Cleanup(server.Close)
+		r.peers[id] = p
+		n.store.state.members[id] = member{ID: id, PeerURL: server.URL}
+	}
+	applyAll(t, n.store, somePut)
+	n.guard.gate = n.hub.gate
+	must(t, n.guard.begin())
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- n.exchange(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		must(t, <-ended)
+	})
+	return r
+}
+
+// say makes a member answer with the state of the node, or with another one.
+func (r *exchangeRig) say(id uint64, same bool) {
+	h := health{Member: id, Sums: r.store.sums()}
+	if !same {
+		h.Sums.Now.Sum++
+	}
+	r.peers[id].health.Store(&h)
+}
+
+// wait waits for a verdict, and for the watches to be what it says.
+func (r *exchangeRig) wait(t *testing.T, want verdict) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		err := r.hub.closed.Load()
+		if v := r.guard.current(); v == want && err == want.err() {
+			return
+		} else if time.Now().After(end) {
+			t.Fatalf("%v, and watches get %v; want %v", v, err, want)
+		}
+	}
+}
+
+// TestExchange: what the others answer decides what the node serves, watches included.
+func TestExchange(t *testing.T) {
+	r := newExchangeRig(t)
+	r.wait(t, unchecked)
+	served := make(chan error, 1)
+	go func() { served <- r.serving(t.Context(), time.Minute) }()
+
+	// Agreement counts only when the node knows who has a vote.
+	r.say(2, true)
+	r.loop.status.Store(&replicaStatus{leader: 2})
+	time.Sleep(5 * firstExchangeEvery)
+	r.wait(t, unchecked)
+	// One member that needs long does not hold up the first comparison.
+	r.peers[3].delay.Store(int64(time.Minute))
+	start := time.Now()
+	r.informed.Store(true)
+	r.wait(t, sound)
+	if took := time.Since(start); took > peerDialTimeout/2 {
+		t.Errorf("it took %v, waiting for a member that does not answer", took)
+	}
+	must(t, <-served)
+	r.peers[3].delay.Store(0)
+
+	w, err := r.hub.watch("", true, r.store.version())
+	must(t, err)
+	defer w.close()
+	r.say(2, false)
+	r.wait(t, doubtful)
+	if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, errDiverged) {
+		t.Errorf("watch of a node in doubt: %v", err)
+	}
+	if err := r.serving(t.Context(), time.Minute); !errors.Is(err, errDiverged) {
+		t.Errorf("serving in doubt: %v", err)
+	}
+	// Another member at its address is nobody's voice.
+	h := health{Member: 2, Sums: r.store.sums()}
+	r.peers[3].health.Store(&h)
+	time.Sleep(2 * exchangeEvery)
+	r.wait(t, doubtful)
+
+	r.say(3, true)
+	r.wait(t, sound)
+	again, err := r.hub.watch("", true, r.store.version())
+	must(t, err)
+	defer again.close()
+	applyAll(t, r.store, somePut)
+	r.hub.distribute()
+	if n, _, err := again.read(func(*event, bool) {}); n != 1 || err != nil {
+		t.Errorf("watch after the doubt: %d events, %v", n, err)
+	}
+}
+
+// TestExchange_Waits: who asks a node that was not compared yet waits until his deadline or until the node stops.
+func TestExchange_Waits(t *testing.T) {
+	r := newExchangeRig(t)
+	r.loop.status.Store(&replicaStatus{leader: 2})
+	for name, call := range map[string]func(time.Duration) error{
+		"serving":     func(d time.Duration) error { return r.serving(t.Context(), d) },
+		"linearize":   func(d time.Duration) error { return r.linearize(t.Context(), d) },
+		"waitVersion": func(d time.Duration) error { return r.waitVersion(t.Context(), d, 1) },
+		"propose": func(d time.Duration) error {
+			_, err := r.propose(t.Context(), d, somePut)
+			return err
+		},
+	} {
+		start := time.Now()
+		err := call(50 * time.Millisecond)
+		if took := time.Since(start); !errors.Is(err, errUnchecked) || took < 50*time.Millisecond || took > 5*time.Second {
+			t.Errorf("%s: %v after %v", name, err, took)
+		}
+	}
+	r.loop.status.Store(&replicaStatus{})
+	if err := r.serving(t.Context(), time.Millisecond); !errors.Is(err, errNoLeader) {
+		t.Errorf("without a leader: %v", err)
+	}
+	released := make(chan error, 1)
+	go func() { released <- r.serving(t.Context(), time.Hour) }()
+	r.guard.release() // as exchange does when it ends
+	if err := <-released; err == nil {
+		t.Error("a node that stops serves without a comparison")
+	}
+}
+
+// TestHub_Ends: a hub that has ended is not reopened, and its reason stays.
+func TestHub_Ends(t *testing.T) {
+	h := newHub(newKVStore())
+	h.close(errDiverged)
+	h.close(errShuttingDown)
+	h.close(errDiverged)
+	h.reopen()
+	w, err := h.watch("", true, 0)
+	must(t, err)
+	if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, errShuttingDown) {
+		t.Errorf("read: %v", err)
+	}
+	if err := h.waitVersion(t.Context(), 1); !errors.Is(err, errShuttingDown) {
+		t.Errorf("waitVersion: %v", err)
+	}
+}
+
+// TestHub_LooksForTheFirst: what was applied just before the first watcher or waiter came is not missed until the
+// next write: they make the hub look.
+func TestHub_LooksForTheFirst(t *testing.T) {
+	s := newKVStore()
+	h := newHub(s)
+	w, err := h.watch("", true, 0)
+	must(t, err)
+	if _, err := w.scan(func(*event, bool) {}); err != nil {
+		t.Fatal(err)
+	}
+	applyAll(t, s, somePut)
+	h.notify() // nobody waits, so this does nothing
+	if len(h.wake) != 0 {
+		t.Fatal("it looks although nobody waits")
+	}
+	h.arm(w)
+	if len(h.wake) != 1 {
+		t.Error("a watcher that arms itself does not make the hub look")
+	}
+	h.distribute()
+	if n, _, err := w.read(func(*event, bool) {}); n != 1 || err != nil {
+		t.Errorf("read %d events: %v", n, err)
+	}
+	w.close()
+
+	h = newHub(s)
+	done := make(chan error, 1)
+	go func() { done <- h.waitVersion(t.Context(), s.version()+1) }()
+	select {
+	case <-h.wake:
+	case <-time.After(10 * time.Second):
+		t.Fatal("one that waits for a version does not make the hub look")
+	}
+	applyAll(t, s, somePut)
+	h.distribute()
+	must(t, <-done)
+}
+
+// TestJournal_WaitsForSound: while the node does not serve the journal waits, and then goes on without a gap.
+func TestJournal_WaitsForSound(t *testing.T) {
+	for _, why := range []*apiError{errUnchecked, errDiverged} {
+		synctest.Test(t, func(t *testing.T) {
+			r := newJournalRig(t)
+			stop := r.start()
+			want := func(lines int) {
+				t.Helper()
+				time.Sleep(2 * journalRetry)
+				synctest.Wait()
+				if got := strings.Count(r.content(), "\n"); got != lines {
+					t.Errorf("%s: it has %d lines, want %d:\n%s", why.code, got, lines, r.content())
+				}
+			}
+			r.put("a", "1")
+			want(1)
+			r.hub.close(why)
+			r.put("b", "2")
+			want(1)
+			r.hub.reopen()
+			want(2)
+			r.put("c", "3")
+			want(3)
+			r.hub.close(why)
+			r.put("d", "4")
+			want(3)
+			must(t, stop()) // without an error, and without what was applied in doubt
+			want(3)
+			r.cycle()
+			want(4)
+		})
+	}
+}
