@@ -322,9 +322,11 @@ func (r *replica) step(m *raftpb.Message) {
 	}
 	// What raft refuses (a proposal without a leader, an answer from a member
 	// that is gone) its sender repeats.
-	if m.GetType() == raftpb.MsgProp {
+	switch t := m.GetType(); {
+	case t == raftpb.MsgProp:
 		_ = r.stepProposal(m)
-	} else {
+	case t == raftpb.MsgReadIndex && !r.confirmsReads():
+	default:
 		_ = r.raw.Step(m)
 	}
 }
@@ -470,8 +472,8 @@ func (r *replica) read(q *readRound) {
 // to an earlier attempt, maybe from a leader that is none any more, is no
 // answer to this one.
 func (r *replica) ask(q *readRound) {
-	if r.leader == raft.None {
-		q.attempt = 0
+	if r.leader == raft.None || !r.confirmsReads() {
+		q.attempt = 0 // with the next tick
 		return
 	}
 	r.readSeq++
@@ -485,6 +487,25 @@ func (r *replica) ask(q *readRound) {
 
 // readContextSize is the size of a ReadIndex context: session and attempt.
 const readContextSize = 16
+
+// confirmsReads says whether raft may be asked for a read index. A leader in
+// whose configuration there is one voter answers at once, without a look at
+// whether it is that voter, or has committed an entry of its term; until then its
+// commit index may be from before a crash. One that was removed leads until the
+// others have caught up, and does not hear of their next leader. With more voters
+// raft waits for such an entry, and asks a majority each time.
+func (r *replica) confirmsReads() bool {
+	st := r.raw.BasicStatus()
+	if st.RaftState != raft.StateLeader {
+		return true // and passes it on
+	}
+	voters := r.confState.GetVoters()
+	if !slices.Contains(voters, r.id) {
+		return false
+	}
+	term, err := r.log.Term(st.GetCommit())
+	return len(voters) > 1 || err == nil && term == st.GetTerm()
+}
 
 // process does what raft asks for until it asks for nothing. The order is that
 // of the raft library's documentation, with one change: messages that promise
