@@ -26,7 +26,8 @@ import (
 // whose last write failed may hold anything, so nothing is acknowledged after.
 type disk interface {
 	// save appends the hard state and entries to the log. They are durable when
-	// it returns, except for a hard state in which only the commit index moved.
+	// it returns, except for a hard state in which only the commit index moved
+	// and that does not follow a snapshot which was received.
 	save(hs *raftpb.HardState, ents []*raftpb.Entry) error
 	// sync makes durable what save left out.
 	sync() error
@@ -317,7 +318,10 @@ func (r *replica) maybeMark() {
 
 // step takes a message from another member.
 func (r *replica) step(m *raftpb.Message) {
-	if m.GetType() != raftpb.MsgTransferLeader { // which comes from whom it names, who may be down
+	switch m.GetType() {
+	case raftpb.MsgProp, raftpb.MsgReadIndex: // others pass them on, maybe late
+	case raftpb.MsgTransferLeader: // it comes from whom it names, who may be down
+	default:
 		r.heard[m.GetFrom()] = r.ticks
 	}
 	// What raft refuses (a proposal without a leader, an answer from a member
@@ -550,13 +554,19 @@ func (r *replica) at(point string) error {
 }
 
 // splitMessages separates the messages that promise something about what this
-// member has on disk from those that do not. The line is raft's own: with
-// AsyncStorageWrites it attaches exactly these types to the storage write.
-// A leader thereby sends entries while it writes them (Raft thesis, 10.2.1).
+// member has on disk from those that do not. The line is raft's own, which with
+// AsyncStorageWrites attaches these types to the storage write, but for MsgVote:
+// the request says how far the candidate's log is. If a crash took its end and
+// the term, the candidate could ask again in the same term, and votes that it was
+// given for the longer log would count for the shorter one.
+//
+// A leader thereby sends entries while it writes them (Raft thesis, 10.2.1). That
+// a follower answers a heartbeat promises nothing: which term it is in counts at
+// the moment at which it says so, and what it voted was on disk before.
 func splitMessages(msgs []*raftpb.Message) (promises, free []*raftpb.Message) {
 	for _, m := range msgs {
 		switch m.GetType() {
-		case raftpb.MsgAppResp, raftpb.MsgVoteResp, raftpb.MsgPreVoteResp:
+		case raftpb.MsgAppResp, raftpb.MsgVote, raftpb.MsgVoteResp, raftpb.MsgPreVoteResp:
 			promises = append(promises, m)
 		default:
 			free = append(free, m)
@@ -606,14 +616,17 @@ func (r *replica) persist(rd raft.Ready) error {
 		if err := r.at("after-snapshot-record"); err != nil {
 			return err
 		}
-	}
-	if err := r.disk.save(rd.HardState, rd.Entries); err != nil {
-		return fmt.Errorf("save log: %w", err)
-	}
-	if hasSnapshot {
+		// Only with it does the snapshot count.
+		if err := r.disk.save(rd.HardState, nil); err != nil {
+			return fmt.Errorf("save hard state: %w", err)
+		}
 		if err := r.install(rd.Snapshot); err != nil {
 			return fmt.Errorf("install snapshot: %w", err)
 		}
+		rd.HardState = nil
+	}
+	if err := r.disk.save(rd.HardState, rd.Entries); err != nil {
+		return fmt.Errorf("save log: %w", err)
 	}
 	return r.log.Append(rd.Entries)
 }
@@ -623,11 +636,6 @@ func (r *replica) install(snap *raftpb.Snapshot) error {
 	if r.arrived == nil || r.arrived.index != index || r.arrived.term != term {
 		return fmt.Errorf("no body for the snapshot at index %d", index)
 	}
-	// Nothing older may be purged before the hard state that goes with the
-	// snapshot is on disk.
-	if err := r.disk.sync(); err != nil {
-		return err
-	}
 	if err := r.log.ApplySnapshot(snap); err != nil {
 		return err
 	}
@@ -635,6 +643,7 @@ func (r *replica) install(snap *raftpb.Snapshot) error {
 	r.arrived = nil
 	r.confState = snap.GetMetadata().GetConfState()
 	r.appliedCount, r.appliedBytes = 0, 0
+	r.updates = r.store.memberUpdates()
 	r.transport.setMembers(r.store.members())
 	r.logger.Info("installed snapshot", zap.Uint64("index", index), zap.Uint64("term", term))
 	r.driver.background(r.disk.purge, r.purged)
