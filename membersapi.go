@@ -2,11 +2,7 @@ package main
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
-	"io"
 	"net/http"
-	"strings"
 	"time"
 )
 
@@ -30,10 +26,10 @@ const memberBodySizeMax = 4 << 10 // bytes
 
 // memberBody is a member as a client describes it.
 type memberBody struct {
-	Name      string `json:"name"`
-	PeerURL   string `json:"peerURL"`
-	ClientURL string `json:"clientURL"`
-	Learner   bool   `json:"learner"` // stay one
+	Name      string
+	PeerURL   string
+	ClientURL string
+	Learner   bool // stay one
 }
 
 func (h *httpAPI) listMembers(w http.ResponseWriter, r request) error {
@@ -125,13 +121,9 @@ func readMember(r request) (m member, err error) {
 		return m, err
 	}
 	var body memberBody
-	d := json.NewDecoder(strings.NewReader(text))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&body); err != nil {
-		return m, errInvalid.withDetail("the body must be a JSON object with some of peerURL, clientURL, name, learner: %v", err)
-	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return m, errInvalid.withDetail("there is something after the JSON object")
+	err = decodeBody(text, jsonField{"name", &body.Name}, jsonField{"peerURL", &body.PeerURL}, jsonField{"clientURL", &body.ClientURL}, jsonField{"learner", &body.Learner})
+	if err != nil {
+		return m, err
 	}
 	for _, u := range []*string{&body.PeerURL, &body.ClientURL} {
 		if *u == "" {

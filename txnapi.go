@@ -1,16 +1,13 @@
 package main
 
 import (
-	"bytes"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"strconv"
 	"strings"
-	"unicode/utf8"
 )
 
 // This file is the HTTP front of transactions: JSON in, JSON out.
@@ -21,28 +18,28 @@ const txnBodySizeMax = 4 << 20
 // txnBody is a transaction as a client writes it. The parts are decoded one by
 // one, so that an error can say where it is.
 type txnBody struct {
-	If   []json.RawMessage `json:"if"`
-	Then []json.RawMessage `json:"then"`
-	Else []json.RawMessage `json:"else"`
+	If   []json.RawMessage
+	Then []json.RawMessage
+	Else []json.RawMessage
 }
 
 type comparisonBody struct {
-	Key                    *string `json:"key"`
-	KeyBase64              *string `json:"keyBase64"`
-	ResourceVersion        *uint64 `json:"resourceVersion"`
-	CreatedResourceVersion *uint64 `json:"createdResourceVersion"`
-	Exists                 *bool   `json:"exists"`
-	Value                  *string `json:"value"`
-	ValueBase64            *string `json:"valueBase64"`
+	Key                    *string
+	KeyBase64              *string
+	ResourceVersion        *uint64
+	CreatedResourceVersion *uint64
+	Exists                 *bool
+	Value                  *string
+	ValueBase64            *string
 }
 
 type operationBody struct {
-	Op          string  `json:"op"`
-	Key         *string `json:"key"`
-	KeyBase64   *string `json:"keyBase64"`
-	Value       *string `json:"value"`
-	ValueBase64 *string `json:"valueBase64"`
-	TTL         *string `json:"ttl"`
+	Op          string
+	Key         *string
+	KeyBase64   *string
+	Value       *string
+	ValueBase64 *string
+	TTL         *string
 }
 
 // postTxn carries out a transaction.
@@ -116,12 +113,9 @@ var opNames = map[op]string{opPut: "put", opDelete: "delete", opGet: "get"}
 
 // parseTxn reads a transaction.
 func parseTxn(body string, valueSizeMax int) (t txn, err error) {
-	if !utf8.ValidString(body) || hasLoneSurrogate(body) {
-		return txn{}, errInvalid.withDetail("the body is not Unicode text; keys and values of other bytes go into keyBase64 and valueBase64")
-	}
 	var b txnBody
-	if err := decodeStrictly([]byte(body), &b); err != nil {
-		return txn{}, txnError("", err)
+	if err := decodeBody(body, jsonField{"if", &b.If}, jsonField{"then", &b.Then}, jsonField{"else", &b.Else}); err != nil {
+		return txn{}, err
 	}
 	for _, list := range []struct {
 		name  string
@@ -152,15 +146,16 @@ func (p *txnParser) fail(place, format string, args ...any) {
 	}
 }
 
-func (p *txnParser) decode(place string, part json.RawMessage, v any) {
-	if err := decodeStrictly(part, v); err != nil && p.err == nil {
-		p.err = txnError(place, err)
+func (p *txnParser) decode(place string, part json.RawMessage, fields ...jsonField) {
+	if err := decodeObject(place, part, fields...); err != nil && p.err == nil {
+		p.err = err
 	}
 }
 
 func (p *txnParser) comparison(place string, part json.RawMessage) comparison {
 	var b comparisonBody
-	p.decode(place, part, &b)
+	p.decode(place, part, jsonField{"key", &b.Key}, jsonField{"keyBase64", &b.KeyBase64}, jsonField{"resourceVersion", &b.ResourceVersion},
+		jsonField{"createdResourceVersion", &b.CreatedResourceVersion}, jsonField{"exists", &b.Exists}, jsonField{"value", &b.Value}, jsonField{"valueBase64", &b.ValueBase64})
 	c := comparison{key: p.key(place, b.Key, b.KeyBase64)}
 	n := 0
 	if b.ResourceVersion != nil {
@@ -211,7 +206,8 @@ func (p *txnParser) operations(branch string, parts []json.RawMessage) []command
 
 func (p *txnParser) operation(place string, part json.RawMessage) command {
 	var b operationBody
-	p.decode(place, part, &b)
+	p.decode(place, part, jsonField{"op", &b.Op}, jsonField{"key", &b.Key}, jsonField{"keyBase64", &b.KeyBase64},
+		jsonField{"value", &b.Value}, jsonField{"valueBase64", &b.ValueBase64}, jsonField{"ttl", &b.TTL})
 	c := command{key: p.key(place, b.Key, b.KeyBase64)}
 	hasValue := b.Value != nil || b.ValueBase64 != nil
 	switch b.Op {
@@ -289,38 +285,6 @@ func errorDetail(err error) string {
 		return e.detail
 	}
 	return err.Error()
-}
-
-// decodeStrictly decodes one JSON document and refuses fields that v lacks.
-func decodeStrictly(data []byte, v any) error {
-	d := json.NewDecoder(bytes.NewReader(data))
-	d.DisallowUnknownFields()
-	if err := d.Decode(v); err != nil {
-		return err
-	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return errors.New("more than one JSON document")
-	}
-	return nil
-}
-
-// txnError says in our words what is wrong with the JSON at a place.
-func txnError(place string, err error) error {
-	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
-		if e.Field != "" {
-			place = strings.TrimPrefix(place+"."+e.Field, ".")
-		}
-		return errInvalid.withDetail("%s: a JSON %s is no %v", placeName(place), e.Value, e.Type)
-	}
-	return errInvalid.withDetail("%s: %s", placeName(place), strings.TrimPrefix(err.Error(), "json: "))
-}
-
-// placeName names a place in a transaction.
-func placeName(place string) string {
-	if place == "" {
-		return "the body"
-	}
-	return place
 }
 
 // hasLoneSurrogate says whether JSON has an escape that is half a character.
