@@ -251,7 +251,7 @@ func (h *httpAPI) getSnapshot(w http.ResponseWriter, r request) error {
 	t := turns{store: h.store, began: time.Now(), rv: b.rest.rv}
 	if err := b.writeTo(io.MultiWriter(s, digest), head, t.rest); err != nil {
 		h.logger.Warn("cut off a backup", zap.Error(err))
-		s.abort()
+		s.abort(http.StatusInternalServerError)
 	}
 	header[headerDigest] = []string{formatDigest(digest)}
 	return nil

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 )
 
 // outcome says what became of a write that was not answered with success.
@@ -26,8 +27,6 @@ type apiError struct {
 	detail  string // what to do next, for a person
 	retry   bool   // the same request may succeed later
 	current uint64 // of errPrecondition: the version that the key has; 0 if it does not exist
-
-	resourceVersion uint64 // of errExpired: of the store
 }
 
 func (e *apiError) Error() string {
@@ -65,6 +64,10 @@ var (
 		title: "Cross-origin request"}
 	errTooLarge = &apiError{code: "value-too-large", status: http.StatusRequestEntityTooLarge, outcome: notApplied,
 		title: "Value too large"}
+	errVersion = &apiError{code: "http-version", status: http.StatusHTTPVersionNotSupported, outcome: notApplied,
+		title: "HTTP version not supported", detail: "over HTTP/1.0 an answer of this call that was cut off could not be told from a whole one; use HTTP/1.1"}
+	errEncoding = &apiError{code: "unsupported-encoding", status: http.StatusUnsupportedMediaType, outcome: notApplied,
+		title: "Unsupported encoding", detail: "a body is taken as it is, without Content-Encoding; send what is to be stored"}
 	errBodyTimeout = &apiError{code: "request-timeout", status: http.StatusRequestTimeout, outcome: notApplied, retry: true,
 		title: "Request body timed out", detail: "the body did not arrive in time; send it again"}
 	errConnections = &apiError{code: "too-many-connections", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
@@ -79,8 +82,8 @@ var (
 		title: "Shutting down", detail: "this node is stopping; retry at another node"}
 	errDiskFull = &apiError{code: "disk-full", status: http.StatusInsufficientStorage, outcome: notApplied, retry: true,
 		title: "Disk full", detail: "a disk has no room for more; reads and deletes go on, and writes do as soon as there is space again"}
-	errQuota = &apiError{code: "quota-exceeded", status: http.StatusInsufficientStorage, outcome: notApplied,
-		title: "Quota exceeded", detail: "the store has reached --quota-bytes; delete keys, or start the nodes with a larger quota"}
+	errQuota = &apiError{code: "quota-exceeded", status: http.StatusInsufficientStorage, outcome: notApplied, retry: true,
+		title: "Quota exceeded", detail: "the store has reached --quota-bytes; delete keys, wait for some to expire, or start the nodes with a larger quota"}
 	errLevel = &apiError{code: "feature-level", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
 		title: "Not all members know this", detail: "the request needs a newer version than some member runs; upgrade all of them, then send it again"}
 	errDiverged = &apiError{code: "diverged", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
@@ -104,6 +107,24 @@ var (
 		title: "Result too large"}
 )
 
+// What a leader says to a change of the membership that it may take later. It
+// reaches who asked as text.
+const (
+	refusedForNow    = "another change of the membership is in progress; retry when it is done"
+	refusedUntilThen = "has not caught up with the log yet"
+	refusedNobody    = "there is no member "
+)
+
+// memberRefused is the answer to a change of the membership that was refused.
+func memberRefused(why string) *apiError {
+	if strings.HasPrefix(why, refusedNobody) {
+		return errNotFound.withDetail("%s", why)
+	}
+	e := errMember.withDetail("%s", why)
+	e.retry = why == refusedForNow || strings.HasSuffix(why, refusedUntilThen)
+	return e
+}
+
 // Refused because this node does enough of it already.
 var errTooManyRequests = &apiError{code: "too-many-requests", status: http.StatusTooManyRequests, outcome: notApplied, retry: true,
 	title: "Too many requests"}
@@ -112,10 +133,12 @@ var errTooManyRequests = &apiError{code: "too-many-requests", status: http.Statu
 var (
 	errUnknown = &apiError{code: "timeout", status: http.StatusGatewayTimeout, outcome: unknown, retry: false,
 		title:  "Timed out",
-		detail: "the write was proposed but not confirmed before the deadline; it may still be applied: read the key before you retry"}
+		detail: "the write was proposed but not confirmed before the deadline, and may still be applied: write again with If-Match and the version that you then read, or next time with an Idempotency-Key; that a read does not show it settles nothing"}
 	errUnknownRetry = &apiError{code: "timeout", status: http.StatusGatewayTimeout, outcome: unknown, retry: true,
 		title:  "Timed out",
 		detail: "the write was proposed but not confirmed before the deadline; it may still be applied: send it again with the same Idempotency-Key"}
+	errTransfer = &apiError{code: "transfer-failed", status: http.StatusGatewayTimeout, outcome: unknown, retry: true,
+		title: "Transfer failed"}
 	errReadTimeout = &apiError{code: "timeout", status: http.StatusGatewayTimeout, outcome: notApplied, retry: true,
 		title: "Timed out", detail: "this node did not reach the asked resource version before the deadline; retry here or at another node"}
 )
@@ -130,4 +153,4 @@ var (
 
 // A fault of ours. A write that met it may have been proposed before.
 var errInternal = &apiError{code: "internal", status: http.StatusInternalServerError, outcome: unknown,
-	title: "Internal error", detail: "the log of this node says more"}
+	title: "Internal error", detail: "the log of this node says more; a write may have been applied, or may still be"}

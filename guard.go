@@ -280,5 +280,46 @@ func (n *node) propose(ctx context.Context, timeout time.Duration, c command) (r
 	return n.loop.propose(ctx, timeout, c)
 }
 
+// A node that serves nothing changes no members either: whom it takes for one may
+// be wrong. But it may be asked to hand over leadership.
+
+func (n *node) addMember(ctx context.Context, timeout time.Duration, m member) error {
+	timeout, err := n.awaitServing(ctx, timeout)
+	if err != nil {
+		return err
+	}
+	return n.loop.addMember(ctx, timeout, m)
+}
+
+func (n *node) removeMember(ctx context.Context, timeout time.Duration, id uint64) error {
+	timeout, err := n.awaitServing(ctx, timeout)
+	if err != nil {
+		return err
+	}
+	return n.loop.removeMember(ctx, timeout, id)
+}
+
+func (n *node) promoteMember(ctx context.Context, timeout time.Duration, id uint64) error {
+	timeout, err := n.awaitServing(ctx, timeout)
+	if err != nil {
+		return err
+	}
+	return n.loop.promoteMember(ctx, timeout, id)
+}
+
+func (n *node) updateMember(ctx context.Context, timeout time.Duration, m member) error {
+	timeout, err := n.awaitServing(ctx, timeout)
+	if err != nil {
+		return err
+	}
+	if err := n.guard.admit(&command{op: opMember}, memberSizeMax); err != nil {
+		return err
+	}
+	return n.loop.updateMember(ctx, timeout, m)
+}
+
+// memberSizeMax is about what a change of a member takes in the log, in bytes.
+const memberSizeMax = memberBodySizeMax
+
 // writable says why the node takes no writes but deletes at present.
 func (n *node) writable() error { return n.guard.writable() }

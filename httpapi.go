@@ -144,6 +144,7 @@ type httpAPI struct {
 	browsers   *browsers
 	metrics    *httpMetrics
 	exposition http.Handler // of all metrics
+	scrapes    atomic.Int64 // of the metrics, under way
 	bodies     atomic.Int64 // bytes of large ones
 }
 
@@ -258,13 +259,33 @@ func (h *httpAPI) read(w http.ResponseWriter, r request) (item, uint64, error) {
 	it, rv, ok := h.store.get(r.name)
 	if !ok {
 		setResourceVersion(w.Header(), rv)
-		return item{}, 0, errNoKey
+		return item{}, 0, noKey(r.name)
 	}
 	if match, ok := r.Header["If-Match"]; ok && !anyTagMatches(match, it.rv, false) {
 		setResourceVersion(w.Header(), rv)
 		return item{}, 0, preconditionFailed(it.rv)
 	}
 	return it, rv, nil
+}
+
+// noKey is the answer where a key has no value. Many a key that is asked for was
+// meant as a call, as other programs spell it.
+func noKey(key string) error {
+	first, _, _ := strings.Cut(key, "/")
+	call := ""
+	switch {
+	case first == "v1":
+		call = "/-/" + key
+	case strings.HasPrefix(key, "v2/keys"):
+		call = "/-/v1/keys" + strings.TrimPrefix(key, "v2/keys")
+	case first == "health" || first == "healthz" || first == "livez":
+		call = "/-/livez or /-/readyz"
+	case key == "metrics" || key == "readyz" || key == "version" || key == "openapi.json" || strings.HasPrefix(key, "debug/pprof"):
+		call = "/-/" + key
+	default:
+		return errNoKey
+	}
+	return errNotFound.withDetail("the key has no value; the call is %s", call)
 }
 
 // isUnchanged says whether the client has this version already.
@@ -307,7 +328,7 @@ func (h *httpAPI) deleteKey(w http.ResponseWriter, r request) error {
 	}
 	setResourceVersion(w.Header(), res.rv)
 	if res.status == statusNotFound {
-		return errNoKey
+		return noKey(r.name)
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil
@@ -329,11 +350,16 @@ func (h *httpAPI) propose(w http.ResponseWriter, r request, c command, body stri
 	if res.replayed {
 		w.Header()["Idempotency-Replayed"] = replayed
 	}
-	switch res.status {
-	case statusPrecondition:
+	switch {
+	case res.status == statusPrecondition && res.current == 0 && c.op == opDelete && c.condition.kind != ifAbsent:
+		res.status = statusNotFound // as without the condition, which then does not count (RFC 9110, section 13.2.1)
+	case res.status == statusPrecondition:
 		setResourceVersion(w.Header(), res.rv)
+		if res.replayed {
+			return result{}, preconditionFailedThen(res.current)
+		}
 		return result{}, preconditionFailed(res.current)
-	case statusRetryOther:
+	case res.status == statusRetryOther:
 		return result{}, errRetryOther
 	}
 	return res, nil
@@ -348,6 +374,15 @@ func preconditionFailed(current uint64) error {
 	}
 	e.current = current
 	return e
+}
+
+// preconditionFailedThen is what a retry of a request that got preconditionFailed
+// is told. What the key is like by now is not said.
+func preconditionFailedThen(current uint64) error {
+	if current == 0 {
+		return errPrecondition.withDetail("the key did not exist when this request was carried out; a new attempt needs a new Idempotency-Key")
+	}
+	return errPrecondition.withDetail("the key existed at resource version %d when this request was carried out; a new attempt needs a new Idempotency-Key", current)
 }
 
 // The root.
@@ -573,6 +608,7 @@ var (
 	closeAfter  = []string{"close"}
 	noCache     = []string{"no-cache"}
 	replayed    = []string{"true"}
+	unencoded   = []string{"identity"}
 )
 
 // setItemHeaders sets the header of a read: an item, and the store's resource
@@ -599,7 +635,6 @@ func setExpires(header http.Header, it item) {
 		return
 	}
 	header["Expires"] = []string{time.UnixMilli(it.expires).UTC().Format(http.TimeFormat)}
-	header["Cache-Control"] = noCache // until then it may change
 }
 
 // writeNotModified answers a read of a version that the client has.
@@ -668,8 +703,6 @@ type problem struct {
 	Retryable bool    `json:"retryable"`
 	LeaderID  uint64  `json:"leaderId,omitempty"`
 	Current   uint64  `json:"currentResourceVersion,omitempty"`
-
-	ResourceVersion uint64 `json:"resourceVersion,omitempty"`
 }
 
 func newProblem(e *apiError) problem {
@@ -683,8 +716,6 @@ func newProblem(e *apiError) problem {
 		Outcome:   e.outcome,
 		Retryable: e.retry,
 		Current:   e.current,
-
-		ResourceVersion: e.resourceVersion,
 	}
 }
 
@@ -707,6 +738,9 @@ func (h *httpAPI) writeError(w http.ResponseWriter, r *http.Request, err error) 
 	p := newProblem(e)
 	if !isWrite(r.Method) {
 		p.Outcome = ""
+		if _, ok := w.Header()["Cache-Control"]; !ok { // no call was found
+			w.Header()["Cache-Control"] = noStore
+		}
 	}
 	if e.status >= http.StatusInternalServerError || e.status == http.StatusConflict {
 		p.LeaderID = h.backend.status().LeaderID // whom to ask instead
@@ -720,10 +754,14 @@ func setErrorHeaders(header http.Header, e *apiError) {
 		setETag(header, e.current)
 	}
 	switch e.status {
+	case http.StatusHTTPVersionNotSupported:
+		header["Connection"] = closeAfter
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable, http.StatusGatewayTimeout, http.StatusInsufficientStorage:
 		if e.retry {
 			header["Retry-After"] = retryAfter
 		}
+	case http.StatusUnsupportedMediaType:
+		header["Accept-Encoding"] = unencoded
 	case http.StatusRequestTimeout, http.StatusRequestEntityTooLarge:
 		header["Connection"] = closeAfter // the rest of the body is not waited for
 	}

@@ -53,7 +53,7 @@ func (h *httpAPI) getItem(w http.ResponseWriter, r request) error {
 // asks for that, as a stream.
 func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 	p := &r.params
-	asStream := accepts(r.Header, typeNDJSON[0])
+	asStream := prefers(r.Header, typeNDJSON[0], typeJSON[0])
 	if !asStream && p.limit > listLimitMax {
 		return errInvalid.withDetail("limit must be at most %d; with Accept: %s there is no limit", listLimitMax, typeNDJSON[0])
 	}
@@ -92,7 +92,13 @@ func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 }
 
 // streamKeys answers any number of items, one a line, all as they were at one
-// version. The client knows that it has all of them if the response ends well.
+// version. The last line is no item but says how many there were:
+//
+//	{"resourceVersion":7,"count":2}
+//
+// and "after", as that of a page, if the limit has ended the stream. Without that
+// line the client does not have all of them, whatever became of the connection:
+// over HTTP/1.0, and behind some proxies, one that breaks ends like any other.
 func (h *httpAPI) streamKeys(w http.ResponseWriter, r request) error {
 	sc, err := h.store.scan(r.params.prefix, r.params.after)
 	if err != nil {
@@ -107,26 +113,44 @@ func (h *httpAPI) streamKeys(w http.ResponseWriter, r request) error {
 		return nil
 	}
 	t := turns{store: h.store, began: time.Now(), rv: sc.rv}
+	last := ""
 	for n := 0; ; {
 		t.rest()
 		items, err := sc.read()
 		if err != nil {
 			h.logger.Warn("cut off a stream of keys", zap.Error(err))
-			s.abort()
+			s.abort(http.StatusInternalServerError)
 		}
 		for _, it := range items {
-			if n++; r.params.limit > 0 && n > r.params.limit {
-				items = nil
-				break
+			if r.params.limit > 0 && n == r.params.limit {
+				s.buf = appendListEnd(s.buf, sc.rv, n, &last)
+				s.end()
+				return nil
 			}
+			n++
+			last = it.key
 			s.buf = append(appendItemJSON(s.buf, it.key, it.item, r.params.keysOnly), '\n')
 			s.flushLarge()
 		}
 		if len(items) == 0 {
+			s.buf = appendListEnd(s.buf, sc.rv, n, nil)
 			s.end()
 			return nil
 		}
 	}
+}
+
+// appendListEnd appends the last line of a stream. after is nil if that was all.
+func appendListEnd(buf []byte, rv uint64, count int, after *string) []byte {
+	buf = append(buf, `{"resourceVersion":`...)
+	buf = strconv.AppendUint(buf, rv, 10)
+	buf = append(buf, `,"count":`...)
+	buf = strconv.AppendInt(buf, int64(count), 10)
+	if after != nil {
+		buf = append(buf, ',')
+		buf = appendBytesField(buf, "after", *after)
+	}
+	return append(buf, "}\n"...)
 }
 
 // turns makes a long read give way to writes.
@@ -225,7 +249,7 @@ func (s *stream) Write(part []byte) (int, error) {
 	}
 	_ = s.control.SetWriteDeadline(time.Now().Add(streamWriteTimeout))
 	if _, err := s.w.Write(part); err != nil {
-		s.abort()
+		s.abort(statusClientGone)
 	}
 	return len(part), nil
 }
@@ -239,7 +263,10 @@ func (s *stream) end() {
 }
 
 // abort breaks the connection, so that what the client has cannot pass for the
-// whole.
-func (s *stream) abort() {
+// whole. The request counts as one with this status.
+func (s *stream) abort(status int) {
+	if rec, ok := s.w.(*recorder); ok {
+		rec.status = status
+	}
 	panic(http.ErrAbortHandler)
 }

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -218,7 +220,7 @@ func TestHTTP_List(t *testing.T) {
 			stream.wantHeader(t, "Vary", "Accept")
 			stream.wantHeader(t, "X-Content-Type-Options", "nosniff")
 			wantItems(t, target, decodeLines(t, stream.body), tt.want, keysOnly)
-			if strings.Count(stream.body, "\n") != len(tt.want) {
+			if strings.Count(stream.body, "\n") != len(tt.want)+1 {
 				t.Errorf("%s: %q", target, stream.body)
 			}
 		}
@@ -253,15 +255,47 @@ func wantItems(t *testing.T, target string, items []jsonItem, want []string, key
 
 func decodeLines(t *testing.T, body string) []jsonItem {
 	t.Helper()
-	var items []jsonItem
-	for line := range strings.Lines(body) {
-		var it jsonItem
-		if err := json.Unmarshal([]byte(line), &it); err != nil {
-			t.Fatalf("%q: %v", line, err)
-		}
-		items = append(items, it)
+	items, end, err := readStream(body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if end.Count != len(items) {
+		t.Errorf("%d items, and the end says %d", len(items), end.Count)
 	}
 	return items
+}
+
+// streamEnd is the last line of a stream of items.
+type streamEnd struct {
+	Count           int
+	ResourceVersion uint64
+	After           *string
+	AfterBase64     []byte
+}
+
+// readStream fails if a stream is not whole.
+func readStream(body string) (items []jsonItem, end streamEnd, err error) {
+	ended := false
+	for line := range strings.Lines(body) {
+		var it struct {
+			jsonItem
+			Count *int
+		}
+		if err := json.Unmarshal([]byte(line), &it); err != nil || ended || !strings.HasSuffix(line, "\n") {
+			return items, end, fmt.Errorf("%.100q: %v, after the end: %v", line, err, ended)
+		}
+		if ended = it.Count != nil; ended {
+			if err := json.Unmarshal([]byte(line), &end); err != nil {
+				return items, end, err
+			}
+		} else {
+			items = append(items, it.jsonItem)
+		}
+	}
+	if !ended {
+		return items, end, io.ErrUnexpectedEOF
+	}
+	return items, end, nil
 }
 
 // A list that does not fit into one buffer comes whole, with and without pages.
@@ -290,6 +324,12 @@ func TestHTTP_LongList(t *testing.T) {
 	a.wantHeader(t, "Content-Length", fmt.Sprint(len(a.body)))
 	limited := f.do("GET", "/-/v1/keys?limit=20001", "", "Accept: application/x-ndjson")
 	wantItems(t, "limited stream", decodeLines(t, limited.body), keys[:20_001], false)
+	if _, end, _ := readStream(limited.body); end.After == nil || *end.After != keys[20_000] || end.ResourceVersion != n {
+		t.Errorf("%+v", end)
+	}
+	if _, end, _ := readStream(stream.body); end.After != nil {
+		t.Errorf("%+v", end)
+	}
 
 	var got []jsonItem
 	pages := 0
@@ -436,7 +476,7 @@ func TestHTTP_SlowStream(t *testing.T) {
 					}
 				}
 				if pause < streamWriteTimeout {
-					if !errors.Is(err, io.EOF) || lines != n {
+					if !errors.Is(err, io.EOF) || lines != n+1 {
 						t.Errorf("%d lines, then %v", lines, err)
 					}
 				} else if !errors.Is(err, io.ErrUnexpectedEOF) || lines >= n {
@@ -521,4 +561,112 @@ func TestHTTP_DeletePrefix(t *testing.T) {
 	if got := mustDecode[deleted](t, f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: b")); got != (deleted{deletePrefixMax, before + 2}) {
 		t.Errorf("%+v", got)
 	}
+}
+
+// streamed are the calls whose answers have no length, and what says that one of
+// them is whole.
+var streamed = map[string]func(body string) error{
+	"/-/v1/keys": func(body string) error {
+		if strings.HasPrefix(body, `{"resourceVersion":`) && strings.Contains(body, `"items":[`) {
+			return json.Unmarshal([]byte(body), new(any))
+		}
+		_, _, err := readStream(body)
+		return err
+	},
+	"/-/v1/snapshot": func(body string) error {
+		path := filepath.Join(os.TempDir(), "raftrv-stream-test")
+		defer func() { _ = os.Remove(path) }() // a leftover does no harm
+		if err := os.WriteFile(path, []byte(body), 0o600); err != nil {
+			return nil // which fails the test
+		}
+		_, err := readBackup(path)
+		return err
+	},
+	"/-/v1/watch": func(body string) error {
+		if body == "" || !strings.HasSuffix(body, "\n") {
+			return io.ErrUnexpectedEOF
+		}
+		lines := strings.Split(strings.TrimSpace(body), "\n")
+		if last := lines[len(lines)-1]; !strings.HasPrefix(last, `{"type":"BOOKMARK"`) && !strings.HasPrefix(last, `data: {"type":"BOOKMARK"`) {
+			return io.ErrUnexpectedEOF // resume
+		}
+		return nil
+	},
+}
+
+// Over HTTP/1.0, and behind some proxies, an answer that is cut off ends like any
+// other. So each has a length, or an end of its own, or is refused.
+func TestHTTP_StreamsEndVisibly(t *testing.T) {
+	f := newFront(t)
+	for i := range 300 {
+		f.put(fmt.Sprintf("k%03d", i), strings.Repeat("v", 1000))
+	}
+	for _, rt := range allRoutes() {
+		c := rt.call(http.MethodGet)
+		if c == nil {
+			continue
+		}
+		target := strings.NewReplacer("{key}", "k001", "{profile}", "heap").Replace(rt.path)
+		if strings.HasSuffix(rt.path, "/watch") {
+			target += "?resourceVersion=0&timeout=100ms"
+		}
+		for _, accept := range []string{"*/*", "application/x-ndjson"} {
+			got := f.exchange("GET " + target + " HTTP/1.0\r\nAccept: " + accept + "\r\n\r\n")
+			head, body, _ := strings.Cut(got, "\r\n\r\n")
+			if strings.HasPrefix(head, "HTTP/1.0 505") || strings.Contains(head, fmt.Sprintf("\r\nContent-Length: %d\r\n", len(body))) {
+				continue
+			}
+			whole := streamed[rt.path]
+			if whole == nil || !strings.HasPrefix(head, "HTTP/1.0 200") {
+				t.Errorf("%s: nobody knows where this ends:\n%s", rt.path, head)
+				continue
+			}
+			if err := whole(body); err != nil {
+				t.Errorf("%s: %v", rt.path, err)
+			}
+			for cut := range len(body) { // at every line, and here and there
+				if (body[cut] == '\n' || cut%997 == 0) && cut+1 < len(strings.TrimRight(body, "\n")) && whole(body[:cut+1]) == nil && rt.path != "/-/v1/watch" {
+					t.Errorf("%s: %d of %d bytes pass for all", rt.path, cut+1, len(body))
+					break
+				}
+			}
+		}
+	}
+}
+
+// The same where the node itself gives up.
+func TestHTTP_StreamThatFailsOverHTTP10(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newPipeFront(t)
+		for i := range scanPart {
+			f.put(fmt.Sprintf("a%03d", i), strings.Repeat("v", 1<<10))
+		}
+		const n = 70
+		for i := range n {
+			f.put(fmt.Sprintf("b%03d", i), strings.Repeat("v", 1<<20))
+		}
+		c := f.mustDial()
+		if _, err := io.WriteString(c, "GET /-/v1/keys HTTP/1.0\r\nHost: x\r\nAccept: application/x-ndjson\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		res, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		for i := range n {
+			f.put(fmt.Sprintf("b%03d", i), "new")
+		}
+		body, err := io.ReadAll(res.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if items, _, err := readStream(string(body)); err == nil {
+			t.Errorf("%d items of %d pass for all", len(items), scanPart+n)
+		}
+		synctest.Wait()
+		if got := gather(t, f.config.registry)[`raftrv_http_requests_total{code="500",method="GET",route="/-/v1/keys"}`]; got != 1 {
+			t.Errorf("%v requests count as cut off", got)
+		}
+	})
 }

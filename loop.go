@@ -526,23 +526,32 @@ func (l *loop) transferLeader(ctx context.Context, timeout time.Duration, id uin
 	if m, ok := l.replica.store.member(id); !ok || m.Learner {
 		return errMember.withDetail("member %d is not a voter", id)
 	}
-	l.call(func() error {
-		l.replica.raw.TransferLeader(id)
-		return nil
-	})
 	poll := time.NewTicker(l.tick)
 	defer poll.Stop()
 	end := time.After(timeout)
-	for l.status.Load().leader != id {
+	asked := false
+	for {
+		switch leader := l.status.Load().leader; {
+		case leader == id:
+			return nil
+		case leader != 0 && !asked: // nobody else could hand over
+			asked = true
+			l.call(func() error {
+				l.replica.raw.TransferLeader(id)
+				return nil
+			})
+		}
 		select {
 		case <-poll.C:
 		case <-end:
-			return errNoLeader.withDetail("member %d did not take over; is it up and has it the whole log?", id)
+			if !asked {
+				return errNoLeader
+			}
+			return errTransfer.withDetail("member %d was asked to lead and did not before the deadline, but still may; is it up and has it the whole log?", id)
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
-	return nil
 }
 
 // changeMember changes the membership and returns when the change is applied.

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
@@ -317,5 +319,76 @@ func TestMembers_LeaderIsRemoved(t *testing.T) {
 			s.wait(t, s.begin(follower, putOp("k", "v"), time.Second))
 			s.judge(t)
 		})
+	}
+}
+
+// Once a member was asked to lead nobody knows whether it will.
+func TestVirtual_TransferThatTakesLonger(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newVirtualCluster(t)
+		time.Sleep(time.Second)
+		n, other := c.leader(), c.followers()[0]
+		r := n.do(http.MethodPost, fmt.Sprintf("/-/v1/leader/%d?timeout=1ms", other.config.id), "")
+		if r.status != http.StatusGatewayTimeout || !strings.Contains(r.body, `"code":"transfer-failed"`) || !strings.Contains(r.body, `"outcome":"unknown"`) {
+			t.Errorf("%v", r)
+		}
+		time.Sleep(5 * time.Second)
+		if c.leader() != other {
+			t.Error("the transfer did not go on, so the test shows nothing")
+		}
+		// Without a leader nobody is asked.
+		c.isolate(other)
+		time.Sleep(10 * time.Second)
+		r = other.do(http.MethodPost, fmt.Sprintf("/-/v1/leader/%d?timeout=1s", n.config.id), "")
+		if r.status != http.StatusServiceUnavailable || !strings.Contains(r.body, `"outcome":"not_applied"`) {
+			t.Errorf("%v", r)
+		}
+	})
+}
+
+// A node that serves nothing changes no members, but lets go of leadership.
+func TestVirtual_DivergedChangesNoMembers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newVirtualCluster(t)
+		time.Sleep(time.Second)
+		n, other := c.leader(), c.followers()[0]
+		before := fmt.Sprint(n.store.members())
+		n.guard.verdict.Store(int32(diverged))
+		for _, r := range [][3]string{
+			{"PUT", "/-/v1/members/1", `{"name":"x"}`}, {"DELETE", "/-/v1/members/3", ""}, {"POST", "/-/v1/members/4", `{"peerURL":"http://virtual:4"}`},
+			{"POST", "/5", "http://virtual:5"}, {"POST", "/-/v1/members/2/promote", ""}, {"PUT", "/k", "v"}, {"GET", "/k?resourceVersion=0", ""}, {"POST", "/-/v1/txn", "{}"},
+		} {
+			if got := n.do(r[0], r[1], r[2]); got.status != 503 || !strings.Contains(got.body, `"code":"diverged"`) {
+				t.Errorf("%s %s: %v", r[0], r[1], got)
+			}
+		}
+		if after := fmt.Sprint(n.store.members()); after != before {
+			t.Errorf("%s, was %s", after, before)
+		}
+		if r := n.do("POST", fmt.Sprintf("/-/v1/leader/%d", other.config.id), ""); r.status != 204 {
+			t.Errorf("%v", r)
+		}
+	})
+}
+
+// Who is not there is not found, and what may be taken later says so.
+func TestVirtual_RefusedMembers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newVirtualCluster(t)
+		time.Sleep(time.Second)
+		n := c.leader()
+		for _, r := range [][2]string{{"DELETE", "/-/v1/members/9"}, {"POST", "/-/v1/members/9/promote"}, {"PUT", "/-/v1/members/9"}} {
+			if got := n.do(r[0], r[1], "{}"); got.status != 404 || !strings.Contains(got.body, "there is no member 9") {
+				t.Errorf("%s %s: %v", r[0], r[1], got)
+			}
+		}
+		if got := n.do("POST", "/-/v1/members/3", `{"peerURL":"http://virtual:9"}`); got.status != 409 || !strings.Contains(got.body, `"retryable":false`) {
+			t.Errorf("%v", got)
+		}
+	})
+	for why, retry := range map[string]bool{refusedForNow: true, "member 4 " + refusedUntilThen: true, "member 1 is the last voter": false} {
+		if e := memberRefused(why); e.retry != retry || e.status != http.StatusConflict || e.detail != why {
+			t.Errorf("%s: %+v", why, e)
+		}
 	}
 }

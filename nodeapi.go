@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,8 @@ import (
 	"net/http"
 	"net/http/pprof"
 	runtimepprof "runtime/pprof"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -140,15 +143,36 @@ func (h *httpAPI) getReady(w http.ResponseWriter, r request) error {
 
 // getMetrics answers in Prometheus' text format.
 func (h *httpAPI) getMetrics(w http.ResponseWriter, r request) error {
-	h.exposition.ServeHTTP(w, r.Request)
+	defer h.scrapes.Add(-1)
+	if h.scrapes.Add(1) > metricsInFlight {
+		return errTooManyRequests.withDetail("%d others are getting the metrics, at most that many can; retry later", metricsInFlight)
+	}
+	w.Header()["Vary"] = append(slices.Clone(h.browsers.varyAccept), "Accept-Encoding")
+	whole := wholeAnswer{ResponseWriter: w, code: http.StatusOK}
+	h.exposition.ServeHTTP(&whole, r.Request)
+	w.Header()["Content-Length"] = []string{strconv.Itoa(whole.body.Len())}
+	w.WriteHeader(whole.code)
+	if r.Method != http.MethodHead {
+		_, _ = w.Write(whole.body.Bytes()) // fails if the client is gone
+	}
 	return nil
 }
 
+// wholeAnswer keeps an answer until its length is known, since text that is cut
+// off looks like less text.
+type wholeAnswer struct {
+	http.ResponseWriter
+	code int
+	body bytes.Buffer
+}
+
+func (w *wholeAnswer) WriteHeader(code int)        { w.code = code }
+func (w *wholeAnswer) Write(p []byte) (int, error) { return w.body.Write(p) }
+
 func newExposition(cfg httpConfig) http.Handler {
 	return promhttp.HandlerFor(cfg.registry, promhttp.HandlerOpts{
-		ErrorLog:            zap.NewStdLog(cfg.logger),
-		ErrorHandling:       promhttp.ContinueOnError,
-		MaxRequestsInFlight: metricsInFlight,
+		ErrorLog:      zap.NewStdLog(cfg.logger),
+		ErrorHandling: promhttp.ContinueOnError,
 	})
 }
 
@@ -168,10 +192,7 @@ func (h *httpAPI) putLogLevel(w http.ResponseWriter, r request) error {
 		return err
 	}
 	var body logLevel
-	d := json.NewDecoder(strings.NewReader(text))
-	d.DisallowUnknownFields()
-	err = d.Decode(&body)
-	if _, end := d.Token(); err != nil || !errors.Is(end, io.EOF) {
+	if err := decodeBody(text, jsonField{"level", &body.Level}); err != nil {
 		return errLogLevel
 	}
 	level, err := zapcore.ParseLevel(body.Level)

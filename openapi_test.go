@@ -15,6 +15,8 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // These tests hold openapi.json against the front: the table of routes says what
@@ -210,7 +212,7 @@ func checkDocumented(t *testing.T, method, target string, a answer) {
 	}
 	for name := range a.header {
 		switch name {
-		case "Date", "Content-Length", "Content-Type", "Connection", "X-Content-Type-Options", "Content-Security-Policy", "Cross-Origin-Resource-Policy": // of all
+		case "Date", "Content-Length", "Content-Type", "Connection", "X-Content-Type-Options", "Content-Security-Policy", "Cross-Origin-Resource-Policy", "Cache-Control": // of all
 			continue
 		}
 		if !slices.ContainsFunc(sortedKeys(at(response, "headers")), func(s string) bool { return strings.EqualFold(s, name) }) {
@@ -391,6 +393,8 @@ func openAPIRequests() []openAPIRequest {
 		{404, "PUT", "/-/v1/members/4", `{"name":"n"}`, nil, errNotFound},
 		{409, "PUT", "/-/v1/members/4", `{"peerURL":"http://a:1"}`, nil, errMember},
 		{204, "DELETE", "/-/v1/members/4", "", nil, nil},
+		{404, "DELETE", "/-/v1/members/4", "", nil, errNotFound},
+		{404, "POST", "/-/v1/members/4/promote", "", nil, errNotFound},
 		{409, "DELETE", "/-/v1/members/4", "", nil, errMember},
 		{204, "POST", "/-/v1/members/4/promote", "", nil, nil},
 		{409, "POST", "/-/v1/members/4/promote", "", nil, errMember},
@@ -448,6 +452,9 @@ func openAPIRequests() []openAPIRequest {
 			list = append(list, openAPIRequest{code, r.method, r.target + query, body, append(slices.Clone(r.headers), headers...), fail})
 		}
 		with(400, separator+"no=1", r.body, nil, nil)
+		if r.method != "GET" {
+			with(415, "", r.body, []string{"Content-Encoding: gzip"}, nil)
+		}
 		if takesBody(rt, r.method) {
 			with(413, "", tooLarge, nil, nil)
 			with(408, "", "", nil, errBodyTimeout) // see below
@@ -460,7 +467,7 @@ func openAPIRequests() []openAPIRequest {
 		switch {
 		case r.method == "GET" && path != "/-/v1/watch":
 			with(504, separator+"resourceVersion=9999999", "", nil, nil)
-		case r.method != "GET" && !strings.HasPrefix(path, "/-/v1/leader/"): // that proposes nothing
+		case r.method != "GET":
 			with(504, "", r.body, nil, errUnknown)
 		}
 		if rt.call(r.method).headers&headerIdempotencyKey != 0 {
@@ -528,6 +535,29 @@ func TestOpenAPI_Statuses(t *testing.T) {
 		a.want(t, 429)
 		note("GET", target, a.code)
 	}
+	// A client that cannot tell where an answer ends.
+	for _, target := range []string{"/-/debug/pprof/", "/-/debug/pprof/heap"} {
+		if got := f.exchange("GET " + target + " HTTP/1.0\r\n\r\n"); !strings.HasPrefix(got, "HTTP/1.0 505 ") || !strings.Contains(got, `"code":"http-version"`) {
+			t.Errorf("%q", got)
+		}
+		note("GET", target, 505)
+	}
+	// A fifth scrape at a time.
+	scraped := newFront(t, func(c *httpConfig) { c.registry.MustRegister(slowCollector{}) })
+	slowScrapes := make(chan int, metricsInFlight+1)
+	for range cap(slowScrapes) {
+		go func() { slowScrapes <- scraped.do("GET", "/-/metrics", "").code }()
+	}
+	if code := <-slowScrapes; code != 429 {
+		t.Errorf("%d, want 429", code)
+	}
+	note("GET", "/-/metrics", 429)
+	close(slowCollected)
+	for range metricsInFlight {
+		if code := <-slowScrapes; code != 200 {
+			t.Errorf("%d, want 200", code)
+		}
+	}
 	// A node without --pprof.
 	a := newFront(t, func(c *httpConfig) { c.profiles = false }).do("GET", "/-/debug/pprof/", "")
 	a.want(t, 404)
@@ -552,6 +582,14 @@ func TestOpenAPI_Statuses(t *testing.T) {
 		}
 	}
 }
+
+// slowCollector has no metrics, but looks for them until slowCollected is closed.
+type slowCollector struct{}
+
+var slowCollected = make(chan struct{})
+
+func (slowCollector) Describe(chan<- *prometheus.Desc) {}
+func (slowCollector) Collect(chan<- prometheus.Metric) { <-slowCollected }
 
 func TestOpenAPI_ServesItself(t *testing.T) {
 	a := newFront(t).do("GET", "/-/openapi.json", "")

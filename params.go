@@ -216,20 +216,38 @@ const (
 	headerIdempotencyKey
 	headerContentRange // no call takes it, RFC 9110 wants it refused
 	headerLastEventID
+	headerIfUnmodifiedSince // no call takes it, since a version says more than a second does
 )
 
 // headerNames has the canonical name of bit i at i.
-var headerNames = [...]string{"If-Match", "If-None-Match", "Idempotency-Key", "Content-Range", "Last-Event-Id"}
+var headerNames = [...]string{"If-Match", "If-None-Match", "Idempotency-Key", "Content-Range", "Last-Event-Id", "If-Unmodified-Since"}
 
 // refuseHeaders refuses a write that asks for more than its call does.
 func refuseHeaders(header http.Header, allowed headerSet) error {
-	const ofWrites = headerIfMatch | headerIfNoneMatch | headerIdempotencyKey | headerContentRange
+	const ofWrites = headerIfMatch | headerIfNoneMatch | headerIdempotencyKey | headerContentRange | headerIfUnmodifiedSince
 	for i, name := range headerNames {
 		if bit := headerSet(1 << i); bit&ofWrites&^allowed == 0 {
 			continue
 		}
 		if _, ok := header[name]; ok {
 			return errInvalid.withDetail("%s is not supported here, and a write that ignored it could do harm", name)
+		}
+	}
+	for _, coding := range header["Content-Encoding"] {
+		if !strings.EqualFold(strings.TrimSpace(coding), "identity") {
+			return errEncoding // kept without it, the value would be another
+		}
+	}
+	return nil
+}
+
+// refuseUpgrade refuses a request to go on in another protocol. That is allowed to
+// be ignored (RFC 9110, section 7.8), and is for HTTP/2, which some clients
+// offer each time; who wants a WebSocket is told what there is instead.
+func refuseUpgrade(header http.Header) error {
+	for _, protocol := range header["Upgrade"] {
+		if !strings.EqualFold(strings.TrimSpace(protocol), "h2c") {
+			return errInvalid.withDetail("there is no upgrade to %.50q, only HTTP/1.1; to follow changes see /-/v1/watch", protocol)
 		}
 	}
 	return nil
@@ -287,11 +305,11 @@ func tagVersion(opaque string) uint64 {
 // or, compared weakly, If-None-Match. What cannot be read matches nothing.
 func anyTagMatches(values []string, rv uint64, weakly bool) bool {
 	for _, list := range values {
+		if strings.TrimSpace(list) == "*" {
+			return true
+		}
 		for {
 			list = strings.TrimLeft(list, ", \t")
-			if strings.HasPrefix(list, "*") {
-				return true
-			}
 			tag, isWeak := strings.CutPrefix(list, "W/")
 			if !strings.HasPrefix(tag, `"`) {
 				break
@@ -370,16 +388,34 @@ func unquote(s string) string {
 	return "" // no closing quote
 }
 
-// accepts says whether the client names the media type. Which is all the
-// negotiation there is: nobody gets a stream who did not ask for it.
-func accepts(header http.Header, mediaType string) bool {
+// prefers says whether the client names the media type, and does not like what it
+// gets otherwise better. Which is all the negotiation there is: nobody gets a
+// stream who did not ask for it.
+func prefers(header http.Header, mediaType, otherwise string) bool {
+	q := quality(header, mediaType)
+	return q > 0 && q >= quality(header, otherwise)
+}
+
+// quality is how much a client likes a media type that it names, 0 to 1 (RFC 9110,
+// section 12.5.1).
+func quality(header http.Header, mediaType string) float64 {
+	best := 0.0
 	for _, value := range header["Accept"] {
 		for part := range strings.SplitSeq(value, ",") {
-			part, _, _ = strings.Cut(part, ";")
-			if strings.EqualFold(strings.TrimSpace(part), mediaType) {
-				return true
+			name, params, _ := strings.Cut(part, ";")
+			if !strings.EqualFold(strings.TrimSpace(name), mediaType) {
+				continue
 			}
+			q := 1.0
+			for param := range strings.SplitSeq(params, ";") {
+				if name, number, _ := strings.Cut(strings.TrimSpace(param), "="); strings.EqualFold(name, "q") {
+					if q, _ = strconv.ParseFloat(number, 64); !(q >= 0 && q <= 1) { // malformed, or NaN
+						q = 0
+					}
+				}
+			}
+			best = max(best, q)
 		}
 	}
-	return false
+	return best
 }

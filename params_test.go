@@ -21,19 +21,19 @@ func TestHTTP_ConditionalWrites(t *testing.T) {
 		isInvalid     bool
 		onlyIfCurrent string
 	}{
-		{header: `If-Match: "5"`, put: 204, putNew: 412, del: 204, delNew: 412},
-		{header: `If-Match:   "5"  `, put: 204, putNew: 412, del: 204, delNew: 412},
-		{header: `If-Match: "4"`, put: 412, putNew: 412, del: 412, delNew: 412},
-		{header: `If-Match: *`, put: 204, putNew: 412, del: 204, delNew: 412},
+		{header: `If-Match: "5"`, put: 204, putNew: 412, del: 204, delNew: 404},
+		{header: `If-Match:   "5"  `, put: 204, putNew: 412, del: 204, delNew: 404},
+		{header: `If-Match: "4"`, put: 412, putNew: 412, del: 412, delNew: 404},
+		{header: `If-Match: *`, put: 204, putNew: 412, del: 204, delNew: 404},
 		{header: `If-None-Match: *`, put: 412, putNew: 201, del: 412, delNew: 404},
 		// ETags that are none of ours.
-		{header: `If-Match: "0"`, put: 412, putNew: 412, del: 412, delNew: 412},
-		{header: `If-Match: "05"`, put: 412, putNew: 412, del: 412, delNew: 412},
-		{header: `If-Match: "+5"`, put: 412, putNew: 412, del: 412, delNew: 412},
-		{header: `If-Match: ""`, put: 412, putNew: 412, del: 412, delNew: 412},
-		{header: `If-Match: "5a"`, put: 412, putNew: 412, del: 412, delNew: 412},
-		{header: `If-Match: "18446744073709551621"`, put: 412, putNew: 412, del: 412, delNew: 412}, // 2^64 + 5
-		{header: `If-Match: "é"`, put: 412, putNew: 412, del: 412, delNew: 412},
+		{header: `If-Match: "0"`, put: 412, putNew: 412, del: 412, delNew: 404},
+		{header: `If-Match: "05"`, put: 412, putNew: 412, del: 412, delNew: 404},
+		{header: `If-Match: "+5"`, put: 412, putNew: 412, del: 412, delNew: 404},
+		{header: `If-Match: ""`, put: 412, putNew: 412, del: 412, delNew: 404},
+		{header: `If-Match: "5a"`, put: 412, putNew: 412, del: 412, delNew: 404},
+		{header: `If-Match: "18446744073709551621"`, put: 412, putNew: 412, del: 412, delNew: 404}, // 2^64 + 5
+		{header: `If-Match: "é"`, put: 412, putNew: 412, del: 412, delNew: 404},
 		// What must not be guessed at.
 		{header: `If-Match: 5`, isInvalid: true},
 		{header: `If-Match:`, isInvalid: true},
@@ -212,7 +212,6 @@ func TestHTTP_TTL(t *testing.T) {
 		}
 		a := f.do("GET", "/k", "")
 		a.wantHeader(t, "Expires", "")
-		a.wantHeader(t, "Cache-Control", "")
 		for _, method := range []string{"POST", "PATCH"} {
 			a := f.do(method, "/?ttl=87600h", "1")
 			if got := expires(a.header.Get("Location")[1:]); got != "2009-12-29T00:01:00.678Z" {
@@ -341,6 +340,9 @@ func TestHTTP_Retries(t *testing.T) {
 		again.header.Del("Idempotency-Replayed")
 		first.header.Del("Date")
 		again.header.Del("Date")
+		if first.code == 412 && again.code == 412 { // it does not speak of now: see TestHTTP_ReplayedPrecondition
+			continue
+		}
 		if again.code != first.code || again.body != first.body || fmt.Sprint(again.header) != fmt.Sprint(first.header) {
 			t.Errorf("%s %s: first %+v\nthen %+v", tt.method, tt.target, first, again)
 		}
@@ -440,4 +442,131 @@ func FuzzHTTPHeaders(f *testing.F) {
 			t.Fatalf("%q is taken as %q", key, id.key)
 		}
 	})
+}
+
+// What a write would have to do otherwise, or would forget, is refused.
+func TestHTTP_RefusedHeaders(t *testing.T) {
+	f := newFront(t)
+	f.put("k", "v")
+	for _, tt := range []struct {
+		method, target, header string
+		code                   int
+		detail                 string
+	}{
+		{"PUT", "/k", "Content-Encoding: gzip", 415, "Content-Encoding"},
+		{"PUT", "/k", "Content-Encoding: identity, gzip", 415, "Content-Encoding"},
+		{"POST", "/", "Content-Encoding: br", 415, "Content-Encoding"},
+		{"POST", "/-/v1/txn", "Content-Encoding: gzip", 415, "Content-Encoding"},
+		{"PUT", "/k", "Content-Encoding: identity", 204, ""},
+		{"PUT", "/k", "If-Unmodified-Since: Fri, 20 Nov 2026 12:00:00 GMT", 400, "If-Unmodified-Since"},
+		{"DELETE", "/k", "If-Unmodified-Since: Fri, 20 Nov 2026 12:00:00 GMT", 400, "If-Unmodified-Since"},
+		{"GET", "/k", "If-Unmodified-Since: Fri, 20 Nov 2026 12:00:00 GMT", 200, ""},
+		{"GET", "/-/v1/watch?timeout=1ms", "Upgrade: websocket", 400, "/-/v1/watch"},
+		{"PUT", "/k", "Upgrade: TLS/1.0", 400, "HTTP/1.1"},
+		{"GET", "/k", "Upgrade: h2c", 200, ""},
+		{"PUT", "/k", "Upgrade: h2c", 204, ""},
+		// A list of ETags has no star with something after it.
+		{"GET", "/k", "If-Match: *junk", 412, ""},
+		{"GET", "/k", "If-None-Match: *junk", 200, ""},
+		{"GET", "/k", `If-None-Match: "1", *`, 200, ""},
+		{"GET", "/none", "If-Match: *", 404, ""},
+		{"DELETE", "/none", "If-Match: *", 404, ""},
+		{"DELETE", "/none", `If-Match: "1"`, 404, ""},
+	} {
+		a := f.do(tt.method, tt.target, "", tt.header, "Connection: Upgrade")
+		if a.want(t, tt.code); !strings.Contains(a.body, tt.detail) {
+			t.Errorf("%s %s %s: %s", tt.method, tt.target, tt.header, a.body)
+		}
+		if a.code == 415 {
+			a.wantHeader(t, "Accept-Encoding", "identity")
+		}
+	}
+}
+
+// Who asks for a call as other programs spell it is told how it is spelt here.
+func TestHTTP_MeantAsACall(t *testing.T) {
+	f := newFront(t)
+	for path, call := range map[string]string{
+		"/metrics": "/-/metrics", "/health": "/-/livez or /-/readyz", "/healthz": "/-/livez or /-/readyz", "/health/live": "/-/livez or /-/readyz", "/livez": "/-/livez or /-/readyz",
+		"/readyz": "/-/readyz", "/v1/keys": "/-/v1/keys", "/v1/status": "/-/v1/status", "/v2/keys": "/-/v1/keys", "/v2/keys/foo": "/-/v1/keys/foo", "/version": "/-/version",
+		"/v1": "/-/v1", "/v10": "", "/metric": "", "/a": "",
+	} {
+		for _, method := range []string{"GET", "DELETE"} {
+			a := f.do(method, path, "")
+			a.want(t, 404)
+			want := "the key has no value"
+			if call != "" {
+				want += "; the call is " + call
+			}
+			if p := mustProblem(t, a); p.Detail != want {
+				t.Errorf("%s: %q, want %q", path, p.Detail, want)
+			}
+		}
+	}
+	f.put("metrics", "v")
+	f.do("GET", "/metrics", "").want(t, 200)
+}
+
+// Nothing may be used again unasked, whatever lies between.
+func TestHTTP_CacheControl(t *testing.T) {
+	f := newFront(t)
+	f.put("k", "v")
+	for target, want := range map[string]string{
+		"/k": "no-cache", "/none": "no-cache", "/": "no-cache", "/-/v1/keys": "no-cache", "/-/v1/keys/k": "no-cache", "/-/v1/keys/none": "no-cache", "/-/v1/members": "no-cache",
+		"/-/v1/status": "no-store", "/-/readyz": "no-store", "/-/livez": "no-store", "/-/metrics": "no-store", "/-/v1/watch?timeout=1ms": "no-store", "/-/v1/log-level": "no-store",
+		"/-/none": "no-store", "/-/v1/txn": "no-store", "/k?bad": "no-cache",
+	} {
+		for _, method := range []string{"GET", "HEAD"} {
+			f.do(method, target, "").wantHeader(t, "Cache-Control", want)
+		}
+	}
+	a := f.do("GET", "/k", "", `If-None-Match: "1"`)
+	a.want(t, 304)
+	a.wantHeader(t, "Cache-Control", "no-cache")
+	f.do("PUT", "/k", "v").wantHeader(t, "Cache-Control", "")
+}
+
+func TestHTTP_AcceptPrefers(t *testing.T) {
+	f := newFront(t)
+	for accept, want := range map[string]string{
+		"application/x-ndjson;q=0, application/json":         "application/json",
+		"application/x-ndjson; q=0.000":                      "application/json",
+		"application/x-ndjson;q=0.1, application/json":       "application/json",
+		"application/x-ndjson;q=x":                           "application/json",
+		"application/x-ndjson;q=0.9, application/json;q=0.5": "application/x-ndjson",
+		"application/x-ndjson, application/json":             "application/x-ndjson",
+		"*/*":                                                "application/json",
+	} {
+		f.do("GET", "/-/v1/keys", "", "Accept: "+accept).wantHeader(t, "Content-Type", want)
+	}
+}
+
+// The answer to a retry of what failed speaks of then.
+func TestHTTP_ReplayedPrecondition(t *testing.T) {
+	f := newFront(t)
+	f.put("k", "v")
+	for i := range 2 {
+		a := f.do("PUT", "/k", "w", "If-None-Match: *", "Idempotency-Key: a")
+		a.want(t, 412)
+		p := mustProblem(t, a)
+		if i == 0 && (p.Current != 1 || a.header.Get("Etag") != `"1"`) || i == 1 && (p.Current != 0 || a.header.Get("Etag") != "" || !strings.Contains(p.Detail, "existed at resource version 1 when")) {
+			t.Errorf("%d: %+v %v", i, p, a.header)
+		}
+		f.do("DELETE", "/k", "")
+	}
+}
+
+// A read settles nothing: the write may come after it.
+func TestHTTP_UnknownSaysWhatSettlesIt(t *testing.T) {
+	f := newFront(t)
+	f.backend.fail(errUnknown)
+	p := mustProblem(t, f.do("PUT", "/k", "v"))
+	for _, word := range []string{"If-Match", "Idempotency-Key", "settles nothing"} {
+		if !strings.Contains(p.Detail, word) {
+			t.Errorf("%q lacks %s", p.Detail, word)
+		}
+	}
+	if p.Outcome != unknown {
+		t.Errorf("%+v", p)
+	}
 }

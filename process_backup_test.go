@@ -149,7 +149,7 @@ func wantRestored(t *testing.T, c *liveCluster, old []*liveOp, taken uint64) {
 	t.Helper()
 	for _, n := range c.Nodes {
 		r := c.client(n).do(http.MethodGet, n.URL()+"/-/v1/keys?keysOnly=true", "", "Accept", "application/x-ndjson")
-		if got := strings.Count(string(r.body), "\n"); r.status != http.StatusOK || uint64(got) != taken {
+		if got := strings.Count(string(r.body), "\n"); r.status != http.StatusOK || uint64(got) != taken+1 { // the last line is no key
 			t.Errorf("node %d: %d, %d keys, want %d", n.ID, r.status, got, taken)
 		}
 	}

@@ -29,10 +29,12 @@ type call struct {
 	serve   func(h *httpAPI, w http.ResponseWriter, r request) error
 	params  paramSet
 	headers headerSet
+	endless bool // what it answers has neither a length nor an end of its own, so HTTP/1.0 cannot tell all of it from less
 
 	// Filled by newRoute.
 	path   string // of the route
 	number int    // from 1; no two calls have the same
+	cache  []string
 }
 
 // allCalls has every call at its number; the first place stands for no call.
@@ -105,9 +107,9 @@ var reservedRoutes = newRoutes(
 		{method: http.MethodPut, serve: (*httpAPI).putLogLevel},
 	}},
 	route{path: "/-/metrics", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getMetrics}}},
-	route{path: "/-/debug/pprof/", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getProfiles}}},
+	route{path: "/-/debug/pprof/", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getProfiles, endless: true}}},
 	route{path: "/-/debug/pprof/{profile}", calls: []call{
-		{method: http.MethodGet, serve: (*httpAPI).getProfile, params: paramSeconds | paramDebug},
+		{method: http.MethodGet, serve: (*httpAPI).getProfile, params: paramSeconds | paramDebug, endless: true},
 	}},
 	route{path: "/-/livez", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getLive}}},
 	route{path: "/-/readyz", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getReady, params: paramVerbose}}},
@@ -132,6 +134,9 @@ func newRoute(rt route) *route {
 	for i := range rt.calls {
 		c := &rt.calls[i]
 		c.path, c.number = rt.path, len(allCalls)
+		if c.cache = noStore; c.params&readParams == readParams {
+			c.cache = noCache // of keys: ask each time, and a 304 will do
+		}
 		allCalls = append(allCalls, c)
 		methods = append(methods, c.method)
 		if c.method == http.MethodGet {
@@ -196,6 +201,15 @@ func (h *httpAPI) route(w *recorder, r *http.Request) error {
 		return otherMethod(w, r, rt.allow)
 	}
 	h.called(w, c)
+	if c.method == http.MethodGet {
+		w.Header()["Cache-Control"] = c.cache
+	}
+	if c.endless && !r.ProtoAtLeast(1, 1) {
+		return errVersion
+	}
+	if err := refuseUpgrade(r.Header); err != nil {
+		return err
+	}
 	p, err := h.params(query, c.params)
 	if err != nil {
 		return err

@@ -23,7 +23,12 @@ import (
 // or the same as server-sent events. A message with "more":true is followed by
 // others that belong to it: those of the same version, or the rest of the list
 // that initial=true asks for. So the version to resume from is that of the last
-// message without it, and it is also the id of the server-sent event.
+// message without it, and it is also the id of the server-sent event. Who has to
+// stop at one with it finds the version before its own in "resumeFrom"; from
+// half a list there is nothing to resume.
+//
+// A browser that resumes too late, and has asked for initial=true, gets a new list,
+// which begins with RELIST: what the client had until then may be gone.
 
 const (
 	// watchWriteTimeout is how long a client may take to read watchPartSize bytes
@@ -51,7 +56,7 @@ func (h *httpAPI) watch(w http.ResponseWriter, r request) error {
 	s := &watchStream{
 		w:        w,
 		control:  http.NewResponseController(w),
-		events:   accepts(r.Header, typeEvents[0]),
+		events:   prefers(r.Header, typeEvents[0], typeNDJSON[0]),
 		bookmark: h.bookmark * 4 / 5, // so that the promise holds on a busy node, too
 	}
 	if r.params.duration > 0 {
@@ -70,7 +75,6 @@ func (h *httpAPI) watch(w http.ResponseWriter, r request) error {
 	if s.events {
 		header["Content-Type"] = typeEvents
 	}
-	header["Cache-Control"] = noStore
 	header["Vary"] = h.browsers.varyAccept
 	header["X-Accel-Buffering"] = noBuffering // asks a proxy to pass on each part at once
 	setResourceVersion(header, s.rv)
@@ -107,13 +111,7 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *watchList, err er
 	}
 	switch {
 	case p.initial && !resumed:
-		if err := h.catchUp(r); err != nil {
-			return nil, err
-		}
-		if list, err = h.newWatchList(filter, isPrefix); err != nil {
-			return nil, err
-		}
-		rv = list.rv
+		return h.listAndWatch(s, r, filter, isPrefix)
 	case known && rv <= h.store.version():
 		if err := h.backend.serving(r.Context(), p.timeout); err != nil {
 			return nil, err
@@ -134,10 +132,28 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *watchList, err er
 		}
 	}
 	s.rv = rv
-	if s.watcher, err = h.hub.watch(filter, isPrefix, rv); err != nil {
-		if list != nil {
-			list.close()
-		}
+	if s.watcher, err = h.hub.watch(filter, isPrefix, rv); err == nil {
+		return nil, nil
+	}
+	if p.initial {
+		s.relist = true
+		return h.listAndWatch(s, r, filter, isPrefix)
+	}
+	return nil, expired(h.store.version())
+}
+
+// listAndWatch starts a watch with what there is.
+func (h *httpAPI) listAndWatch(s *watchStream, r request, filter string, isPrefix bool) (*watchList, error) {
+	if err := h.catchUp(r); err != nil {
+		return nil, err
+	}
+	list, err := h.newWatchList(filter, isPrefix)
+	if err != nil {
+		return nil, err
+	}
+	s.rv = list.rv
+	if s.watcher, err = h.hub.watch(filter, isPrefix, list.rv); err != nil {
+		list.close()
 		return nil, expired(h.store.version())
 	}
 	return list, nil
@@ -145,9 +161,7 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *watchList, err er
 
 // expired is the answer to a watch that would start before the window.
 func expired(now uint64) error {
-	e := errExpired.withDetail("events after the resource version have left the window of this node, which is now at %d: list again, or watch with initial=true", now)
-	e.resourceVersion = now
-	return e
+	return errExpired.withDetail("events after the resource version have left the window of this node, which is now at %d: list again, or watch with initial=true", now)
 }
 
 // lastEventID reads where a server-sent stream was interrupted.
@@ -212,6 +226,7 @@ type watchStream struct {
 	watcher  *watcher
 	events   bool // server-sent events
 	hello    bool // the client does not know where the watch starts
+	relist   bool // nor that it starts with a list, since it asked for later events
 	bookmark time.Duration
 	end      time.Time // zero = never
 
@@ -265,6 +280,11 @@ func (s *watchStream) run(ctx context.Context, list *watchList) error {
 func (s *watchStream) begin(list *watchList) error {
 	if s.events {
 		s.append(func(buf []byte) []byte { return append(buf, watchRetry...) })
+	}
+	if s.relist {
+		s.append(func(buf []byte) []byte {
+			return s.appendTail(s.appendVersion(buf, "RELIST", false), moreOfList)
+		})
 	}
 	if list != nil {
 		if err := s.writeList(list); err != nil {
@@ -327,7 +347,8 @@ func (s *watchStream) fail(err error) error {
 		problem
 		ResourceVersion *uint64 `json:"resourceVersion,omitempty"` // to resume from
 	}{problem: newProblem(e)}
-	if !s.listing {
+	object.Outcome = "" // of a write
+	if !s.listing && !errors.Is(e, errExpired) {
 		object.ResourceVersion = &s.rv
 	}
 	text, err := json.Marshal(object)
@@ -337,7 +358,7 @@ func (s *watchStream) fail(err error) error {
 	s.append(func(buf []byte) []byte {
 		buf = s.appendHead(buf, "ERROR", s.rv, !s.listing)
 		buf = append(buf, text...)
-		return s.appendTail(buf, true)
+		return s.appendTail(buf, noMore)
 	})
 	return s.flush()
 }
@@ -345,14 +366,18 @@ func (s *watchStream) fail(err error) error {
 // writeBookmark tells the client up to where it knows everything.
 func (s *watchStream) writeBookmark() error {
 	s.append(func(buf []byte) []byte {
-		buf = s.appendHead(buf, "BOOKMARK", s.rv, true)
-		buf = append(buf, `{"resourceVersion":`...)
-		buf = strconv.AppendUint(buf, s.rv, 10)
-		buf = append(buf, '}')
-		return s.appendTail(buf, true)
+		return s.appendTail(s.appendVersion(buf, "BOOKMARK", true), noMore)
 	})
 	s.bookmarks = time.Now()
 	return s.flush()
+}
+
+// appendVersion begins a message that has a version and no more.
+func (s *watchStream) appendVersion(buf []byte, kind string, hasID bool) []byte {
+	buf = s.appendHead(buf, kind, s.rv, hasID)
+	buf = append(buf, `{"resourceVersion":`...)
+	buf = strconv.AppendUint(buf, s.rv, 10)
+	return append(buf, '}')
 }
 
 // What the kinds of events are called.
@@ -376,7 +401,15 @@ func (s *watchStream) appendEvent(e *event, last bool) {
 			}
 			buf = append(buf, '}')
 		}
-		return s.appendTail(buf, last)
+		more := int64(noMore)
+		switch {
+		case last:
+		case s.listing:
+			more = moreOfList
+		default:
+			more = int64(e.rv) - 1
+		}
+		return s.appendTail(buf, more)
 	})
 }
 
@@ -404,9 +437,21 @@ func (s *watchStream) appendHead(buf []byte, kind string, id uint64, hasID bool)
 	return append(buf, `","object":`...)
 }
 
-func (s *watchStream) appendTail(buf []byte, last bool) []byte {
-	if !last {
+// What appendTail says of what follows, if it is not the version to resume from.
+const (
+	noMore     = -1
+	moreOfList = -2
+)
+
+// appendTail ends a message. more is not negative if others of the same version
+// follow: then it is the version before.
+func (s *watchStream) appendTail(buf []byte, more int64) []byte {
+	if more != noMore {
 		buf = append(buf, `,"more":true`...)
+	}
+	if more >= 0 {
+		buf = append(buf, `,"resumeFrom":`...)
+		buf = strconv.AppendInt(buf, more, 10)
 	}
 	buf = append(buf, "}\n"...)
 	if s.events {
