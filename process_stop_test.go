@@ -111,3 +111,40 @@ func TestProcess_FatalError(t *testing.T) {
 		t.Errorf("the log does not say what failed:\n%s", log)
 	}
 }
+
+// TestProcess_StopAnswersWithoutMajority: who waits for a majority that is not there is answered when the node stops,
+// not cut off.
+func TestProcess_StopAnswersWithoutMajority(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{})
+	n := c.leader()
+	watcher := c.client(n)
+	watcher.mustPut("k", "v")
+	c.kill(c.others(n)...)
+	replies := make(chan *liveReply)
+	const clients = 8
+	for i := range clients {
+		go func() {
+			l := c.client(n)
+			defer l.close()
+			l.timeout = time.Minute
+			replies <- l.raw([...]string{http.MethodPut, http.MethodGet}[i%2], "k", "?timeout=1m", "v")
+		}()
+	}
+	c.eventually(func() error {
+		r := watcher.do(http.MethodGet, n.URL()+"/-/metrics", "")
+		if !strings.Contains(string(r.body), fmt.Sprintf("raftrv_connections %d", clients+1)) {
+			return fmt.Errorf("not all requests have come: %v", r.err)
+		}
+		return nil
+	})
+	start := time.Now()
+	c.stop(n)
+	if took := time.Since(start); took > stopMax {
+		t.Errorf("the stop took %v", took)
+	}
+	for range clients {
+		if r := <-replies; r.err != nil || r.status != http.StatusServiceUnavailable && r.status != http.StatusGatewayTimeout {
+			t.Errorf("%d %s %v", r.status, r.body, r.err)
+		}
+	}
+}

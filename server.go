@@ -28,8 +28,11 @@ const (
 	// on its way to a connection as that is closed would get no answer.
 	noticeTime      = 250 * time.Millisecond
 	transferTimeout = time.Second
-	drainTimeout    = 3 * time.Second
-	stopTimeout     = 4800 * time.Millisecond
+	drainTimeout    = 2500 * time.Millisecond
+	// answerTimeout is for those who still wait then: the end of the loop is their
+	// answer.
+	answerTimeout = 500 * time.Millisecond
+	stopTimeout   = 4800 * time.Millisecond
 )
 
 // node is a running member. It implements backend.
@@ -243,8 +246,13 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
 		defer cancel()
 		err := clientServer.Shutdown(drain)
-		clientListener.closeAll()
 		stopLoop()
+		if errors.Is(err, context.DeadlineExceeded) {
+			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerTimeout)
+			defer cancel()
+			err = clientServer.Shutdown(last)
+		}
+		clientListener.closeAll()
 		return errors.Join(ignoreDeadline(err), peerServer.Close())
 	})
 	n.logger.Info("serving", zap.Uint64("id", n.config.id), zap.String("clients", n.config.listen),

@@ -16,7 +16,7 @@ import (
 
 // This file is the snapshot format: a state as a stream of bytes. The bytes
 // are a function of the state alone, so two members that applied the same
-// entries write the same file.
+// entries write the same file, if they keep the same window of events.
 //
 // Outer layer, against damage: frames of
 //

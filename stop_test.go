@@ -165,6 +165,34 @@ func TestStorage_Interrupt(t *testing.T) {
 	}
 }
 
+// TestStorage_RoomWhileItGrows: a snapshot that is written or received ends when the log's reserve would be touched,
+// whoever else fills the disk.
+func TestStorage_RoomWhileItGrows(t *testing.T) {
+	smallSegments(t)
+	s, _ := newDisk(t, t.TempDir())
+	defer func() { must(t, s.close()) }()
+	looks, reserve := 0, floorSegments*segmentBytes()
+	s.free = func() (uint64, error) {
+		if looks++; looks > 2 {
+			return reserve - 1, nil
+		}
+		return 1 << 40, nil
+	}
+	st := largeState(8 << 20)
+	if err := s.writeSnapshot(snapshotMeta(5), &st); !errors.Is(err, errNoSpace) || looks != 3 || len(temporaryFiles(t, s)) > 0 {
+		t.Errorf("write: %v after %d looks, left are %v", err, looks, temporaryFiles(t, s))
+	}
+	looks = 0
+	n, err := io.Copy(io.Discard, s.receive(io.NopCloser(bytes.NewReader(make([]byte, 8<<20)))))
+	if !errors.Is(err, errNoSpace) || n > 4<<20 {
+		t.Errorf("receive: %v after %d bytes", err, n)
+	}
+	looks = 3
+	if err := s.writeSnapshot(snapshotMeta(6), &st); !errors.Is(err, errNoSpace) {
+		t.Errorf("write without room: %v", err)
+	}
+}
+
 // TestLoop_Unadmitted: a node that was never admitted looks at no message, also when it stops, since a vote that it
 // gave before may be forgotten.
 func TestLoop_Unadmitted(t *testing.T) {

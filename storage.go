@@ -108,6 +108,8 @@ type storage struct {
 	interrupted chan struct{}
 	interruptOn sync.Once
 
+	free func() (uint64, error) // bytes that the disk has
+
 	mu        sync.Mutex        // orders the loop's goroutine and those in the background
 	snapshots []*walpb.Snapshot // recorded in the log, oldest first
 	reached   watermark         // what the log has on disk
@@ -133,7 +135,7 @@ func openStorage(dir string, logger *zap.Logger) (*storage, error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock data directory: %w", err)
 	}
-	s := &storage{dir: dir, logger: logger, lock: lock, interrupted: make(chan struct{})}
+	s := &storage{dir: dir, logger: logger, lock: lock, interrupted: make(chan struct{}), free: func() (uint64, error) { return freeBytes(dir) }}
 	s.snap = snap.New(logger, s.path(snapDir))
 	return s, nil
 }
@@ -550,16 +552,27 @@ func (s *storage) sync() error {
 
 func (s *storage) writeSnapshot(meta *raftpb.Snapshot, st *state) error {
 	// The log comes first: without space for it the member cannot go on.
-	if free, err := freeBytes(s.dir); err != nil {
+	if err := s.hasRoom(st.snapshotSize()); err != nil {
 		return err
-	} else if free < st.snapshotSize()+floorSegments*segmentBytes() {
-		return fmt.Errorf("%w for a snapshot: %d bytes are free", errNoSpace, free)
 	}
 	err := s.writeBody(meta, st)
 	if errors.Is(err, syscall.ENOSPC) {
 		return fmt.Errorf("%w for a snapshot: %w", errNoSpace, err) // nothing of it is left
 	}
 	return err
+}
+
+// hasRoom says whether the disk has room for so many bytes of a snapshot, and for
+// the log too.
+func (s *storage) hasRoom(size uint64) error {
+	free, err := s.free()
+	if err != nil {
+		return err
+	}
+	if free < size+floorSegments*segmentBytes() {
+		return fmt.Errorf("%w for a snapshot: %d bytes are free", errNoSpace, free)
+	}
+	return nil
 }
 
 func (s *storage) writeBody(meta *raftpb.Snapshot, st *state) error {
@@ -611,7 +624,7 @@ func (w *syncingWriter) Write(p []byte) (int, error) {
 	n, err := w.file.Write(p)
 	if w.unsynced += n; err == nil && w.unsynced >= syncEvery {
 		w.unsynced = 0
-		err = fileutil.Fdatasync(w.file)
+		err = errors.Join(fileutil.Fdatasync(w.file), w.storage.hasRoom(0)) // others write, too
 		select {
 		case <-time.After(min(time.Since(w.began), restMax)):
 		case <-w.storage.interrupted:
@@ -638,7 +651,7 @@ func (r *receivedSnapshot) Read(p []byte) (int, error) {
 	}
 	if r.unsynced >= syncEvery {
 		r.unsynced = 0
-		if err := syncReceived(r.storage.path(snapDir)); err != nil {
+		if err := errors.Join(syncReceived(r.storage.path(snapDir)), r.storage.hasRoom(0)); err != nil {
 			return 0, err
 		}
 	}
