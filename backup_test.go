@@ -162,6 +162,28 @@ func TestBackup_Head(t *testing.T) {
 	}
 }
 
+// TestBackup_Fails: what cannot be begun or written to its end says so.
+func TestBackup_Fails(t *testing.T) {
+	s := &kvstore{state: smallState(t)}
+	size := len(backupBytes(t, s))
+	for n := range size {
+		b, err := s.backup()
+		must(t, err)
+		err = b.writeTo(&limitedWriter{left: n, err: io.ErrShortWrite}, backupHead{Format: backupFormat, Cluster: "7", Member: 1, Version: "v0"}, func() {})
+		b.close()
+		if !errors.Is(err, io.ErrShortWrite) {
+			t.Fatalf("room for %d of %d bytes: %v", n, size, err)
+		}
+	}
+	for range scansMax {
+		_, err := s.scan("", "")
+		must(t, err)
+	}
+	if b, err := s.backup(); b != nil || !errors.Is(err, errScans) {
+		t.Errorf("%v, %v", b, err)
+	}
+}
+
 func FuzzBackupRead(f *testing.F) {
 	w := &writer{t: f, store: newKVStore()}
 	w.put("a", "1")
