@@ -63,6 +63,8 @@ func (s *kvstore) backup() (*backup, error) {
 		return nil, err
 	}
 	rest := newState()
+	rest.setLevel(s.state.level)
+	rest.elapsed, rest.seen = s.state.elapsed, s.state.seen
 	rest.index, rest.term, rest.rv, rest.now = s.state.index, s.state.term, s.state.rv, s.state.now
 	rest.retries = s.state.retries.copy()
 	rest.members, rest.removed = maps.Clone(s.state.members), maps.Clone(s.state.removed)

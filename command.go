@@ -54,6 +54,7 @@ const (
 	// opRefuse is what a leader puts in the place of a configuration change that
 	// it must not make, so that its proposer learns why: value says it.
 	opRefuse op = 8
+	opLevel  op = 9 // raises the feature level; value is an encoded raising
 )
 
 // command is one write. Everything that apply needs rides in it, so that apply
@@ -133,6 +134,7 @@ var grammars = [...]grammar{
 	opTxn:          {level: 1, flags: flagRetry},
 	opGet:          {inTxn: true},
 	opRefuse:       {level: 1},
+	opLevel:        {level: 1}, // proposed when nobody is left who does not know it
 }
 
 // grammarOf returns the zero grammar for an op that is not known.
@@ -275,6 +277,9 @@ func (v *commandView) checkValue() error {
 		return d.err
 	case opMember:
 		_, err := decodeMember(v.value)
+		return err
+	case opLevel:
+		_, err := decodeRaising(v.value)
 		return err
 	default:
 		return nil

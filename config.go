@@ -49,6 +49,8 @@ type config struct {
 	requestTimeout time.Duration
 	connectionsMax int
 
+	levelMax int // 0 = the newest
+
 	watchEvents   uint64
 	watchBytes    uint64
 	watchBookmark time.Duration
@@ -109,10 +111,11 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.DurationVar(&c.requestTimeout, "request-timeout", 5*time.Second, "deadline of a request that does not set ?timeout=")
 	f.IntVar(&c.connectionsMax, "max-connections", connectionsMaxDefault, "largest `number` of client connections")
 	f.Uint64Var(&c.watchEvents, "watch-events", eventsMaxDefault, "`number` of recent events that are kept, so that watches can resume ...")
-	f.Uint64Var(&c.watchBytes, "watch-bytes", eventBytesMaxDefault, "... or this many `bytes` of them, whichever is less; the same on all nodes")
+	f.Uint64Var(&c.watchBytes, "watch-bytes", eventBytesMaxDefault, "... or this many `bytes` of them, whichever is less")
 	f.DurationVar(&c.watchBookmark, "watch-bookmark", 10*time.Second, "longest `time` between two bookmarks of a watch")
 	f.StringVar(&c.journal, "journal", "", "append every write to this `file`, one JSON object a line; a node that cannot write it stops, since a record of all writes must not miss any")
 	f.DurationVar(&c.journalSync, "journal-sync", time.Second, "longest `time` before what is in the journal is safe from a power cut")
+	f.IntVar(&c.levelMax, "feature-level-max", levelNewest, "highest feature `level` that this node takes part in; with a lower one than the others know the cluster stays there, and an older version can come back")
 	f.StringVar(&c.logLevel, "log-level", "info", "debug, info, warn or error; PUT /-/v1/log-level changes it later")
 	f.StringVar(&c.logFormat, "log-format", "console", "console or json")
 	f.BoolVar(&c.accessLog, "access-log", false, "log every HTTP request, with its path; at level info")
@@ -161,6 +164,7 @@ func (c *config) validate() error {
 		checkRange("--max-value-bytes", c.valueSizeMax, 1, valueSizeLimit),
 		checkRange("--request-timeout", c.requestTimeout, time.Millisecond, timeoutMax),
 		checkRange("--max-connections", c.connectionsMax, 1, connectionsLimit),
+		checkRange("--feature-level-max", c.levelMax, levelFirst, levelNewest),
 		checkRange("--watch-events", c.watchEvents, watchEventsMin, watchEventsLimit),
 		checkRange("--watch-bytes", c.watchBytes, watchBytesMin, watchBytesLimit),
 		checkRange("--watch-bookmark", c.watchBookmark, 10*time.Millisecond, time.Minute),

@@ -25,8 +25,8 @@ func TestOpinion(t *testing.T) {
 	must(t, g.begin())
 	applyAll(t, g.store, somePut)
 	own := health{Sums: g.store.sums()}
-	other := health{Sums: sums{Now: checkpoint{own.Sums.Now.Index, own.Sums.Now.Sum + 1}}}
-	elsewhere := health{Sums: sums{Now: checkpoint{own.Sums.Now.Index + 1, 7}}}
+	other := health{Sums: sums{Now: checkpoint{Index: own.Sums.Now.Index, Sum: own.Sums.Now.Sum + 1}}}
+	elsewhere := health{Sums: sums{Now: checkpoint{Index: own.Sums.Now.Index + 1, Sum: 7}}}
 	for i, step := range []struct {
 		others map[uint64]health
 		want   verdict
@@ -71,7 +71,7 @@ func TestOpinion_Lasts(t *testing.T) {
 	}
 	g := start(unchecked)
 	own := health{Sums: g.store.sums()}
-	other := health{Sums: sums{Now: checkpoint{own.Sums.Now.Index, own.Sums.Now.Sum + 1}}}
+	other := health{Sums: sums{Now: checkpoint{Index: own.Sums.Now.Index, Sum: own.Sums.Now.Sum + 1}}}
 	g.hear(map[uint64]health{2: own}, 2)
 	g = start(unchecked)
 	g.hear(map[uint64]health{2: other}, 2)

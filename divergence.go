@@ -2,6 +2,9 @@ package main
 
 import (
 	"encoding/binary"
+	"encoding/json"
+	"maps"
+	"slices"
 
 	"github.com/cespare/xxhash/v2"
 )
@@ -15,10 +18,51 @@ import (
 // number of items and their digest. So two sums at one index are equal if all
 // entries up to there were, and did the same. The sum is in snapshots.
 //
+// From feature level 2 on it is made by another algorithm, which also sees what
+// is not in the items: sessions, outcomes of requests, what expires, time,
+// members, and the number of events. Digests of these are kept up to date as they
+// change, and made anew when a state is read, so no entry walks over a state.
+// The window of events itself is not part of it: each node has its own bounds.
+//
 // Members tell each other their sums, see guard.go, and each judges for itself.
+
+// Algorithms of sums. Only sums of the same one can be compared.
+const (
+	sumAlgorithm1 = 0 // of level 1; as members that know no other tell it
+	sumAlgorithm2 = 2
+)
+
+func (s *state) sumAlgorithm() int {
+	if s.level < 2 {
+		return sumAlgorithm1
+	}
+	return sumAlgorithm2
+}
 
 // fold makes the entry that was just applied part of the sum.
 func (s *state) fold(content uint64) {
+	if s.sumAlgorithm() == sumAlgorithm1 {
+		s.foldOld(content)
+		return
+	}
+	if s.membersStale {
+		s.membersDigest, s.membersStale = s.digestMembers(), false
+	}
+	var b [22 * 8]byte
+	for i, v := range [...]uint64{
+		sumAlgorithm2, uint64(s.level), s.sum, s.index, s.term, content,
+		s.rv, s.digest, uint64(s.items.Len()), s.size, uint64(s.expiry.Len()),
+		uint64(s.now), uint64(s.elapsed), uint64(s.seen),
+		s.sessionsDigest, uint64(len(s.sessions)),
+		s.retries.digest, uint64(s.retries.records.Len()), s.retries.bytes, s.retries.next,
+		s.membersDigest, s.events.end(),
+	} {
+		binary.LittleEndian.PutUint64(b[8*i:], v)
+	}
+	s.sum = xxhash.Sum64(b[:])
+}
+
+func (s *state) foldOld(content uint64) {
 	var b [9 * 8]byte
 	for i, v := range [...]uint64{
 		s.sum, s.index, s.term, content,
@@ -41,6 +85,55 @@ func (h batchHeader) digest(commands []byte, fresh bool) uint64 {
 	return xxhash.Sum64(b[:])
 }
 
+// digestMembers returns the digest of who is a member, and who was.
+func (s *state) digestMembers() uint64 {
+	var d xxhash.Digest
+	d.Reset()
+	for _, m := range s.sortedMembers() {
+		b, err := json.Marshal(m)
+		if err != nil {
+			b = nil // never
+		}
+		_, _ = d.Write(append(b, '\n')) // never fails
+	}
+	for _, id := range slices.Sorted(maps.Keys(s.removed)) {
+		_, _ = d.Write(binary.LittleEndian.AppendUint64(nil, id))
+	}
+	return d.Sum64()
+}
+
+// digest returns what a session adds to the digest of all sessions.
+func (s *session) digest(id uint64) uint64 {
+	if s == nil {
+		return 0
+	}
+	var b [(3 + len(s.seen)) * 8]byte
+	binary.LittleEndian.PutUint64(b[0:], id)
+	binary.LittleEndian.PutUint64(b[8:], s.used)
+	binary.LittleEndian.PutUint64(b[16:], s.max)
+	for i, word := range s.seen {
+		binary.LittleEndian.PutUint64(b[24+8*i:], word)
+	}
+	return xxhash.Sum64(b[:])
+}
+
+// digest returns what the outcome of a request adds to the digest of all.
+func (r *retryRecord) digest(n uint64) uint64 {
+	ops := uint64(len(r.first.ops))
+	for i := range r.first.ops {
+		op := &r.first.ops[i]
+		ops = ops*31 + op.item.digest("") + uint64(op.status)
+	}
+	var b [11 * 8]byte
+	for i, v := range [...]uint64{
+		n, xxhash.Sum64String(r.id.key), binary.LittleEndian.Uint64(r.id.digest[:8]), binary.LittleEndian.Uint64(r.id.digest[8:]),
+		uint64(r.time), uint64(r.first.status), r.first.rv, r.first.current, r.first.count, xxhash.Sum64String(r.first.key), ops,
+	} {
+		binary.LittleEndian.PutUint64(b[8*i:], v)
+	}
+	return xxhash.Sum64(b[:])
+}
+
 // digest returns what an item adds to the digest of all items. What a write
 // replaces is subtracted as it is by then, so damage in between stays in the
 // digest.
@@ -56,6 +149,8 @@ func (it *item) digest(key string) uint64 {
 type checkpoint struct {
 	Index uint64 `json:"index"`
 	Sum   uint64 `json:"sum,string"`
+
+	Algorithm int `json:"algorithm,omitempty"`
 }
 
 // Which sums are kept: members that are a little behind each other still have
@@ -75,11 +170,15 @@ type checkpoints struct {
 	recent  [recentKept]checkpoint
 }
 
+func (s *state) checkpoint() checkpoint {
+	return checkpoint{Index: s.index, Sum: s.sum, Algorithm: s.sumAlgorithm()}
+}
+
 func (c *checkpoints) note(s *state) {
 	if s.index%checkpointEvery == 0 {
-		c.earlier[s.index/checkpointEvery%checkpointsKept] = checkpoint{s.index, s.sum}
+		c.earlier[s.index/checkpointEvery%checkpointsKept] = s.checkpoint()
 	}
-	c.recent[s.index%recentKept] = checkpoint{s.index, s.sum}
+	c.recent[s.index%recentKept] = s.checkpoint()
 }
 
 // sums are what a member tells the others: the sum of its state, and earlier ones.
@@ -90,18 +189,19 @@ type sums struct {
 	recent *[recentKept]checkpoint // of a member's own sums
 }
 
-// at returns the sum at an index.
-func (s *sums) at(index uint64) (sum uint64, ok bool) {
-	if index == s.Now.Index {
+// at returns the sum of an algorithm at an index.
+func (s *sums) at(index uint64, algorithm int) (sum uint64, ok bool) {
+	is := func(c checkpoint) bool { return c.Index == index && c.Algorithm == algorithm }
+	if is(s.Now) {
 		return s.Now.Sum, true
 	}
 	if s.recent != nil {
-		if c := s.recent[index%recentKept]; c.Index == index {
+		if c := s.recent[index%recentKept]; is(c) {
 			return c.Sum, true
 		}
 	}
 	for _, c := range s.Earlier {
-		if c.Index == index {
+		if is(c) {
 			return c.Sum, true
 		}
 	}
@@ -112,7 +212,7 @@ func (s *sums) at(index uint64) (sum uint64, ok bool) {
 func (s *kvstore) sums() sums {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	r := sums{Now: checkpoint{s.state.index, s.state.sum}}
+	r := sums{Now: s.state.checkpoint()}
 	for _, c := range s.checkpoints.earlier {
 		if c.Index != 0 {
 			r.Earlier = append(r.Earlier, c)
@@ -141,15 +241,16 @@ func (s *kvstore) voters() (ids []uint64) {
 	return ids
 }
 
-// compare says whether two members have the same sum at the highest index that
-// both know. Sums are chained: there is no need to look at the others.
+// compare says whether two members have the same sum at the highest index of
+// which both know one of the same algorithm. Sums are chained: there is no need to
+// look at the others.
 func (s *sums) compare(other *sums) (known, same bool) {
 	highest := uint64(0)
 	for _, c := range append([]checkpoint{other.Now}, other.Earlier...) {
 		if c.Index == 0 || c.Index < highest {
 			continue
 		}
-		if sum, ok := s.at(c.Index); ok {
+		if sum, ok := s.at(c.Index, c.Algorithm); ok {
 			highest, known, same = c.Index, true, sum == c.Sum
 		}
 	}

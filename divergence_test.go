@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"strings"
 	"testing"
 	"time"
@@ -8,9 +9,9 @@ import (
 
 // at returns sums of a member at an index, with checkpoints before it.
 func sumsAt(index uint64, branch uint64) sums {
-	s := sums{Now: checkpoint{index, index + branch}}
+	s := sums{Now: checkpoint{Index: index, Sum: index + branch}}
 	for i := index / checkpointEvery; i > 0 && len(s.Earlier) < checkpointsKept; i-- {
-		s.Earlier = append(s.Earlier, checkpoint{i * checkpointEvery, i*checkpointEvery + branch})
+		s.Earlier = append(s.Earlier, checkpoint{Index: i * checkpointEvery, Sum: i*checkpointEvery + branch})
 	}
 	return s
 }
@@ -50,6 +51,14 @@ func TestJudge(t *testing.T) {
 		{"a learner against both", sumsAt(900, other), map[uint64]sums{2: sumsAt(900, 0), 3: sumsAt(900, 0)}, []uint64{2, 3}, diverged, 2},
 		{"no voters are known", sumsAt(0, 0), map[uint64]sums{2: sumsAt(900, 0)}, nil, unchecked, 0},
 	}
+	newer := sumsAt(900, other) // of another algorithm
+	newer.Now.Algorithm = sumAlgorithm2
+	for i := range newer.Earlier {
+		newer.Earlier[i].Algorithm = sumAlgorithm2
+	}
+	tests = append(tests, tests[1])
+	last := &tests[len(tests)-1]
+	last.name, last.others = "of another algorithm", map[uint64]sums{2: newer, 3: newer}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			v, differ := judge(tt.own, 1, tt.others, tt.voters)
@@ -85,7 +94,7 @@ func TestSums_Kept(t *testing.T) {
 	if known, same := own.compare(&lagging); !known || !same {
 		t.Errorf("with one that lags %d entries: %v, %v", behind, known, same)
 	}
-	if got, ok := own.at(lagging.Now.Index); !ok || got != lagging.Now.Sum {
+	if got, ok := own.at(lagging.Now.Index, sumAlgorithm1); !ok || got != lagging.Now.Sum {
 		t.Errorf("at index %d of the other: %v, %v", lagging.Now.Index, got, ok)
 	}
 	told := s.sums()
@@ -149,6 +158,65 @@ func TestSum(t *testing.T) {
 			t.Errorf("%s has the sum of %s", name, other)
 		}
 		seen[sum] = name
+	}
+}
+
+// TestCheckpoints: the last ones are kept, so that members far apart have some in
+// common.
+func TestCheckpoints(t *testing.T) {
+	s := newKVStore()
+	const entries = checkpointEvery*(checkpointsKept+3) + 5
+	for i := uint64(1); i <= entries; i++ {
+		must(t, s.skip(i, 1))
+	}
+	kept := map[uint64]bool{}
+	for _, c := range s.sums().Earlier {
+		kept[c.Index] = true
+	}
+	for i := uint64(4); i <= checkpointsKept+3; i++ {
+		if !kept[i*checkpointEvery] {
+			t.Errorf("the sum at entry %d is not kept", i*checkpointEvery)
+		}
+	}
+	if len(kept) != checkpointsKept {
+		t.Errorf("%d sums are kept, not %d", len(kept), checkpointsKept)
+	}
+}
+
+// TestSum_SeesAllOfTheState: from level 2 on a member whose sessions, outcomes,
+// deadlines or members are not those of the others has another sum.
+func TestSum_SeesAllOfTheState(t *testing.T) {
+	sum := func(level int, change func(s *state)) uint64 {
+		s := newKVStore()
+		s.state.members[1] = member{ID: 1, PeerURL: "http://a:1"}
+		s.state.setLevel(level)
+		applyAll(t, s, command{op: opPut, key: "k", value: "v", expires: 99, retry: retryID{key: "r"}})
+		change(&s.state)
+		st, err := readState(bytes.NewReader(stateBytes(t, s.snapshot()))) // digests are made anew
+		must(t, err)
+		s.restore(st)
+		applyAll(t, s, command{op: opDelete, key: "none"})
+		return s.sums().Now.Sum
+	}
+	same := func(*state) {}
+	for name, change := range map[string]func(s *state){
+		"a session":             func(s *state) { s.sessions = sessions{} },
+		"a batch of a session":  func(s *state) { s.sessions[1].set(1, false) },
+		"the outcomes":          func(s *state) { s.retries = newRetryTable() },
+		"a number of outcomes":  func(s *state) { s.retries.next++ },
+		"a deadline":            func(s *state) { s.items.Set("k", item{value: "v", rv: 1, created: 1, expires: 98}) },
+		"a member's URL":        func(s *state) { s.members[1] = member{ID: 1, PeerURL: "http://b:1"} },
+		"a member's new fields": func(s *state) { s.members[1] = member{ID: 1, PeerURL: "http://a:1", extra: `{"zone":"z"}`} },
+		"a removed member":      func(s *state) { s.removed[9] = true },
+		"the age of outcomes":   func(s *state) { s.elapsed++ },
+		"an event":              func(s *state) { s.events = newEventLog() },
+	} {
+		if sum(2, change) == sum(2, same) {
+			t.Errorf("another sum is wanted: %s", name)
+		}
+	}
+	if sum(1, func(s *state) { s.sessions = sessions{} }) != sum(1, same) {
+		t.Error("the sum of level 1 is not that of older members")
 	}
 }
 

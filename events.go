@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"slices"
 	"sort"
 )
@@ -23,7 +24,7 @@ const (
 type event struct {
 	rv   uint64
 	prev uint64 // the key's version before; 0 if it did not exist
-	time int64  // unix milliseconds at the proposer
+	time int64  // unix milliseconds, that of its entry; see state.pass
 	kind eventKind
 	last bool // no other event has the same rv after this one
 	key  string
@@ -41,14 +42,11 @@ const (
 	eventBytesMaxDefault = 64 << 20
 )
 
-// Events are kept and dropped in chunks. A chunk is full at this many events or
-// bytes, whichever comes first. Since the window always starts with a chunk and
-// ends of chunks follow from what is in them, every member drops the same ones,
-// whether it has applied them or read them from a snapshot.
-const (
-	chunkEventsMax = 512
-	chunkBytesMax  = 1 << 20
-)
+// Events are kept and dropped in chunks, whose size is a rule of the feature
+// level. Since the window always starts with a chunk and ends of chunks follow
+// from what is in them, members with the same bounds drop the same ones, whether
+// they have applied them or read them from a snapshot. Members with other bounds
+// have more or fewer of them, and nothing else depends on that.
 
 type eventChunk struct {
 	first  uint64 // number of events[0] among all events ever
@@ -56,8 +54,8 @@ type eventChunk struct {
 	events []event // not empty
 }
 
-func (c *eventChunk) full() bool {
-	return len(c.events) >= chunkEventsMax || c.bytes >= chunkBytesMax
+func (c *eventChunk) full(r *rules) bool {
+	return len(c.events) >= r.chunkEventsMax || c.bytes >= r.chunkBytesMax
 }
 
 // eventLog is the window. Appending does not disturb a copy.
@@ -70,7 +68,10 @@ type eventLog struct {
 
 	countMax uint64
 	bytesMax uint64
+	rules    *rules // nil = those of level 1
 }
+
+func (l *eventLog) limits() *rules { return cmp.Or(l.rules, &rulesOf[levelFirst]) }
 
 func newEventLog() eventLog {
 	return eventLog{countMax: eventsMaxDefault, bytesMax: eventBytesMaxDefault}
@@ -95,8 +96,8 @@ func (l *eventLog) append(e event) {
 // add adds an event.
 func (l *eventLog) add(e event) {
 	n := len(l.chunks)
-	if n == 0 || l.chunks[n-1].full() {
-		l.chunks = append(l.chunks, eventChunk{first: l.end(), events: make([]event, 0, chunkEventsMax)})
+	if n == 0 || l.chunks[n-1].full(l.limits()) {
+		l.chunks = append(l.chunks, eventChunk{first: l.end(), events: make([]event, 0, l.limits().chunkEventsMax)})
 		n++
 	}
 	c := &l.chunks[n-1]

@@ -16,7 +16,7 @@ func checkWindow(t *testing.T, l *eventLog) {
 		if c.first != n || len(c.events) == 0 || len(c.events) > chunkEventsMax {
 			t.Fatalf("chunk %d starts at %d with %d events, want %d", i, c.first, len(c.events), n)
 		}
-		if !c.full() && i < len(l.chunks)-1 {
+		if !c.full(&rulesOf[1]) && i < len(l.chunks)-1 {
 			t.Fatalf("chunk %d of %d is not full", i, len(l.chunks))
 		}
 		chunkSize := uint64(0)

@@ -61,6 +61,7 @@ type space struct {
 type health struct {
 	Member     uint64 `json:"member"`
 	Sums       sums   `json:"sums"`
+	Level      int    `json:"level,omitempty"` // that it knows; 0 = it is older than levels
 	DiskFull   bool   `json:"diskFull,omitempty"`
 	DiskClosed bool   `json:"diskClosed,omitempty"`
 }
@@ -239,7 +240,7 @@ func (g *guard) describe(st *nodeStatus) {
 // health is what the others are told.
 func (g *guard) health() health {
 	s := g.space.Load()
-	return health{Member: g.id, Sums: g.store.sums(), DiskFull: s.full, DiskClosed: s.closed}
+	return health{Member: g.id, Sums: g.store.sums(), Level: g.store.knows(), DiskFull: s.full, DiskClosed: s.closed}
 }
 
 // isClosed says whether a member has said that it takes no entries.
@@ -277,7 +278,11 @@ func (n *node) propose(ctx context.Context, timeout time.Duration, c command) (r
 	if err := n.guard.admit(&c, c.encodedSizeMax()); err != nil {
 		return result{}, err
 	}
-	return n.loop.propose(ctx, timeout, c)
+	res, err := n.loop.propose(ctx, timeout, c)
+	if e, ok := errors.AsType[*apiError](err); ok && e.code == errLevel.code {
+		err = e.withDetail("%s; %s", e.detail, n.oldMembers(n.store.level()+1))
+	}
+	return res, err
 }
 
 // A node that serves nothing changes no members either: whom it takes for one may

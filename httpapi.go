@@ -91,6 +91,7 @@ type nodeStatus struct {
 	AppliedIndex    uint64   `json:"appliedIndex"`
 	ResourceVersion uint64   `json:"resourceVersion"`
 	Version         string   `json:"version"`
+	FeatureLevel    int      `json:"featureLevel"` // of the cluster
 	Members         []member `json:"members"`
 
 	StateBytes       uint64 `json:"stateBytes"` // that the keys and values take, about

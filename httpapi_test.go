@@ -117,7 +117,7 @@ func (b *fakeBackend) writable() error {
 func (b *fakeBackend) status() nodeStatus {
 	return nodeStatus{
 		ID: 1, ClusterID: "c0ffee", LeaderID: 2, Role: "follower", Term: 3, CommittedIndex: 4, AppliedIndex: 4,
-		ResourceVersion: b.store.version(), Version: "v0", Divergence: "sound", Members: []member{{ID: 1, PeerURL: "http://127.0.0.1:1"}},
+		ResourceVersion: b.store.version(), Version: "v0", FeatureLevel: 1, Divergence: "sound", Members: []member{{ID: 1, PeerURL: "http://127.0.0.1:1"}},
 	}
 }
 
@@ -995,7 +995,7 @@ func TestHTTP_Node(t *testing.T) {
 		"/-/livez":  "ok\n",
 		"/-/readyz": "ok\n",
 		"/-/v1/status": `{"id":1,"clusterId":"c0ffee","leaderId":2,"role":"follower","term":3,"committedIndex":4,"appliedIndex":4,` +
-			`"resourceVersion":0,"version":"v0","members":[{"id":1,"peerURL":"http://127.0.0.1:1"}],` +
+			`"resourceVersion":0,"version":"v0","featureLevel":1,"members":[{"id":1,"peerURL":"http://127.0.0.1:1"}],` +
 			`"stateBytes":0,"stateSum":"","quotaBytes":0,"diskFreeBytes":0,"diskReserveBytes":0,"divergence":"sound"}` + "\n",
 		"/-/version": `{"version":"v0","goVersion":"` + runtime.Version() + `"}` + "\n",
 	} {

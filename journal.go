@@ -26,7 +26,8 @@ import (
 //	{"rv":8,"key":"a","timestamp":1767323045679000000,"deleted":true,"reason":"expired"}
 //
 // obj is the value itself if it is JSON, else a string; what is no UTF-8 is in
-// objBase64. timestamp is the time of the entry at its proposer, in nanoseconds.
+// objBase64. timestamp is the time of the entry in nanoseconds: its proposer's, or
+// the leader's where the two were far apart. It may go back, as clocks do.
 // All lines of a version but the last have "more":true. Events that this node
 // never saw, because it was down for long and caught up with a snapshot, are
 // confessed to:

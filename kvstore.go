@@ -37,6 +37,68 @@ type member struct {
 	// with, 0 until then. A member that comes with another one has forgotten what
 	// it promised.
 	Directory uint64 `json:"directory,string,omitempty"`
+	// extra is a JSON object of the fields that only newer programs know, or "".
+	// They stay as they are.
+	extra string
+}
+
+// memberFields is a member without extra, and without methods.
+type memberFields member
+
+// MarshalJSON adds the fields that only newer programs know.
+func (m member) MarshalJSON() ([]byte, error) {
+	b, err := json.Marshal(memberFields(m))
+	if err != nil || m.extra == "" {
+		return b, err
+	}
+	return append(append(b[:len(b)-1], ','), m.extra[1:]...), nil
+}
+
+// UnmarshalJSON keeps the fields that it does not know.
+func (m *member) UnmarshalJSON(b []byte) error {
+	if err := json.Unmarshal(b, (*memberFields)(m)); err != nil {
+		return err
+	}
+	all := map[string]json.RawMessage{}
+	if err := json.Unmarshal(b, &all); err != nil {
+		return err
+	}
+	for name := range all {
+		if slices.ContainsFunc(memberFieldNames, func(known string) bool { return strings.EqualFold(known, name) }) {
+			delete(all, name)
+		}
+	}
+	m.extra = encodeFields(all)
+	return nil
+}
+
+// memberFieldNames are the fields of a member that are known.
+var memberFieldNames = []string{"id", "name", "peerURL", "clientURL", "learner", "promote", "directory"}
+
+// encodeFields returns a JSON object whose bytes follow from its fields.
+func encodeFields(fields map[string]json.RawMessage) string {
+	if len(fields) == 0 {
+		return ""
+	}
+	b, err := json.Marshal(fields) // sorted by name
+	if err != nil {
+		return "" // never: they were just read
+	}
+	return string(b)
+}
+
+// mergeFields returns the fields of two objects; those of update count.
+func mergeFields(old, update string) string {
+	if old == "" || update == "" {
+		return cmp.Or(update, old)
+	}
+	fields := map[string]json.RawMessage{}
+	for _, object := range []string{old, update} {
+		if err := json.Unmarshal([]byte(object), &fields); err != nil {
+			return old // never: both were encoded here
+		}
+	}
+	return encodeFields(fields)
 }
 
 // state is everything that is replicated. A copy of it at one raft index is a
@@ -47,8 +109,12 @@ type state struct {
 	term  uint64 // and its term
 	rv    uint64 // resource version of the last write, for the whole store
 	size  uint64 // bytes that the items take, about
-	now   int64  // unix milliseconds, the highest time of any entry
+	now   int64  // unix milliseconds, see pass
 	sum   uint64 // of all entries up to index and what they did, see divergence.go
+
+	// From level 2 on, see pass: milliseconds by which what ages does so, and the
+	// time up to which they were counted.
+	elapsed, seen int64
 
 	// Invariant: every item's rv <= state.rv.
 	items    *btree.Map[string, item]
@@ -59,7 +125,11 @@ type state struct {
 	members  map[uint64]member
 	removed  map[uint64]bool // ids that were members; never used again
 
-	digest  uint64  // of the items
+	digest         uint64 // of the items
+	sessionsDigest uint64
+	membersDigest  uint64
+	membersStale   bool // membersDigest is not that of members and removed
+
 	changed []event // by the command that is being applied
 	scans   []*scan // that read these items now; not replicated
 	updates int     // of members, by commands; not replicated
@@ -67,14 +137,15 @@ type state struct {
 
 func newState() state {
 	return state{
-		level:    levelFirst,
-		items:    new(btree.Map[string, item]),
-		expiry:   new(btree.Set[string]),
-		events:   newEventLog(),
-		retries:  newRetryTable(),
-		sessions: sessions{},
-		members:  map[uint64]member{},
-		removed:  map[uint64]bool{},
+		level:        levelFirst,
+		membersStale: true,
+		items:        new(btree.Map[string, item]),
+		expiry:       new(btree.Set[string]),
+		events:       newEventLog(),
+		retries:      newRetryTable(),
+		sessions:     sessions{},
+		members:      map[uint64]member{},
+		removed:      map[uint64]bool{},
 	}
 }
 
@@ -95,6 +166,7 @@ func (s *state) copy() state {
 
 // kvstore guards a state: one goroutine applies, any number read.
 type kvstore struct {
+	levelMax    int // that this node takes part in; 0 = what the program knows
 	mu          sync.RWMutex
 	state       state
 	checkpoints checkpoints // of what was applied here
@@ -250,12 +322,23 @@ func (s *kvstore) apply(index, term uint64, h batchHeader, commands []byte, out 
 		return false, err
 	}
 	defer clear(s.steps) // they keep values alive
+	for i := range s.steps {
+		c := &s.steps[i]
+		if need := grammarOf(c.op).level; need > s.state.level {
+			return false, fmt.Errorf("command %d: the cluster is at feature level %d, and this needs %d", i+1, s.state.level, need)
+		}
+		if c.op == opLevel {
+			if err := s.checkLevel(c.raise.level); err != nil {
+				return false, err
+			}
+		}
+	}
 	s.state.index, s.state.term = index, term
-	if !s.state.sessions.first(h, index) {
+	if !s.state.first(h) {
 		s.seal(h.digest(commands, false))
 		return false, nil
 	}
-	s.state.now = max(s.state.now, h.time)
+	s.state.pass(h.time)
 	for i := range s.steps {
 		r := s.state.applyStep(&s.steps[i])
 		if out != nil {
@@ -269,8 +352,9 @@ func (s *kvstore) apply(index, term uint64, h batchHeader, commands []byte, out 
 // step is a command that can be carried out: all of it is known.
 type step struct {
 	command
-	txn    txn    // of opTxn, instead of the value
-	update member // of opMember
+	txn    txn     // of opTxn, instead of the value
+	update member  // of opMember
+	raise  raising // of opLevel
 }
 
 // decodeSteps reads a batch and appends its commands to steps.
@@ -286,6 +370,8 @@ func decodeSteps(steps []step, commands []byte) ([]step, error) {
 				v.value = nil
 			case opMember:
 				st.update, d.err = decodeMember(v.value)
+			case opLevel:
+				st.raise, d.err = decodeRaising(v.value)
 			}
 		}
 		if d.err != nil {
@@ -330,7 +416,7 @@ func (s *state) applyStep(c *step) result {
 		return result{} // it never happened: a retry must not find it
 	}
 	if c.retry.key != "" {
-		if first, known := s.retries.lookup(c.retry, s.now); known {
+		if first, known := s.retries.lookup(c.retry, s.clock()); known {
 			return first
 		}
 	}
@@ -341,7 +427,7 @@ func (s *state) applyStep(c *step) result {
 	}
 	s.commit(&r)
 	if c.retry.key != "" {
-		s.retries.add(c.retry, r, s.now)
+		s.retries.add(c.retry, r, s.clock())
 	}
 	return r
 }
@@ -369,6 +455,8 @@ func (s *state) execute(c *step) result {
 		return s.executeTxn(&c.txn)
 	case opMember:
 		return s.updateMember(c.update)
+	case opLevel:
+		return s.raise(c.raise)
 	default: // opRefuse
 		return result{status: statusRefused}
 	}
@@ -440,14 +528,10 @@ func (s *state) forget(key string, it item) {
 	}
 }
 
-// deletePrefixMax bounds how many keys one command deletes. It keeps the time
-// that applying takes well below an election timeout, and the events within
-// half of the default window, so that watchers can resume before them.
-const deletePrefixMax = eventsMaxDefault / 2
-
 func (s *state) deletePrefix(prefix string) result {
-	keys := s.keysWith(prefix, deletePrefixMax+1)
-	if len(keys) > deletePrefixMax {
+	most := s.rules().deletePrefixMax
+	keys := s.keysWith(prefix, most+1)
+	if len(keys) > most {
 		return result{status: statusTooMany}
 	}
 	for _, key := range keys {
@@ -469,9 +553,6 @@ func (s *state) keysWith(prefix string, n int) []string {
 	return keys
 }
 
-// txnResultMax bounds the bytes of the values that one transaction returns.
-const txnResultMax = 4 << 20
-
 func (s *state) executeTxn(t *txn) result {
 	r, ops := result{status: statusSucceeded}, t.then
 	for i := range t.compare {
@@ -481,7 +562,7 @@ func (s *state) executeTxn(t *txn) result {
 		}
 	}
 	r.ops = make([]opResult, len(ops))
-	if s.resultSize(ops) > txnResultMax {
+	if s.resultSize(ops) > s.rules().txnResultMax {
 		return result{status: statusTooMany}
 	}
 	for i := range ops {
@@ -604,7 +685,7 @@ func (s *kvstore) applyMember(index, term uint64, h batchHeader, c memberChange)
 		return false, nil, err
 	}
 	s.state.index, s.state.term = index, term
-	if !s.state.sessions.first(h, index) {
+	if !s.state.first(h) {
 		s.seal(h.digest(nil, false))
 		return false, nil, nil
 	}
@@ -616,6 +697,7 @@ func (s *kvstore) applyMember(index, term uint64, h batchHeader, c memberChange)
 func (s *state) changeMember(c memberChange) error {
 	id := c.member.ID
 	old, exists := s.members[id]
+	s.membersStale = true
 	switch {
 	case s.removed[id]:
 		return fmt.Errorf("member %d was removed, and an ID is never used again: take another one", id)
@@ -642,6 +724,9 @@ func (s *state) changeMember(c memberChange) error {
 			return fmt.Errorf("member %d already has the peer URL %s", owner, c.member.PeerURL)
 		}
 		c.member.Learner = true
+		if s.level < 2 {
+			c.member.extra = ""
+		}
 		s.members[id] = c.member
 		return nil
 	}
@@ -686,21 +771,17 @@ func (s *state) updateMember(update member) result {
 	m.PeerURL = cmp.Or(update.PeerURL, m.PeerURL)
 	m.ClientURL = cmp.Or(update.ClientURL, m.ClientURL)
 	m.Directory = cmp.Or(update.Directory, m.Directory)
+	if s.level >= 2 {
+		m.extra = mergeFields(m.extra, update.extra)
+	}
 	if s.peerURLOwner(m) != 0 {
 		return result{status: statusPrecondition}
 	}
 	s.members[m.ID] = m
+	s.membersStale = true
 	s.updates++
 	return result{status: statusReplaced}
 }
-
-// Bounds of the table that makes a batch apply once. A session is one process
-// lifetime of a proposing node and has at most maxInFlight batches on the way,
-// so both leave a wide margin.
-const (
-	sessionsMax   = 128  // most recently used sessions that are remembered
-	sessionWindow = 1024 // newest sequence numbers of a session that are remembered
-)
 
 // session remembers which batches of one process lifetime were applied. A
 // plain maximum would be wrong: a batch that was lost on its way and proposed
@@ -715,12 +796,25 @@ type session struct {
 
 type sessions map[uint64]*session
 
-// first records a batch and says whether it had not been seen. A number below
-// the window counts as seen: its proposer gave it up long ago.
+// first records the batch of the present entry and says whether it had not been
+// seen.
+func (s *state) first(h batchHeader) bool {
+	if s.sessions[h.session] == nil && len(s.sessions) >= s.rules().sessionsMax {
+		oldest := s.sessions.oldest()
+		s.sessionsDigest -= s.sessions[oldest].digest(oldest)
+		delete(s.sessions, oldest)
+	}
+	s.sessionsDigest -= s.sessions[h.session].digest(h.session)
+	fresh := s.sessions.first(h, s.index)
+	s.sessionsDigest += s.sessions[h.session].digest(h.session)
+	return fresh
+}
+
+// first does that in the table, which has room. A number below the window counts
+// as seen: its proposer gave it up long ago.
 func (t sessions) first(h batchHeader, index uint64) bool {
 	s := t[h.session]
 	if s == nil {
-		t.evict()
 		s = &session{}
 		t[h.session] = s
 	}
@@ -758,20 +852,15 @@ func (s *session) set(seq uint64, on bool) {
 	}
 }
 
-// evict makes room for one more session by forgetting the one that was used
-// longest ago. No two sessions were last used by the same entry, so every
-// member forgets the same one.
-func (t sessions) evict() {
-	if len(t) < sessionsMax {
-		return
-	}
-	var oldest uint64
+// oldest returns the session that was used longest ago. No two were last used by
+// the same entry, so every member forgets the same one.
+func (t sessions) oldest() (oldest uint64) {
 	for id, s := range t {
 		if t[oldest] == nil || s.used < t[oldest].used {
 			oldest = id
 		}
 	}
-	delete(t, oldest)
+	return oldest
 }
 
 func (t sessions) copy() sessions {

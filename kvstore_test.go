@@ -20,6 +20,9 @@ import (
 
 // plainModel is what the state machine does, told as plainly as can be.
 type plainModel struct {
+	level   int
+	elapsed int64 // of level 2: by which outcomes age
+	counted int64 // up to which time elapsed was counted
 	items   map[string]item
 	rv      uint64
 	now     int64
@@ -45,7 +48,18 @@ func (m *plainModel) batch(h batchHeader, commands []command) (results []result)
 		return nil
 	}
 	m.seen[id] = true
-	m.now = max(m.now, h.time)
+	if m.level == 1 {
+		m.now = max(m.now, h.time)
+		m.elapsed = m.now
+	} else {
+		m.now = h.time
+		if h.time > m.counted {
+			m.elapsed += min(h.time-m.counted, ageStepMillis)
+		}
+		if h.time > m.counted || m.counted-h.time > ageStepMillis {
+			m.counted = h.time
+		}
+	}
 	for _, c := range commands {
 		results = append(results, m.apply(c))
 	}
@@ -53,7 +67,7 @@ func (m *plainModel) batch(h batchHeader, commands []command) (results []result)
 }
 
 func (m *plainModel) apply(c command) result {
-	if old, ok := m.retries[c.retry.key]; ok && c.op != opNop && m.now-old.time <= retryAgeMillis {
+	if old, ok := m.retries[c.retry.key]; ok && c.op != opNop && m.elapsed-old.time <= retryAgeMillis {
 		if old.digest != c.retry.digest {
 			return result{status: statusRetryOther}
 		}
@@ -72,7 +86,7 @@ func (m *plainModel) apply(c command) result {
 	}
 	r.rv, r.key = m.rv, c.key
 	if c.retry.key != "" {
-		m.retries[c.retry.key] = plainRetry{c.retry.digest, m.now, r}
+		m.retries[c.retry.key] = plainRetry{c.retry.digest, m.elapsed, r}
 	}
 	return r
 }
@@ -214,6 +228,10 @@ func TestKVStore_Model(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		m, s := newPlainModel(), newKVStore()
 		other := newKVStore() // of another member: applies the same, restores at other times
+		m.level = rapid.IntRange(levelFirst, levelNewest).Draw(t, "level")
+		for _, s := range []*kvstore{s, other} {
+			s.state.setLevel(m.level)
+		}
 		now := int64(1_000_000)
 		type sent struct {
 			h        batchHeader
@@ -248,7 +266,7 @@ func TestKVStore_Model(t *testing.T) {
 			session := rapid.Uint64Range(1, 3).Draw(t, "session")
 			// Some numbers are lost on their way, or arrive later.
 			seqs[session] += rapid.SampledFrom([]uint64{1, 1, 1, 2, 7}).Draw(t, "step")
-			now += rapid.SampledFrom([]int64{0, 1, 1000, -500, retryAgeMillis / 2}).Draw(t, "time")
+			now += rapid.SampledFrom([]int64{0, 1, 1000, -500, ageStepMillis, -2 * ageStepMillis, retryAgeMillis / 2}).Draw(t, "time")
 			b := sent{batchHeader{session: session, seq: seqs[session], time: now}, commands}
 			batches = append(batches, b)
 			apply(b)
@@ -423,7 +441,8 @@ func TestKVStore_RefusesGapsAndUnknownCommands(t *testing.T) {
 func randomHistory(t tester, seed uint64, restart bool) string {
 	random := rand.New(rand.NewPCG(seed, 1))
 	s := newKVStore()
-	s.state.members[2] = member{ID: 2, PeerURL: "http://b:1"}
+	s.state.setLevel(levelFirst + int(seed%levelNewest))
+	s.state.members[2] = member{ID: 2, PeerURL: "http://b:1", extra: `{"b":1,"c":2}`}
 	s.state.members[1] = member{ID: 1, PeerURL: "http://a:1"}
 	for id := range uint64(20) {
 		s.state.removed[id+10] = true
@@ -501,10 +520,11 @@ func TestKVStore_SameBytesInEveryProcess(t *testing.T) {
 // A batch is applied once, in whatever order those of a session arrive. What
 // lies too far back counts as applied.
 func TestSessions_Window(t *testing.T) {
-	s, index := sessions{}, uint64(0)
+	st := newState()
+	s := st.sessions
 	first := func(session, seq uint64) bool {
-		index++
-		return s.first(batchHeader{session: session, seq: seq}, index)
+		st.index++
+		return st.first(batchHeader{session: session, seq: seq})
 	}
 	const far = 5 * sessionWindow
 	for i, step := range []struct {
@@ -535,6 +555,37 @@ func TestSessions_Window(t *testing.T) {
 	if s[1] != nil || s[0] == nil || s[7] == nil || s[2] == nil {
 		t.Error("another session than 1 was forgotten")
 	}
+	digest := uint64(0)
+	for id, session := range s {
+		digest += session.digest(id)
+	}
+	if st.sessionsDigest != digest {
+		t.Error("the digest is not that of the sessions")
+	}
+}
+
+// A key that was written after its deadline was noticed stays: what expires is
+// that version, and no other.
+func TestKVStore_ExpiryIsOfOneVersion(t *testing.T) {
+	w := &writer{t: t, store: newKVStore()}
+	w.apply(command{op: opPut, key: "k", value: "old", expires: 1000})
+	due := w.store.expired(1000, 10)
+	if len(due) != 1 || due[0].key != "k" {
+		t.Fatalf("%+v are due", due)
+	}
+	w.apply(command{op: opPut, key: "k", value: "renewed", expires: 5000})
+	if r := w.apply(due[0]); r.status != statusPrecondition {
+		t.Errorf("%+v", r)
+	}
+	if it, _, ok := w.store.get("k"); !ok || it.value != "renewed" {
+		t.Errorf("the renewed key is gone: %+v", it)
+	}
+	for _, c := range w.store.expired(5000, 10) {
+		w.apply(c)
+	}
+	if _, _, ok := w.store.get("k"); ok {
+		t.Error("it never expires")
+	}
 }
 
 // BenchmarkKVStore_Apply applies entries of so many writes, of several kinds.
@@ -543,6 +594,7 @@ func BenchmarkKVStore_Apply(b *testing.B) {
 		for _, kind := range []string{"put", "retry", "txn"} {
 			b.Run(fmt.Sprintf("%s/commands=%d", kind, n), func(b *testing.B) {
 				s := newKVStore()
+				s.state.setLevel(levelNewest)
 				value := strings.Repeat("v", 100)
 				index := uint64(0)
 				var data []byte

@@ -1,11 +1,94 @@
 package main
 
-// This file is the feature level: which commands, formats and rules a cluster
-// uses. Every member applies the same entries in the same way only if it knows
-// what they mean, so a cluster uses what all of its members know.
+import (
+	"cmp"
+	"context"
+	"encoding/binary"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
 
-// levelFirst is the level of a cluster whose members are not known to be newer.
-const levelFirst = 1
+	"go.uber.org/zap"
+)
+
+// This file is the feature level: which commands, formats and rules a cluster
+// uses. Members apply the same entries in the same way only if all of them know
+// what the entries mean, so a cluster uses what its oldest member knows.
+//
+// Level 1 is what there was before levels. A cluster begins there, and nothing
+// that its members of level 1 do not know is proposed, written or sent. Each
+// member tells the others which level it knows. When all have said so, the leader
+// proposes an entry that raises the level of the cluster, and applying it is the
+// moment from which everybody uses what is new. There is no way back.
+//
+// The answers of the members are asked for again before each attempt: what they
+// announced once would say nothing of a member that was set back since. Nor would
+// a note in the replicated state, which members of level 1 drop.
+
+const (
+	levelFirst  = 1
+	levelNewest = 2 // that this program knows
+)
+
+// What is written from level 2 on: snapshots of format 3, sums of algorithm 2,
+// the fields of members that this program does not know, and the time by the rule
+// of state.pass.
+
+// rules are the constants that are part of what an entry means: with another
+// number a member would come to another state. So none is ever changed. A new
+// level may have others.
+type rules struct {
+	// deletePrefixMax bounds how many keys one command deletes. It keeps the time
+	// that applying takes well below an election timeout, and the events within
+	// half of the default window, so that watchers can resume before them.
+	deletePrefixMax int
+	txnResultMax    int // bytes of the values that one transaction returns
+
+	// Bounds of the table that makes a batch apply once. A session is one process
+	// lifetime of a proposing node and has at most maxInFlight batches on the way, so
+	// this and sessionWindow leave a wide margin.
+	sessionsMax int // most recently used sessions that are remembered
+
+	// Bounds of the outcomes of requests with an Idempotency-Key.
+	retriesMax     int
+	retryBytesMax  uint64
+	retryAgeMillis int64
+	// ageStepMillis is how much age one entry adds at most, however far its time is
+	// ahead of the times before it, and how far the time may go back before it is
+	// followed. More than leaders let times differ, see clockSkewMax.
+	ageStepMillis int64
+
+	// Events are kept and dropped in chunks. A chunk is full at this many events or
+	// bytes, whichever comes first.
+	chunkEventsMax int
+	chunkBytesMax  uint64
+}
+
+const (
+	deletePrefixMax = 32_768
+	txnResultMax    = 4 << 20
+	sessionsMax     = 128
+	sessionWindow   = 1024 // newest sequence numbers of a session that are remembered, at all levels
+	retriesMax      = 65_536
+	retryBytesMax   = 64 << 20
+	retryAgeMillis  = 60 * 60 * 1000
+	ageStepMillis   = 60 * 1000
+	chunkEventsMax  = 512
+	chunkBytesMax   = 1 << 20
+)
+
+// rulesOf has the rules of each level.
+var rulesOf = [levelNewest + 1]rules{
+	1: {deletePrefixMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, 0, chunkEventsMax, chunkBytesMax},
+	2: {deletePrefixMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, ageStepMillis, chunkEventsMax, chunkBytesMax},
+}
+
+// rules are those of the state's level.
+func (s *state) rules() *rules { return &rulesOf[s.level] }
+
+// rules are those of the cluster's level.
+func (s *kvstore) rules() *rules { return &rulesOf[s.level()] }
 
 // level returns the feature level of the cluster, as far as this member has
 // applied its log.
@@ -13,4 +96,177 @@ func (s *kvstore) level() int {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.state.level
+}
+
+// knows returns the highest level that this node takes part in.
+func (s *kvstore) knows() int { return cmp.Or(s.levelMax, levelNewest) }
+
+// checkLevel says why this node cannot go on with a state of a level.
+func (s *kvstore) checkLevel(level int) error {
+	if level <= s.knows() {
+		return nil
+	}
+	return fmt.Errorf("the cluster is at feature level %d, and this node knows up to %d: start it with the version that the other nodes run, "+
+		"without --feature-level-max; there is no way back to a lower level", level, s.knows())
+}
+
+// setLevel makes the rules of a level those of the state.
+func (s *state) setLevel(level int) {
+	s.level = level
+	s.events.rules, s.retries.rules = s.rules(), s.rules()
+}
+
+// raising is what an opLevel command asks for. It lists the members that know
+// the level: if there is another one by then, nothing happens.
+type raising struct {
+	level   int
+	members []uint64
+}
+
+func (r raising) encode() string {
+	buf := binary.AppendUvarint(nil, uint64(r.level))
+	buf = binary.AppendUvarint(buf, uint64(len(r.members)))
+	for _, id := range r.members {
+		buf = binary.AppendUvarint(buf, id)
+	}
+	return string(buf)
+}
+
+func decodeRaising(value []byte) (r raising, err error) {
+	d := fields{data: value}
+	level := d.uint()
+	for n := d.uint(); n > 0 && d.err == nil; n-- {
+		r.members = append(r.members, d.uint())
+	}
+	switch {
+	case d.err != nil:
+		return raising{}, d.err
+	case level > levelNewest || len(d.data) > 0:
+		return raising{}, newer("feature level", level)
+	}
+	r.level = int(level)
+	return r, nil
+}
+
+// raise carries out an opLevel command.
+func (s *state) raise(r raising) result {
+	for id := range s.members {
+		if !slices.Contains(r.members, id) {
+			return result{status: statusPrecondition}
+		}
+	}
+	for s.level < r.level {
+		s.setLevel(s.level + 1)
+		if s.level == 2 {
+			s.elapsed, s.seen = s.now, s.now
+		}
+	}
+	return result{status: statusReplaced}
+}
+
+// clockSkewMax is how far the time of a batch may be from the leader's clock.
+// A leader puts its own time into one that is further off: so no clock but that of
+// a leader counts, and a node whose clock is wrong can write.
+const clockSkewMax = 10 * time.Second
+
+// pass lets the time of an entry pass.
+//
+// At level 1 the state's time is the highest of any entry, so one wrong clock
+// counts for ever. From level 2 on it is that of the last entry. What ages does so
+// by another clock, elapsed, which no entry can move by more than a step: a clock
+// that is wrong by decades costs a minute, once for each time that it becomes the
+// leader's. It stands still rather than going too fast.
+func (s *state) pass(now int64) {
+	if s.level < 2 {
+		s.now = max(s.now, now)
+		return
+	}
+	s.now = now
+	step := uint64(s.rules().ageStepMillis)
+	switch {
+	case now > s.seen:
+		s.elapsed += int64(min(uint64(now)-uint64(s.seen), step))
+		s.seen = now
+	case uint64(s.seen)-uint64(now) > step:
+		s.seen = now
+	}
+}
+
+// clock is the time by which the outcomes of requests age.
+func (s *state) clock() int64 {
+	if s.level < 2 {
+		return s.now
+	}
+	return s.elapsed
+}
+
+// How often a leader asks the members which level they know: soon after a start,
+// later as often as it asks them how they are.
+const (
+	levelEveryMin = 20 * time.Millisecond
+	levelEveryMax = exchangeEvery
+)
+
+// keepLevel raises the level of the cluster as soon as all members know it,
+// until ctx ends.
+func (n *node) keepLevel(ctx context.Context) error {
+	every := levelEveryMin
+	for {
+		select {
+		case <-time.After(every):
+		case <-ctx.Done():
+			return nil
+		}
+		if n.store.level() >= n.store.knows() || n.loop.status.Load().leader != n.config.id {
+			every = levelEveryMin
+			if n.store.level() >= n.store.knows() {
+				every = levelEveryMax
+			}
+			continue
+		}
+		every = min(2*every, levelEveryMax)
+		r := commonLevel(n.store.members(), n.askOthers(ctx), n.config.id, n.store.knows())
+		if r.level <= n.store.level() {
+			continue
+		}
+		res, err := n.propose(ctx, n.config.requestTimeout, command{op: opLevel, value: r.encode()})
+		if err == nil && res.status == statusReplaced {
+			n.logger.Info("the feature level of the cluster was raised", zap.Int("level", r.level))
+		}
+	}
+}
+
+// commonLevel returns the highest level that all members know.
+func commonLevel(members []member, others map[uint64]health, self uint64, own int) raising {
+	r := raising{level: own}
+	for _, m := range members {
+		r.members = append(r.members, m.ID)
+		if m.ID != self {
+			r.level = min(r.level, others[m.ID].Level) // 0 without an answer
+		}
+	}
+	return r
+}
+
+// oldMembers says which members keep the cluster below a level.
+func (n *node) oldMembers(level int) string {
+	var old []string
+	others := *n.guard.others.Load()
+	for _, m := range n.store.members() {
+		h, answered := others[m.ID]
+		switch {
+		case m.ID == n.config.id:
+			if n.store.knows() < level {
+				old = append(old, fmt.Sprintf("node %d (this one) knows up to %d", m.ID, n.store.knows()))
+			}
+		case !answered:
+			old = append(old, fmt.Sprintf("node %d does not answer", m.ID))
+		case h.Level < level:
+			old = append(old, fmt.Sprintf("node %d knows up to %d", m.ID, max(levelFirst, h.Level)))
+		}
+	}
+	if len(old) == 0 {
+		return "all members know it, so it will be raised in a moment"
+	}
+	return strings.Join(old, ", ") + ": upgrade what is old, bring back or remove what is down"
 }

@@ -332,6 +332,9 @@ func (r *replica) step(m *raftpb.Message) {
 // stepSnapshot takes a MsgSnap together with its body. It processes at once, so
 // that the body cannot be taken for that of another snapshot.
 func (r *replica) stepSnapshot(m *raftpb.Message, st *state) error {
+	if err := r.store.checkLevel(st.level); err != nil {
+		return err
+	}
 	r.arrived = st
 	r.step(m)
 	err := r.process()
@@ -808,7 +811,13 @@ func (r *replica) readyBatch(e *raftpb.Entry) (*raftpb.Entry, error) {
 		r.logger.Warn("refused a batch", zap.Error(err))
 		return refusal(h, fmt.Errorf("the leader, node %d, refuses it: %w", r.id, err)), nil
 	}
-	return e, nil
+	if off := r.now.Sub(time.UnixMilli(h.time)); off.Abs() <= clockSkewMax {
+		return e, nil
+	}
+	h.time = r.now.UnixMilli()
+	data := slices.Clone(e.GetData()) // the proposer keeps its own, and offers it again
+	h.put(data)
+	return &raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Data: data}, nil
 }
 
 // unknownIndex is that of a configuration change in the log of a leader that has

@@ -33,15 +33,17 @@ const versionJump = 1_000_000_000
 
 // begin makes the state the first one of a new cluster with these members.
 //
-// Sessions go: no proposal of the old cluster can arrive. The window of events
+// The feature level stays: what the backup holds may need it. Sessions go: no proposal of the old cluster can arrive. The window of events
 // is empty, so a watch that wants to resume from a version of the old cluster is
 // told that it expired, and lists again. Outcomes of requests with an
 // Idempotency-Key stay: what they stand for is in the state.
 func (s *state) begin(members []member, removed []uint64) {
 	s.index, s.term = firstIndex, firstTerm
 	s.rv += versionJump
-	s.sessions = sessions{}
+	s.sessions, s.sessionsDigest = sessions{}, 0
 	s.events = newEventLog()
+	s.setLevel(s.level)
+	s.membersStale = true
 	s.events.dropped = s.rv
 	s.members, s.removed = map[uint64]member{}, map[uint64]bool{}
 	for _, m := range members {

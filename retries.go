@@ -8,18 +8,15 @@ import (
 // so that a client that did not hear the answer may simply ask again, at any
 // node. It is part of the replicated state, and bounded.
 
-// Bounds of the table. Age is measured by the time in the entries, never by a
-// clock, so that every member forgets the same requests.
-const (
-	retriesMax     = 65_536
-	retryBytesMax  = 64 << 20
-	retryAgeMillis = 60 * 60 * 1000
-)
+// Its bounds are rules of the feature level, see level.go. Age is measured by the
+// state's own clock, which follows the times in the entries, so that every member
+// forgets the same requests. These times are some leader's; what a wrong one can
+// do is bounded, see state.pass.
 
 // retryRecord is the outcome of one request.
 type retryRecord struct {
 	id    retryID
-	time  int64 // unix milliseconds
+	time  int64 // by state.clock
 	first result
 }
 
@@ -37,10 +34,12 @@ type retryTable struct {
 	numbers *btree.Map[string, uint64]      // by Idempotency-Key
 	next    uint64                          // number of the next record
 	bytes   uint64
+	digest  uint64 // of the records
+	rules   *rules
 }
 
 func newRetryTable() retryTable {
-	return retryTable{records: new(btree.Map[uint64, retryRecord]), numbers: new(btree.Map[string, uint64])}
+	return retryTable{rules: &rulesOf[levelFirst], records: new(btree.Map[uint64, retryRecord]), numbers: new(btree.Map[string, uint64])}
 }
 
 func (t *retryTable) copy() retryTable {
@@ -57,7 +56,7 @@ func (t *retryTable) lookup(id retryID, now int64) (result, bool) {
 		return result{}, false
 	}
 	r, _ := t.records.Get(n)
-	if now-r.time > retryAgeMillis {
+	if now-r.time > t.rules.retryAgeMillis {
 		return result{}, false
 	}
 	if r.id.digest != id.digest {
@@ -77,7 +76,7 @@ func (t *retryTable) add(id retryID, first result, now int64) {
 	t.next++
 	for {
 		n, oldest, ok := t.records.Min()
-		if !ok || t.records.Len() <= retriesMax && t.bytes <= retryBytesMax && now-oldest.time <= retryAgeMillis {
+		if !ok || t.records.Len() <= t.rules.retriesMax && t.bytes <= t.rules.retryBytesMax && now-oldest.time <= t.rules.retryAgeMillis {
 			return
 		}
 		t.remove(n)
@@ -88,11 +87,13 @@ func (t *retryTable) insert(n uint64, r retryRecord) {
 	t.records.Set(n, r)
 	t.numbers.Set(r.id.key, n)
 	t.bytes += r.size()
+	t.digest += r.digest(n)
 }
 
 func (t *retryTable) remove(n uint64) {
 	if r, ok := t.records.Delete(n); ok {
 		t.numbers.Delete(r.id.key)
 		t.bytes -= r.size()
+		t.digest -= r.digest(n)
 	}
 }

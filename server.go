@@ -68,6 +68,7 @@ func (n *node) status() nodeStatus {
 		ResourceVersion: n.store.version(),
 		Version:         version,
 		Members:         n.store.members(),
+		FeatureLevel:    n.store.level(),
 		StateBytes:      n.store.size(),
 	}
 	n.guard.describe(&st)
@@ -112,7 +113,10 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		return errRemoved
 	}
 
-	store := &kvstore{state: rec.state}
+	store := &kvstore{state: rec.state, levelMax: cfg.levelMax}
+	if err := store.checkLevel(rec.state.level); err != nil {
+		return fmt.Errorf("data directory %s: %w", cfg.dataDir, err)
+	}
 	store.setWindow(cfg.watchEvents, cfg.watchBytes)
 	hub := newHub(store)
 	n := &node{
@@ -218,6 +222,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 	group.Go(func() error { return n.announce(ctx) })
 	group.Go(func() error { return n.watchDisk(ctx) })
 	group.Go(func() error { return n.exchange(ctx) })
+	group.Go(func() error { return n.keepLevel(ctx) })
 	group.Go(func() error { return n.hub.run(ctx) }) // ends watches first: the client server waits for them
 	if n.journal != nil {
 		src := journalSource{store: n.store, hub: n.hub, linearize: n.linearize, stopped: n.loop.done}

@@ -15,7 +15,10 @@ import (
 // the decoders with the product and nothing else.
 type model struct {
 	entries  []modelEntry // from index modelBase + 1 on
-	now      int64
+	level    int
+	now      int64 // at level 1 the highest of any entry, then that of the last one
+	elapsed  int64 // by which the outcomes of requests age
+	seen     int64 // of level 2: the time up to which elapsed was counted
 	rv       uint64
 	items    map[string]item
 	versions map[string][]modelVersion // of each key, oldest first
@@ -55,6 +58,7 @@ type modelBatch struct {
 
 func newModel() *model {
 	return &model{
+		level:    1,
 		items:    map[string]item{},
 		versions: map[string][]modelVersion{},
 		batches:  map[batchID]*modelBatch{},
@@ -138,7 +142,18 @@ func (m *model) applyBatch(e *raftpb.Entry, next *modelEntry) error {
 	if !fresh {
 		return nil
 	}
-	m.now = max(m.now, h.time)
+	if m.level == 1 {
+		m.now = max(m.now, h.time)
+		m.elapsed, m.seen = m.now, m.now
+	} else {
+		m.now = h.time
+		if h.time > m.seen {
+			m.elapsed += min(h.time-m.seen, ageStepMillis)
+		}
+		if h.time > m.seen || m.seen-h.time > ageStepMillis {
+			m.seen = h.time
+		}
+	}
 	for len(data) > 0 {
 		var c command
 		if c, data, err = decodeCommand(data); err != nil {
@@ -161,7 +176,7 @@ func (m *model) apply(c *command, next *modelEntry) (result, error) {
 		return result{}, fmt.Errorf("key %q expires %d ms early", c.key, m.items[c.key].expires-m.now)
 	}
 	if c.retry.key != "" {
-		if old, ok := m.retries[c.retry.key]; ok && m.now-old.time <= retryAgeMillis {
+		if old, ok := m.retries[c.retry.key]; ok && m.elapsed-old.time <= retryAgeMillis {
 			if old.id != c.retry {
 				return result{status: statusRetryOther}, nil
 			}
@@ -198,7 +213,7 @@ func (m *model) apply(c *command, next *modelEntry) (result, error) {
 	}
 	m.events = append(m.events, changes...)
 	if c.retry.key != "" {
-		m.retries[c.retry.key] = retryRecord{id: c.retry, time: m.now, first: r}
+		m.retries[c.retry.key] = retryRecord{id: c.retry, time: m.elapsed, first: r}
 	}
 	return r, nil
 }
@@ -207,6 +222,15 @@ func (m *model) execute(c *command, changes *[]event) (result, error) {
 	switch c.op {
 	case opRefuse:
 		return result{status: statusRefused}, nil
+	case opLevel:
+		to, err := decodeRaising([]byte(c.value))
+		for id := range m.members {
+			if !slices.Contains(to.members, id) {
+				return result{status: statusPrecondition}, err
+			}
+		}
+		m.level = max(m.level, to.level)
+		return result{status: statusReplaced}, err
 	case opPut, opDelete, opExpire:
 		if it, exists := m.items[c.key]; !c.condition.holds(it, exists) {
 			return result{status: statusPrecondition, current: it.rv}, nil

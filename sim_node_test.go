@@ -294,6 +294,15 @@ func (p *process) compare() {
 	}
 	v, differ := judge(p.store.ownSums(), p.node.id, others, p.store.voters())
 	s.check.judged(p, v, differ)
+	if members := p.store.members(); p.replica.role == raft.StateLeader && len(others) == len(members)-1 && p.store.level() < levelNewest {
+		know := map[uint64]health{}
+		for id := range others {
+			know[id] = health{Level: levelNewest}
+		}
+		raise := commonLevel(members, know, p.node.id, levelNewest)
+		_, _, _ = p.loop.enqueue(&command{op: opLevel, value: raise.encode()}, p.node.clock().Add(time.Second)) // it tries again
+		p.wake()
+	}
 	p.after(compareEvery, p.compare)
 }
 

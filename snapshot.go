@@ -25,15 +25,20 @@ import (
 //	payload  length bytes
 //
 // Inner layer, the payloads joined: magic, format, index, term, rv, time,
-// number of the next retry, sum, then records {kind, fields...} with integers
+// number of the next retry, sum, from format 3 on level, elapsed and seen, then
+// records {kind, fields...} with integers
 // as uvarints and strings as length + bytes, in the order session, member,
 // removed, retry, item, event, and a record of kind end with the number of
 // items. A file that breaks off lacks the end record.
 
 const (
-	snapshotMagic  = "RAFTRVSS"
-	snapshotFormat = 2 // 1 had no sum
-	frameSize      = 256 << 10
+	snapshotMagic = "RAFTRVSS"
+	frameSize     = 256 << 10
+
+	// The format follows from the state's level. Every format since 2 is read for
+	// ever; 1 had no sum.
+	snapshotFormat2 = 2 // of level 1
+	snapshotFormat3 = 3 // of level 2
 
 	recordEnd     = 0
 	recordSession = 1
@@ -74,13 +79,22 @@ func newSnapshotEncoder(w io.Writer) *snapshotEncoder {
 // writeHead writes what comes before the items.
 func (s *state) writeHead(e *snapshotEncoder) error {
 	e.bytes([]byte(snapshotMagic))
-	e.uint(snapshotFormat)
+	format := uint64(snapshotFormat3)
+	if s.level < 2 {
+		format = snapshotFormat2
+	}
+	e.uint(format)
 	e.uint(s.index)
 	e.uint(s.term)
 	e.uint(s.rv)
 	e.uint(uint64(s.now))
 	e.uint(s.retries.next)
 	e.uint(s.sum)
+	if format >= snapshotFormat3 {
+		e.uint(uint64(s.level))
+		e.uint(uint64(s.elapsed))
+		e.uint(uint64(s.seen))
+	}
 	if err := s.writeCluster(e); err != nil {
 		return err
 	}
@@ -168,11 +182,22 @@ func (d *snapshotDecoder) state() (state, error) {
 	if string(magic) != snapshotMagic {
 		return st, fmt.Errorf("%w: not a snapshot file", errSnapshotDamage)
 	}
-	if format := d.uint(); d.err == nil && format != snapshotFormat {
-		return st, fmt.Errorf("snapshot format %d is not the one that this program knows, %d: use the version that wrote it", format, snapshotFormat)
+	format := d.uint()
+	if d.err == nil && (format < snapshotFormat2 || format > snapshotFormat3) {
+		return st, fmt.Errorf("snapshot format %d is not one that this program knows, %d to %d: use the version that wrote it", format, snapshotFormat2, snapshotFormat3)
 	}
 	st.index, st.term, st.rv = d.uint(), d.uint(), d.uint()
 	st.now, st.retries.next, st.sum = int64(d.uint()), d.uint(), d.uint()
+	if format >= snapshotFormat3 {
+		level := d.uint()
+		if d.err == nil && (level < 2 || level > levelNewest) {
+			return st, fmt.Errorf("a snapshot of feature level %d, of which this program knows up to %d: use the version that wrote it", level, levelNewest)
+		}
+		if d.err == nil {
+			st.setLevel(int(level))
+		}
+		st.elapsed, st.seen = int64(d.uint()), int64(d.uint())
+	}
 	for d.err == nil {
 		kind := d.uint()
 		if d.err != nil {
@@ -200,6 +225,7 @@ func (d *snapshotDecoder) record(kind uint64, st *state) error {
 		for i := range t.seen {
 			t.seen[i] = d.uint()
 		}
+		st.sessionsDigest += t.digest(id) - st.sessions[id].digest(id)
 		st.sessions[id] = t
 	case recordMember:
 		var m member
@@ -222,7 +248,11 @@ func (d *snapshotDecoder) record(kind uint64, st *state) error {
 	case recordEvents:
 		st.events.first, st.events.dropped = d.uint(), d.uint()
 	case recordEvent:
-		if e := d.event(); d.err == nil {
+		e := d.event()
+		if d.err == nil && (e.kind == 0 || e.kind > eventExpired) {
+			return fmt.Errorf("%w: event of unknown kind %d", errSnapshotDamage, e.kind)
+		}
+		if d.err == nil {
 			st.events.add(e) // whoever restores the state has the bounds
 		}
 	default:

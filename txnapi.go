@@ -58,7 +58,7 @@ func (h *httpAPI) postTxn(w http.ResponseWriter, r request) error {
 	}
 	setResourceVersion(w.Header(), res.rv)
 	if res.status == statusTooMany {
-		return errResultTooLarge.withDetail("the values to get have more than %d bytes; get fewer in one transaction", txnResultMax)
+		return errResultTooLarge.withDetail("the values to get have more than %d bytes; get fewer in one transaction", h.store.rules().txnResultMax)
 	}
 	s := newStream(w, r, typeJSON)
 	defer s.free()
