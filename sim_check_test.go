@@ -31,6 +31,9 @@ type checker struct {
 
 	verdicts map[uint64]verdict // of nodes that have found their own state wanting
 
+	refusals map[uint64][]refusal // by session
+	acked    uint64               // highest version that a client was told of
+
 	reached    map[string]int // how often something went wrong at a point
 	diskErrors int
 }
@@ -60,6 +63,7 @@ func newChecker(s *sim) *checker {
 		configs:  map[uint64]string{},
 		reached:  map[string]int{},
 		verdicts: map[uint64]verdict{},
+		refusals: map[uint64][]refusal{},
 	}
 	return c
 }
@@ -87,17 +91,26 @@ func (c *checker) sent(p *process, m *raftpb.Message) {
 	switch m.GetType() {
 	case raftpb.MsgApp, raftpb.MsgHeartbeat, raftpb.MsgSnap:
 		c.lead(m.GetFrom(), m.GetTerm())
+	case raftpb.MsgReadIndexResp:
+		if m.GetTerm() == p.replica.term { // or it is from before the messages that came with it
+			c.answersReads(p, "tells another one up to where to read")
+		}
 	case raftpb.MsgAppResp, raftpb.MsgVoteResp:
 		if p.disk.broken {
 			c.violate("disk error", "node %d sends %v after its disk has failed", p.node.id, m.GetType())
 		}
 	}
+	if m.GetType() == raftpb.MsgSnap {
+		c.offered(p, m)
+	}
+	c.promised(p, m)
 }
 
 // started looks at what a process has found on its disk.
 func (c *checker) started(p *process) {
 	if len(c.model.members) == 0 {
 		maps.Copy(c.model.members, p.store.state.members)
+		c.model.countVoters()
 	}
 	p.seen.applied = p.store.state.index
 	if p.seen.applied > 0 {
@@ -182,9 +195,13 @@ const hashEvery = 64
 func (c *checker) entry(p *process, e *raftpb.Entry) bool {
 	m := c.model
 	if e.GetIndex() == m.index()+1 {
+		c.committed(p, e)
 		if err := m.append(e); err != nil {
 			c.violate("model", "entry %d, applied by node %d: %v", e.GetIndex(), p.node.id, err)
 			return false
+		}
+		if b := m.last; b != nil && b.index == e.GetIndex() {
+			c.notRefused(m.lastID.session, m.lastID.seq, b)
 		}
 		return true
 	}
@@ -307,13 +324,6 @@ var validators = []validator{
 
 // finish judges the run.
 func (c *checker) finish() {
-	if plant := c.sim.plant; plant != nil && plant.answerWrite {
-		for _, op := range c.sim.history.ops { // what was answered too early was no result
-			if r, applied := c.sim.applied(op); applied {
-				op.result = r
-			}
-		}
-	}
 	for _, v := range validators {
 		if c.failed() {
 			return

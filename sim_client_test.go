@@ -101,12 +101,13 @@ type simCall struct {
 	place   int
 	round   *readRound
 
-	answered bool // the answer is on its way to the client
+	floor    uint64 // version that was known when it began
+	answered bool   // the answer is on its way to the client
 }
 
 // do sends an operation to a process.
 func (p *process) do(op *simOp, timeout time.Duration, done func(simOutcome, error)) {
-	c := &simCall{process: p, op: op, done: done}
+	c := &simCall{process: p, op: op, done: done, floor: p.sim.check.acked}
 	p.waiting = append(p.waiting, c)
 	if op.isRead() {
 		c.read()
@@ -199,19 +200,27 @@ func (c *simCall) fail(err error) {
 	if outcomeOf(err) == unknown && !c.op.isRead() {
 		outcome = opOpen
 	}
+	if outcome == opRefused && c.batch != nil && c.batch.change == nil {
+		c.process.sim.check.refuse(c.process.replica.session, c.batch, c.place)
+	}
 	c.leave(outcome, err)
 }
 
-// leave sends the answer to the client, at the time that the turn has reached.
-// It is lost if the process dies before.
+// leave sends the answer to the client. It is lost if the process dies at once.
 func (c *simCall) leave(outcome simOutcome, err error) {
 	p := c.process
 	c.answered = true
 	if p.disk.broken && outcome == opDone && !c.op.isRead() {
 		p.sim.check.violate("disk error", "node %d answers a write after its disk has failed", p.node.id)
 	}
-	p.after(p.spent, func() {
+	if outcome == opDone {
+		p.sim.check.answered(c)
+	}
+	p.after(0, func() {
 		p.forget(c)
+		if outcome == opDone && (c.op.read == notARead || c.op.read == readLatest) {
+			p.sim.check.acked = max(p.sim.check.acked, c.op.version())
+		}
 		c.done(outcome, err)
 	})
 }

@@ -197,6 +197,7 @@ func TestReadIndexOfEarlierAttempt(t *testing.T) {
 			cfg := defaultSimConfig(1, 3)
 			cfg.plant = tt.plant
 			s, leader := newScenario(t, cfg)
+			s.check.blind = tt.plant != nil
 			follower := s.node(leader.id%3 + 1)
 			s.wait(t, s.begin(follower, putOp("k", "old"), time.Second))
 

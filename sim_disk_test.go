@@ -1,13 +1,16 @@
 package main
 
 import (
+	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
+	"syscall"
 	"time"
 
+	"go.etcd.io/etcd/client/pkg/v3/fileutil"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 )
@@ -23,25 +26,34 @@ type diskConfig struct {
 // simDisk is the product's storage on a real directory, with time, crashes and
 // errors. It implements disk.
 //
-// What a crash leaves: etcd's log buffers what need not be synced, so between
-// two calls the file holds exactly what was synced. Of what the last call
-// wrote, and of the buffer, any sectors may have reached the disk; a sector is
-// never half old and half new. File names are as durable as their directory.
+// What a power cut leaves: etcd's log buffers what need not be synced, so between
+// two calls the file holds exactly what was synced. Of what the present call
+// writes, and of the buffer, any sectors may have reached the disk; a sector is
+// never half old and half new. Names in the directory of snapshots are there only
+// if the directory was synced since.
+//
+// What a killed process leaves is all that it wrote. The next one reads it, but
+// until somebody syncs it the next power cut takes it.
 type simDisk struct {
 	*storage
-	process *process
-	state   *raftpb.HardState // the last one saved
-	broken  bool              // a call has failed
-	closed  bool
+	process  *process
+	state    *raftpb.HardState        // the last one saved
+	log      logShadow                // what the log holds
+	arrived  *raftpb.SnapshotMetadata // of a snapshot that counts once the hard state that goes with it is there
+	inFlight func() error             // the write that a turn waits for
+	failed   *image                   // what was on disk before a call failed on its way
+	broken   bool                     // a call has failed
+	closed   bool
 }
 
 // tail says what becomes of bytes that were written and not yet synced.
 type tail int
 
 const (
-	tailLost tail = iota
-	tailTorn      // any of their sectors are lost
-	tailKept
+	tailLost  tail = iota // a power cut
+	tailTorn              // a power cut that leaves any of their sectors
+	tailKept              // the process was killed
+	tailClean             // it has closed its files
 )
 
 const sectorSize = 512
@@ -67,12 +79,18 @@ func (d *simDisk) image() (image, error) {
 	return image{path: last, content: content, mark: mark}, err
 }
 
-// crash leaves the directory as a power cut does.
+// crash leaves the directory as the end of the process does.
 func (d *simDisk) crash(t tail) {
 	if d.closed {
 		return
 	}
 	before, err := d.image()
+	if d.failed != nil {
+		before = *d.failed
+	}
+	if err == nil && d.inFlight != nil && t != tailClean {
+		err = d.inFlight()
+	}
 	if err == nil {
 		err = d.leave(before, t)
 	}
@@ -84,9 +102,20 @@ func (d *simDisk) crash(t tail) {
 // leave closes the files, which writes what is still buffered, and then takes
 // back what t says of all that was written since before.
 func (d *simDisk) leave(before image, t tail) error {
+	n := d.process.node
 	d.closed = true
-	if err := d.storage.close(); err != nil || before.path == "" || t == tailKept {
+	if err := d.storage.close(); err != nil && !d.broken { // a log that has failed may fail again
 		return err
+	}
+	switch {
+	case before.path == "":
+		return nil
+	case t == tailClean && d.broken:
+		n.volatile = cmp.Or(n.volatile, &before)
+		return nil
+	case t == tailClean:
+		n.volatile = nil
+		return nil
 	}
 	after, err := d.image()
 	if err != nil {
@@ -95,6 +124,21 @@ func (d *simDisk) leave(before image, t tail) error {
 	if err := os.WriteFile(d.path(watermarkName), before.mark, fileMode); err != nil {
 		return err
 	}
+	if t == tailKept {
+		if after.path != before.path { // to begin a segment syncs it and the one before
+			n.volatile = nil
+		} else {
+			n.volatile = cmp.Or(n.volatile, &before)
+		}
+		return nil
+	}
+	if err := d.dropNames(t); err != nil {
+		return err
+	}
+	if v := n.volatile; v != nil && v.path == before.path {
+		before.content = v.content
+	}
+	n.volatile = nil
 	if after.path != before.path {
 		// A new segment was begun, after the old one was complete and synced.
 		if t == tailTorn && d.process.sim.chance(0.5) {
@@ -114,6 +158,57 @@ func (d *simDisk) leave(before image, t tail) error {
 	return os.WriteFile(before.path, content, fileMode)
 }
 
+// dropNames takes the names in the directory of snapshots that are not durable.
+func (d *simDisk) dropNames(t tail) error {
+	n := d.process.node
+	names, err := fileutil.ReadDir(d.path(snapDir))
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if _, ok := snapshotIndex(name); !ok || n.names[name] || t == tailTorn && n.sim.chance(0.5) {
+			continue
+		}
+		if err := os.Remove(filepath.Join(d.path(snapDir), name)); err != nil {
+			return err
+		}
+		n.sim.check.reached["name lost"]++
+	}
+	return nil
+}
+
+// syncDir takes the place of the product's: it notes which names are durable.
+func (s *sim) syncDir(path string) error {
+	for _, n := range s.nodes {
+		if path != filepath.Join(n.dir, snapDir) {
+			continue
+		}
+		if p := n.process; p != nil && p.disk.springs(inDirSync) && p.trap.fault == errDisk {
+			return p.disk.spring()
+		}
+		names, err := fileutil.ReadDir(path)
+		if err != nil {
+			return err
+		}
+		n.names = map[string]bool{}
+		for _, name := range names {
+			n.names[name] = true
+		}
+	}
+	return nil
+}
+
+// syncFile takes the place of the product's: what a process reads when it starts
+// is on disk from then on.
+func (s *sim) syncFile(path string) error {
+	for _, n := range s.nodes {
+		if filepath.Dir(path) == filepath.Join(n.dir, walDir) {
+			n.volatile, n.resynced = nil, true
+		}
+	}
+	return nil
+}
+
 // tear returns before with some of the sectors of after.
 func (d *simDisk) tear(before, after []byte) []byte {
 	torn := append([]byte(nil), before...)
@@ -128,17 +223,28 @@ func (d *simDisk) tear(before, after []byte) []byte {
 
 // write carries out a write to the log, if nothing goes wrong at point. If it
 // does, part of the write has happened.
-func (d *simDisk) write(point string, do func() error) error {
+func (d *simDisk) write(point string, synced bool, do func() error) error {
 	if err := d.usable(); err != nil {
 		return err
 	}
 	p := d.process
-	if p.trap.point != point {
+	if synced {
+		d.inFlight = do
+		p.wait(p.sim.syncTime())
+		if err := d.usable(); err != nil {
+			return err
+		}
+		d.inFlight = nil
+	}
+	if !d.springs(point) {
 		return do()
 	}
 	before, err := d.image()
 	if err != nil {
 		return err
+	}
+	if p.trap.fault == errDisk && p.sim.chance(0.7) {
+		return d.failInside(before, point, do)
 	}
 	if err := do(); err != nil {
 		return err
@@ -147,6 +253,39 @@ func (d *simDisk) write(point string, do func() error) error {
 		return err
 	}
 	return d.spring()
+}
+
+// failInside lets a write fail on its way, as on a disk that is full: some whole
+// sectors of it are on disk, and the product has to deal with what the call has
+// left behind.
+func (d *simDisk) failInside(before image, point string, do func() error) error {
+	room := (len(bytes.TrimRight(before.content, "\x00")) + d.process.sim.rand.IntN(4*sectorSize)) / sectorSize * sectorSize
+	if point == inMark {
+		room = d.process.sim.rand.IntN(2 * watermarkSlot)
+	}
+	return d.limit(room, &before, do)
+}
+
+// limit carries out a call while no file may grow beyond some size. If it fails
+// the disk has failed.
+func (d *simDisk) limit(room int, before *image, do func() error) error {
+	var old syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_FSIZE, &old); err != nil {
+		return err
+	}
+	if err := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &syscall.Rlimit{Cur: uint64(room), Max: old.Max}); err != nil {
+		return err
+	}
+	err := do()
+	if reset := syscall.Setrlimit(syscall.RLIMIT_FSIZE, &old); reset != nil {
+		return reset
+	}
+	if err == nil {
+		return nil // it needed less: the trap waits for the next call
+	}
+	d.failed = before
+	_ = d.spring() // counts
+	return fmt.Errorf("%w: %w", errDisk, err)
 }
 
 func (d *simDisk) usable() error {
@@ -177,13 +316,18 @@ func (d *simDisk) spring() error {
 	return p.trap.fault
 }
 
-// spend lets the turn wait for the disk.
-func (d *simDisk) spend() {
-	s := d.process.sim
+// syncTime draws how long a sync takes.
+func (s *sim) syncTime() time.Duration {
+	d := s.between(s.disk.syncMin, s.disk.syncMax)
 	if s.chance(s.disk.slow) {
-		d.process.spent += s.between(0, s.disk.slowMax)
+		d += s.between(0, s.disk.slowMax)
 	}
-	d.process.spent += s.between(s.disk.syncMin, s.disk.syncMax)
+	return d
+}
+
+// synced notes that all that the log holds is on disk.
+func (d *simDisk) synced() {
+	d.process.node.durable, d.process.node.volatile = d.log, nil
 }
 
 func (d *simDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
@@ -196,27 +340,41 @@ func (d *simDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 		synced = raft.MustSync(hs, before, len(ents))
 		d.state = hs
 	}
-	if synced {
-		d.spend()
+	if err := d.write(inSave, synced, func() error { return d.storage.save(hs, ents) }); err != nil {
+		return err
 	}
-	return d.write(inSave, func() error { return d.storage.save(hs, ents) })
+	if d.arrived != nil {
+		d.log.snapshot(d.arrived)
+		d.arrived = nil
+	}
+	d.log.save(hs, ents)
+	if synced {
+		d.synced()
+	}
+	return nil
 }
 
 func (d *simDisk) sync() error {
-	d.spend()
-	return d.write(inSync, d.storage.sync)
+	if err := d.write(inSync, true, d.storage.sync); err != nil {
+		return err
+	}
+	d.synced()
+	return nil
 }
 
 func (d *simDisk) writeMark() error {
-	return d.write(inMark, d.storage.writeMark)
+	return d.write(inMark, false, d.storage.writeMark)
 }
 
 func (d *simDisk) writeSnapshot(meta *raftpb.Snapshot, st *state) error {
 	if d.springs(inSnapshotBody) {
-		if err := d.writePart(st); err != nil {
-			return err
+		if d.process.trap.fault == errCrashed {
+			if err := d.writePart(st); err != nil {
+				return err
+			}
+			return d.spring()
 		}
-		return d.spring()
+		return d.limit(d.process.sim.rand.IntN(200), nil, func() error { return d.storage.writeSnapshot(meta, st) })
 	}
 	if err := d.usable(); err != nil {
 		return err
@@ -240,26 +398,38 @@ func (d *simDisk) writePart(st *state) error {
 	if err != nil {
 		return err
 	}
-	var body strings.Builder
+	var body bytes.Buffer
 	if err := st.writeTo(&body); err != nil {
 		return err
 	}
-	_, err = f.WriteString(body.String()[:d.process.sim.rand.IntN(body.Len())])
+	_, err = f.Write(body.Bytes()[:d.process.sim.rand.IntN(body.Len())])
 	return errors.Join(err, f.Close())
 }
 
 func (d *simDisk) commitSnapshot(meta *raftpb.Snapshot) error {
-	d.spend()
-	if d.springs(beforeSnapshotMeta) {
+	switch {
+	case d.springs(beforeSnapshotMeta):
 		return d.spring()
-	}
-	if d.springs(afterSnapshotMeta) {
+	case d.springs(afterSnapshotMeta):
 		if err := d.snap.SaveSnap(meta); err != nil {
 			return err
 		}
 		return d.spring()
+	case d.springs(inSnapshotMeta):
+		if err := d.limit(d.process.sim.rand.IntN(32), nil, func() error { return d.snap.SaveSnap(meta) }); err != nil {
+			return err
+		}
 	}
-	return d.write(inSnapshotRecord, func() error { return d.storage.commitSnapshot(meta) })
+	if err := d.write(inSnapshotRecord, true, func() error { return d.storage.commitSnapshot(meta) }); err != nil {
+		return err
+	}
+	if m := meta.GetMetadata(); d.log.fits(m) {
+		d.log.snapshot(m)
+		d.synced()
+	} else {
+		d.arrived = m
+	}
+	return nil
 }
 
 func (d *simDisk) purge() error {

@@ -53,6 +53,7 @@ func drawConfig(seed uint64) simConfig {
 	cfg.disk.syncMax = cfg.disk.syncMin + between(100*time.Microsecond, 4*time.Millisecond)
 	cfg.disk.background = between(time.Millisecond, 50*time.Millisecond)
 	cfg.brokenStarts = 0.3
+	cfg.hiccups = 0.002
 	if r.IntN(2) == 0 {
 		cfg.clockRate, cfg.clockOffset = 0.2, clockOffsetMax
 	}
@@ -96,7 +97,13 @@ func (s *sim) drawWeather() *weather {
 func (s *sim) live(w *weather, d time.Duration) {
 	end := s.now + d - w.calm
 	s.outage = w.outage
-	s.died = func(n *simNode) { s.repair(n.start) } // as a supervisor does
+	s.died = func(n *simNode) { // as a supervisor does
+		if s.healthy.on {
+			s.after(0, n.start)
+		} else {
+			s.repair(n.start)
+		}
+	}
 	for s.now < end && !s.check.failed() {
 		s.beginStorm(w)
 		s.run(min(w.storm, end-s.now))
@@ -128,6 +135,9 @@ func (s *sim) beginCalm() {
 		n.full = false
 		n.pausedUntil = s.now
 		n.resume()
+		if n.process != nil && n.process.disk.broken {
+			n.crash(tailClean) // before it has noticed
+		}
 		if n.process != nil {
 			n.process.trap = trap{}
 		} else {

@@ -28,6 +28,11 @@ type model struct {
 	values   map[string]uint64 // version of each value that was put; values are never used twice
 	members  map[uint64]member
 	removed  map[uint64]bool
+
+	voters, votersBefore []uint64 // now, and before the last change
+
+	last   *modelBatch // that was applied
+	lastID batchID
 }
 
 // modelBase is the index of the state that a cluster starts with.
@@ -130,6 +135,7 @@ func (m *model) first(h batchHeader, index uint64) (*modelBatch, bool) {
 	}
 	b := &modelBatch{index: index}
 	m.batches[id] = b
+	m.last, m.lastID = b, id
 	return b, true
 }
 
@@ -159,6 +165,9 @@ func (m *model) applyBatch(e *raftpb.Entry, next *modelEntry) error {
 		if c, data, err = decodeCommand(data); err != nil {
 			return err
 		}
+		if err := m.checkExpiry(&c, h.time); err != nil {
+			return err
+		}
 		r, err := m.apply(&c, next)
 		if err != nil {
 			return err
@@ -171,9 +180,6 @@ func (m *model) applyBatch(e *raftpb.Entry, next *modelEntry) error {
 func (m *model) apply(c *command, next *modelEntry) (result, error) {
 	if c.op == opNop {
 		return result{}, nil // it was withdrawn: a retry is the first attempt
-	}
-	if c.op == opExpire && m.items[c.key].expires > m.now && c.condition.rv == m.items[c.key].rv {
-		return result{}, fmt.Errorf("key %q expires %d ms early", c.key, m.items[c.key].expires-m.now)
 	}
 	if c.retry.key != "" {
 		if old, ok := m.retries[c.retry.key]; ok && m.elapsed-old.time <= retryAgeMillis {
@@ -216,6 +222,21 @@ func (m *model) apply(c *command, next *modelEntry) (result, error) {
 		m.retries[c.retry.key] = retryRecord{id: c.retry, time: m.elapsed, first: r}
 	}
 	return r, nil
+}
+
+// checkExpiry: what expires was due by the clock of who proposed it, and is what
+// it saw.
+func (m *model) checkExpiry(c *command, now int64) error {
+	it, exists := m.items[c.key]
+	switch {
+	case c.op != opExpire:
+		return nil
+	case c.condition.kind != ifMatch:
+		return fmt.Errorf("key %q expires, whatever its version is", c.key)
+	case exists && c.condition.rv == it.rv && (it.expires == 0 || it.expires > now):
+		return fmt.Errorf("key %q expires at %d, when it is %d", c.key, it.expires, now)
+	}
+	return nil
 }
 
 func (m *model) execute(c *command, changes *[]event) (result, error) {
@@ -335,5 +356,17 @@ func (m *model) changeMember(e *raftpb.Entry, next *modelEntry) error {
 		return nil
 	}
 	next.config = e.GetIndex()
+	m.countVoters()
 	return nil
+}
+
+// countVoters notes who votes now.
+func (m *model) countVoters() {
+	m.votersBefore, m.voters = m.voters, nil
+	for id, other := range m.members {
+		if !other.Learner {
+			m.voters = append(m.voters, id)
+		}
+	}
+	slices.Sort(m.voters)
 }

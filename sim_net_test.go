@@ -75,7 +75,7 @@ func (n *simNetwork) connected(a, b uint64) bool {
 	return up && !n.cut[a][b] && !n.cut[b][a]
 }
 
-// send takes a message from a process, at the time that its turn has reached.
+// send takes a message from a process.
 func (n *simNetwork) send(from *process, m *raftpb.Message) {
 	s := n.sim
 	if s.plant != nil && s.plant.outgoing != nil {
@@ -120,17 +120,11 @@ func (n *simNetwork) carry(from *process, m *raftpb.Message, body []byte) {
 		n.failed(from, m)
 		return
 	}
-	delay := from.spent + s.between(n.delayMin, n.delayMax) + n.slow[m.GetFrom()][m.GetTo()]
+	delay := s.between(n.delayMin, n.delayMax) + n.slow[m.GetFrom()][m.GetTo()]
 	if s.chance(n.late) {
 		delay += s.between(0, n.lateMax)
 	}
-	left := s.now + from.spent
-	s.after(delay, func() {
-		if from.dead && from.diedAt < left {
-			return
-		}
-		n.arrive(from, m, body)
-	})
+	s.after(delay, func() { n.arrive(from, m, body) })
 }
 
 // arrive hands a message to whatever process lives at its address.

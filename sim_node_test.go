@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"math"
 	"runtime/debug"
 	"time"
@@ -34,10 +36,16 @@ type simNode struct {
 	held        []func() // what waits for the end of the pause
 	retired     bool     // was removed from the cluster
 	full        bool     // its disk has room only for what the log has taken already
+
+	durable  logShadow       // what its disk has kept of the log for good
+	names    map[string]bool // of the files in its snapshot directory that outlive a power cut
+	resynced bool            // the process that starts has synced what it read
+	volatile *image          // of a log whose end was written and not synced, by a process that was killed
 }
 
 var simEpoch = time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
 
+// clock reads the node's clock. It goes on while a turn of the loop waits.
 func (n *simNode) clock() time.Time {
 	return simEpoch.Add(n.offset + time.Duration(n.rate*float64(n.sim.now)))
 }
@@ -45,6 +53,11 @@ func (n *simNode) clock() time.Time {
 // process is one lifetime of a replica and its loop. It is their driver, and
 // stands between them and the network and disk, so that it can die at any
 // moment: from then on nothing leaves it any more.
+//
+// The loop is a coroutine. A turn takes time: wherever the product would wait,
+// for its disk above all, the turn gives control back to the simulator until
+// the time has passed. Meanwhile messages and requests arrive, clocks go on,
+// and the process may be paused or die.
 type process struct {
 	sim     *sim
 	node    *simNode
@@ -54,15 +67,20 @@ type process struct {
 	disk    *simDisk
 
 	dead      bool
-	diedAt    time.Duration
-	ticked    bool          // a tick waits for the next turn
-	scheduled bool          // a turn is among the events
-	busyUntil time.Duration // the end of the last turn
-	spent     time.Duration // how long the present turn has taken so far
+	ticked    bool // a tick waits for the next turn
+	scheduled bool // a turn is among the events, or in progress
+
+	resume  func() (struct{}, bool) // gives control to the loop, until it waits
+	unwind  func()                  // lets a loop that waits end
+	yield   func(struct{}) bool     // gives control back; false = the process is dead
+	inside  bool                    // the loop has control
+	turning bool                    // a turn is in progress
 
 	trap    trap
 	waiting []*simCall
-	seen    seen // what the checker has seen of it
+	offered map[uint64][]time.Duration // when snapshots were sent lately, by member
+	asked   map[uint64]bool            // attempts to read that somebody else has answered
+	seen    seen                       // what the checker has seen of it
 }
 
 // trap makes something go wrong at a named point.
@@ -79,7 +97,9 @@ const (
 	inSync              = "in-sync"
 	inMark              = "in-mark"
 	inSnapshotBody      = "in-snapshot-body"
+	inSnapshotMeta      = "in-snapshot-meta"
 	inSnapshotRecord    = "in-snapshot-record"
+	inDirSync           = "in-dir-sync"
 	beforeSnapshotMeta  = "before-snapshot-meta"
 	afterSnapshotMeta   = "after-snapshot-meta"
 	inPurge             = "in-purge"
@@ -96,7 +116,7 @@ var crashPoints = []string{
 }
 
 // diskPoints are those at which the disk can fail.
-var diskPoints = []string{inSave, inSync, inSnapshotBody, inSnapshotRecord, beforeSnapshotMeta}
+var diskPoints = []string{inSave, inSync, inMark, inSnapshotBody, inSnapshotMeta, inSnapshotRecord, beforeSnapshotMeta, inDirSync}
 
 var (
 	errCrashed = errors.New("simulated crash")
@@ -111,7 +131,7 @@ func (n *simNode) start() {
 	}
 	n.lives++
 	n.offset = time.Duration((2*s.rand.Float64() - 1) * float64(s.clockOffset))
-	p := &process{sim: s, node: n}
+	p := &process{sim: s, node: n, asked: map[uint64]bool{}, offered: map[uint64][]time.Duration{}}
 	s.record(n.id, uint64(n.lives))
 	defer func() {
 		if v := recover(); v != nil {
@@ -133,6 +153,7 @@ func (n *simNode) start() {
 		return
 	}
 	n.process = p
+	p.resume, p.unwind = iter.Pull(p.run)
 	s.check.started(p)
 	p.after(s.between(0, s.tick), p.tick)
 	p.after(s.around(dialEvery), p.dial)
@@ -143,6 +164,7 @@ func (n *simNode) start() {
 func (p *process) boot() error {
 	n, s := p.node, p.sim
 	logger := s.logger.Named(fmt.Sprintf("node%d", n.id))
+	n.resynced = false
 	files, err := openStorage(n.dir, logger)
 	if err != nil {
 		return err
@@ -154,6 +176,13 @@ func (p *process) boot() error {
 	}
 	if s.plant != nil && s.plant.recovered != nil {
 		s.plant.recovered(&rec.state)
+	}
+	if p.disk.log, err = shadowOf(rec); err != nil {
+		return errors.Join(err, files.close())
+	}
+	s.check.found(n, &p.disk.log)
+	if n.resynced {
+		n.durable = p.disk.log
 	}
 	p.store = &kvstore{state: rec.state}
 	p.store.setWindow(s.eventsMax, eventBytesMaxDefault)
@@ -312,19 +341,48 @@ func (p *process) wake() {
 		return
 	}
 	p.scheduled = true
-	p.sim.at(p.busyUntil, func() { p.unlessPaused(p.turn) })
+	p.after(0, p.enter)
+}
+
+// enter gives control to the loop.
+func (p *process) enter() {
+	p.inside = true
+	defer func() { p.inside = false }()
+	p.resume()
+}
+
+// wait lets time pass inside a turn. The process may be dead afterwards.
+func (p *process) wait(d time.Duration) {
+	if !p.inside {
+		return // work beside the loop: its time is that of background
+	}
+	p.sim.check.observe(p)
+	p.after(d, p.enter)
+	p.inside = false
+	p.yield(struct{}{})
+}
+
+// run is the life of the loop.
+func (p *process) run(yield func(struct{}) bool) {
+	p.yield = yield
+	for {
+		p.turn()
+		if p.dead || !yield(struct{}{}) {
+			return
+		}
+	}
 }
 
 // turn is one turn of the loop.
 func (p *process) turn() {
-	p.scheduled = false
 	select {
 	case <-p.loop.wake:
 	default:
 	}
 	ticked := p.ticked
-	p.ticked, p.spent = false, 0
+	p.ticked, p.turning = false, true
 	err := p.runTurn(ticked)
+	p.scheduled, p.turning = false, false
 	if p.dead {
 		return
 	}
@@ -337,8 +395,7 @@ func (p *process) turn() {
 	}
 	p.sim.check.observe(p)
 	p.answerVersions()
-	p.busyUntil, p.spent = p.sim.now+p.spent, 0
-	if len(p.loop.wake) > 0 {
+	if len(p.loop.wake) > 0 || p.ticked {
 		p.wake()
 	}
 }
@@ -370,7 +427,11 @@ func (p *process) exit(err error) {
 	}
 	p.loop.close(err)
 	p.settle()
-	p.die(tailLost)
+	t := tailClean // its files are closed
+	if p.disk.broken && p.sim.chance(0.5) {
+		t = p.sim.someTail() // and then the machine fails, too
+	}
+	p.die(t)
 }
 
 // die ends the process where it is. Clients see their connections break.
@@ -379,7 +440,7 @@ func (p *process) die(t tail) {
 		return
 	}
 	s := p.sim
-	p.dead, p.diedAt, p.node.process = true, s.now+p.spent, nil
+	p.dead, p.node.process = true, nil
 	s.record(p.node.id, uint64(t))
 	p.disk.crash(t)
 	for _, c := range p.waiting {
@@ -391,6 +452,9 @@ func (p *process) die(t tail) {
 	}
 	if s.plant != nil && s.plant.afterCrash != nil {
 		s.plant.afterCrash(p.node)
+	}
+	if !p.inside && p.unwind != nil {
+		p.unwind()
 	}
 }
 
@@ -415,9 +479,13 @@ func (n *simNode) stop() {
 			p.after(n.sim.tick, poll)
 			return
 		}
+		if p.turning { // it looks at its context between two turns
+			p.after(time.Millisecond, poll)
+			return
+		}
 		p.loop.close(nil)
 		p.settle()
-		p.die(tailKept)
+		p.die(tailClean)
 	}
 	poll()
 }
@@ -451,13 +519,22 @@ func (n *simNode) resume() {
 	}
 }
 
-// at implements hook.
+// at implements hook. At times another process has the processor here.
 func (p *process) at(point string) error {
 	if p.dead || p.crashHere(point) {
 		return errCrashed
 	}
+	if p.sim.chance(p.sim.hiccups) {
+		p.wait(p.sim.around(hiccupMean))
+	}
+	if p.dead {
+		return errCrashed
+	}
 	return nil
 }
+
+// hiccupMean is how long a process waits for a processor, at times.
+const hiccupMean = 3 * time.Millisecond
 
 // crashHere says whether the process dies at this point.
 func (p *process) crashHere(point string) bool {
@@ -488,6 +565,8 @@ func (p *process) proposed(b *batch) {
 	if p.dead {
 		return
 	}
+	p.sim.check.observe(p)
+	p.sim.check.handedBack(p, b)
 	p.loop.proposed(b)
 	p.answer(func(c *simCall) bool { return c.batch == b })
 	p.crashHere(afterAnswer)
@@ -498,6 +577,8 @@ func (p *process) readable(q *readRound) {
 	if p.dead {
 		return
 	}
+	p.sim.check.observe(p)
+	p.sim.check.readable(p, q)
 	p.loop.readable(q)
 	p.answer(func(c *simCall) bool { return c.round == q })
 	p.crashHere(afterAnswer)
@@ -531,6 +612,9 @@ func (p *process) deliver(m *raftpb.Message, body []byte) error {
 		return nil // see guard.receive
 	}
 	defer p.wake()
+	if m.GetType() == raftpb.MsgReadIndexResp {
+		p.asked[binary.LittleEndian.Uint64(m.GetEntries()[0].GetData()[8:])] = true
+	}
 	meta := m.GetSnapshot().GetMetadata()
 	if m.GetType() != raftpb.MsgSnap || meta.GetIndex() <= p.store.applied() {
 		return p.loop.deliver(message{Message: m})

@@ -26,6 +26,7 @@ import (
 //	sim_fault_test.go    what goes wrong, and when
 //	sim_model_test.go    what the state machine should do, written a second time
 //	sim_check_test.go    what must hold
+//	sim_promise_test.go  what must hold at every moment
 //	sim_run_test.go      TestSim: many seeds in several processes
 //	sim_planted_test.go  TestPlanted: bugs that the checks must find
 //	sim_directed_test.go scenarios by hand, down to single messages
@@ -53,6 +54,7 @@ type simConfig struct {
 	clockRate   float64       // clocks go this much too fast or slow
 	clockOffset time.Duration // and are this much ahead or behind
 
+	hiccups      float64 // probability that a process has to wait for a processor, at each step
 	brokenStarts float64 // probability that a crash comes in the middle of a first start
 
 	plant *plant // a planted bug, or nil
@@ -106,6 +108,8 @@ type sim struct {
 func newSim(t *testing.T, cfg simConfig) *sim {
 	cryptotest.SetGlobalRandom(t, cfg.seed) // raft draws election timeouts from crypto/rand
 	smallSegments(t)
+	dirs, files := syncDir, syncFile
+	t.Cleanup(func() { syncDir, syncFile = dirs, files })
 	s := &sim{
 		simConfig: cfg,
 		rand:      rand.New(rand.NewPCG(cfg.seed, 0)),
@@ -116,6 +120,7 @@ func newSim(t *testing.T, cfg simConfig) *sim {
 	if cfg.logs {
 		s.logger = simLogger(s)
 	}
+	syncDir, syncFile = s.syncDir, s.syncFile
 	s.check = newChecker(s)
 	s.network = newSimNetwork(s, cfg.net)
 	for i := range cfg.nodes {

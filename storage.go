@@ -283,6 +283,15 @@ func (s *storage) load() (*recovered, error) {
 		return nil, fmt.Errorf("data directory %s has format %d, this program knows %d: use the version that wrote it",
 			s.dir, r.identity.Format, dirFormat)
 	}
+	// A process that was killed may have written what nobody synced. From here on
+	// it counts as promised. Segments before the last were synced as that began.
+	last, err := filepath.Glob(filepath.Join(s.path(walDir), "*.wal"))
+	if err != nil || len(last) == 0 {
+		return nil, fmt.Errorf("find the end of log %s: %w", s.path(walDir), cmp.Or(err, os.ErrNotExist))
+	}
+	if err := syncFile(last[len(last)-1]); err != nil {
+		return nil, fmt.Errorf("sync log %s: %w", s.path(walDir), err)
+	}
 	if err := r.log.SetHardState(hs); err != nil {
 		return nil, err
 	}
@@ -681,7 +690,18 @@ func syncReceived(dir string) error {
 	return nil
 }
 
-func syncDir(path string) error {
+// syncFile makes what is in a file durable, whoever wrote it. It is a variable,
+// like syncDir, so that tests know what a power cut takes.
+var syncFile = func(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(fileutil.Fdatasync(f), f.Close())
+}
+
+// syncDir makes the names in a directory durable.
+var syncDir = func(path string) error {
 	d, err := fileutil.OpenDir(path)
 	if err != nil {
 		return err

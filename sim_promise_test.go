@@ -1,0 +1,268 @@
+package main
+
+import (
+	"errors"
+	"slices"
+	"time"
+
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+)
+
+// This file is what must hold at every moment, and not only in the end: what a
+// node promises is on its disk, what is committed is on the disks of a majority,
+// what is read is not older than what was known, what was refused does not
+// happen. A broken promise seldom has consequences at once; a run that waits for
+// them sees one of many.
+
+// logShadow is what a log holds, as far as it matters for promises.
+type logShadow struct {
+	term, vote uint64
+	base       uint64 // index of the last entry that only a snapshot holds
+	baseTerm   uint64
+	terms      []uint64 // of the entries after it
+}
+
+func (l *logShadow) last() uint64 { return l.base + uint64(len(l.terms)) }
+
+// termOf returns the term of an entry.
+func (l *logShadow) termOf(index uint64) (term uint64, ok bool) {
+	switch {
+	case index == l.base:
+		return l.baseTerm, true
+	case index < l.base || index > l.last():
+		return 0, false
+	}
+	return l.terms[index-l.base-1], true
+}
+
+// save appends to the log. Nothing that was handed out is overwritten: what is
+// durable shares the terms.
+func (l *logShadow) save(hs *raftpb.HardState, ents []*raftpb.Entry) {
+	if !raft.IsEmptyHardState(hs) {
+		l.term, l.vote = hs.GetTerm(), hs.GetVote()
+	}
+	for _, e := range ents {
+		if e.GetIndex() <= l.base {
+			continue
+		}
+		if keep := e.GetIndex() - l.base - 1; keep < uint64(len(l.terms)) {
+			l.terms = slices.Clone(l.terms[:keep])
+		}
+		l.terms = append(l.terms, e.GetTerm())
+	}
+}
+
+// fits says whether a snapshot is of a state that the log led to.
+func (l *logShadow) fits(m *raftpb.SnapshotMetadata) bool {
+	term, ok := l.termOf(m.GetIndex())
+	return ok && term == m.GetTerm()
+}
+
+// snapshot makes the log start from a snapshot. One that does not fit takes the
+// place of the whole log.
+func (l *logShadow) snapshot(m *raftpb.SnapshotMetadata) {
+	switch {
+	case l.fits(m):
+		l.terms = slices.Clone(l.terms[m.GetIndex()-l.base:])
+	case m.GetIndex() < l.base:
+		return
+	default:
+		l.terms = nil
+	}
+	l.base, l.baseTerm = m.GetIndex(), m.GetTerm()
+}
+
+// shadowOf returns what a process has found on its disk.
+func shadowOf(rec *recovered) (l logShadow, err error) {
+	hs, _, err := rec.log.InitialState()
+	snap, err1 := rec.log.Snapshot()
+	first, err2 := rec.log.FirstIndex()
+	last, err3 := rec.log.LastIndex()
+	if err := errors.Join(err, err1, err2, err3); err != nil {
+		return l, err
+	}
+	l.snapshot(snap.GetMetadata())
+	if last >= first {
+		ents, err := rec.log.Entries(first, last+1, noLimit)
+		if err != nil {
+			return l, err
+		}
+		l.save(hs, ents)
+	}
+	l.save(hs, nil)
+	return l, nil
+}
+
+// found compares what a process has found on its disk with what the ones before
+// it have written there for good.
+func (c *checker) found(n *simNode, l *logShadow) {
+	had := &n.durable
+	if l.term < had.term || l.term == had.term && had.vote != 0 && l.vote != had.vote {
+		c.violate("durable", "node %d starts in term %d with a vote for %d, it had %d and %d on disk", n.id, l.term, l.vote, had.term, had.vote)
+	}
+	if l.last() < had.last() {
+		c.violate("durable", "node %d starts with entries up to %d, it had %d on disk", n.id, l.last(), had.last())
+		return
+	}
+	for i := max(l.base, had.base); i <= had.last(); i++ {
+		was, _ := had.termOf(i)
+		if is, ok := l.termOf(i); ok && is != was && had.base <= i {
+			c.violate("durable", "node %d starts with entry %d of term %d, it had one of term %d on disk", n.id, i, is, was)
+			return
+		}
+	}
+	if !slices.IsSorted(l.terms) || len(l.terms) > 0 && l.terms[0] < l.baseTerm {
+		c.violate("log", "node %d starts with a log whose terms go down behind entry %d of term %d: %v", n.id, l.base, l.baseTerm, l.terms)
+	}
+}
+
+// promised compares a message with what its sender has on disk.
+func (c *checker) promised(p *process, m *raftpb.Message) {
+	disk := &p.node.durable
+	switch m.GetType() {
+	case raftpb.MsgAppResp, raftpb.MsgVoteResp, raftpb.MsgApp, raftpb.MsgHeartbeat, raftpb.MsgSnap:
+	default:
+		return
+	}
+	if disk.term < m.GetTerm() {
+		c.violate("promise", "node %d sends %v of term %d, and has term %d on disk", p.node.id, m.GetType(), m.GetTerm(), disk.term)
+	}
+	if disk.term != m.GetTerm() || m.GetReject() {
+		return
+	}
+	switch m.GetType() {
+	case raftpb.MsgVoteResp:
+		if disk.vote != m.GetTo() {
+			c.violate("promise", "node %d votes for %d in term %d, on disk it is for %d", p.node.id, m.GetTo(), m.GetTerm(), disk.vote)
+		}
+	case raftpb.MsgAppResp:
+		term, err := p.replica.log.Term(m.GetIndex())
+		if was, ok := disk.termOf(m.GetIndex()); m.GetIndex() > disk.last() || ok && err == nil && was != term {
+			c.violate("promise", "node %d says that it has entry %d of term %d; on disk it has %d entries, and there one of term %d",
+				p.node.id, m.GetIndex(), term, disk.last(), was)
+		}
+	}
+}
+
+// committed wants an entry that somebody applies to be on the disks of a
+// majority: of the voters before or after the last change, since a leader may
+// not have applied that yet.
+func (c *checker) committed(p *process, e *raftpb.Entry) {
+	m := c.model
+	if len(m.voters) == 0 || c.onMajority(m.voters, e) || c.onMajority(m.votersBefore, e) {
+		return
+	}
+	c.violate("quorum", "node %d applies entry %d of term %d, which no majority of %v has on disk", p.node.id, e.GetIndex(), e.GetTerm(), m.voters)
+}
+
+func (c *checker) onMajority(voters []uint64, e *raftpb.Entry) bool {
+	have := 0
+	for _, id := range voters {
+		disk := &c.sim.node(id).durable
+		if term, ok := disk.termOf(e.GetIndex()); ok && term == e.GetTerm() || e.GetIndex() < disk.base {
+			have++
+		}
+	}
+	return have > len(voters)/2
+}
+
+// readable looks at a round of reads whose time has come. What a leader answers
+// itself it must know: it votes, and has committed in its term.
+func (c *checker) readable(p *process, q *readRound) {
+	r := p.replica
+	if r.role == raft.StateLeader && !p.asked[q.attempt] {
+		c.answersReads(p, "answers a read")
+	}
+}
+
+// answersReads looks at a leader that says up to where reads must see.
+func (c *checker) answersReads(p *process, does string) {
+	r := p.replica
+	if !slices.Contains(r.confState.GetVoters(), p.node.id) {
+		c.violate("read", "node %d %s, and does not vote", p.node.id, does)
+	}
+	if term, err := r.log.Term(r.committed); err == nil && term != r.term {
+		c.violate("read", "node %d %s as the leader of term %d, in which nothing is committed yet (%d of term %d; %v)", p.node.id, does, r.term, r.committed, term, r.confState)
+	}
+}
+
+// handedBack looks at a batch that a process has done with. What it refuses must
+// never be applied.
+func (c *checker) handedBack(p *process, b *batch) {
+	if b.err != nil && outcomeOf(b.err) == notApplied && b.change == nil {
+		c.refuse(p.replica.session, b, wholeBatch)
+	}
+}
+
+// wholeBatch is the place of all commands of a batch.
+const wholeBatch = -1
+
+// refusal is of a command whose client was told that it did not happen.
+type refusal struct {
+	batch *batch
+	place int
+}
+
+func (c *checker) refuse(session uint64, b *batch, place int) {
+	c.refusals[session] = append(c.refusals[session], refusal{b, place})
+	if done := c.model.batches[batchID{session, b.seq}]; done != nil && b.seq != 0 {
+		c.notRefused(session, b.seq, done)
+	}
+}
+
+// notRefused wants none of the commands of an applied batch to have been refused.
+func (c *checker) notRefused(session, seq uint64, b *modelBatch) {
+	for _, r := range c.refusals[session] {
+		if r.batch.seq != seq {
+			continue
+		}
+		for place, result := range b.results {
+			if (r.place == wholeBatch || r.place == place) && result.status != statusNone {
+				c.violate("refused", "command %d of batch %d of session %x was applied at entry %d, and its client was told that it was not",
+					place, seq, session, b.index)
+				return
+			}
+		}
+	}
+}
+
+// answered looks at an answer as it leaves: a write was applied, and nothing is
+// older than what was known anywhere when the request came.
+func (c *checker) answered(call *simCall) {
+	op, p := call.op, call.process
+	floor := call.floor
+	switch {
+	case op.read == readWhatever:
+		return
+	case op.read == readAtLeast:
+		floor = op.atLeast
+	case !op.isRead():
+		b := c.model.batches[batchID{p.replica.session, call.batch.seq}]
+		if b == nil || call.batch.seq == 0 || call.place >= len(b.results) {
+			c.violate("answer", "node %d answers a write that nobody has applied: %v", p.node.id, op)
+			return
+		}
+		if !sameResult(op.result, b.results[call.place]) {
+			c.violate("answer", "%v; but it came to %+v", op, b.results[call.place])
+		}
+	}
+	if op.version() < floor && (op.isRead() || !op.result.replayed) {
+		c.violate("stale", "node %d answers with version %d, and %d was known when it was asked: %v", p.node.id, op.version(), floor, op)
+	}
+}
+
+// snapshotsMax is how often a process may offer a snapshot to one member in a
+// second. Who cannot take it now cannot in a millisecond either.
+const snapshotsMax = 50
+
+// offered counts the snapshots that a process sends.
+func (c *checker) offered(p *process, m *raftpb.Message) {
+	times := p.offered[m.GetTo()]
+	for len(times) > 0 && times[0] < c.sim.now-time.Second {
+		times = times[1:]
+	}
+	if p.offered[m.GetTo()] = append(times, c.sim.now); len(times) > snapshotsMax {
+		c.violate("flood", "node %d has sent node %d more than %d snapshots in a second", p.node.id, m.GetTo(), snapshotsMax)
+	}
+}
