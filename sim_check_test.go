@@ -31,7 +31,7 @@ type checker struct {
 
 	verdicts map[uint64]verdict // of nodes that have found their own state wanting
 
-	refusals map[uint64][]refusal // by session
+	refusals map[uint64][]denial // by session
 	acked    uint64               // highest version that a client was told of
 
 	reached    map[string]int // how often something went wrong at a point
@@ -63,7 +63,7 @@ func newChecker(s *sim) *checker {
 		configs:  map[uint64]string{},
 		reached:  map[string]int{},
 		verdicts: map[uint64]verdict{},
-		refusals: map[uint64][]refusal{},
+		refusals: map[uint64][]denial{},
 	}
 	return c
 }

@@ -198,14 +198,14 @@ func (c *checker) handedBack(p *process, b *batch) {
 // wholeBatch is the place of all commands of a batch.
 const wholeBatch = -1
 
-// refusal is of a command whose client was told that it did not happen.
-type refusal struct {
+// denial is of a command whose client was told that it did not happen.
+type denial struct {
 	batch *batch
 	place int
 }
 
 func (c *checker) refuse(session uint64, b *batch, place int) {
-	c.refusals[session] = append(c.refusals[session], refusal{b, place})
+	c.refusals[session] = append(c.refusals[session], denial{b, place})
 	if done := c.model.batches[batchID{session, b.seq}]; done != nil && b.seq != 0 {
 		c.notRefused(session, b.seq, done)
 	}
