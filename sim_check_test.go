@@ -32,7 +32,7 @@ type checker struct {
 	verdicts map[uint64]verdict // of nodes that have found their own state wanting
 
 	refusals map[uint64][]denial // by session
-	acked    uint64               // highest version that a client was told of
+	acked    uint64              // highest version that a client was told of
 
 	reached    map[string]int // how often something went wrong at a point
 	diskErrors int
