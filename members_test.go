@@ -392,3 +392,89 @@ func TestVirtual_RefusedMembers(t *testing.T) {
 		}
 	}
 }
+
+// A learner that answers, but is far behind, would hold up all writes as a voter.
+func TestMembers_LearnerIsFarBehind(t *testing.T) {
+	cfg := defaultSimConfig(1, 1)
+	cfg.snapshotEntries = 1 << 40
+	s, leader := newScenario(t, cfg)
+	learner := s.addNode("http://n2", true)
+	s.mustChange(t, leader, memberChange{addLearner, member{ID: learner.id, PeerURL: learner.url}})
+	learner.start()
+	s.run(time.Second)
+	promote := memberChange{promoteLearner, member{ID: learner.id}}
+	if err := leader.process.replica.refuseChange(promote); err != nil {
+		t.Fatal(err)
+	}
+	s.hold(func(m *raftpb.Message) bool { return m.GetType() == raftpb.MsgApp })
+	for i := range catchUpLag + 100 {
+		s.wait(t, s.begin(leader, putOp("k", fmt.Sprint(i)), time.Second))
+	}
+	if err := leader.process.replica.refuseChange(promote); err == nil || !strings.Contains(err.Error(), "has not caught up") {
+		t.Errorf("%v", err)
+	}
+}
+
+// What others pass on, or say about a member, is no sign that it is up.
+func TestMembers_SignOfLife(t *testing.T) {
+	s, leader := newScenario(t, defaultSimConfig(1, 3))
+	down := s.node(leader.id%3 + 1)
+	down.crash(tailKept)
+	s.run(time.Second)
+	r := leader.process.replica
+	for _, m := range []raftpb.MessageType{raftpb.MsgProp, raftpb.MsgReadIndex, raftpb.MsgTransferLeader} {
+		r.step(&raftpb.Message{Type: m.Enum(), From: new(down.id), To: new(leader.id), Entries: []*raftpb.Entry{{}}})
+		if r.hears(down.id) {
+			t.Errorf("%v under the name of node %d makes it one that is heard", m, down.id)
+		}
+	}
+}
+
+// A leader that hands over, by itself or to be removed, picks a member that is up.
+func TestMembers_HeirIsUp(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		down func(leader uint64) uint64 // of equally good ones the one that would be chosen
+		ask  func(s *sim, leader *simNode)
+	}{
+		{"transfer", func(leader uint64) uint64 { return 5 - leader/5 }, func(_ *sim, leader *simNode) { leader.process.transfer() }},
+		{"removal", func(leader uint64) uint64 { return 1 + 1/leader }, func(_ *sim, leader *simNode) {
+			leader.proposeChange(memberChange{removeMember, member{ID: leader.id}}, memberTimeout)
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s, leader := newScenario(t, defaultSimConfig(1, 5))
+			s.wait(t, s.begin(leader, putOp("k", "v"), time.Second))
+			s.run(100 * time.Millisecond)
+			down := s.node(tt.down(leader.id))
+			down.crash(tailKept)
+			s.run(time.Second)
+			r := leader.process.replica
+			tt.ask(s, leader)
+			if !s.runUntil(3*time.Second, func() bool { return r.raw.BasicStatus().LeadTransferee != 0 || !leads(leader) }) {
+				t.Fatalf("it does not hand over; %v", s.check.violations)
+			}
+			if to := r.raw.BasicStatus().LeadTransferee; to == down.id {
+				t.Errorf("it hands over to node %d, which is down", to)
+			}
+		})
+	}
+}
+
+// Of two members one was removed, was told so and has ended. The other one must
+// not forget in a crash that the removal is committed.
+func TestMembers_RemovalIsDurable(t *testing.T) {
+	s, left := newScenario(t, defaultSimConfig(1, 2))
+	gone := s.node(left.id%2 + 1)
+	s.wait(t, s.begin(left, putOp("k", "v"), time.Second))
+	s.mustChange(t, left, memberChange{removeMember, member{ID: gone.id}})
+	if !s.runUntil(5*time.Second, func() bool { return gone.retired }) {
+		t.Fatalf("node %d was not told; %v", gone.id, s.check.violations)
+	}
+	left.crash(tailLost)
+	left.start()
+	if !s.runUntil(5*time.Second, func() bool { return leads(left) }) {
+		t.Fatalf("node %d cannot lead alone; %v", left.id, s.check.violations)
+	}
+	s.judge(t)
+}
