@@ -159,7 +159,7 @@ func (r *exchangeRig) say(id uint64, same bool) {
 // wait waits for a verdict, and for the watches to be what it says.
 func (r *exchangeRig) wait(t *testing.T, want verdict) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
 		err := r.hub.closed.Load()
 		if v := r.guard.current(); v == want && err == want.err() {
 			return
@@ -299,7 +299,7 @@ func TestHub_LooksForTheFirst(t *testing.T) {
 	go func() { done <- h.waitVersion(t.Context(), s.version()+1) }()
 	select {
 	case <-h.wake:
-	case <-time.After(10 * time.Second):
+	case <-time.After(5 * time.Second):
 		t.Fatal("one that waits for a version does not make the hub look")
 	}
 	applyAll(t, s, somePut)

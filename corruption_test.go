@@ -503,7 +503,7 @@ func crashDirectory(t *testing.T, value func(n int) string) (before, after *dire
 	image := func() *directory {
 		d := *r.made
 		d.files = readTree(t, r.disk.dir)
-		end, err := scanLog(filepath.Join(r.disk.dir, walDir))
+		end, err := scanLog(filepath.Join(r.disk.dir, walDir), watermark{})
 		must(t, err)
 		d.pending = end.offset
 		return &d

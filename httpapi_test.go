@@ -188,6 +188,7 @@ type front struct {
 	hub     *hub
 	logs    *observer.ObservedLogs
 	config  httpConfig
+	api     *httpAPI
 }
 
 // newFront serves on a loopback port.
@@ -250,7 +251,7 @@ func serveFront(t *testing.T, l *listener, dial func() (net.Conn, error), option
 		stopHub()
 		hubDone.Wait()
 	})
-	return &front{t: t, dial: dial, backend: backend, store: store, hub: hub, logs: logs, config: cfg}
+	return &front{t: t, dial: dial, backend: backend, store: store, hub: hub, logs: logs, config: cfg, api: handler.(*httpAPI)}
 }
 
 // mustDial returns a connection that is closed with the test.
@@ -525,6 +526,29 @@ func TestHTTP_RefusesLargeValues(t *testing.T) {
 }
 
 // chunked encodes a body in chunks of uneven size.
+// TestHTTP_BodiesAreGivenBack: the memory for bodies is bounded, and what was refused holds none of it.
+func TestHTTP_BodiesAreGivenBack(t *testing.T) {
+	f := newFront(t)
+	large := strings.Repeat("v", testValueSizeMax)
+	held := int64(bodiesSizeMax - len(large) + 1)
+	f.api.bodies.Add(held) // by others
+	for range 3 {
+		a := f.do("PUT", "/k", large)
+		if a.want(t, 503); mustProblem(t, a).Code != errOverloaded.code {
+			t.Errorf("%s", a.body)
+		}
+	}
+	f.do("PUT", "/k", "small").want(t, 201)
+	if got := f.api.bodies.Load(); got != held {
+		t.Errorf("%d bytes are held, want %d", got, held)
+	}
+	f.api.bodies.Add(-1) // it just fits
+	f.do("PUT", "/k", large).want(t, 204)
+	if got := f.api.bodies.Load(); got != held-1 {
+		t.Errorf("%d bytes are held, want %d", got, held-1)
+	}
+}
+
 func chunked(body string) string {
 	var b strings.Builder
 	for size := 1; body != ""; size = 3*size + 1 {

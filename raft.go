@@ -26,7 +26,8 @@ import (
 // whose last write failed may hold anything, so nothing is acknowledged after.
 type disk interface {
 	// save appends the hard state and entries to the log. They are durable when
-	// it returns, except for a hard state in which only the commit index moved.
+	// it returns, except for a hard state in which only the commit index moved
+	// and that does not follow a snapshot which was received.
 	save(hs *raftpb.HardState, ents []*raftpb.Entry) error
 	// sync makes durable what save left out.
 	sync() error
@@ -317,14 +318,19 @@ func (r *replica) maybeMark() {
 
 // step takes a message from another member.
 func (r *replica) step(m *raftpb.Message) {
-	if m.GetType() != raftpb.MsgTransferLeader { // which comes from whom it names, who may be down
+	switch m.GetType() {
+	case raftpb.MsgProp, raftpb.MsgReadIndex: // others pass them on, maybe late
+	case raftpb.MsgTransferLeader: // it comes from whom it names, who may be down
+	default:
 		r.heard[m.GetFrom()] = r.ticks
 	}
 	// What raft refuses (a proposal without a leader, an answer from a member
 	// that is gone) its sender repeats.
-	if m.GetType() == raftpb.MsgProp {
+	switch t := m.GetType(); {
+	case t == raftpb.MsgProp:
 		_ = r.stepProposal(m)
-	} else {
+	case t == raftpb.MsgReadIndex && !r.confirmsReads():
+	default:
 		_ = r.raw.Step(m)
 	}
 }
@@ -473,8 +479,8 @@ func (r *replica) read(q *readRound) {
 // to an earlier attempt, maybe from a leader that is none any more, is no
 // answer to this one.
 func (r *replica) ask(q *readRound) {
-	if r.leader == raft.None {
-		q.attempt = 0
+	if r.leader == raft.None || !r.confirmsReads() {
+		q.attempt = 0 // with the next tick
 		return
 	}
 	r.readSeq++
@@ -488,6 +494,25 @@ func (r *replica) ask(q *readRound) {
 
 // readContextSize is the size of a ReadIndex context: session and attempt.
 const readContextSize = 16
+
+// confirmsReads says whether raft may be asked for a read index. A leader in
+// whose configuration there is one voter answers at once, without a look at
+// whether it is that voter, or has committed an entry of its term; until then its
+// commit index may be from before a crash. One that was removed leads until the
+// others have caught up, and does not hear of their next leader. With more voters
+// raft waits for such an entry, and asks a majority each time.
+func (r *replica) confirmsReads() bool {
+	st := r.raw.BasicStatus()
+	if st.RaftState != raft.StateLeader {
+		return true // and passes it on
+	}
+	voters := r.confState.GetVoters()
+	if !slices.Contains(voters, r.id) {
+		return false
+	}
+	term, err := r.log.Term(st.GetCommit())
+	return len(voters) > 1 || err == nil && term == st.GetTerm()
+}
 
 // process does what raft asks for until it asks for nothing. The order is that
 // of the raft library's documentation, with one change: messages that promise
@@ -532,13 +557,19 @@ func (r *replica) at(point string) error {
 }
 
 // splitMessages separates the messages that promise something about what this
-// member has on disk from those that do not. The line is raft's own: with
-// AsyncStorageWrites it attaches exactly these types to the storage write.
-// A leader thereby sends entries while it writes them (Raft thesis, 10.2.1).
+// member has on disk from those that do not. The line is raft's own, which with
+// AsyncStorageWrites attaches these types to the storage write, but for MsgVote:
+// the request says how far the candidate's log is. If a crash took its end and
+// the term, the candidate could ask again in the same term, and votes that it was
+// given for the longer log would count for the shorter one.
+//
+// A leader thereby sends entries while it writes them (Raft thesis, 10.2.1). That
+// a follower answers a heartbeat promises nothing: which term it is in counts at
+// the moment at which it says so, and what it voted was on disk before.
 func splitMessages(msgs []*raftpb.Message) (promises, free []*raftpb.Message) {
 	for _, m := range msgs {
 		switch m.GetType() {
-		case raftpb.MsgAppResp, raftpb.MsgVoteResp, raftpb.MsgPreVoteResp:
+		case raftpb.MsgAppResp, raftpb.MsgVote, raftpb.MsgVoteResp, raftpb.MsgPreVoteResp:
 			promises = append(promises, m)
 		default:
 			free = append(free, m)
@@ -588,14 +619,17 @@ func (r *replica) persist(rd raft.Ready) error {
 		if err := r.at("after-snapshot-record"); err != nil {
 			return err
 		}
-	}
-	if err := r.disk.save(rd.HardState, rd.Entries); err != nil {
-		return fmt.Errorf("save log: %w", err)
-	}
-	if hasSnapshot {
+		// Only with it does the snapshot count.
+		if err := r.disk.save(rd.HardState, nil); err != nil {
+			return fmt.Errorf("save hard state: %w", err)
+		}
 		if err := r.install(rd.Snapshot); err != nil {
 			return fmt.Errorf("install snapshot: %w", err)
 		}
+		rd.HardState = nil
+	}
+	if err := r.disk.save(rd.HardState, rd.Entries); err != nil {
+		return fmt.Errorf("save log: %w", err)
 	}
 	return r.log.Append(rd.Entries)
 }
@@ -605,11 +639,6 @@ func (r *replica) install(snap *raftpb.Snapshot) error {
 	if r.arrived == nil || r.arrived.index != index || r.arrived.term != term {
 		return fmt.Errorf("no body for the snapshot at index %d", index)
 	}
-	// Nothing older may be purged before the hard state that goes with the
-	// snapshot is on disk.
-	if err := r.disk.sync(); err != nil {
-		return err
-	}
 	if err := r.log.ApplySnapshot(snap); err != nil {
 		return err
 	}
@@ -617,6 +646,7 @@ func (r *replica) install(snap *raftpb.Snapshot) error {
 	r.arrived = nil
 	r.confState = snap.GetMetadata().GetConfState()
 	r.appliedCount, r.appliedBytes = 0, 0
+	r.updates = r.store.memberUpdates()
 	r.transport.setMembers(r.store.members())
 	r.logger.Info("installed snapshot", zap.Uint64("index", index), zap.Uint64("term", term))
 	r.driver.background(r.disk.purge, r.purged)

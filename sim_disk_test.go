@@ -249,6 +249,11 @@ func (d *simDisk) write(point string, synced bool, do func() error) error {
 	if err := do(); err != nil {
 		return err
 	}
+	if p.trap.tail != tailLost { // before the log goes back, the watermark does, and is synced
+		if before.mark, err = os.ReadFile(d.path(watermarkName)); err != nil {
+			return err
+		}
+	}
 	if err := d.leave(before, p.trap.tail); err != nil {
 		return err
 	}

@@ -30,6 +30,7 @@ import (
 //	sim_run_test.go      TestSim: many seeds in several processes
 //	sim_planted_test.go  TestPlanted: bugs that the checks must find
 //	sim_directed_test.go scenarios by hand, down to single messages
+//	sim_reads_test.go    more of them, about reads
 //	lab_test.go          TestLab: the 25 scenarios of the raft course
 //
 // The code under test is the product's: the replica, its loop without the

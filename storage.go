@@ -110,9 +110,16 @@ type storage struct {
 
 	free func() (uint64, error) // bytes that the disk has
 
+	marking sync.Mutex // held while the watermark is written; taken before mu
+	proven  bool       // this process has written it; belongs to who saves
+
 	mu        sync.Mutex        // orders the loop's goroutine and those in the background
 	snapshots []*walpb.Snapshot // recorded in the log, oldest first
-	reached   watermark         // what the log has on disk
+	reached   extent            // what the log has on disk
+	marked    watermark         // what the watermark says, or will when it is written
+
+	// Invariant: reached covers marked, and so does whatever a crash in the middle
+	// of a write leaves of the log.
 }
 
 // recovered is what a data directory holds: where a replica goes on.
@@ -295,6 +302,14 @@ func (s *storage) load() (*recovered, error) {
 	if err := r.log.SetHardState(hs); err != nil {
 		return nil, err
 	}
+	// Behind a snapshot that was received there may be the rest of a log that it
+	// took the place of. Until other entries take its place there, each start
+	// finds it, and each start leaves it out.
+	ents = ents[:min(len(ents), int(max(s.reached.index, start.GetIndex())-start.GetIndex()))]
+	if start.GetIndex() < s.reached.base {
+		return nil, fmt.Errorf("log %s goes back to entry %d, but the newest snapshot that is usable is at entry %d: %s",
+			s.path(walDir), s.reached.base+1, start.GetIndex(), adviceForDamage)
+	}
 	if err := r.log.Append(ents); err != nil {
 		return nil, err
 	}
@@ -404,7 +419,7 @@ func (s *storage) checkLog() error {
 	if s.mark, err = openWatermark(s.dir, false); err != nil {
 		return fmt.Errorf("the watermark of %s is missing or damaged (%w): nobody can tell whether its log is whole; %s", s.dir, err, adviceForDamage)
 	}
-	end, err := scanLog(s.path(walDir))
+	end, err := scanLog(s.path(walDir), s.mark.last)
 	if err != nil {
 		return fmt.Errorf("read log %s: %w", s.path(walDir), err)
 	}
@@ -417,8 +432,47 @@ func (s *storage) checkLog() error {
 	if end.err != nil && !errors.Is(end.err, io.ErrUnexpectedEOF) {
 		return fmt.Errorf("log %s is damaged at byte %d (%w): %s", end.path, end.offset, end.err, adviceForDamage)
 	}
-	s.reached = end.watermark
+	s.reached, s.marked = end.extent, s.mark.last
+	s.reached.received = nil // the hard state never came
+	if err := s.rewrite(end); err != nil {
+		return fmt.Errorf("sync log %s: %w", s.path(walDir), err)
+	}
 	return nil
+}
+
+// rewrite makes durable what was read of the log.
+//
+// It need not be: what is read comes from the kernel's cache. After a process
+// whose fsync has failed the pages are still there, clean, as if they had been
+// written, and another fsync finds nothing to do and reports success: it proves
+// nothing about them. A member that goes by what it reads would promise, with the
+// next power cut, what is not on its disk. So the bytes are written again, which
+// makes the pages dirty, and synced; then success means that they are there.
+//
+// That is enough for the last segment, and of it behind the watermark. The
+// watermark was written after a sync up to there had succeeded, and a segment is
+// begun after the one before was synced; a process ends with the first error.
+// Snapshots have their record in the log only after their files were synced. These
+// are synced once more, as are the names, for directories that were copied here.
+func (s *storage) rewrite(end logEnd) error {
+	segments, err := filepath.Glob(filepath.Join(s.path(walDir), "*.wal"))
+	if err != nil {
+		return err
+	}
+	for _, path := range segments {
+		f, err := os.OpenFile(path, os.O_RDWR, fileMode)
+		if err != nil {
+			return err
+		}
+		if path == end.path {
+			part := io.NewSectionReader(f, end.unproven, max(0, end.offset-end.unproven))
+			_, err = io.Copy(io.NewOffsetWriter(f, end.unproven), part)
+		}
+		if err := errors.Join(err, fileutil.Fsync(f), f.Close()); err != nil {
+			return err
+		}
+	}
+	return errors.Join(syncDir(s.path(walDir)), syncDir(s.path(snapDir)), syncDir(s.dir))
 }
 
 // loadSnapshot reads the newest usable snapshot that the log has a record of.
@@ -447,6 +501,9 @@ func (s *storage) loadSnapshot(r *recovered) (*walpb.Snapshot, error) {
 			s.logger.Warn("the newest snapshot is damaged, starting from an older one", zap.Error(damage))
 		}
 		if err := r.log.ApplySnapshot(meta); err != nil {
+			return nil, err
+		}
+		if err := errors.Join(syncFile(s.metaPath(w)), syncFile(s.bodyPath(w.GetIndex()))); err != nil {
 			return nil, err
 		}
 		r.state, r.confState = st, meta.GetMetadata().GetConfState()
@@ -531,26 +588,68 @@ func (s *storage) removeTemporary() error {
 }
 
 func (s *storage) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
+	if len(ents) > 0 {
+		// Of several entries a crash may leave the first ones.
+		if err := s.goBack(watermark{term: ents[0].GetTerm(), index: ents[0].GetIndex()}); err != nil {
+			return err
+		}
+	}
 	if err := s.wal.Save(hs, ents); err != nil {
 		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if n := len(ents); n > 0 {
-		s.reached.term, s.reached.index = ents[n-1].GetTerm(), ents[n-1].GetIndex()
+	// A hard state in which only the commit index moved is not synced by itself.
+	if s.reached.received != nil {
+		if err := s.wal.Sync(); err != nil {
+			return err
+		}
+	}
+	for _, e := range ents {
+		s.reached.entry(e.GetIndex(), e.GetTerm())
 	}
 	if !raft.IsEmptyHardState(hs) {
-		s.reached.vote, s.reached.voted = hs.GetTerm(), hs.GetVote()
+		s.reached.hardState(hs)
 	}
 	return nil
 }
 
+// goBack makes the watermark say no more than to, if the end of the log is to
+// become that: the log may end there before the watermark is written again.
+func (s *storage) goBack(to watermark) error {
+	if !s.proven { // the disk may have another watermark than the one that was read
+		s.marking.Lock()
+		s.mark.last = watermark{} // so that it is written even if it is the same
+		s.marking.Unlock()
+		if err := s.writeMark(); err != nil {
+			return err
+		}
+		s.proven = true
+	}
+	s.mu.Lock()
+	to.vote, to.voted = s.marked.vote, s.marked.voted // these never go back
+	back := !to.covers(s.marked)
+	s.mu.Unlock()
+	if !back {
+		return nil
+	}
+	s.marking.Lock() // one that is on its way may say more
+	defer s.marking.Unlock()
+	s.mu.Lock()
+	to.vote, to.voted = s.marked.vote, s.marked.voted
+	s.marked, s.reached.term, s.reached.index = to, to.term, to.index
+	s.mu.Unlock()
+	return s.mark.write(to)
+}
+
 // writeMark writes down how far the log is on disk.
 func (s *storage) writeMark() error {
+	s.marking.Lock()
+	defer s.marking.Unlock()
 	s.mu.Lock()
-	reached := s.reached
+	s.marked = s.reached.watermark
 	s.mu.Unlock()
-	return s.mark.write(reached)
+	return s.mark.write(s.marked)
 }
 
 func (s *storage) sync() error {
@@ -713,6 +812,14 @@ var syncDir = func(path string) error {
 func (s *storage) commitSnapshot(meta *raftpb.Snapshot) error {
 	m := meta.GetMetadata()
 	record := &walpb.Snapshot{Index: new(m.GetIndex()), Term: new(m.GetTerm()), ConfState: m.GetConfState()}
+	s.mu.Lock()
+	received := !s.reached.leadsTo(m.GetIndex(), m.GetTerm())
+	s.mu.Unlock()
+	if received {
+		if err := s.goBack(watermark{term: m.GetTerm(), index: m.GetIndex()}); err != nil {
+			return err
+		}
+	}
 	if err := s.snap.SaveSnap(meta); err != nil {
 		return err
 	}
@@ -728,9 +835,7 @@ func (s *storage) commitSnapshot(meta *raftpb.Snapshot) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.snapshots = append(s.snapshots, record)
-	if reached := (watermark{term: m.GetTerm(), index: m.GetIndex()}); !s.reached.covers(reached) {
-		s.reached.term, s.reached.index = reached.term, reached.index // received: it replaces the log
-	}
+	s.reached.snapshot(record)
 	return nil
 }
 
@@ -756,6 +861,7 @@ func (s *storage) release() (oldest uint64, err error) {
 		return 0, nil
 	}
 	oldest = s.snapshots[0].GetIndex()
+	s.reached.forget(oldest)
 	return oldest, s.wal.ReleaseLockTo(oldest)
 }
 

@@ -303,7 +303,7 @@ func TestStorage_NoticesEveryFlippedBit(t *testing.T) {
 	segments, err := filepath.Glob(filepath.Join(dir, walDir, "*.wal"))
 	must(t, err)
 	whole := []byte(readFile(t, segments[0]))
-	end, err := scanLog(filepath.Join(dir, walDir))
+	end, err := scanLog(filepath.Join(dir, walDir), watermark{})
 	must(t, err)
 	refused, served := 0, 0
 	for offset := int64(0); offset < end.offset; offset += 7 {

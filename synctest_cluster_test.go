@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -402,32 +403,56 @@ func TestVirtual_DeadWritesLeaveNothing(t *testing.T) {
 	})
 }
 
-// TestVirtual_LoopEnds: whoever waits when the loop ends is told at once.
+// TestVirtual_LoopEnds: whoever waits when the loop ends is told at once what became of it, and so is who comes later.
 func TestVirtual_LoopEnds(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c := newVirtualCluster(t)
-		n := c.leader()
-		c.isolate(c.followers()...)
-		var wg sync.WaitGroup
-		for i := range 30 {
-			wg.Go(func() {
-				method := [...]string{http.MethodPut, http.MethodGet}[i%2]
-				r := n.do(method, "/k", "v")
-				if r.status != 503 && r.status != 504 || r.took != 100*time.Millisecond {
-					t.Errorf("%s: %v", method, r)
-				}
-			})
-		}
-		time.Sleep(100 * time.Millisecond)
-		n.endLoop()
-		wg.Wait()
-		if err := <-n.ended; err != nil {
-			t.Error(err)
-		}
-		if r := n.do(http.MethodPut, "/k", "v"); r.status != 503 || r.took != 0 || !strings.Contains(r.body, "shutting-down") {
-			t.Errorf("PUT after the end: %v", r)
-		}
-	})
+	for _, cause := range []error{nil, errors.New("the disk failed")} {
+		synctest.Test(t, func(t *testing.T) {
+			c := newVirtualCluster(t)
+			n := c.leader()
+			c.isolate(c.followers()...)
+			says := "retry at another node"
+			if cause != nil {
+				says = "stopped after an error"
+			}
+			refused := func(method string, r virtualReply) bool {
+				isWrite := method == http.MethodPut
+				return r.status == 503 && strings.Contains(r.body, `"shutting-down"`) && strings.Contains(r.body, says) &&
+					strings.Contains(r.body, `"not_applied"`) == isWrite
+			}
+			var open atomic.Int64 // writes whose outcome nobody knows
+			var wg sync.WaitGroup
+			for i := range 30 {
+				wg.Go(func() {
+					method := [...]string{http.MethodPut, http.MethodGet}[i%2]
+					r := n.do(method, "/k", "v")
+					if method == http.MethodPut && r.status == 504 && strings.Contains(r.body, `"unknown"`) {
+						open.Add(1)
+					} else if !refused(method, r) {
+						t.Errorf("%s: %v", method, r)
+					}
+					if r.took != 100*time.Millisecond {
+						t.Errorf("%s: %v", method, r)
+					}
+				})
+			}
+			time.Sleep(100 * time.Millisecond)
+			if cause == nil {
+				n.endLoop()
+			} else {
+				n.loop.call(func() error { return cause })
+			}
+			wg.Wait()
+			if open.Load() == 0 {
+				t.Error("what was proposed is refused, although it may still happen")
+			}
+			if err := <-n.ended; !errors.Is(err, cause) {
+				t.Error(err)
+			}
+			if r := n.do(http.MethodPut, "/k", "v"); !refused(http.MethodPut, r) || r.took != 0 {
+				t.Errorf("PUT after the end: %v", r)
+			}
+		})
+	}
 }
 
 // TestVirtual_DiskFails: an error of the disk ends the loop, and nobody who waits is told that it went well.

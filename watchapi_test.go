@@ -385,6 +385,36 @@ func TestWatch_LargeVersion(t *testing.T) {
 
 // TestWatch_Bookmarks: they come in time, on a quiet watch and on a busy one,
 // for longer than the deadlines that other requests have.
+// TestWatch_LargeVersionReadSlowly: neither a bookmark nor the end of a timed watch comes within a version, however
+// long its client takes to read it.
+func TestWatch_LargeVersionReadSlowly(t *testing.T) {
+	for _, query := range []string{"", "&timeout=5s"} {
+		synctest.Test(t, func(t *testing.T) {
+			f := newPipeFront(t)
+			const n = 3 * readEventsMax
+			for i := range n {
+				f.put(fmt.Sprintf("k/%05d", i), "v")
+			}
+			w := f.watch(fmt.Sprint("resourceVersion=", n, query))
+			f.apply(command{op: opDeletePrefix, key: "k/"})
+			start := time.Now()
+			for i := range n {
+				if i%100 == 0 {
+					time.Sleep(3 * time.Second)
+				}
+				if m := w.next(); m.kind != "DELETED" || m.rv != n+1 || m.more != (i < n-1) {
+					t.Fatalf("message %d: %v", i, m)
+				}
+			}
+			if took := time.Since(start); took < 20*time.Second {
+				t.Errorf("bad test: it took %v", took)
+			}
+			w.want(bookmarkLine(n + 1))
+			_ = w.conn.Close()
+		})
+	}
+}
+
 func TestWatch_Bookmarks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newPipeFront(t)

@@ -25,13 +25,15 @@ import (
 // with such a member can lose acknowledged writes.
 //
 // So a second file, the watermark, says how far the log was known to be on
-// disk. It is written about once a second and when the log is closed. A log
-// that ends before its watermark is refused.
+// disk. It is written every markEvery and when the log is closed. A log that
+// ends before its watermark is refused.
 
 const watermarkName = "watermark"
 
 // watermark is a position that the log reached: whatever it ends with later is
-// not older. The zero value is a log that reached nothing.
+// not older. Raft may replace the end of a log by entries of an older term, or by
+// a snapshot that ends earlier; then the watermark goes back first, see goBack.
+// The zero value is a log that reached nothing.
 type watermark struct {
 	term  uint64 // of the last entry
 	index uint64 // of the last entry
@@ -137,17 +139,94 @@ func (w *watermarkFile) write(m watermark) error {
 	return nil
 }
 
+// extent follows what a log holds while records are written or read. The order
+// counts: a snapshot that was received takes the place of all that was written
+// before it, also of what is behind its index.
+type extent struct {
+	watermark // the end
+	commit    uint64
+	base      uint64    // index before the first entry
+	terms     []termRun // of the entries
+
+	// received is a snapshot that the log did not lead to. It counts from the hard
+	// state on that follows it at once. Without that a crash came in between, and
+	// the log still is what it was.
+	received *walpb.Snapshot
+}
+
+// termRun says which entry is the first of those with a term.
+type termRun struct{ first, term uint64 }
+
+// entry moves the end to an entry, which may replace others.
+func (x *extent) entry(index, term uint64) {
+	x.received = nil
+	if len(x.terms) == 0 && x.index == 0 || index > x.index+1 {
+		x.base, x.terms = index-1, nil // what was before has been purged
+	}
+	x.base = min(x.base, index-1)
+	for len(x.terms) > 0 && x.terms[len(x.terms)-1].first >= index {
+		x.terms = x.terms[:len(x.terms)-1]
+	}
+	if n := len(x.terms); n == 0 || x.terms[n-1].term != term {
+		x.terms = append(x.terms, termRun{index, term})
+	}
+	x.index, x.term = index, term
+}
+
+// leadsTo says whether the log has led to the state at index, as far as it
+// goes back.
+func (x *extent) leadsTo(index, term uint64) bool {
+	if index <= x.base && x.base > 0 {
+		return true
+	}
+	if index > x.index {
+		return false
+	}
+	at := uint64(0)
+	for _, run := range x.terms {
+		if run.first <= index {
+			at = run.term
+		}
+	}
+	return at == term
+}
+
+// snapshot notes the record of a snapshot.
+func (x *extent) snapshot(rec *walpb.Snapshot) {
+	x.received = nil
+	if rec.GetIndex() > 0 && !x.leadsTo(rec.GetIndex(), rec.GetTerm()) {
+		x.received = rec
+	}
+}
+
+// hardState notes a hard state.
+func (x *extent) hardState(hs *raftpb.HardState) {
+	x.vote, x.voted, x.commit = hs.GetTerm(), hs.GetVote(), hs.GetCommit()
+	if rec := x.received; rec != nil && rec.GetIndex() <= x.commit {
+		x.index, x.term, x.base, x.terms = rec.GetIndex(), rec.GetTerm(), rec.GetIndex(), nil
+	}
+	x.received = nil
+}
+
+// forget drops what nobody needs to know of the entries up to index.
+func (x *extent) forget(index uint64) {
+	for len(x.terms) > 1 && x.terms[1].first <= index {
+		x.terms = x.terms[1:]
+	}
+	x.base = max(x.base, index)
+}
+
 // logEnd is what a look through the log found.
 type logEnd struct {
-	watermark
-	commit uint64
-	path   string // of the segment in which reading ended
-	offset int64  // of the first byte behind the last whole record
-	err    error  // nil if the log ends where nothing was written yet
+	extent
+	path     string // of the segment in which reading ended
+	offset   int64  // of the first byte behind the last whole record
+	unproven int64  // in that segment, the first byte of which the watermark does not say that it is on disk
+	err      error  // nil if the log ends where nothing was written yet
 }
 
 // scanLog reads a log without changing it.
-func scanLog(dir string) (logEnd, error) {
+func scanLog(dir string, mark watermark) (logEnd, error) {
 	var end logEnd
 	names, err := fileutil.ReadDir(dir, fileutil.WithExt(".wal"))
 	if err != nil {
@@ -166,7 +245,7 @@ func scanLog(dir string) (logEnd, error) {
 		readers[i] = fileutil.NewFileReader(f)
 	}
 	decoder := wal.NewDecoder(readers...)
-	segments := 0
+	segments, proven := 0, false
 	for rec := (&walpb.Record{}); ; {
 		end.offset = decoder.LastOffset()
 		if err := decoder.Decode(rec); err != nil {
@@ -182,13 +261,16 @@ func scanLog(dir string) (logEnd, error) {
 		isFirst := segments == 0 || decoder.LastOffset() <= end.offset // offsets start again
 		if isFirst {
 			segments++
-			end.offset = 0
+			end.offset, end.unproven = 0, 0
 		}
 		if end.err = checkChain(decoder, rec, isFirst); end.err == nil {
 			end.err = end.note(rec)
 		}
 		if end.err != nil {
 			break
+		}
+		if !proven && end.covers(mark) {
+			proven, end.unproven = true, end.offset
 		}
 	}
 	end.path = filepath.Join(dir, names[max(segments, 1)-1])
@@ -245,7 +327,7 @@ func (e *logEnd) note(rec *walpb.Record) error {
 		if t := entry.GetType(); t > raftpb.EntryConfChange || t == raftpb.EntryConfChange && len(entry.GetData()) == 0 {
 			return errRecordType
 		}
-		e.term, e.index = entry.GetTerm(), entry.GetIndex()
+		e.entry(entry.GetIndex(), entry.GetTerm())
 	case wal.StateType:
 		var hs raftpb.HardState
 		if err := proto.Unmarshal(rec.GetData(), &hs); err != nil {
@@ -254,17 +336,13 @@ func (e *logEnd) note(rec *walpb.Record) error {
 		if hs.GetTerm() == 0 || len(hs.ProtoReflect().GetUnknown()) > 0 {
 			return errRecordType
 		}
-		e.vote, e.voted, e.commit = hs.GetTerm(), hs.GetVote(), hs.GetCommit()
+		e.hardState(&hs)
 	case wal.SnapshotType:
 		var snap walpb.Snapshot
 		if err := proto.Unmarshal(rec.GetData(), &snap); err != nil {
 			return err
 		}
-		// A received snapshot takes the place of the log before it; one of this
-		// member's own is behind what the log has.
-		if reached := (watermark{term: snap.GetTerm(), index: snap.GetIndex()}); !e.covers(reached) {
-			e.term, e.index = reached.term, reached.index
-		}
+		e.snapshot(&snap)
 	default:
 		return errRecordType
 	}
@@ -273,7 +351,7 @@ func (e *logEnd) note(rec *walpb.Record) error {
 
 // cutLog cuts off what of a log cannot be read, whether or not it was promised.
 func cutLog(dir string) error {
-	end, err := scanLog(dir)
+	end, err := scanLog(dir, watermark{})
 	if err != nil || end.err == nil {
 		return err
 	}
