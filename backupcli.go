@@ -177,19 +177,18 @@ func newRestoreCommand() *cobra.Command {
 		Short: "Make the data directory of a node of a new cluster from a backup",
 		Long: `Make the data directory of a node of a new cluster from a backup. Do it once
 for each node, with the same FILE, --cluster and --cluster-token, then start the
-nodes with these flags.
+nodes. They found the cluster when all of them are there.
 
 The new cluster has another cluster ID than the old one, so their nodes never
 mix. Its resource versions go on far above those of the backup, and a watch that
-wants to resume from an old one is answered 410: list again. To restore the same
-FILE a second time at the same addresses give another --cluster-token.`,
+wants to resume from an old one is answered 410: list again.`,
 		Example: `  PEERS=http://127.0.0.1:12379,http://127.0.0.1:22379,http://127.0.0.1:32379
   raftrv snapshot restore backup --id 1 --cluster $PEERS --data-dir raftrv-1
   raftrv snapshot restore backup --id 2 --cluster $PEERS --data-dir raftrv-2
   raftrv snapshot restore backup --id 3 --cluster $PEERS --data-dir raftrv-3`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := cfg.validate(); err != nil {
+			if err := cmp.Or(cfg.validate(), cfg.checkSelf()); err != nil {
 				return err
 			}
 			syscall.Umask(0o077)
@@ -198,12 +197,11 @@ FILE a second time at the same addresses give another --cluster-token.`,
 				return err
 			}
 			before, keys := b.state.rv, b.state.items.Len()
-			id, err := restoreBackup(cfg, b, zap.NewNop())
-			if err != nil {
+			if err := restoreBackup(cfg, b, zap.NewNop()); err != nil {
 				return err
 			}
 			out := cmd.OutOrStdout()
-			fmt.Fprintf(out, "restored %d keys into %s, node %d of the new cluster %x (the backup is of cluster %s)\n", keys, cfg.dataDir, cfg.id, id.Cluster, b.Cluster)
+			fmt.Fprintf(out, "restored %d keys into %s, node %d of a new cluster (the backup is of cluster %s)\n", keys, cfg.dataDir, cfg.id, b.Cluster)
 			fmt.Fprintf(out, "the resource version is %d, in the backup it was %d\n", b.state.rv, before)
 			fmt.Fprintf(out, "when all nodes are restored from this file, start each:\n  %s\n", serveCommand(cfg.id, cfg.cluster, cfg.token, cfg.dataDir))
 			return nil

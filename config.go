@@ -2,12 +2,12 @@ package main
 
 import (
 	"cmp"
-	"crypto/sha256"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"net/url"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -89,10 +89,10 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.SortFlags = false
 	f.Uint64Var(&c.id, "id", 1, "this node's `number`: the place of its URL in --cluster, from 1, or the ID written there")
 	f.StringVar(&c.cluster, "cluster", "http://127.0.0.1:9021",
-		"comma-separated peer `URLs` of all nodes; or ID=URL for each")
+		"comma-separated peer `URLs` of all nodes that found the cluster, or of whom to ask with --join; or ID=URL for each; later it is a hint")
 	f.IntVar(&c.port, "port", 9121, "`port` for HTTP clients, on the loopback interface unless --listen says otherwise")
 	f.BoolVar(&c.join, "join", false, "join a cluster that runs; a member must add this node: curl -X POST -d PEER-URL .../ID")
-	f.StringVar(&c.token, "cluster-token", "", "`name` that makes this cluster different from others; the default is made from --cluster")
+	f.StringVar(&c.token, "cluster-token", "", "`name` that all nodes must have in common to found a cluster; later it means nothing")
 	f.StringVar(&c.dataDir, "data-dir", "", "`directory` for log and snapshots, made if missing (default raftrv-ID)")
 	f.StringVar(&c.listen, "listen", "", "`host:port` for HTTP clients, instead of 127.0.0.1 and --port")
 	f.StringVar(&c.listenPeer, "listen-peer", "", "`host:port` for the other nodes (default that of this node's URL in --cluster)")
@@ -128,18 +128,16 @@ func (c *config) validate() error {
 	if c.members, err = parseCluster(c.cluster); err != nil {
 		return fmt.Errorf("--cluster: %w", err)
 	}
-	if c.self() == nil {
-		return fmt.Errorf("--id %d is not in --cluster, which has %d node(s)", c.id, len(c.members))
-	}
 	c.dataDir = cmp.Or(c.dataDir, fmt.Sprintf("raftrv-%d", c.id))
 	c.listen = cmp.Or(c.listen, net.JoinHostPort("127.0.0.1", strconv.Itoa(c.port)))
-	peer, err := url.Parse(c.self().PeerURL)
-	if err != nil {
-		return err
-	}
-	c.listenPeer = cmp.Or(c.listenPeer, peer.Host)
-	if c.clientURL, err = c.findClientURL(peer.Hostname()); err != nil {
-		return err
+	if self := c.self(); self != nil { // otherwise openPorts finds out
+		peer, err := url.Parse(self.PeerURL)
+		if err != nil {
+			return err
+		}
+		if c.clientURL, err = c.findClientURL(peer.Hostname()); err != nil {
+			return err
+		}
 	}
 	for i, name := range c.allowedHosts {
 		if err := checkHostName(name); err != nil {
@@ -237,17 +235,50 @@ func (c *config) peerSilenceMax() time.Duration {
 	return max(peerSilenceMin, peerSilenceElections*time.Duration(c.electionTicks)*c.tick)
 }
 
-// clusterID identifies the cluster that these flags describe, so that a data
-// directory or a peer of another one is noticed.
-func (c *config) clusterID() uint64 {
-	name := c.token
-	if name == "" {
-		for _, m := range c.members {
-			name += fmt.Sprintf("%d=%s,", m.ID, m.PeerURL)
+// checkSelf refuses a list without this node, unless its directory knows who it is.
+func (c *config) checkSelf() error {
+	if _, err := os.Stat(filepath.Join(c.dataDir, walDir)); c.self() == nil && err != nil {
+		return fmt.Errorf("--id %d is not in --cluster, which has %d node(s)", c.id, len(c.members))
+	}
+	return nil
+}
+
+// peerAddress returns where to listen for the other members: at the address that
+// this node has in --cluster. A member finds its own in what its directory holds,
+// if --cluster has none for it, or has that of another one there, since it is in
+// another order.
+func (c *config) peerAddress(rec *recovered) (string, error) {
+	if c.listenPeer != "" {
+		return c.listenPeer, nil
+	}
+	var peerURL string
+	if self := c.self(); self != nil {
+		peerURL = self.PeerURL
+	}
+	if rec != nil {
+		known := rec.state.members
+		if self, ok := known[c.id]; ok && (peerURL == "" || hasOther(known, peerURL, c.id)) {
+			peerURL = self.PeerURL
 		}
 	}
-	sum := sha256.Sum256([]byte(name))
-	return binary.BigEndian.Uint64(sum[:]) | 1 // never zero
+	u, err := url.Parse(peerURL)
+	if err == nil && u.Host == "" {
+		err = fmt.Errorf("the address of node %d is not known: it is neither in --cluster nor in %s", c.id, c.dataDir)
+	}
+	if err != nil {
+		return "", err
+	}
+	return u.Host, nil
+}
+
+// hasOther says whether another member than id has a peer URL.
+func hasOther(members map[uint64]member, peerURL string, id uint64) bool {
+	for _, m := range members {
+		if m.PeerURL == peerURL && m.ID != id {
+			return true
+		}
+	}
+	return false
 }
 
 // parseCluster reads "URL,URL,..." or "ID=URL,ID=URL,...".

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -665,7 +666,7 @@ func TestStorage_RefusesAnUnfinishedDirectory(t *testing.T) {
 func TestStorage_IdentityIsStable(t *testing.T) {
 	var id identity
 	must(t, json.Unmarshal([]byte(`{"format":1,"member":3,"cluster":7,"directory":9,"joined":true}`), &id))
-	if id != (identity{Format: 1, Member: 3, Cluster: 7, Directory: 9, Joined: true}) {
+	if !reflect.DeepEqual(id, identity{Format: 1, Member: 3, Cluster: 7, Directory: 9, Joined: true}) {
 		t.Errorf("%+v", id)
 	}
 }

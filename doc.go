@@ -8,6 +8,7 @@
 //	config.go     flags, their ranges and defaults
 //	server.go     builds a node from the parts below, starts and stops it
 //	member.go     how a node finds its place in the cluster
+//	founding.go   how a cluster comes to be, once
 //	httpapi.go    requests become commands and reads, results become responses
 //	loop.go       one goroutine drives the replica; everybody else waits here
 //	raft.go       the replica, a step machine over raft: persist, send, apply

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -14,50 +15,195 @@ import (
 // This file is how a node finds its place in a cluster: whose data directory it
 // has, and what the other members know about it.
 
-// recoverState reads the data directory, or fills an empty one. fresh says that
-// this member has promised nothing yet: it starts from what --cluster or a
-// backup says.
-func recoverState(ctx context.Context, cfg config, disk *storage, logger *zap.Logger) (rec *recovered, fresh bool, err error) {
-	if rec, err = disk.load(); err != nil {
-		return nil, false, err
+// place is a node that looks for its place: its data directory holds no state
+// of a cluster yet.
+type place struct {
+	cfg    config
+	disk   *storage
+	ports  *ports
+	logger *zap.Logger
+}
+
+const (
+	placeRetry = 50 * time.Millisecond // between two rounds of questions
+
+	// Somebody who waits for other nodes says so, first after waitFirst.
+	waitFirst = time.Second
+	waitEvery = 5 * time.Second
+
+	// conflictMax is how long nodes that disagree wait for somebody to start one of
+	// them with other flags.
+	conflictMax = 3 * time.Second
+)
+
+// find returns what a data directory holds that load has read (nil if it was
+// empty), and fills it if it holds nothing yet: founds a cluster with the other
+// nodes in --cluster, or joins one. It returns nil if ctx ends before.
+func (p *place) find(ctx context.Context, rec *recovered) (*recovered, error) {
+	if rec != nil {
+		if err := checkMember(p.cfg, rec.identity.Member); err != nil {
+			return nil, err
+		}
+		if !rec.empty() {
+			return rec, p.disk.removeFounding() // a crash may have left it
+		}
+		if len(rec.identity.Founders) > 0 {
+			return rec, p.disk.writeFirstState(rec, rec.identity.Founders)
+		}
 	}
-	id := identity{Member: cfg.id, Cluster: cfg.clusterID(), Joined: cfg.join, Directory: randomID()}
+	own, err := p.disk.loadFounding()
+	if err != nil {
+		return nil, err
+	}
+	if own != nil {
+		if err := checkMember(p.cfg, own.Member); err != nil {
+			return nil, err
+		}
+	}
+	switch {
+	case rec != nil && rec.identity.Joined, rec == nil && p.cfg.join && (own == nil || own.Backup == ""):
+		return p.join(ctx, rec, own)
+	case rec != nil: // the first start by an older version did not get far
+		return rec, p.disk.writeFirstState(rec, p.cfg.members)
+	}
+	if own, err = p.record(ctx, own); err != nil {
+		return nil, err
+	}
+	return p.found(ctx, own)
+}
+
+// record returns the founding record of this node, and makes it if need be.
+func (p *place) record(ctx context.Context, own *founding) (*founding, error) {
+	flags := newFounding(&p.cfg)
+	switch {
+	case own == nil:
+	case own.Backup != "" || own.agrees(flags):
+		return own, nil
+	default:
+		// What this node said with the flags of before may have been enough for
+		// others to found that cluster. Then it is a founder of it.
+		for _, a := range askPeers(ctx, own.Members) {
+			if a.info != nil && own.isFounder(a.info) {
+				return own, nil
+			}
+		}
+		p.logger.Warn("this node is started with another --cluster or --cluster-token than before, and waits for nodes with these",
+			zap.String("before", formatList(own.Members)), zap.String("now", formatList(flags.Members)))
+	}
+	return flags, p.disk.saveFounding(flags)
+}
+
+// found waits for the others, and founds the cluster with them.
+func (p *place) found(ctx context.Context, own *founding) (*recovered, error) {
+	p.ports.tell(peerInfo{Node: own.Member, Process: p.ports.process, Founding: own})
+	var step foundingStep
+	type conflict struct {
+		err   error
+		since time.Time
+	}
+	conflicts := map[uint64]conflict{} // they end when the member agrees
+	err := p.poll(ctx, "waiting to found the cluster", func() (done bool, waiting []string, err error) {
+		step = own.decide(p.ports.process, askPeers(ctx, own.Members))
+		if step.refusal != nil || step.cluster != 0 || ctx.Err() != nil {
+			return step.cluster != 0, nil, step.refusal
+		}
+		for _, m := range step.founders {
+			if m.Directory != 0 {
+				delete(conflicts, m.ID)
+			}
+		}
+		for id, err := range step.conflicts {
+			if _, known := conflicts[id]; !known {
+				conflicts[id] = conflict{err, time.Now()}
+			}
+		}
+		for _, c := range conflicts {
+			if time.Since(c.since) > conflictMax {
+				return false, nil, c.err
+			}
+		}
+		return false, step.waiting, nil
+	})
+	if err != nil || step.cluster == 0 {
+		return nil, err
+	}
+	p.logger.Info("founding the cluster", zap.String("cluster", fmt.Sprintf("%x", step.cluster)), zap.String("members", formatList(step.founders)))
+	return p.disk.found(own, step.cluster, step.founders)
+}
+
+// join asks the other nodes in --cluster until one tells which cluster it is in,
+// and makes the directory that of a member that joins it.
+func (p *place) join(ctx context.Context, rec *recovered, own *founding) (*recovered, error) {
+	id := identity{Member: p.cfg.id, Joined: true, Directory: randomID()}
 	if rec != nil {
 		id = rec.identity
-		if err := checkIdentity(cfg, id); err != nil {
-			return nil, false, err
-		}
+	} else if own != nil {
+		id.Directory = own.Directory // a founder may be told to join what the others have founded
 	}
-	members := cfg.members
-	if id.Joined && (rec == nil || rec.empty()) {
-		info, err := findCluster(ctx, cfg, logger)
-		if err != nil {
-			return nil, false, err
+	p.ports.tell(peerInfo{Node: id.Member, Process: p.ports.process})
+	others := slices.DeleteFunc(slices.Clone(p.cfg.members), func(m member) bool { return m.ID == id.Member })
+	var info *peerInfo
+	err := p.poll(ctx, "waiting for a node of the cluster to answer", func() (done bool, waiting []string, err error) {
+		answers := askPeers(ctx, others)
+		for _, m := range others {
+			a := answers[m.ID]
+			if a.info != nil && a.info.informed {
+				info = a.info
+				return true, nil, nil
+			}
+			waiting = append(waiting, fmt.Sprintf("node %d (%s): %s", m.ID, m.PeerURL, a.describe()))
 		}
-		if err := checkDirectory(cfg, info, id.Directory); err != nil {
-			return nil, false, err
-		}
-		members = info.Members
-		if id.Cluster, err = info.clusterID(); err != nil {
-			return nil, false, err
-		}
+		return false, waiting, nil
+	})
+	if err != nil || info == nil {
+		return nil, err
 	}
-	if rec == nil {
-		if rec, err = disk.create(id); err != nil {
-			return nil, false, err
-		}
+	if err := checkDirectory(p.cfg, info, id.Directory); err != nil {
+		return nil, err
 	}
-	if !rec.empty() {
-		return rec, !id.Joined && rec.untouched(), nil
+	before := id.Cluster
+	if id.Cluster, err = info.clusterID(); err != nil {
+		return nil, err
 	}
-	for _, m := range members {
+	switch {
+	case rec == nil:
+		rec, err = p.disk.create(id)
+	case id.Cluster != before:
+		p.logger.Info("this node has joined a cluster, has nothing of it, and joins another", zap.String("before", fmt.Sprintf("%x", before)),
+			zap.String("now", info.Cluster))
+		rec, err = p.disk.recreate(id)
+	}
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range info.Members {
 		rec.state.members[m.ID] = m
 	}
-	if id.Joined {
-		return rec, false, nil // a leader will send the state
+	return rec, p.disk.removeFounding() // a leader will send the state
+}
+
+// poll repeats step until it is done or fails, or ctx ends, and says now and then
+// for whom it waits.
+func (p *place) poll(ctx context.Context, message string, step func() (done bool, waiting []string, err error)) error {
+	retry := time.NewTicker(placeRetry)
+	defer retry.Stop()
+	sayAt := time.Now().Add(waitFirst)
+	for {
+		done, waiting, err := step()
+		if done || err != nil {
+			return err
+		}
+		p.ports.waiting(waiting)
+		if now := time.Now(); now.After(sayAt) {
+			sayAt = now.Add(waitEvery)
+			p.logger.Warn(message, zap.Strings("for", waiting))
+		}
+		select {
+		case <-retry.C:
+		case <-ctx.Done():
+			return nil
+		}
 	}
-	rec.state.index, rec.state.term = firstIndex, firstTerm
-	return rec, true, disk.bootstrap(rec, rec.state)
 }
 
 // checkDirectory refuses a member that was part of the cluster with another
@@ -65,23 +211,55 @@ func recoverState(ctx context.Context, cfg config, disk *storage, logger *zap.Lo
 // voted, so if it took part again, acknowledged writes could be lost.
 func checkDirectory(cfg config, info *peerInfo, directory uint64) error {
 	if slices.Contains(info.Removed, cfg.id) {
-		return fmt.Errorf("node %d was removed from the cluster; add it again under a new ID", cfg.id)
+		return errRemovedID(cfg.id)
 	}
 	if known := info.directoryOf(cfg.id); known != 0 && known != directory {
-		return fmt.Errorf("node %d was part of this cluster with another data directory than %s, and must not come back without what that held: "+
-			"remove it (curl -X DELETE http://NODE/-/v1/members/%d), then add it under a new ID", cfg.id, cfg.dataDir, cfg.id)
+		return errForgotten(cfg.id, cfg.dataDir)
 	}
 	return nil
 }
 
-// checkFresh asks the other members whether this one, which has an empty
-// directory, is really new. Before a majority has answered it must not vote.
+func errRemovedID(id uint64) error {
+	return fmt.Errorf("node %d was removed from the cluster; add it again under a new ID", id)
+}
+
+func errForgotten(id uint64, dir string) error {
+	return fmt.Errorf("node %d was part of this cluster with another data directory than %s, and must not come back without what that held: "+
+		"remove it (curl -X DELETE http://NODE/-/v1/members/%d), then add it under a new ID", id, dir, id)
+}
+
+// admit says whether this node may take part. Before, it must not vote.
+func (n *node) admit(ctx context.Context) error {
+	if err := n.checkTwin(ctx); err != nil {
+		return err
+	}
+	return n.checkFresh(ctx)
+}
+
+// checkTwin looks whether another process serves at the address of this member.
+// Two that have one directory between them, or a copy of it, could vote twice.
+func (n *node) checkTwin(ctx context.Context) error {
+	self, ok := n.store.member(n.config.id)
+	if !ok {
+		return nil
+	}
+	info, err := askPeer(ctx, self.PeerURL)
+	if err != nil || info.Process == n.process || info.Node != self.ID || info.Cluster != fmt.Sprintf("%x", n.cluster) {
+		return nil
+	}
+	return fmt.Errorf("another process runs as node %d of this cluster, at %s: a member must not run twice, nor on a copy of its data directory; "+
+		"stop one of them, or add this one under a new ID, with an empty --data-dir and --join", self.ID, self.PeerURL)
+}
+
+// checkFresh asks the other members whether this one is really new that has a
+// directory without founders in which nothing has happened: an older version has
+// made it, which founded clusters with a majority. All must answer, for the
+// reason in founding.go.
 func (n *node) checkFresh(ctx context.Context) error {
 	if !n.fresh {
 		return nil
 	}
-	n.informed.Store(true)         // all that a new cluster knows
-	strangers := map[uint64]bool{} // that were reported
+	n.informed.Store(true) // all that a new cluster knows
 	retry := time.NewTicker(freshRetry)
 	defer retry.Stop()
 	for {
@@ -91,16 +269,7 @@ func (n *node) checkFresh(ctx context.Context) error {
 				continue
 			}
 			info, err := fetchPeerInfo(ctx, m.PeerURL)
-			if err != nil {
-				continue
-			}
-			if cluster, err := info.clusterID(); err != nil || cluster != n.cluster {
-				if !strangers[m.ID] {
-					strangers[m.ID] = true
-					n.logger.Warn("a node of another cluster answers at the address of a member, and is ignored: stop it, or start this one "+
-						"with the same --cluster and --cluster-token, or with --join if it joins that cluster",
-						zap.String("peerURL", m.PeerURL), zap.String("cluster", info.Cluster), zap.String("own", fmt.Sprintf("%x", n.cluster)))
-				}
+			if err != nil || info.Cluster != fmt.Sprintf("%x", n.cluster) {
 				continue
 			}
 			if err := checkDirectory(n.config, info, n.directory); err != nil {
@@ -108,7 +277,7 @@ func (n *node) checkFresh(ctx context.Context) error {
 			}
 			answers++
 		}
-		if answers > len(n.store.members())/2 {
+		if answers == len(n.store.members()) {
 			return nil
 		}
 		select {
@@ -155,39 +324,68 @@ const announceRetry = 20 * time.Millisecond
 // errRemoved ends a node that was removed from its cluster.
 var errRemoved = errors.New("this node was removed from the cluster; to come back it needs a new ID and an empty --data-dir")
 
-func checkIdentity(cfg config, id identity) error {
-	if id.Member != cfg.id {
-		return fmt.Errorf("data directory %s belongs to node %d, not to --id %d", cfg.dataDir, id.Member, cfg.id)
-	}
-	if !id.Joined && !id.Recovered && id.Cluster != cfg.restoredClusterID(id.Backup) {
-		return fmt.Errorf("data directory %s belongs to another cluster (%x): start it with the --cluster or --cluster-token that it was made with",
-			cfg.dataDir, id.Cluster)
+// checkMember refuses the directory of another node.
+func checkMember(cfg config, id uint64) error {
+	if id != cfg.id {
+		return fmt.Errorf("data directory %s belongs to node %d, not to --id %d", cfg.dataDir, id, cfg.id)
 	}
 	return nil
 }
 
-// findCluster asks the other nodes in --cluster until one tells which cluster
-// it is in.
-func findCluster(ctx context.Context, cfg config, logger *zap.Logger) (*peerInfo, error) {
-	retry := time.NewTicker(time.Second)
-	defer retry.Stop()
+const (
+	keepPlaceEvery = 500 * time.Millisecond
+	// leftOutMax is how long a node without a leader waits for one that has moved.
+	leftOutMax = 3 * time.Second
+)
+
+// keepPlace ends the node when it cannot be what it takes itself for.
+func (n *node) keepPlace(ctx context.Context) error {
+	tick := time.NewTicker(keepPlaceEvery)
+	defer tick.Stop()
+	leftAt := time.Now()
 	for {
-		var failed error
-		for _, m := range cfg.members {
-			if m.ID == cfg.id {
-				continue
-			}
-			info, err := fetchPeerInfo(ctx, m.PeerURL)
-			if err == nil {
-				return info, nil
-			}
-			failed = err
-		}
-		logger.Info("waiting for a node of the cluster to answer", zap.Error(failed))
 		select {
-		case <-retry.C:
+		case <-tick.C:
 		case <-ctx.Done():
-			return nil, errors.New("stopped before a node of the cluster to join answered")
+			return nil
+		}
+		if err := n.checkTwin(ctx); err != nil {
+			return err
+		}
+		var left error
+		if n.loop.status.Load().leader == 0 {
+			members := n.store.members()
+			left = leftOut(n.config, n.cluster, members, askPeers(ctx, members))
+		}
+		if left == nil {
+			leftAt = time.Now()
+		}
+		if time.Since(leftAt) > leftOutMax {
+			return left
 		}
 	}
+}
+
+// leftOut says that a node's cluster can have no majority any more, since so many
+// others are in another one, which was founded without this node.
+func leftOut(cfg config, cluster uint64, members []member, answers map[uint64]peerAnswer) error {
+	var voters int
+	var gone []string
+	var theirs string
+	for _, m := range members {
+		if m.Learner {
+			continue
+		}
+		voters++
+		info := answers[m.ID].info
+		if m.ID != cfg.id && info != nil && info.Cluster != "" && info.Cluster != fmt.Sprintf("%x", cluster) && (info.Node == m.ID || info.Node == 0) {
+			gone, theirs = append(gone, fmt.Sprintf("%d (%s)", m.ID, m.PeerURL)), info.Cluster
+		}
+	}
+	if voters-len(gone) > voters/2 {
+		return nil
+	}
+	return fmt.Errorf("other members, %s, are in another cluster now, %s, which was founded without this node; its own cluster, %x, can have no majority, "+
+		"so it does not serve: if what %s holds is what you want, stop the others and start over from it (raftrv recover --data-dir %s); "+
+		"if not, move it away and add this node to the other cluster under a new ID, with --join", strings.Join(gone, ", "), theirs, cluster, cfg.dataDir, cfg.dataDir)
 }

@@ -6,51 +6,102 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strconv"
-
-	"go.uber.org/zap"
+	"sync"
+	"sync/atomic"
 )
 
 // This file is what members tell each other beside raft's messages.
 
-// peerInfoPath is where a member tells one that wants to join which cluster
-// this is and who is in it.
+// peerInfoPath is where a node tells others who it is, and which cluster it is in.
 const peerInfoPath = "/-/peer"
 
-// peerInfo is the answer there.
+// peerInfo is the answer there. Its status is 200 if the members are those of
+// now, and 503 from a node that does not know that yet: it has just started, or
+// has no cluster.
 type peerInfo struct {
-	Cluster string   `json:"cluster"` // hexadecimal
+	Cluster string   `json:"cluster"` // hexadecimal; "" in a node that has none yet
 	Members []member `json:"members"`
 	Removed []uint64 `json:"removed,omitempty"` // ids
 	Health  health   `json:"health"`
+
+	Node    uint64 `json:"node,omitempty"`           // who answers; 0 in versions that do not say
+	Process uint64 `json:"process,string,omitempty"` // a number of this life of it
+	// Founders are who founded the cluster, with the directories of then, for one
+	// of them that has not done so yet.
+	Founders []member  `json:"founders,omitempty"`
+	Founding *founding `json:"founding,omitempty"` // of a node that waits to found a cluster
+
+	informed bool // the status was 200
 }
 
 func (p *peerInfo) clusterID() (uint64, error) { return strconv.ParseUint(p.Cluster, 16, 64) }
 
 // directoryOf returns the number of the directory that a member started with.
 func (p *peerInfo) directoryOf(id uint64) uint64 {
-	for _, m := range p.Members {
-		if m.ID == id {
+	for _, m := range slices.Concat(p.Members, p.Founders) {
+		if m.ID == id && m.Directory != 0 {
 			return m.Directory
 		}
 	}
 	return 0
 }
 
-func (n *peerNetwork) serveInfo(w http.ResponseWriter, _ *http.Request) {
-	if !n.informed.Load() {
-		http.Error(w, "this node does not know yet what happened while it was away", http.StatusServiceUnavailable)
-		return
-	}
-	w.Header().Set("Content-Type", "application/json")
-	info := peerInfo{Cluster: n.http.ClusterID.String(), Members: n.store.members(), Removed: n.store.removed(), Health: n.guard.health()}
-	if err := json.NewEncoder(w).Encode(info); err != nil {
-		n.logger.Debug("answer peer", zap.Error(err))
-	}
+// isOlder says whether the answer is from a version that founds clusters in
+// another way, and its cluster has not begun to work.
+func (p *peerInfo) isOlder() bool {
+	return p.Cluster != "" && p.Node == 0 && !slices.ContainsFunc(p.Members, func(m member) bool { return m.Directory != 0 })
 }
 
-// fetchPeerInfo asks the member at peerURL which cluster it is in.
+// switchHandler is a handler that can be replaced while it serves.
+type switchHandler struct{ current atomic.Pointer[http.Handler] }
+
+func (h *switchHandler) set(handler http.Handler) { h.current.Store(&handler) }
+
+func (h *switchHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	(*h.current.Load()).ServeHTTP(w, r)
+}
+
+// servePeers serves the port for the other members: what describe says of this
+// node, and raft's messages, if there is somebody who takes them.
+func servePeers(describe func() peerInfo, raft http.Handler) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET "+peerInfoPath, func(w http.ResponseWriter, _ *http.Request) {
+		info := describe()
+		w.Header().Set("Content-Type", "application/json")
+		if !info.informed {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+		_ = json.NewEncoder(w).Encode(info) // fails if the other one has left
+	})
+	if raft != nil {
+		mux.Handle("/", raft)
+	}
+	return mux
+}
+
+// peerInfo describes this node.
+func (n *node) peerInfo() peerInfo {
+	info := peerInfo{Cluster: fmt.Sprintf("%x", n.cluster), Node: n.config.id, Process: n.process, Founders: n.founders}
+	// What is on disk may not be applied yet, or out of date.
+	if info.informed = n.informed.Load(); info.informed {
+		info.Members, info.Removed, info.Health = n.store.members(), n.store.removed(), n.guard.health()
+	}
+	return info
+}
+
+// fetchPeerInfo asks the member at peerURL which cluster it is in, and who else.
 func fetchPeerInfo(ctx context.Context, peerURL string) (*peerInfo, error) {
+	info, err := askPeer(ctx, peerURL)
+	if err == nil && !info.informed {
+		err = fmt.Errorf("%s does not know yet what happened while it was away", peerURL)
+	}
+	return info, err
+}
+
+// askPeer asks the node at peerURL who it is.
+func askPeer(ctx context.Context, peerURL string) (*peerInfo, error) {
 	ctx, cancel := context.WithTimeout(ctx, peerDialTimeout)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, peerURL+peerInfoPath, nil)
@@ -62,17 +113,34 @@ func fetchPeerInfo(ctx context.Context, peerURL string) (*peerInfo, error) {
 		return nil, err
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
+	info := &peerInfo{informed: resp.StatusCode == http.StatusOK}
+	if !info.informed && resp.Header.Get("Content-Type") != "application/json" {
 		return nil, fmt.Errorf("%s answered %s", peerURL, resp.Status)
 	}
-	info := new(peerInfo)
 	if err := json.NewDecoder(io.LimitReader(resp.Body, peerInfoSizeMax)).Decode(info); err != nil {
 		return nil, fmt.Errorf("%s: %w", peerURL, err)
 	}
-	if _, err := info.clusterID(); err != nil {
+	if _, err := info.clusterID(); err != nil && (info.informed || info.Cluster != "") {
 		return nil, fmt.Errorf("%s: cluster ID: %w", peerURL, err)
 	}
 	return info, nil
 }
 
 const peerInfoSizeMax = 1 << 20 // bytes
+
+// askPeers asks members at the same time, and returns their answers by ID.
+func askPeers(ctx context.Context, members []member) map[uint64]peerAnswer {
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	answers := map[uint64]peerAnswer{}
+	for _, m := range members {
+		wg.Go(func() {
+			info, err := askPeer(ctx, m.PeerURL)
+			mu.Lock()
+			defer mu.Unlock()
+			answers[m.ID] = peerAnswer{info: info, err: err}
+		})
+	}
+	wg.Wait()
+	return answers
+}

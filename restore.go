@@ -2,8 +2,6 @@ package main
 
 import (
 	"cmp"
-	"crypto/sha256"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -54,26 +52,22 @@ func (s *state) begin(members []member, removed []uint64) {
 	}
 }
 
-// restoredClusterID is clusterID for a cluster that was restored from the backup
-// with this digest. Every node comes to the same one by itself; the cluster that
-// the backup was taken from has another.
-func (c *config) restoredClusterID(backup string) uint64 {
-	if backup == "" {
-		return c.clusterID()
-	}
-	sum := sha256.Sum256(fmt.Appendf(nil, "%x restored from %s", c.clusterID(), backup))
-	return binary.BigEndian.Uint64(sum[:]) | 1 // never zero
-}
-
-// restoreBackup makes the data directory of one member of a new cluster.
-func restoreBackup(cfg config, b *backupFile, logger *zap.Logger) (identity, error) {
+// restoreBackup makes the data directory of one member of a new cluster, which
+// will be founded by all of them together, see founding.go.
+func restoreBackup(cfg config, b *backupFile, logger *zap.Logger) error {
 	b.state.begin(cfg.members, nil)
-	id := identity{Member: cfg.id, Cluster: cfg.restoredClusterID(b.digest), Directory: randomID(), Backup: b.digest}
-	return id, makeDirectory(cfg.dataDir, id, b.state, logger)
+	f := newFounding(&cfg)
+	f.Backup = b.digest
+	return makeDirectory(cfg.dataDir, logger, func(s *storage) error {
+		if err := s.saveFirstState(&b.state); err != nil {
+			return err
+		}
+		return s.saveFounding(f)
+	})
 }
 
 // makeDirectory makes a data directory that holds a first state.
-func makeDirectory(dir string, id identity, st state, logger *zap.Logger) (err error) {
+func makeDirectory(dir string, logger *zap.Logger, fill func(*storage) error) (err error) {
 	if err := checkEmpty(dir); err != nil {
 		return err
 	}
@@ -87,23 +81,19 @@ func makeDirectory(dir string, id identity, st state, logger *zap.Logger) (err e
 	if err := syncDir(dir); err != nil {
 		return err
 	}
-	if err := fillDirectory(dir, id, st, logger); err != nil {
+	if err := fillDirectory(dir, logger, fill); err != nil {
 		return fmt.Errorf("make data directory %s: %w; delete it before you try again", dir, err)
 	}
 	return errors.Join(os.Remove(unfinished), syncDir(dir), syncDir(filepath.Dir(filepath.Clean(dir))))
 }
 
-func fillDirectory(dir string, id identity, st state, logger *zap.Logger) (err error) {
+func fillDirectory(dir string, logger *zap.Logger, fill func(*storage) error) (err error) {
 	s, err := openStorage(dir, logger)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.close()) }()
-	rec, err := s.create(id)
-	if err != nil {
-		return err
-	}
-	return s.bootstrap(rec, st)
+	return fill(s)
 }
 
 func checkEmpty(dir string) error {
@@ -197,7 +187,13 @@ func recoverDirectory(from, to string, id uint64, anyway bool, logger *zap.Logge
 	st.begin([]member{r.self}, removed)
 	r.after = st.rv
 	r.made = identity{Member: self.ID, Cluster: cmp.Or(randomID(), 1), Directory: randomID(), Recovered: true}
-	return r, makeDirectory(to, r.made, *st, logger)
+	return r, makeDirectory(to, logger, func(s *storage) error {
+		made, err := s.create(r.made)
+		if err != nil {
+			return err
+		}
+		return s.bootstrap(made, *st)
+	})
 }
 
 // readDirectory reads a data directory and applies the whole log.

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -48,8 +50,10 @@ type node struct {
 	logger  *zap.Logger
 	level   zap.AtomicLevel
 
-	directory uint64 // number of the data directory
-	fresh     bool   // it was empty, and this member did not join
+	directory uint64   // number of the data directory
+	process   uint64   // a number of this life of the node
+	founders  []member // see identity
+	fresh     bool     // see checkFresh
 	// informed is set when this node may tell others who the members are: what it
 	// has on disk may not be applied yet, or out of date.
 	informed *atomic.Bool
@@ -95,6 +99,9 @@ func (n *node) waitVersion(ctx context.Context, timeout time.Duration, rv uint64
 // serve runs a node until ctx ends, then stops it gracefully. It returns nil
 // after a graceful stop, and otherwise what went wrong.
 func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.AtomicLevel) (err error) {
+	if err := cfg.checkSelf(); err != nil {
+		return err
+	}
 	disk, err := openStorage(cfg.dataDir, logger.Named("storage"))
 	if err != nil {
 		return err
@@ -102,11 +109,23 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 	defer func() { err = errors.Join(err, disk.close()) }()
 	defer cfg.boundStop(ctx, logger)()
 	defer context.AfterFunc(ctx, disk.interrupt)()
-	rec, fresh, err := recoverState(ctx, cfg, disk, logger)
+	rec, err := disk.load()
 	if errors.Is(err, errInterrupted) {
 		return nil // stopped while it read a snapshot
 	}
 	if err != nil {
+		return err
+	}
+	p, err := openPorts(ctx, &cfg, rec, logger)
+	if err != nil {
+		return err
+	}
+	defer p.close()
+	rec, err = (&place{cfg: cfg, disk: disk, ports: p, logger: logger}).find(ctx, rec)
+	if err != nil || rec == nil {
+		if errors.Is(err, errInterrupted) {
+			err = nil
+		}
 		return err
 	}
 	if rec.state.removed[cfg.id] {
@@ -130,7 +149,9 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		level:   level,
 
 		directory: rec.identity.Directory,
-		fresh:     fresh,
+		process:   p.process,
+		founders:  rec.identity.Founders,
+		fresh:     !rec.identity.Joined && len(rec.identity.Founders) == 0 && rec.untouched(),
 		informed:  new(atomic.Bool),
 	}
 	n.loop.interrupt = disk.interrupt
@@ -145,7 +166,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 	if err := errors.Join(n.guard.lookAtDisk(), n.guard.begin()); err != nil {
 		return err
 	}
-	network, err := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, n.informed, n.guard, logger.Named("peers"))
+	network, err := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, n.guard, logger.Named("peers"))
 	if err != nil {
 		return err
 	}
@@ -171,27 +192,96 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		return err
 	}
 
+	p.peers.set(servePeers(n.peerInfo, network.handler()))
+	return n.run(ctx, r, network, p)
+}
+
+// ports are where a node is reached, from before it knows its cluster.
+type ports struct {
+	process        uint64 // a number of this life of the node, to know itself by
+	peers, clients switchHandler
+	front          *closingHandler // before clients
+	peerServer     *http.Server
+	clientServer   *http.Server
+	clientListener *listener
+	failed         chan error // of a server that ended by itself; has room for both
+	work           sync.WaitGroup
+	waitsFor       atomic.Pointer[[]string]
+}
+
+func openPorts(ctx context.Context, cfg *config, rec *recovered, logger *zap.Logger) (*ports, error) {
+	var err error
+	if cfg.listenPeer, err = cfg.peerAddress(rec); err != nil {
+		return nil, err
+	}
+	if cfg.clientURL == "" {
+		host, _, err := net.SplitHostPort(cfg.listenPeer)
+		if err != nil {
+			return nil, err
+		}
+		if cfg.clientURL, err = cfg.findClientURL(host); err != nil {
+			return nil, err
+		}
+	}
 	peerListener, err := listenPeers(cfg.listenPeer)
 	if err != nil {
-		return fmt.Errorf("listen for peers: %w", err)
+		return nil, fmt.Errorf("listen for peers: %w", err)
 	}
-	clientListener, err := listen(ctx, cfg.listen, listenerConfig{connectionsMax: cfg.connectionsMax, refusal: httpRefusal()})
-	if err != nil {
-		return errors.Join(fmt.Errorf("listen for clients: %w", err), peerListener.Close())
+	p := &ports{process: randomID(), failed: make(chan error, 2)}
+	if p.clientListener, err = listen(ctx, cfg.listen, listenerConfig{connectionsMax: cfg.connectionsMax, refusal: httpRefusal()}); err != nil {
+		return nil, errors.Join(fmt.Errorf("listen for clients: %w", err), peerListener.Close())
 	}
-	return n.run(ctx, r, network, peerListener, clientListener)
+	p.tell(peerInfo{Node: cfg.id, Process: p.process})
+	p.clients.set(http.HandlerFunc(p.serveWaiting))
+	p.waiting(nil)
+	p.front = &closingHandler{Handler: &p.clients}
+	p.peerServer = &http.Server{Handler: &p.peers, ReadHeaderTimeout: headerTimeout, ErrorLog: zap.NewStdLog(logger.Named("peers"))}
+	p.clientServer = newHTTPServer(p.front, logger.Named("http"))
+	p.work.Go(func() { p.failed <- ignoreClosed(p.peerServer.Serve(peerListener)) })
+	p.work.Go(func() { p.failed <- ignoreClosed(p.clientServer.Serve(p.clientListener)) })
+	return p, nil
+}
+
+// close ends what is still open.
+func (p *ports) close() {
+	_ = p.clientServer.Close() // both have been shut down, or there is nothing to lose
+	_ = p.peerServer.Close()
+	p.clientListener.closeAll()
+	p.work.Wait()
+}
+
+// tell is what other nodes are told before this one is in a cluster.
+func (p *ports) tell(info peerInfo) {
+	p.peers.set(servePeers(func() peerInfo { return info }, nil))
+}
+
+// waiting is what clients are told then.
+func (p *ports) waiting(whom []string) { p.waitsFor.Store(&whom) }
+
+// serveWaiting answers clients before the node is in a cluster.
+func (p *ports) serveWaiting(w http.ResponseWriter, r *http.Request) {
+	e := errNoLeader
+	switch r.URL.Path {
+	case "/-/livez":
+		writeBody(w, r, http.StatusOK, typeText, []byte("ok\n"))
+		return
+	case "/-/readyz":
+		e = errNotReady
+	}
+	e = e.withDetail("this node is not in a cluster yet, it waits for others; %s", strings.Join(*p.waitsFor.Load(), "; "))
+	problem := newProblem(e)
+	if !isWrite(r.Method) {
+		problem.Outcome = ""
+	}
+	setErrorHeaders(w.Header(), e)
+	writeBody(w, r, e.status, typeProblem, problem.encode())
 }
 
 // run starts everything and waits for the end.
-func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerListener net.Listener, clientListener *listener) error {
-	peerServer := &http.Server{
-		Handler:           network.handler(),
-		ReadHeaderTimeout: headerTimeout,
-		ErrorLog:          zap.NewStdLog(n.logger.Named("peers")),
-	}
-	front := &closingHandler{}
+func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *ports) error {
+	front := p.front
 	checks := append(clusterChecks(n), check{"not-stopping", front.check})
-	front.Handler = newHTTPAPI(httpConfig{
+	p.clients.set(newHTTPAPI(httpConfig{
 		id:           n.config.id,
 		store:        n.store,
 		hub:          n.hub,
@@ -204,13 +294,12 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 		newID:        newUUID,
 		hosts:        n.config.hostNames(),
 		origins:      n.config.allowedOrigins,
-		registry:     newRegistry(n, clientListener, checks),
+		registry:     newRegistry(n, p.clientListener, checks),
 		checks:       checks,
 		level:        n.level,
 		accessLog:    n.config.accessLog,
 		profiles:     n.config.pprof,
-	})
-	clientServer := newHTTPServer(front, n.logger.Named("http"))
+	}))
 
 	// The parts stop in order, not all at once when ctx ends: the replica must
 	// outlive the requests that wait for it.
@@ -218,7 +307,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 	defer stopLoop()
 	group, ctx := errgroup.WithContext(ctx)
 	defer n.config.boundStop(ctx, n.logger)()
-	group.Go(func() error { return n.loop.run(loopCtx, r, n.checkFresh) })
+	group.Go(func() error { return n.loop.run(loopCtx, r, n.admit) })
 	group.Go(func() error { return n.announce(ctx) })
 	group.Go(func() error { return n.watchDisk(ctx) })
 	group.Go(func() error { return n.exchange(ctx) })
@@ -228,9 +317,16 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 		src := journalSource{store: n.store, hub: n.hub, linearize: n.linearize, stopped: n.loop.done}
 		group.Go(func() error { return n.journal.run(ctx, src, n.config.journalSync) })
 	}
-	group.Go(func() error { return ignoreClosed(peerServer.Serve(peerListener)) })
+	group.Go(func() error { return n.keepPlace(ctx) })
 	group.Go(func() error { return network.watch(ctx, n.config.peerSilenceMax()) })
-	group.Go(func() error { return ignoreClosed(clientServer.Serve(clientListener)) })
+	group.Go(func() error {
+		select {
+		case err := <-p.failed:
+			return err
+		case <-ctx.Done():
+			return nil
+		}
+	})
 	group.Go(func() error {
 		select {
 		case <-network.http.ErrorC: //nolint:errcheck // another member said that this one was removed
@@ -250,15 +346,15 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, peerLi
 		<-notice
 		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
 		defer cancel()
-		err := clientServer.Shutdown(drain)
+		err := p.clientServer.Shutdown(drain)
 		stopLoop()
 		if errors.Is(err, context.DeadlineExceeded) {
 			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerTimeout)
 			defer cancel()
-			err = clientServer.Shutdown(last)
+			err = p.clientServer.Shutdown(last)
 		}
-		clientListener.closeAll()
-		return errors.Join(ignoreDeadline(err), peerServer.Close())
+		p.clientListener.closeAll()
+		return errors.Join(ignoreDeadline(err), p.peerServer.Close())
 	})
 	n.logger.Info("serving", zap.Uint64("id", n.config.id), zap.String("clients", n.config.listen),
 		zap.String("peers", n.config.listenPeer), zap.String("data", n.config.dataDir),

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -218,34 +217,43 @@ func (p *process) boot() error {
 }
 
 // recover reads the directory as a node does at start. A node that joins would
-// ask the others who they are; here it is told.
+// ask the others who they are, and one that founds a cluster who else does; here
+// it is told.
 func (n *simNode) recover(files *storage) (*recovered, error) {
-	s, cfg := n.sim, n.bootConfig()
-	if !n.joins {
-		rec, _, err := recoverState(context.Background(), cfg, files, s.logger)
-		return rec, err
-	}
 	rec, err := files.load()
-	if err == nil && rec == nil {
-		rec, err = files.create(identity{Member: n.id, Cluster: cfg.clusterID(), Joined: true})
+	switch {
+	case err != nil || rec != nil && !rec.empty():
+		return rec, err
+	case !n.joins && rec == nil:
+		own, cluster, founders := n.founding()
+		return files.found(own, cluster, founders)
+	case !n.joins:
+		return rec, files.writeFirstState(rec, rec.identity.Founders)
+	case rec == nil:
+		rec, err = files.create(identity{Member: n.id, Cluster: simCluster, Joined: true})
 	}
-	if err == nil && rec.empty() {
-		for _, m := range s.check.model.members {
+	if err == nil {
+		for _, m := range n.sim.check.model.members {
 			rec.state.members[m.ID] = m
 		}
 	}
 	return rec, err
 }
 
-// bootConfig is what the node is started with.
-func (n *simNode) bootConfig() config {
-	cfg := config{id: n.id, token: "sim"}
+// simCluster is the number that joining nodes are told; nobody compares it.
+const simCluster = 7
+
+// founding returns what the first nodes agree on.
+func (n *simNode) founding() (own *founding, cluster uint64, founders []member) {
+	own = newFounding(&config{id: n.id, token: "sim"})
 	for _, m := range n.sim.nodes {
-		if m == n || !m.joins {
-			cfg.members = append(cfg.members, member{ID: m.id, PeerURL: m.url})
+		if !m.joins {
+			own.Members = append(own.Members, member{ID: m.id, PeerURL: m.url})
+			founders = append(founders, member{ID: m.id, PeerURL: m.url, Directory: 1000 + m.id})
 		}
 	}
-	return cfg
+	own.Directory = 1000 + n.id
+	return own, own.clusterID(founders), founders
 }
 
 // breakOff leaves the directory as a crash in the middle of the first start
@@ -256,12 +264,16 @@ func (n *simNode) breakOff() error {
 	if err != nil {
 		return err
 	}
-	cfg := n.bootConfig()
-	rec, err := files.create(identity{Member: n.id, Cluster: cfg.clusterID(), Joined: n.joins})
+	_, cluster, founders := n.founding()
+	id := identity{Member: n.id, Cluster: cluster, Founders: founders}
+	if n.joins {
+		id = identity{Member: n.id, Cluster: simCluster, Joined: true}
+	}
+	rec, err := files.create(id)
 	if err == nil && !n.joins && n.sim.chance(0.7) {
 		st, cs := rec.state, &raftpb.ConfState{}
 		st.index, st.term = modelBase, 1
-		for _, m := range cfg.members {
+		for _, m := range founders {
 			st.members[m.ID] = m
 			cs.Voters = append(cs.Voters, m.ID)
 		}

@@ -28,6 +28,7 @@ import (
 //
 //	LOCK                            held while the member runs
 //	unfinished                      there until the directory is complete, see restore.go
+//	founding                        there until the node has a cluster, see founding.go
 //	watermark                       how far the log was on disk, see watermark.go
 //	wal/                            etcd's write-ahead log
 //	snap/<term>-<index>.snap        etcd's snapshot file: index, term, configuration
@@ -83,11 +84,12 @@ type identity struct {
 	Cluster uint64 `json:"cluster"`
 	// Directory is a random number: a directory that was made anew is another one.
 	Directory uint64 `json:"directory"`
-	// Joined members start empty and get their first state from a leader. The
-	// others start from the state that --cluster describes.
+	// Joined members start empty and get their first state from a leader.
 	Joined bool `json:"joined,omitempty"`
-	// Backup is the digest of the backup that the cluster was restored from. The
-	// cluster's number follows from it and from the flags.
+	// Founders are who founded the cluster, with their directories: nobody if this
+	// member joined, or if the cluster was recovered or is of before.
+	Founders []member `json:"founders,omitempty"`
+	// Backup is the digest of the backup that the cluster was restored from.
 	Backup string `json:"backup,omitempty"`
 	// Recovered: the cluster has a number of its own, see recover.
 	Recovered bool `json:"recovered,omitempty"`
@@ -208,6 +210,18 @@ func (s *storage) create(id identity) (*recovered, error) {
 	return &recovered{identity: id, log: raft.NewMemoryStorage(), state: newState(), confState: &raftpb.ConfState{}}, nil
 }
 
+// recreate starts the log anew, of a member that has joined and is empty.
+func (s *storage) recreate(id identity) (*recovered, error) {
+	err := errors.Join(s.wal.Close(), s.mark.file.Close())
+	if s.wal = nil; err != nil {
+		return nil, err
+	}
+	if err := os.Rename(s.path(walDir), s.path(walDir)+".tmp"); err != nil { // which wal.Create deletes
+		return nil, err
+	}
+	return s.create(id)
+}
+
 // empty says whether nothing has been saved yet: the first start did not get
 // far, or the member has joined and not heard from a leader.
 func (r *recovered) empty() bool {
@@ -260,12 +274,20 @@ func (s *storage) bootstrap(r *recovered, st state) error {
 	return r.log.SetHardState(hs)
 }
 
+// saveFirstState writes the body of what bootstrap will make the first state.
+func (s *storage) saveFirstState(st *state) error {
+	return s.writeSnapshot(&raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(st.index), Term: new(st.term)}}, st)
+}
+
 // load reads what the directory holds. It returns nil if it holds nothing yet.
 func (s *storage) load() (*recovered, error) {
 	if err := s.checkFinished(); err != nil {
 		return nil, err
 	}
 	if !wal.Exist(s.path(walDir)) {
+		if f, err := s.loadFounding(); err != nil || f != nil && f.Backup != "" { // it has its first state already
+			return nil, err
+		}
 		return nil, s.checkUnused()
 	}
 	if err := s.removeTemporary(); err != nil {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -82,7 +83,7 @@ func TestStorage_KeepsLogAndIdentity(t *testing.T) {
 
 	s, r := newDisk(t, dir)
 	defer s.close()
-	if r.identity != (identity{Format: dirFormat, Member: 1, Cluster: 7}) {
+	if !reflect.DeepEqual(r.identity, identity{Format: dirFormat, Member: 1, Cluster: 7}) {
 		t.Errorf("identity is %+v", r.identity)
 	}
 	hs, _, err := r.log.InitialState()

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -97,8 +98,18 @@ func (c *virtualCluster) newNode(cfg config) *virtualNode {
 	logger := zap.NewNop()
 	disk, err := openStorage(cfg.dataDir, logger)
 	must(t, err)
-	rec, _, err := recoverState(t.Context(), cfg, disk, logger)
+	rec, err := disk.load()
 	must(t, err)
+	if rec == nil {
+		own := newFounding(&cfg)
+		own.Directory = cfg.id // the nodes cannot ask each other
+		founders := slices.Clone(own.Members)
+		for i, m := range founders {
+			founders[i].Directory = m.ID
+		}
+		rec, err = disk.found(own, own.clusterID(founders), founders)
+		must(t, err)
+	}
 	store := &kvstore{state: rec.state}
 	hub := newHub(store)
 	n := &virtualNode{

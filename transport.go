@@ -45,17 +45,15 @@ type peerNetwork struct {
 	store   *kvstore
 	http    *rafthttp.Transport
 	peers   map[uint64]member // whom http knows; owned by the loop's goroutine
-	// informed says that serveInfo may answer.
-	informed *atomic.Bool
-	guard    *guard
+	guard   *guard
 
 	// heard has for each of them when its last message came, in unix nanoseconds.
 	// The map is replaced, never changed.
 	heard atomic.Pointer[map[uint64]*atomic.Int64]
 }
 
-func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, informed *atomic.Bool, g *guard, logger *zap.Logger) (*peerNetwork, error) {
-	n := &peerNetwork{id: id, logger: logger, storage: s, loop: l, store: st, guard: g, peers: map[uint64]member{}, informed: informed}
+func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, g *guard, logger *zap.Logger) (*peerNetwork, error) {
+	n := &peerNetwork{id: id, logger: logger, storage: s, loop: l, store: st, guard: g, peers: map[uint64]member{}}
 	n.heard.Store(&map[uint64]*atomic.Int64{})
 	idText := types.ID(id).String()
 	if !logger.Core().Enabled(zap.DebugLevel) {
@@ -92,7 +90,6 @@ func (n *peerNetwork) close() { n.http.Stop() }
 func (n *peerNetwork) handler() http.Handler {
 	raftHandler := n.http.Handler()
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET "+peerInfoPath, n.serveInfo)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		// rafthttp would connect to whatever addresses a stranger names here.
 		r.Header.Del("X-PeerURLs")
