@@ -338,49 +338,6 @@ func TestProcess_WipedDirectory(t *testing.T) {
 	c.wantMembers(one, c.Nodes[1], four)
 }
 
-// TestProcess_Stranger: a node of another cluster does not get in by an address, nor by what it has on disk.
-func TestProcess_Stranger(t *testing.T) {
-	var token string
-	c := newLiveCluster(t, proc.Options{NodeArgs: func(n *proc.Node) []string {
-		if n.ID == 3 && token != "" {
-			return []string{"--cluster-token", token}
-		}
-		return nil
-	}})
-	one, three := c.Nodes[0], c.Nodes[2]
-	c.write(one, "k", "v")
-	c.stop(three)
-	token = "another"
-	refused := func(words string) {
-		t.Helper()
-		must(t, three.Start())
-		var exit *exec.ExitError
-		if err := three.Wait(c.context()); !errors.As(err, &exit) || !strings.Contains(three.LogTail(), words) {
-			t.Errorf("%v, want %q\n%s", err, words, three.LogTail())
-		}
-	}
-	refused("belongs to another cluster")
-	must(t, os.Rename(three.DataDir, three.DataDir+".kept"))
-	must(t, three.Start())
-	c.eventually(func() error { // it has nothing and goes on looking for its own cluster
-		if text := three.LogTail(); !strings.Contains(text, "a node of another cluster answers") {
-			return errors.New(text)
-		}
-		return nil
-	})
-	l := c.client(three)
-	defer l.close()
-	if r := l.raw(http.MethodGet, "k", "?timeout=300ms", ""); r.status != http.StatusServiceUnavailable {
-		t.Errorf("a node without a cluster: %d %s %v", r.status, r.body, r.err)
-	}
-	c.stop(three)
-	token = ""
-	must(t, os.RemoveAll(three.DataDir))
-	must(t, os.Rename(three.DataDir+".kept", three.DataDir))
-	c.start()
-	c.wantValue(three, "k", "v")
-}
-
 // TestProcess_NewAddress: a member moves to another port, by a name instead of a number.
 func TestProcess_NewAddress(t *testing.T) {
 	c := newLiveCluster(t, proc.Options{})

@@ -29,6 +29,8 @@ type Options struct {
 	// Dir holds the data directories and the logs, and stays when the cluster stops. Empty means a
 	// directory of its own among the temporary files, which Stop removes.
 	Dir string
+	// Token is the --cluster-token of all nodes; empty means that they have none, as most clusters.
+	Token string
 	// Args are flags for every node, after the ones that the cluster needs itself.
 	Args []string
 	// NodeArgs, if set, returns further flags for one node. It is asked at every start, so it may
@@ -58,7 +60,6 @@ type Cluster struct {
 	ownsDir bool
 	ports   []*portBlock
 	urls    []string // raft URL by id - 1, of nodes that were forgotten too
-	token   string
 	gone    []*Node
 }
 
@@ -87,7 +88,6 @@ func NewCluster(opts Options) (*Cluster, error) {
 	for _, n := range c.Nodes {
 		n.urls = c.urls // all of them are there from the start
 	}
-	c.token = c.urls[0]
 	return c, nil
 }
 
@@ -128,10 +128,6 @@ func (c *Cluster) Add() (*Node, error) {
 	n.joins, n.urls = true, slices.Clone(c.urls)
 	return n, nil
 }
-
-// Token is the --cluster-token of all nodes. Without one, nodes whose lists differ would take each other for
-// strangers.
-func (c *Cluster) Token() string { return c.token }
 
 // Forget takes a node out of Nodes: it is no member any more. Stop still stops it.
 func (c *Cluster) Forget(n *Node) {

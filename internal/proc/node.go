@@ -163,11 +163,13 @@ func (n *Node) args() []string {
 		peers = opts.PeerURLs(n, peers)
 	}
 	args := []string{
-		"--cluster-token", n.cluster.Token(),
 		"--id", strconv.Itoa(n.ID),
 		"--cluster", strings.Join(peers, ","),
 		"--port", strconv.Itoa(n.HTTPPort),
 		"--data-dir", n.DataDir,
+	}
+	if opts.Token != "" {
+		args = append(args, "--cluster-token", opts.Token)
 	}
 	if opts.Host != nil {
 		args = append(args, "--listen", net.JoinHostPort(n.Host, strconv.Itoa(n.HTTPPort)))
