@@ -420,10 +420,12 @@ func TestMembers_SignOfLife(t *testing.T) {
 	s, leader := newScenario(t, defaultSimConfig(1, 3))
 	down := s.node(leader.id%3 + 1)
 	down.crash(tailKept)
-	s.run(time.Second)
 	r := leader.process.replica
+	if !s.runUntil(5*time.Second, func() bool { return !r.hears(down.id) }) {
+		t.Fatalf("node %d is down and heard; %v", down.id, s.check.violations)
+	}
 	for _, m := range []raftpb.MessageType{raftpb.MsgProp, raftpb.MsgReadIndex, raftpb.MsgTransferLeader} {
-		r.step(&raftpb.Message{Type: m.Enum(), From: new(down.id), To: new(leader.id), Entries: []*raftpb.Entry{{}}})
+		r.step(&raftpb.Message{Type: m.Enum(), From: new(down.id), To: new(leader.id), Entries: []*raftpb.Entry{{Data: make([]byte, readContextSize)}}})
 		if r.hears(down.id) {
 			t.Errorf("%v under the name of node %d makes it one that is heard", m, down.id)
 		}
