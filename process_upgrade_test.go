@@ -1,0 +1,289 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"raftrv/internal/proc"
+)
+
+// firstRevision is the last one without feature levels.
+const firstRevision = "d7db65b"
+
+var firstBinary struct {
+	once   sync.Once
+	path   string
+	reason string // why there is none
+}
+
+// buildFirstBinary builds the program as it was before feature levels.
+func buildFirstBinary(t testing.TB) string {
+	t.Helper()
+	current := buildLiveBinary(t) // its directory is deleted at the end
+	b := &firstBinary
+	b.once.Do(func() {
+		dir := filepath.Join(filepath.Dir(current), firstRevision)
+		must(t, os.Mkdir(dir, 0o700))
+		archive, err := exec.Command("git", "archive", firstRevision).Output()
+		if err != nil {
+			b.reason = "the history does not have revision " + firstRevision
+			return
+		}
+		unpack := exec.Command("tar", "x", "-C", dir)
+		unpack.Stdin = bytes.NewReader(archive)
+		if out, err := unpack.CombinedOutput(); err != nil {
+			b.reason = fmt.Sprintf("tar: %v: %s", err, out)
+			return
+		}
+		b.path = filepath.Join(dir, "raftrv")
+		build := exec.Command("go", "build", "-o", b.path, ".")
+		build.Dir = dir
+		if out, err := build.CombinedOutput(); err != nil {
+			b.reason = fmt.Sprintf("build %s: %v: %s", firstRevision, err, out)
+		}
+	})
+	if b.reason != "" {
+		t.Skip(b.reason)
+	}
+	return b.path
+}
+
+// mixedCluster is a cluster whose nodes run different programs.
+type mixedCluster struct {
+	*liveCluster
+	first  string       // path of the program of level 1
+	old    map[int]bool // ids of the nodes that run it
+	capped map[int]bool // ids of nodes that are new and stay at level 1
+	probes int
+}
+
+func newMixedCluster(t *testing.T) *mixedCluster {
+	m := &mixedCluster{first: buildFirstBinary(t), old: map[int]bool{1: true, 2: true, 3: true}, capped: map[int]bool{}}
+	m.liveCluster = newLiveCluster(t, proc.Options{
+		Args: []string{"--snapshot-entries", "300", "--snapshot-bytes", "4194304"},
+		Wrap: func(n *proc.Node) []string {
+			if !m.old[n.ID] {
+				return nil
+			}
+			return []string{"sh", "-c", `shift; exec "` + m.first + `" "$@"`, "sh"}
+		},
+		NodeArgs: func(n *proc.Node) []string {
+			if !m.capped[n.ID] {
+				return nil
+			}
+			return []string{"--feature-level-max", "1"}
+		},
+	})
+	return m
+}
+
+// become restarts a node with another program.
+func (m *mixedCluster) become(n *proc.Node, old, capped bool) {
+	m.t.Helper()
+	m.stop(n)
+	m.old[n.ID], m.capped[n.ID] = old, capped
+	m.start()
+}
+
+// level returns the feature level as a new node sees it.
+func (m *mixedCluster) level(n *proc.Node) int {
+	m.t.Helper()
+	l := m.client(n)
+	defer l.close()
+	r := l.do(http.MethodGet, n.URL()+"/-/v1/status", "")
+	must(m.t, r.err)
+	var st nodeStatus
+	must(m.t, json.Unmarshal(r.body, &st))
+	if st.Divergence != sound.String() {
+		m.t.Errorf("node %d is %s", n.ID, st.Divergence)
+	}
+	return st.FeatureLevel
+}
+
+// probe sends every kind of command to every node, and looks at the results from
+// the next one. Its keys are not part of the history.
+func (m *mixedCluster) probe() {
+	m.t.Helper()
+	for i, n := range m.Nodes {
+		m.probes++
+		l, other := m.client(n), m.client(m.Nodes[(i+1)%len(m.Nodes)])
+		k := fmt.Sprintf("probe/%d", m.probes)
+		call := func(l *liveClient, want int, method, path, body string, headers ...string) *liveReply {
+			m.t.Helper()
+			r := l.do(method, l.node.URL()+path, body, headers...)
+			if r.err != nil || r.status != want {
+				m.t.Fatalf("node %d: %s %s: %d %s %v, want %d", l.node.ID, method, path, r.status, r.body, r.err, want)
+			}
+			return r
+		}
+		begin := call(l, 201, "PUT", "/"+k+"/a", "1").rv()
+		call(l, 412, "PUT", "/"+k+"/a", "x", "If-None-Match", "*")
+		call(other, 204, "PUT", "/"+k+"/a", "2", "If-Match", "*")
+		once := call(l, 201, "PUT", "/"+k+"/once", "1", "Idempotency-Key", k)
+		if again := call(other, 201, "PUT", "/"+k+"/once", "1", "Idempotency-Key", k); again.rv() != once.rv() {
+			m.t.Errorf("a request was carried out twice: versions %d and %d", once.rv(), again.rv())
+		}
+		call(l, 201, "PUT", "/"+k+"/brief?ttl=1s", "1")
+		txn := fmt.Sprintf(`{"if":[{"key":%q,"value":"2"}],"then":[{"op":"put","key":%q,"value":"t"},{"op":"get","key":%q}],"else":[{"op":"delete","key":%q}]}`, k+"/a", k+"/t", k+"/a", k+"/a")
+		r := l.do("POST", n.URL()+"/-/v1/txn", txn)
+		if r.status != 200 {
+			m.t.Fatalf("txn at node %d: %d %s", n.ID, r.status, r.body)
+		}
+		call(other, 200, "GET", "/-/v1/keys?prefix="+k, "")
+		m.eventually(func() error {
+			if r := other.do("GET", other.node.URL()+"/"+k+"/brief", ""); r.status != 404 {
+				return fmt.Errorf("a key with a time to live is still there: %d", r.status)
+			}
+			return nil
+		})
+		events := call(other, 200, "GET", fmt.Sprintf("/-/v1/watch?prefix=%s&resourceVersion=%d&timeout=300ms", k, begin-1), "")
+		for _, want := range []string{k + "/a", k + "/once", k + "/t", "DELETED"} {
+			if !bytes.Contains(events.body, []byte(want)) {
+				m.t.Errorf("a watch at node %d misses %s: %s", other.node.ID, want, events.body)
+			}
+		}
+		call(l, 200, "DELETE", "/-/v1/keys?prefix="+k, "")
+		call(other, 404, "GET", "/"+k+"/a", "")
+		l.close()
+		other.close()
+	}
+}
+
+// snapshotTo lets a node fall so far behind that the leader must send a snapshot.
+func (m *mixedCluster) snapshotTo(behind, leader *proc.Node) {
+	m.t.Helper()
+	if !*heavy {
+		return
+	}
+	must(m.t, os.Truncate(behind.LogFile, 0)) // it is looked at for what comes now
+	m.stop(behind)
+	l := m.client(leader)
+	defer l.close()
+	m.eventually(func() error {
+		if m.leader() == leader {
+			return nil
+		}
+		return fmt.Errorf("node %d does not lead: %d", leader.ID, l.do("POST", fmt.Sprintf("%s/-/v1/leader/%d", leader.URL(), leader.ID), "").status)
+	})
+	m.fillKeyed(64<<20, 64<<10, 64)
+	m.start()
+	wantInstalled(m.t, behind)
+}
+
+// judge is verdict without a count of versions, since probes have taken some.
+func (m *mixedCluster) judge() {
+	m.t.Helper()
+	m.readBack()
+	l := m.client(m.Nodes[0])
+	defer l.close()
+	m.sameEverywhere(l.version())
+	if err := errors.Join(m.history.checkVersions(0, 0), m.history.checkLinearizable(m.dir), m.history.checkDeadlines()); err != nil {
+		m.t.Error(err)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.surprises.err(); err != nil {
+		m.t.Errorf("answers that clients should not get:\n%v", err)
+	}
+}
+
+// wantRefusedStart starts a node that is too old and wants it to say so.
+func (m *mixedCluster) wantRefusedStart(n *proc.Node, text string) {
+	m.t.Helper()
+	must(m.t, n.Start())
+	ctx, cancel := context.WithTimeout(context.Background(), liveTimeout)
+	defer cancel()
+	if err := n.Wait(ctx); err == nil || ctx.Err() != nil || !strings.Contains(n.LogTail(), text) {
+		m.t.Errorf("node %d, which is too old, ends with %v and says %s", n.ID, err, n.LogTail())
+	}
+	must(m.t, errors.Join(n.Kill(), os.Truncate(n.LogFile, 0)))
+}
+
+// TestProcess_Upgrade goes from the program before feature levels to this one,
+// node by node, under load and with kills, and part of the way back. Nothing is
+// lost, stale or done twice, and nobody's state differs.
+func TestProcess_Upgrade(t *testing.T) {
+	m := newMixedCluster(t)
+	load := func(step string, change func()) {
+		t.Helper()
+		start := time.Now()
+		load := m.load(4, m.Nodes, func(l *liveClient) {
+			if l.requests++; l.requests%3 == 0 {
+				l.putOnce()
+			} else {
+				putNewOrWait(l)
+			}
+		})
+		m.waitForAcks(50)
+		change()
+		m.waitForAcks(50)
+		load.stop()
+		m.probe()
+		t.Logf("%s: %v", step, time.Since(start).Round(10*time.Millisecond))
+	}
+	load("all old", func() {})
+	for i, n := range m.Nodes {
+		load(fmt.Sprintf("node %d becomes new", n.ID), func() {
+			m.become(n, false, true)
+			m.kill(n)
+			m.start()
+		})
+		if i == 0 {
+			old := m.Nodes[1]
+			m.snapshotTo(old, n) // from new to old, and the other way
+			m.snapshotTo(n, old)
+			m.probe()
+			load("and old, and new again", func() {
+				m.become(n, true, false)
+				m.become(n, false, true)
+			})
+		}
+		if level := m.level(n); level != 1 {
+			t.Fatalf("the level is %d while some members are old, or say so", level)
+		}
+	}
+	n := m.leader()
+	load("all new, and one old again", func() { m.become(n, true, false) })
+	load("all new", func() {
+		for _, n := range m.Nodes {
+			m.become(n, false, false)
+		}
+		m.eventually(func() error {
+			for _, n := range m.Nodes {
+				if level := m.level(n); level != levelNewest {
+					return fmt.Errorf("node %d is at level %d", n.ID, level)
+				}
+			}
+			return nil
+		})
+	})
+	load("killed at the new level", func() {
+		m.kill(m.Nodes...)
+		m.start()
+	})
+	n = m.others(m.leader())[0]
+	m.snapshotTo(n, m.leader())
+	m.stop(n)
+	m.capped[n.ID] = true
+	m.wantRefusedStart(n, "feature level 2, and this node knows up to 1")
+	m.capped[n.ID], m.old[n.ID] = false, true
+	m.wantRefusedStart(n, "use the version that wrote it")
+	m.old[n.ID] = false
+	m.start()
+	for _, n := range m.Nodes {
+		_ = m.level(n)
+	}
+	m.judge()
+	t.Log(m.history.count())
+}
