@@ -335,8 +335,13 @@ func (d *simDisk) synced() {
 	d.process.node.durable, d.process.node.volatile = d.log, nil
 }
 
-func (d *simDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
+func (d *simDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) (err error) {
 	synced := len(ents) > 0
+	defer func(arrived bool) {
+		if arrived && err == nil {
+			d.synced() // storage syncs the hard state that goes with a snapshot
+		}
+	}(d.arrived != nil)
 	if !raft.IsEmptyHardState(hs) {
 		before := d.state
 		if before == nil {
