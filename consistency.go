@@ -19,7 +19,8 @@ import (
 // that its state is that of the cluster.
 //
 // A node that starts serves nothing before a majority of the voters, itself
-// included, was found to have its state. From then on silence changes nothing,
+// included, was found to have its state; only while there is no leader it tells
+// what it has to those who ask for no more. From then on silence changes nothing,
 // good or bad. Another state at some voter, without a majority for any, is a
 // doubt, which ends when a majority has the state of this node. A majority for
 // another state is final: it is written down in the data directory, so that
@@ -312,8 +313,13 @@ func (n *node) awaitServing(ctx context.Context, timeout time.Duration) (left ti
 	return max(0, timeout-time.Since(start)), err
 }
 
-// serving returns once the node may serve, or why it may not.
+// serving returns once the node may serve what it has, or why it may not. Without
+// a leader there is nobody to compare with, and whoever asks for no more than
+// what this node has is answered: it may be the last one that is left.
 func (n *node) serving(ctx context.Context, timeout time.Duration) error {
+	if n.guard.current() == unchecked && n.loop.status.Load().leader == 0 {
+		return nil
+	}
 	_, err := n.awaitServing(ctx, timeout)
 	return err
 }

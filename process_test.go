@@ -218,9 +218,13 @@ func TestProcess_MajorityDown(t *testing.T) {
 			c.kill(c.others(n)...)
 			c.ask(n, sized(100, 1000), 400*time.Millisecond)
 
-			if r := l.raw(http.MethodGet, "kept", "?resourceVersion=0", ""); r.status != http.StatusOK || string(r.body) != kept.value {
-				t.Errorf("GET of what the node has: %d %s %v", r.status, r.body, r.err)
+			readKept := func() error {
+				if r := l.raw(http.MethodGet, "kept", "?resourceVersion=0", ""); r.status != http.StatusOK || string(r.body) != kept.value {
+					return fmt.Errorf("GET of what the node has: %d %s %v", r.status, r.body, r.err)
+				}
+				return nil
 			}
+			must(t, readKept())
 			if r := l.raw(http.MethodGet, "kept", "?timeout=300ms", ""); r.status != http.StatusServiceUnavailable {
 				t.Errorf("linearizable GET: %d %s %v", r.status, r.body, r.err)
 			}
@@ -232,6 +236,9 @@ func TestProcess_MajorityDown(t *testing.T) {
 			}
 			l.close()
 			c.eventually(func() error { return resourcesOf(t, n).compare(idle) })
+			c.kill(n)
+			must(t, n.Start())
+			c.eventually(readKept)
 
 			c.start()
 			c.verdict() // none of the refused writes has happened
