@@ -38,6 +38,8 @@
 //	storage.go    the data directory: log and snapshots
 //	watermark.go  how a log that lost something is noticed
 //	transport.go  messages between members
+//	link.go       the connection to one of them
+//	transfer.go   a snapshot on its way to one of them
 //	peerinfo.go   what else members tell each other
 //	health.go     the checks of readiness
 //	metrics.go    what a node tells Prometheus: the loop, and what is there anyway;

@@ -523,9 +523,7 @@ func (l *loop) updateMember(ctx context.Context, timeout time.Duration, m member
 
 // transferLeader hands leadership over. Any member may be asked.
 func (l *loop) transferLeader(ctx context.Context, timeout time.Duration, id uint64) error {
-	if m, ok := l.replica.store.member(id); !ok || m.Learner {
-		return errMember.withDetail("member %d is not a voter", id)
-	}
+	refused := make(chan error, 1)
 	poll := time.NewTicker(l.tick)
 	defer poll.Stop()
 	end := time.After(timeout)
@@ -537,12 +535,18 @@ func (l *loop) transferLeader(ctx context.Context, timeout time.Duration, id uin
 		case leader != 0 && !asked: // nobody else could hand over
 			asked = true
 			l.call(func() error {
-				l.replica.raw.TransferLeader(id)
+				if m, ok := l.replica.store.member(id); !ok || m.Learner {
+					refused <- errMember.withDetail("member %d is not a voter", id)
+				} else {
+					l.replica.raw.TransferLeader(id)
+				}
 				return nil
 			})
 		}
 		select {
 		case <-poll.C:
+		case err := <-refused:
+			return err
 		case <-end:
 			if !asked {
 				return errNoLeader

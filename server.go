@@ -166,10 +166,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 	if err := errors.Join(n.guard.lookAtDisk(), n.guard.begin()); err != nil {
 		return err
 	}
-	network, err := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, n.guard, logger.Named("peers"))
-	if err != nil {
-		return err
-	}
+	network := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, n.guard, logger.Named("peers"))
 	defer network.close()
 	r, err := newReplica(replicaConfig{
 		id:              cfg.id,
@@ -235,7 +232,7 @@ func openPorts(ctx context.Context, cfg *config, rec *recovered, logger *zap.Log
 	p.clients.set(http.HandlerFunc(p.serveWaiting))
 	p.waiting(nil)
 	p.front = &closingHandler{Handler: &p.clients}
-	p.peerServer = &http.Server{Handler: &p.peers, ReadHeaderTimeout: headerTimeout, ErrorLog: zap.NewStdLog(logger.Named("peers"))}
+	p.peerServer = newPeerServer(&p.peers, logger.Named("peers"))
 	p.clientServer = newHTTPServer(p.front, logger.Named("http"))
 	p.work.Go(func() { p.failed <- ignoreClosed(p.peerServer.Serve(peerListener)) })
 	p.work.Go(func() { p.failed <- ignoreClosed(p.clientServer.Serve(p.clientListener)) })
@@ -318,7 +315,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 		group.Go(func() error { return n.journal.run(ctx, src, n.config.journalSync) })
 	}
 	group.Go(func() error { return n.keepPlace(ctx) })
-	group.Go(func() error { return network.watch(ctx, n.config.peerSilenceMax()) })
+	group.Go(func() error { return network.run(ctx, n.config.peerSilenceMax()) })
 	group.Go(func() error {
 		select {
 		case err := <-p.failed:
@@ -329,7 +326,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 	})
 	group.Go(func() error {
 		select {
-		case <-network.http.ErrorC: //nolint:errcheck // another member said that this one was removed
+		case <-network.removed: //nolint:errcheck // another member said that this one was removed
 			stopLoop() // who waits would wait in vain
 			return errRemoved
 		case <-ctx.Done():

@@ -57,6 +57,7 @@ const (
 var (
 	castagnoli        = crc32.MakeTable(crc32.Castagnoli)
 	errSnapshotDamage = errors.New("snapshot is damaged")
+	errSnapshotFormat = errors.New("the snapshot has another format")
 )
 
 // writeTo streams the state to w.
@@ -184,7 +185,7 @@ func (d *snapshotDecoder) state() (state, error) {
 	}
 	format := d.uint()
 	if d.err == nil && (format < snapshotFormat2 || format > snapshotFormat3) {
-		return st, fmt.Errorf("snapshot format %d is not one that this program knows, %d to %d: use the version that wrote it", format, snapshotFormat2, snapshotFormat3)
+		return st, fmt.Errorf("%w: it is %d, this program knows %d to %d: use the version that wrote it", errSnapshotFormat, format, snapshotFormat2, snapshotFormat3)
 	}
 	st.index, st.term, st.rv = d.uint(), d.uint(), d.uint()
 	st.now, st.retries.next, st.sum = int64(d.uint()), d.uint(), d.uint()

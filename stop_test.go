@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -145,10 +144,6 @@ func TestStorage_Interrupt(t *testing.T) {
 	defer func() { must(t, s.close()) }()
 	st := largeState(1 << 20)
 	must(t, s.writeSnapshot(snapshotMeta(5), &st))
-	body := s.receive(io.NopCloser(bytes.NewReader(make([]byte, 1<<20))))
-	if _, err := body.Read(make([]byte, 100)); err != nil {
-		t.Fatal(err)
-	}
 	s.interrupt()
 	s.interrupt() // again is all right
 	if _, err := s.readBody(5, 1); !errors.Is(err, errInterrupted) {
@@ -157,8 +152,8 @@ func TestStorage_Interrupt(t *testing.T) {
 	if err := s.writeSnapshot(snapshotMeta(6), &st); !errors.Is(err, errInterrupted) || len(temporaryFiles(t, s)) > 0 {
 		t.Errorf("write: %v, left are %v", err, temporaryFiles(t, s))
 	}
-	if _, err := body.Read(make([]byte, 100)); !errors.Is(err, errInterrupted) {
-		t.Errorf("receive: %v", err)
+	if _, err := s.receive(bytes.NewReader(make([]byte, 1<<20)), 7, 1); !errors.Is(err, errInterrupted) || len(temporaryFiles(t, s)) > 0 {
+		t.Errorf("receive: %v, left are %v", err, temporaryFiles(t, s))
 	}
 	if err := s.purgeSnapshots(6); !errors.Is(err, errInterrupted) {
 		t.Errorf("purge: %v", err)
@@ -183,9 +178,9 @@ func TestStorage_RoomWhileItGrows(t *testing.T) {
 		t.Errorf("write: %v after %d looks, left are %v", err, looks, temporaryFiles(t, s))
 	}
 	looks = 0
-	n, err := io.Copy(io.Discard, s.receive(io.NopCloser(bytes.NewReader(make([]byte, 8<<20)))))
-	if !errors.Is(err, errNoSpace) || n > 4<<20 {
-		t.Errorf("receive: %v after %d bytes", err, n)
+	arriving := bytes.NewReader(make([]byte, 8<<20))
+	if _, err := s.receive(arriving, 7, 1); !errors.Is(err, errNoSpace) || arriving.Len() < 4<<20 || len(temporaryFiles(t, s)) > 0 {
+		t.Errorf("receive: %v with %d bytes to come, left are %v", err, arriving.Len(), temporaryFiles(t, s))
 	}
 	looks = 3
 	if err := s.writeSnapshot(snapshotMeta(6), &st); !errors.Is(err, errNoSpace) {

@@ -561,6 +561,10 @@ func (s *storage) readBody(index, term uint64) (state, error) {
 		return state{}, err
 	}
 	defer f.Close()
+	return s.readStateOf(f, index, term)
+}
+
+func (s *storage) readStateOf(f *os.File, index, term uint64) (state, error) {
 	st, err := readState(interruptible{f, s})
 	if err != nil {
 		return state{}, fmt.Errorf("%s: %w", f.Name(), err)
@@ -706,12 +710,36 @@ func (s *storage) hasRoom(size uint64) error {
 }
 
 func (s *storage) writeBody(meta *raftpb.Snapshot, st *state) error {
+	return s.writeFile(s.bodyPath(meta.GetMetadata().GetIndex()), func(f *os.File) error {
+		return st.writeTo(&syncingWriter{storage: s, file: f, rests: true})
+	})
+}
+
+// receive saves the body of a snapshot that another member sent, and returns the
+// state in it. A body that is damaged gets no name.
+func (s *storage) receive(body io.Reader, index, term uint64) (st state, err error) {
+	err = s.writeFile(s.bodyPath(index), func(f *os.File) error {
+		// Without rests: who receives a snapshot serves nobody.
+		if _, err := io.Copy(&syncingWriter{storage: s, file: f}, body); err != nil {
+			return err
+		}
+		if _, err := f.Seek(0, io.SeekStart); err != nil {
+			return err
+		}
+		st, err = s.readStateOf(f, index, term)
+		return err
+	})
+	return st, err
+}
+
+// writeFile makes a file of what write writes, all of it or nothing.
+func (s *storage) writeFile(path string, write func(*os.File) error) error {
 	f, err := os.CreateTemp(s.path(snapDir), tempPrefix)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = os.Remove(f.Name()) }() // fails after the rename
-	err = st.writeTo(&syncingWriter{storage: s, file: f})
+	err = write(f)
 	if err == nil {
 		err = f.Sync()
 	}
@@ -721,7 +749,7 @@ func (s *storage) writeBody(meta *raftpb.Snapshot, st *state) error {
 	if err != nil {
 		return err
 	}
-	if err := os.Rename(f.Name(), s.bodyPath(meta.GetMetadata().GetIndex())); err != nil {
+	if err := os.Rename(f.Name(), path); err != nil {
 		return err
 	}
 	return syncDir(s.path(snapDir))
@@ -736,10 +764,11 @@ const syncEvery = 1 << 20 // bytes
 const restMax = 50 * time.Millisecond
 
 // syncingWriter writes a file in pieces that are synced. Between two of them it
-// leaves the disk and the processor to the log and to requests.
+// may leave the disk and the processor to the log and to requests.
 type syncingWriter struct {
 	storage  *storage
 	file     *os.File
+	rests    bool      // between two pieces
 	began    time.Time // of this piece
 	unsynced int
 }
@@ -755,60 +784,14 @@ func (w *syncingWriter) Write(p []byte) (int, error) {
 	if w.unsynced += n; err == nil && w.unsynced >= syncEvery {
 		w.unsynced = 0
 		err = errors.Join(fileutil.Fdatasync(w.file), w.storage.hasRoom(0)) // others write, too
-		select {
-		case <-time.After(min(time.Since(w.began), restMax)):
-		case <-w.storage.interrupted:
+		if w.rests {
+			select {
+			case <-time.After(min(time.Since(w.began), restMax)):
+			case <-w.storage.interrupted:
+			}
 		}
 	}
 	return n, err
-}
-
-// receivedSnapshot is the body of a snapshot that arrives. Reading it syncs what
-// rafthttp has written of it so far, for the same reason.
-type receivedSnapshot struct {
-	io.ReadCloser
-	storage  *storage
-	unsynced int
-}
-
-func (s *storage) receive(body io.ReadCloser) io.ReadCloser {
-	return &receivedSnapshot{ReadCloser: body, storage: s}
-}
-
-func (r *receivedSnapshot) Read(p []byte) (int, error) {
-	if err := r.storage.goOn(); err != nil {
-		return 0, err
-	}
-	if r.unsynced >= syncEvery {
-		r.unsynced = 0
-		if err := errors.Join(syncReceived(r.storage.path(snapDir)), r.storage.hasRoom(0)); err != nil {
-			return 0, err
-		}
-	}
-	n, err := r.ReadCloser.Read(p)
-	r.unsynced += n
-	return n, err
-}
-
-// syncReceived syncs the files that etcd's snapshotter has not given a name yet.
-func syncReceived(dir string) error {
-	paths, err := filepath.Glob(filepath.Join(dir, "tmp*"))
-	if err != nil {
-		return err
-	}
-	for _, path := range paths {
-		f, err := os.Open(path)
-		if errors.Is(err, os.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		if err := errors.Join(fileutil.Fdatasync(f), f.Close()); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // syncFile makes what is in a file durable, whoever wrote it. It is a variable,

@@ -4,26 +4,26 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
-	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 
+	etcdversion "go.etcd.io/etcd/api/v3/version"
 	"go.etcd.io/etcd/client/pkg/v3/types"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
-	"go.etcd.io/etcd/server/v3/etcdserver/api/snap"
-	stats "go.etcd.io/etcd/server/v3/etcdserver/api/v2stats"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
-	"golang.org/x/time/rate"
+	"go.uber.org/zap/zapcore"
 )
 
-// This file is the transport between members: etcd's rafthttp, with a guard in
-// front of what peers send. Whoever can open a connection to the peer port can
-// still forge messages; see the README on who may reach it.
+// This file is the transport between members: a link to each of them, with a
+// guard in front of what they send. Whoever can open a connection to the peer
+// port can still forge messages; see the README on who may reach it.
 
 const (
 	peerDialTimeout = time.Second
@@ -37,44 +37,42 @@ const (
 
 // peerNetwork implements transport. It also receives: what the other members
 // send goes to the loop.
+//
+// The loop never waits for it: send drops what a link does not take at once, and
+// links are opened and closed by run, on a goroutine of its own.
 type peerNetwork struct {
-	id      uint64
-	logger  *zap.Logger
-	storage *storage
-	loop    *loop
-	store   *kvstore
-	http    *rafthttp.Transport
-	peers   map[uint64]member // whom http knows; owned by the loop's goroutine
-	guard   *guard
+	id, cluster    uint64
+	logger         *zap.Logger
+	rafthttpLogger *zap.Logger
+	storage        *storage
+	loop           *loop
+	store          *kvstore
+	guard          *guard
+	// removed has room for one error: another member said that this one was removed.
+	removed chan error
 
-	// heard has for each of them when its last message came, in unix nanoseconds.
-	// The map is replaced, never changed.
-	heard atomic.Pointer[map[uint64]*atomic.Int64]
+	members atomic.Pointer[[]member] // as the loop said last
+	changed chan struct{}            // holds one token: members is new
+	links   atomic.Pointer[map[uint64]*link]
+	work    sync.WaitGroup // links that close, snapshots that are sent
 }
 
-func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, g *guard, logger *zap.Logger) (*peerNetwork, error) {
-	n := &peerNetwork{id: id, logger: logger, storage: s, loop: l, store: st, guard: g, peers: map[uint64]member{}}
-	n.heard.Store(&map[uint64]*atomic.Int64{})
-	idText := types.ID(id).String()
+func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, g *guard, logger *zap.Logger) *peerNetwork {
+	n := &peerNetwork{
+		id: id, cluster: cluster, logger: logger, storage: s, loop: l, store: st, guard: g,
+		removed: make(chan error, 1),
+		changed: make(chan struct{}, 1),
+	}
+	n.members.Store(&[]member{})
+	n.links.Store(&map[uint64]*link{})
+	// rafthttp reports every step of every connection, and every message that it drops, from the loop's goroutine.
+	n.rafthttpLogger = logger.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
+		return zapcore.NewSamplerWithOptions(c, time.Second, 1, 0)
+	}))
 	if !logger.Core().Enabled(zap.DebugLevel) {
-		logger = logger.WithOptions(zap.IncreaseLevel(zap.WarnLevel)) // it reports every step of every connection
+		n.rafthttpLogger = n.rafthttpLogger.WithOptions(zap.IncreaseLevel(zap.WarnLevel))
 	}
-	n.http = &rafthttp.Transport{
-		Logger:             logger,
-		DialTimeout:        peerDialTimeout,
-		DialRetryFrequency: rate.Every(peerDialRetry),
-		ID:                 types.ID(id),
-		ClusterID:          types.ID(cluster),
-		Raft:               n,
-		Snapshotter:        s.snap,
-		ServerStats:        stats.NewServerStats(idText, idText),
-		LeaderStats:        stats.NewLeaderStats(logger, idText),
-		ErrorC:             make(chan error, 1),
-	}
-	if err := n.http.Start(); err != nil {
-		return nil, fmt.Errorf("start transport: %w", err)
-	}
-	return n, nil
+	return n
 }
 
 // listenPeers listens for the other members. A connection ends when nothing can
@@ -83,99 +81,109 @@ func listenPeers(address string) (net.Listener, error) {
 	return rafthttp.NewListener(url.URL{Scheme: "http", Host: address}, nil)
 }
 
-// close ends all connections.
-func (n *peerNetwork) close() { n.http.Stop() }
+// newPeerServer returns a server for the peer port.
+func newPeerServer(handler http.Handler, logger *zap.Logger) *http.Server {
+	return &http.Server{
+		Handler:           handler,
+		ReadHeaderTimeout: headerTimeout,
+		ErrorLog:          zap.NewStdLog(logger),
+		ConnContext:       func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, peerConnKey{}, c) },
+	}
+}
+
+// peerConnKey is where the context of a request has its connection.
+type peerConnKey struct{}
+
+// close ends all links and waits for them.
+func (n *peerNetwork) close() {
+	for _, l := range *n.links.Swap(&map[uint64]*link{}) {
+		n.work.Go(l.close)
+	}
+	n.work.Wait()
+}
 
 // handler serves the peer port.
 func (n *peerNetwork) handler() http.Handler {
-	raftHandler := n.http.Handler()
 	mux := http.NewServeMux()
-	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		// rafthttp would connect to whatever addresses a stranger names here.
-		r.Header.Del("X-PeerURLs")
-		if r.URL.Path == rafthttp.RaftSnapshotPrefix {
-			if n.guard.space.Load().full {
-				http.Error(w, errDiskFull.Error(), errDiskFull.status)
-				return
-			}
-			r.Body = n.storage.receive(r.Body)
-		}
-		raftHandler.ServeHTTP(w, r)
-	})
+	mux.Handle(rafthttp.ProbingPrefix, new(rafthttp.Transport).Handler())
+	mux.HandleFunc("/", n.serveRaft)
 	return mux
+}
+
+// serveRaft passes a request of a member on to its link.
+func (n *peerNetwork) serveRaft(w http.ResponseWriter, r *http.Request) {
+	// rafthttp would connect to whatever addresses a stranger names here.
+	r.Header.Del("X-PeerURLs")
+	cluster := types.ID(n.cluster).String()
+	if r.Header.Get("X-Etcd-Cluster-ID") != cluster {
+		w.Header().Set("X-Etcd-Cluster-ID", cluster)
+		refusePeer(w, rafthttp.ErrClusterIDMismatch.Error(), http.StatusPreconditionFailed)
+		return
+	}
+	from, err := types.IDFromString(r.Header.Get("X-Server-From"))
+	if err != nil {
+		refusePeer(w, "the request does not say who sends it", http.StatusBadRequest)
+		return
+	}
+	if n.store.tellsRemoved(n.id, uint64(from)) {
+		refusePeer(w, errPeerRemoved.Error(), http.StatusGone)
+		return
+	}
+	l := (*n.links.Load())[uint64(from)]
+	switch {
+	case l == nil:
+		n.rafthttpLogger.Warn("refused a node that is no member, as far as this one knows", zap.Uint64("node", uint64(from)))
+		refusePeer(w, "the sender is no member, as far as this one knows", http.StatusNotFound)
+	case r.URL.Path == rafthttp.RaftSnapshotPrefix:
+		l.receiveSnapshot(w, r)
+	default:
+		l.serve(w, r)
+	}
+}
+
+// errPeerRemoved tells a member that was removed to stop, with a status that
+// rafthttp on its side understands.
+var errPeerRemoved = errors.New("the sender was removed from the cluster")
+
+// refusePeer answers a request that is not passed to rafthttp.
+func refusePeer(w http.ResponseWriter, why string, status int) {
+	w.Header().Set("X-Server-Version", etcdversion.Version) // without it rafthttp does not look at the status
+	http.Error(w, why, status)
 }
 
 // send implements transport.
 func (n *peerNetwork) send(msgs []*raftpb.Message) {
-	rest := msgs[:0:0]
+	links := *n.links.Load()
 	for _, m := range msgs {
+		l := links[m.GetTo()]
 		switch {
 		case m.GetType() == raftpb.MsgSnap:
-			n.sendSnapshot(m)
+			n.sendSnapshot(l, m)
+		case l == nil:
+			// It is not connected yet, or no member any more.
 		case len(m.GetEntries()) > 0 && m.GetType() == raftpb.MsgApp && n.guard.isClosed(m.GetTo()):
 			// It would not take them.
 		default:
-			rest = append(rest, m)
+			l.send(m)
 		}
 	}
-	n.http.Send(rest)
-}
-
-// sendSnapshot streams the body behind the message, so that neither side holds
-// it in memory as bytes.
-func (n *peerNetwork) sendSnapshot(m *raftpb.Message) {
-	if n.guard.isClosed(m.GetTo()) || n.guard.current().suspect() { // its state is for nobody
-		n.ReportSnapshot(m.GetTo(), raft.SnapshotFailure)
-		return
-	}
-	index := m.GetSnapshot().GetMetadata().GetIndex()
-	f, err := os.Open(n.storage.bodyPath(index))
-	if err != nil {
-		n.logger.Error("cannot send snapshot", zap.Uint64("member", m.GetTo()), zap.Error(err))
-		n.ReportSnapshot(m.GetTo(), raft.SnapshotFailure)
-		return
-	}
-	info, err := f.Stat()
-	if err != nil {
-		_ = f.Close() // it was only read
-		n.ReportSnapshot(m.GetTo(), raft.SnapshotFailure)
-		return
-	}
-	n.logger.Info("sending snapshot", zap.Uint64("member", m.GetTo()), zap.Uint64("index", index), zap.Int64("bytes", info.Size()))
-	n.http.SendSnapshot(snap.NewMessage(m, f, info.Size()))
 }
 
 // setMembers implements transport.
 func (n *peerNetwork) setMembers(members []member) {
-	gone := n.peers
-	n.peers = map[uint64]member{}
-	for _, m := range members {
-		if m.ID == n.id {
-			continue
-		}
-		old, known := gone[m.ID]
-		delete(gone, m.ID)
-		n.peers[m.ID] = m
-		switch urls := []string{m.PeerURL}; {
-		case !known:
-			n.http.AddPeer(types.ID(m.ID), urls)
-		case old.PeerURL != m.PeerURL:
-			n.http.UpdatePeer(types.ID(m.ID), urls)
-		}
-	}
-	for id := range gone {
-		n.http.RemovePeer(types.ID(id))
-	}
-	heard := map[uint64]*atomic.Int64{}
-	for id := range n.peers {
-		if heard[id] = (*n.heard.Load())[id]; heard[id] == nil {
-			heard[id] = new(atomic.Int64)
-		}
-	}
-	n.heard.Store(&heard)
+	n.members.Store(&members)
+	n.signal()
 }
 
-// watch gives members that are silent new connections, until ctx ends.
+func (n *peerNetwork) signal() {
+	select {
+	case n.changed <- struct{}{}:
+	default:
+	}
+}
+
+// run opens and closes links until ctx ends, and gives members that are silent
+// new ones.
 //
 // A connection on which every packet gets lost looks alive for long, and comes
 // back to life late: TCP tries again after pauses that grow to two minutes.
@@ -183,12 +191,15 @@ func (n *peerNetwork) setMembers(members []member) {
 // timeout that it asks for never takes effect: NewTimeoutTransport of etcd's
 // client/pkg/transport sets Dial, and net/http prefers the DialContext that is
 // set as well.
-func (n *peerNetwork) watch(ctx context.Context, silenceMax time.Duration) error {
+func (n *peerNetwork) run(ctx context.Context, silenceMax time.Duration) error {
 	tick := time.NewTicker(silenceMax / 4)
 	defer tick.Stop()
 	leader, since := raft.None, time.Now()
 	for {
+		n.relink(nil)
 		select {
+		case <-n.changed:
+			continue
 		case <-tick.C:
 		case <-ctx.Done():
 			return nil
@@ -199,96 +210,71 @@ func (n *peerNetwork) watch(ctx context.Context, silenceMax time.Duration) error
 		// A follower hears from its leader only, and has none soon after that went
 		// silent.
 		if (leader == raft.None || leader == n.id) && time.Since(since) > silenceMax {
-			n.loop.call(func() error {
-				n.reconnect(silenceMax)
-				return nil
-			})
+			n.relink(func(l *link) bool { return time.Since(time.Unix(0, l.heard.Load())) > silenceMax })
 		}
 	}
 }
 
-// reconnect ends the connections to all members that were silent for so long,
-// which makes rafthttp open new ones.
-func (n *peerNetwork) reconnect(silenceMax time.Duration) {
-	now := time.Now()
-	for id, heard := range *n.heard.Load() {
-		if now.Sub(time.Unix(0, heard.Load())) > silenceMax {
-			heard.Store(now.UnixNano()) // give the new ones as much time
-			n.http.RemovePeer(types.ID(id))
-			n.http.AddPeer(types.ID(id), []string{n.peers[id].PeerURL})
+// relink opens links to members that have none, and closes those that nobody
+// needs. Those that are worn are replaced.
+func (n *peerNetwork) relink(worn func(*link) bool) {
+	old, wanted := *n.links.Load(), n.wanted()
+	links := maps.Clone(old)
+	for id, l := range old {
+		if want, ok := wanted[id]; !ok || want.PeerURL != l.member.PeerURL || worn != nil && worn(l) {
+			delete(links, id)
+		}
+	}
+	for id, m := range wanted {
+		if links[id] != nil {
+			continue
+		}
+		outbox := new(snapshotOutbox)
+		if l := old[id]; l != nil {
+			outbox = l.outbox
+		}
+		l, err := n.openLink(m, outbox)
+		if err != nil {
+			n.rafthttpLogger.Error("cannot connect to a member", zap.Error(err))
+			continue
+		}
+		links[id] = l
+	}
+	n.links.Store(&links)
+	for id, l := range old {
+		if links[id] != l {
+			n.work.Go(l.close)
 		}
 	}
 }
 
-// Process implements rafthttp.Raft: a message came in. It must not block, since
-// it holds up all that the same peer sends.
-func (n *peerNetwork) Process(_ context.Context, m *raftpb.Message) error {
-	if n.store.tellsRemoved(n.id, m.GetFrom()) {
-		return errPeerRemoved
+// wanted returns whom this node talks to.
+func (n *peerNetwork) wanted() map[uint64]member {
+	wanted := map[uint64]member{}
+	for _, m := range *n.members.Load() {
+		if m.ID != n.id {
+			wanted[m.ID] = m
+		}
 	}
+	return wanted
+}
+
+// receive takes a message that came over a link, with the state that came with
+// it if it is a snapshot. Every message of another node comes through here.
+func (n *peerNetwork) receive(l *link, m *raftpb.Message, body *state) error {
 	if err := checkMessage(m, n.id); err != nil {
-		n.logger.Warn("refused message", zap.Uint64("from", m.GetFrom()), zap.Stringer("type", m.GetType()), zap.Error(err))
+		n.logger.Warn("refused message", zap.Uint64("member", l.member.ID), zap.Uint64("from", m.GetFrom()), zap.Stringer("type", m.GetType()), zap.Error(err))
 		return nil // rafthttp would panic the connection's goroutine on an error, and the peer sends again
 	}
-	if heard := (*n.heard.Load())[m.GetFrom()]; heard != nil {
-		heard.Store(time.Now().UnixNano())
+	if m.GetType() == raftpb.MsgSnap && body == nil && m.GetSnapshot().GetMetadata().GetIndex() > n.store.applied() {
+		return nil // snapshots come with their state, see transfer.go
 	}
+	l.heard.Store(time.Now().UnixNano())
 	if t := m.GetType(); (t == raftpb.MsgApp || t == raftpb.MsgProp) && !n.guard.receive(messageSize(m)) {
 		return nil // it is sent again
 	}
-	if m.GetType() != raftpb.MsgSnap {
-		_ = n.loop.deliver(message{Message: m}) // if the inbox is full or closed it is lost, as on the way
-		return nil
-	}
-	return n.processSnapshot(m)
-}
-
-// processSnapshot reads the body that rafthttp has put on disk, here and not in
-// the loop, where it would hold up heartbeats.
-func (n *peerNetwork) processSnapshot(m *raftpb.Message) error {
-	meta := m.GetSnapshot().GetMetadata()
-	if meta.GetIndex() <= n.store.applied() {
-		return n.loop.deliver(message{Message: m}) // raft ignores it and says how far this member is
-	}
-	st, err := n.storage.readBody(meta.GetIndex(), meta.GetTerm())
-	if err != nil {
-		if errors.Is(err, errSnapshotDamage) {
-			// As long as the file is there rafthttp would not take another one.
-			err = errors.Join(err, os.Remove(n.storage.bodyPath(meta.GetIndex())))
-		}
-		return fmt.Errorf("received snapshot: %w", err)
-	}
-	return n.loop.deliver(message{Message: m, body: &st})
-}
-
-// errPeerRemoved tells a member that was removed to stop, in the way that
-// rafthttp on its side understands.
-var errPeerRemoved = removedError{errors.New("the sender was removed from the cluster")}
-
-type removedError struct{ error }
-
-// WriteTo makes rafthttp answer with this status.
-func (e removedError) WriteTo(w http.ResponseWriter) {
-	http.Error(w, e.Error(), http.StatusGone)
-}
-
-// IsIDRemoved implements rafthttp.Raft.
-func (n *peerNetwork) IsIDRemoved(id uint64) bool { return n.store.tellsRemoved(n.id, id) }
-
-// ReportUnreachable implements rafthttp.Raft.
-func (n *peerNetwork) ReportUnreachable(id uint64) {
-	n.loop.call(func() error {
-		n.loop.replica.raw.ReportUnreachable(id)
-		return nil
-	})
-}
-
-// ReportSnapshot implements rafthttp.Raft.
-func (n *peerNetwork) ReportSnapshot(id uint64, status raft.SnapshotStatus) {
-	n.loop.call(func() error {
-		n.loop.replica.raw.ReportSnapshot(id, status)
-		return nil
-	})
+	_ = n.loop.deliver(message{Message: m, body: body}) // if the inbox is full or closed it is lost, as on the way
+	return nil
 }
 
 // checkMessage refuses messages that no member sends. Several of them would
