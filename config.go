@@ -229,10 +229,13 @@ func (c *config) self() *member {
 	return &c.members[i]
 }
 
+// electionTimeout is how long followers wait for a heartbeat, at least.
+func (c *config) electionTimeout() time.Duration { return time.Duration(c.electionTicks) * c.tick }
+
 // peerSilenceMax is how long a member that should talk may be silent before it
 // gets new connections.
 func (c *config) peerSilenceMax() time.Duration {
-	return max(peerSilenceMin, peerSilenceElections*time.Duration(c.electionTicks)*c.tick)
+	return max(peerSilenceMin, peerSilenceElections*c.electionTimeout())
 }
 
 // checkSelf refuses a list without this node, unless its directory knows who it is.

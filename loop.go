@@ -25,6 +25,10 @@ const (
 	inboxMax      = 4096 // messages of other members; more are dropped, raft repeats them
 	inboxBytesMax = 128 << 20
 
+	// roundsMax bounds the rounds of an iteration, each of which may write to the
+	// disk. Then ticks, stop and other members have their turn.
+	roundsMax = 8
+
 	// waitGrace is how long after its deadline a request waits for the loop to
 	// say what became of it, before it says itself that it does not know.
 	waitGrace = 50 * time.Millisecond
@@ -35,7 +39,7 @@ type loop struct {
 	logger  *zap.Logger
 	tick    time.Duration
 	clock   func() time.Time
-	applied func()        // called when a turn has applied something; must not block
+	applied func()        // called when a round has applied something; must not block
 	wake    chan struct{} // holds one token: there is something in the inbox
 	done    chan struct{} // closed when run returns
 
@@ -51,7 +55,8 @@ type loop struct {
 	savedAt    time.Time // when the log was last saved ...
 	savedIndex uint64    // ... and what was applied then
 
-	work sync.WaitGroup
+	work  sync.WaitGroup
+	watch stallWatch
 
 	mu    sync.Mutex
 	inbox inbox // guarded by mu
@@ -130,7 +135,12 @@ func (l *loop) run(ctx context.Context, r *replica, admit func(context.Context) 
 		case <-ctx.Done():
 			return nil
 		}
-		if err := l.turn(ticked); err != nil {
+		l.watch.begin()
+		err := l.turn(ticked)
+		if took := l.watch.end(); took > 0 {
+			l.metrics.stall.Observe(took.Seconds())
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -164,18 +174,21 @@ func (l *loop) turn(ticked bool) error {
 	// Processing answers reads and writes, which makes room for the next ones:
 	// go on until neither is taken. Without the second look, requests that came
 	// meanwhile would wait for the next message or tick.
-	for {
-		if err := r.process(); err != nil {
+	done := false
+	for i := 0; i < roundsMax && !done; i++ {
+		more, err := r.processOnce()
+		if err != nil {
 			return err
 		}
-		if !l.feed() {
-			break
+		if rv := r.store.version(); rv != l.version {
+			l.version = rv
+			l.applied()
 		}
+		done = !more && !l.feed()
 	}
 	l.publish()
-	if rv := r.store.version(); rv != l.version {
-		l.version = rv
-		l.applied()
+	if !done {
+		l.signal() // the rest, in the next iteration
 	}
 	return nil
 }

@@ -45,6 +45,7 @@ type loopMetrics struct {
 	readIndex     prometheus.Histogram
 	apply         prometheus.Histogram
 	leaderChanges prometheus.Counter
+	stall         prometheus.Histogram
 }
 
 func newLoopMetrics() *loopMetrics {
@@ -57,11 +58,13 @@ func newLoopMetrics() *loopMetrics {
 			prometheus.ExponentialBuckets(0.0001, 2, 16)),
 		apply:         newHistogram("apply_duration_seconds", "Time to apply the entries of one turn of the loop.", prometheus.ExponentialBuckets(0.00001, 4, 10)),
 		leaderChanges: newCounter("leader_changes_total", "Leaders that this node has seen come."),
+		stall: newHistogram("loop_stall_seconds", "Iterations of the raft loop that took longer than an election timeout; its log says where they were.",
+			prometheus.ExponentialBuckets(0.2, 2, 9)),
 	}
 }
 
 func (m *loopMetrics) collectors() []prometheus.Collector {
-	return []prometheus.Collector{m.batchCommands, m.batchBytes, m.proposal, m.readIndex, m.apply, m.leaderChanges}
+	return []prometheus.Collector{m.batchCommands, m.batchBytes, m.proposal, m.readIndex, m.apply, m.leaderChanges, m.stall}
 }
 
 // at implements hook: the replica has no clock, so the loop measures from

@@ -514,39 +514,50 @@ func (r *replica) confirmsReads() bool {
 	return len(voters) > 1 || err == nil && term == st.GetTerm()
 }
 
-// process does what raft asks for until it asks for nothing. The order is that
-// of the raft library's documentation, with one change: messages that promise
-// nothing about this member's disk leave before the disk is written.
+// process does what raft asks for until it asks for nothing.
 func (r *replica) process() error {
-	for r.raw.HasReady() {
-		rd := r.raw.Ready()
-		// Before read states: an answer that the old leader gave must not be
-		// taken after its term.
-		r.noteLeader(rd)
-		promises, free := splitMessages(rd.Messages)
-		r.transport.send(free)
-		if err := r.at("before-save"); err != nil {
+	for {
+		if more, err := r.processOnce(); err != nil || !more {
 			return err
 		}
-		if err := r.persist(rd); err != nil {
-			return err
-		}
-		if err := r.at("after-save"); err != nil {
-			return err
-		}
-		r.transport.send(promises)
-		if err := r.apply(rd.CommittedEntries); err != nil {
-			return err
-		}
-		r.confirm(rd.ReadStates)
-		r.release()
-		r.raw.Advance(rd)
-		if err := r.at("after-advance"); err != nil {
-			return err
-		}
-		r.maybeSnapshot()
 	}
-	return nil
+}
+
+// processOnce does what raft asks for at once, and says whether that was
+// anything. The order is that of the raft library's documentation, with one
+// change: messages that promise nothing about this member's disk leave before the
+// disk is written.
+func (r *replica) processOnce() (more bool, err error) {
+	if !r.raw.HasReady() {
+		return false, nil
+	}
+	rd := r.raw.Ready()
+	// Before read states: an answer that the old leader gave must not be
+	// taken after its term.
+	r.noteLeader(rd)
+	promises, free := splitMessages(rd.Messages)
+	r.transport.send(free)
+	if err := r.at("before-save"); err != nil {
+		return false, err
+	}
+	if err := r.persist(rd); err != nil {
+		return false, err
+	}
+	if err := r.at("after-save"); err != nil {
+		return false, err
+	}
+	r.transport.send(promises)
+	if err := r.apply(rd.CommittedEntries); err != nil {
+		return false, err
+	}
+	r.confirm(rd.ReadStates)
+	r.release()
+	r.raw.Advance(rd)
+	if err := r.at("after-advance"); err != nil {
+		return false, err
+	}
+	r.maybeSnapshot()
+	return true, nil
 }
 
 func (r *replica) at(point string) error {

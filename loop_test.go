@@ -1,0 +1,137 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	dto "github.com/prometheus/client_model/go"
+	"go.etcd.io/raft/v3/raftpb"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+)
+
+// noTransport is for a cluster of one.
+type noTransport struct{}
+
+func (noTransport) send([]*raftpb.Message) {}
+func (noTransport) setMembers([]member)    {}
+
+// newLoneLoop returns the loop of a single voter, which leads.
+func newLoneLoop(t *testing.T, applied func(), at hook) *loop {
+	t.Helper()
+	disk, rec := newDisk(t, t.TempDir())
+	t.Cleanup(func() { must(t, disk.close()) })
+	l := newLoop(10*time.Millisecond, applied, zap.NewNop())
+	r, err := newReplica(replicaConfig{
+		id: 1, session: 1, electionTicks: 10, heartbeatTicks: 1, snapshotEntries: 1 << 20, snapshotBytes: 1 << 30, log: rec.log,
+		store: &kvstore{state: rec.state}, confState: rec.confState, disk: disk, transport: noTransport{}, driver: l, logger: zap.NewNop(), hook: at,
+	})
+	must(t, err)
+	l.replica = r
+	must(t, r.raw.Campaign())
+	must(t, r.process())
+	if r.leader != 1 {
+		t.Fatal("a single voter does not lead")
+	}
+	return l
+}
+
+// TestLoop_IterationsEnd: with one voter there is something to do after each round under full load, and yet
+// ticks, stop and watchers have their turn.
+func TestLoop_IterationsEnd(t *testing.T) {
+	rounds, notified, stop := 0, 0, false
+	var l *loop
+	l = newLoneLoop(t, func() { notified++ }, func(point string) error {
+		if l == nil || point != "after-advance" {
+			return nil
+		}
+		if rounds++; rounds < 100 { // an end for a loop that has none
+			_, _, err := l.enqueue(&command{op: opPut, key: fmt.Sprint(rounds), value: "v"}, time.Now().Add(time.Hour))
+			return err
+		}
+		stop = true
+		return nil
+	})
+	_, _, err := l.enqueue(&command{op: opPut, key: "first", value: "v"}, time.Now().Add(time.Hour))
+	must(t, err)
+	for iterations := 1; !stop; iterations++ {
+		before, version, told := rounds, l.replica.store.version(), notified
+		must(t, l.turn(false))
+		if n := rounds - before; n > roundsMax {
+			t.Fatalf("an iteration had %d rounds, want at most %d", n, roundsMax)
+		}
+		if !stop && len(l.wake) == 0 {
+			t.Fatalf("there is more to do after iteration %d, and nobody says so", iterations)
+		}
+		if applied := l.replica.store.version() - version; applied > 1 && notified-told < 2 {
+			t.Errorf("iteration %d applied %d writes and told of it %d times", iterations, applied, notified-told)
+		}
+	}
+}
+
+// TestLoop_Stall: an iteration that hangs is logged with the place where, while it hangs, and counted.
+func TestLoop_Stall(t *testing.T) {
+	l := newLoneLoop(t, func() {}, nil)
+	l.watch.most = 20 * time.Millisecond
+	core, logs := observer.New(zapcore.ErrorLevel)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	go func() { _ = l.watch.run(ctx, zap.New(core)) }() // ends with ctx
+	go func() { _ = l.run(ctx, l.replica, func(context.Context) error { return nil }) }()
+	l.call(hangUntil(t, func() bool { return logs.Len() > 0 }))
+	if !comesTrue(func() bool { return logs.Len() > 0 }) {
+		t.Fatal("nobody noticed")
+	}
+	if text := fmt.Sprint(logs.All()[0].ContextMap()["goroutines"]); !strings.Contains(text, "hangUntil") {
+		t.Errorf("the log does not say where: %s", text)
+	}
+	counted := func() bool {
+		var m dto.Metric
+		must(t, l.metrics.stall.Write(&m))
+		return m.GetHistogram().GetSampleCount() >= 1 && m.GetHistogram().GetSampleSum() >= 0.02
+	}
+	if !comesTrue(counted) {
+		t.Error("it was not counted")
+	}
+	stop()
+	<-l.done
+}
+
+// hangUntil is a call that keeps the loop busy until ok.
+func hangUntil(t *testing.T, ok func() bool) func() error {
+	return func() error {
+		if !comesTrue(ok) {
+			t.Error("the stall was not noticed while it lasted")
+		}
+		return nil
+	}
+}
+
+func comesTrue(ok func() bool) bool {
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if ok() {
+			return true
+		}
+	}
+	return false
+}
+
+// TestLoop_TransferBeforeStart: a node that is asked to hand over before its replica runs answers, and does not panic.
+func TestLoop_TransferBeforeStart(t *testing.T) {
+	l := newLoop(time.Millisecond, func() {}, zap.NewNop())
+	if err := l.transferLeader(t.Context(), 20*time.Millisecond, 2); err == nil {
+		t.Error("it has handed over")
+	}
+	l = newLoneLoop(t, func() {}, nil)
+	ctx, stop := context.WithCancel(t.Context())
+	go func() { _ = l.run(ctx, l.replica, func(context.Context) error { return nil }) }()
+	if err := l.transferLeader(t.Context(), time.Minute, 2); err == nil || !strings.Contains(err.Error(), "not a voter") {
+		t.Errorf("to nobody: %v", err)
+	}
+	stop()
+	<-l.done
+}
