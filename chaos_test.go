@@ -183,8 +183,11 @@ func (c *chaos) cycle(f *fault) {
 	c.cycles[f.name]++
 }
 
+// pulseMax is how long an answer may take whatever happened: a second, and two elections.
+const pulseMax = time.Second + 2*400*time.Millisecond
+
 // pulse writes at each of the nodes at the same time, and returns how long after start the last of the writes
-// was acknowledged. None may fail.
+// was acknowledged. None may fail, or take longer than pulseMax. (The clients of the load wait less than that.)
 func (c *chaos) pulse(when string, nodes []*proc.Node, start time.Time) (took time.Duration, ok bool) {
 	if len(nodes) == 0 {
 		return 0, false
@@ -196,6 +199,8 @@ func (c *chaos) pulse(when string, nodes []*proc.Node, start time.Time) (took ti
 			defer l.close()
 			if o := l.putNew(); o.outcome != liveDone {
 				c.t.Errorf("%s: a node that should serve does not: %v", when, o)
+			} else if took := o.end - o.start - c.history.stalled(o.start, o.end); took > pulseMax {
+				c.t.Errorf("%s: an answer took %v, want at most %v: %v", when, round(took), pulseMax, o)
 			}
 		})
 	}

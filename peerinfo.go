@@ -5,11 +5,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // This file is what members tell each other beside raft's messages.
@@ -89,6 +91,76 @@ func (n *node) peerInfo() peerInfo {
 		info.Members, info.Removed, info.Health = n.store.members(), n.store.removed(), n.guard.health()
 	}
 	return info
+}
+
+const (
+	meetEvery   = 200 * time.Millisecond // at most
+	reportedMax = 16
+)
+
+// meet finds out who nodes are that call and are no members here, until ctx
+// ends. They may have joined while this node was away, and if one of them leads
+// by now, it is the only one who will ever say so. Their addresses come from
+// members, or from nodes of this cluster that --cluster names, but never from themselves.
+func (n *peerNetwork) meet(ctx context.Context, hints []member) error {
+	for {
+		select {
+		case <-n.knocked:
+		case <-ctx.Done():
+			return nil
+		}
+		n.ask(ctx, hints)
+		select {
+		case <-time.After(meetEvery):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// ask asks all members that this node knows, by whatever way, who the members are.
+func (n *peerNetwork) ask(ctx context.Context, hints []member) {
+	ask := map[string]bool{}
+	for _, m := range n.wanted() {
+		ask[m.PeerURL] = true
+	}
+	for _, m := range hints {
+		if m.ID != n.id {
+			ask[m.PeerURL] = true
+		}
+	}
+	answers := make(chan *peerInfo, len(ask))
+	for address := range ask {
+		go func() { // ends after peerDialTimeout, and is waited for
+			info, err := fetchPeerInfo(ctx, address)
+			if err != nil || info.Cluster != fmt.Sprintf("%x", n.cluster) {
+				info = new(peerInfo)
+			}
+			answers <- info
+		}()
+	}
+	reported, removed := maps.Clone(*n.reported.Load()), n.store.removed()
+	for range len(ask) {
+		info := <-answers
+		for _, m := range info.Members {
+			reported[m.ID] = m
+		}
+		removed = append(removed, info.Removed...)
+	}
+	for _, id := range removed {
+		delete(reported, id)
+	}
+	delete(reported, n.id)
+	for _, m := range n.store.members() {
+		delete(reported, m.ID)
+	}
+	for id := range reported {
+		if len(reported) > reportedMax {
+			delete(reported, id)
+		}
+	}
+	n.reported.Store(&reported)
+	wakeUp(n.changed)
 }
 
 // fetchPeerInfo asks the member at peerURL which cluster it is in, and who else.

@@ -368,6 +368,55 @@ func TestProcess_FrozenFollower(t *testing.T) {
 	}
 }
 
+// TestProcess_VanishedFollower: a follower that takes no bytes any more, as one whose host is gone without a
+// word, holds up nobody at the others, however much is on its way to it.
+func TestProcess_VanishedFollower(t *testing.T) {
+	const (
+		most = time.Second
+		size = 256 << 10
+		gone = 3 * time.Second // a silent member gets new connections after one
+	)
+	c := newLiveCluster(t, proc.Options{})
+	var slowest []time.Duration
+	for range sized(1, 20) {
+		leader := c.leader()
+		follower := c.others(leader)[0]
+		var longest, writes atomic.Int64
+		write := func(l *liveClient, key, value string) {
+			start := c.history.now()
+			r := l.raw(http.MethodPut, key, "", value)
+			if r.err != nil || r.status/100 != 2 {
+				t.Errorf("PUT: %d %s %v", r.status, r.body, r.err)
+			}
+			took := int64(r.took - c.history.stalled(start, c.history.now()))
+			for s := longest.Load(); took > s && !longest.CompareAndSwap(s, took); s = longest.Load() {
+			}
+		}
+		value := strings.Repeat("v", size)
+		large := c.load(8, []*proc.Node{leader}, func(l *liveClient) {
+			write(l, fmt.Sprint("large/", writes.Add(1)%20), value)
+		})
+		small := c.load(4, c.others(follower), func(l *liveClient) {
+			write(l, "small", "v")
+			time.Sleep(10 * time.Millisecond)
+		})
+		start := time.Now()
+		time.Sleep(time.Second)
+		must(t, follower.Pause())
+		time.Sleep(gone)
+		rate := float64(writes.Load()*size) / 1e6 / time.Since(start).Seconds()
+		large.stop()
+		small.stop()
+		slowest = append(slowest, time.Duration(longest.Load()))
+		t.Logf("%.0f MB/s, slowest answer %v", rate, round(slowest[len(slowest)-1]))
+		must(t, follower.Resume())
+		c.start()
+	}
+	if worst := slices.Max(slowest); worst > most {
+		t.Errorf("the slowest answer took %v, want at most %v: %v", worst, most, slowest)
+	}
+}
+
 // TestProcess_Overload: writes that cannot be replicated are refused before they fill the memory.
 func TestProcess_Overload(t *testing.T) {
 	c := newLiveCluster(t, proc.Options{})

@@ -42,6 +42,36 @@ func (c *liveCluster) join(at *proc.Node) *proc.Node {
 	return n
 }
 
+// TestProcess_UnknownLeader: a node comes back and does not know the leader, who joined while it was away.
+func TestProcess_UnknownLeader(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{})
+	away := c.Nodes[2]
+	c.write(c.Nodes[0], "before", "1")
+	c.kill(away)
+	four := c.join(c.Nodes[0])
+	must(t, changed(c.memberCall(c.Nodes[0], http.MethodPost, fmt.Sprintf("/-/v1/leader/%d", four.ID), "")))
+	c.eventually(func() error {
+		if s, err := four.Status(t.Context()); err != nil || s.LeaderID != uint64(four.ID) {
+			return fmt.Errorf("it does not lead: %+v %w", s, err)
+		}
+		return nil
+	})
+	c.write(four, "after", "2")
+
+	start := time.Now()
+	must(t, away.Start())
+	must(t, away.WaitReady(c.context()))
+	took := time.Since(start)
+	c.wantValue(away, "after", "2")
+	if leader := c.leader(); leader != four {
+		t.Errorf("node %d leads by now: what this test is about did not happen", leader.ID)
+	}
+	t.Logf("caught up after %v", took.Round(time.Millisecond))
+	if most := 5 * time.Second; took > most {
+		t.Errorf("want at most %v", most)
+	}
+}
+
 // changed says what is wrong with the answer to a change. One that timed out may have happened: then the next
 // attempt is told so, with one of the given words.
 func changed(r *liveReply, already ...string) error {

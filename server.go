@@ -161,6 +161,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		}
 		defer func() { err = errors.Join(err, n.journal.close()) }()
 	}
+	n.watch.most = cfg.electionTimeout()
 	n.guard = newGuard(&n.config, n.store, n.loop.waiting, logger.Named("guard"))
 	n.guard.gate = hub.gate
 	if err := errors.Join(n.guard.lookAtDisk(), n.guard.begin()); err != nil {
@@ -305,6 +306,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 	group, ctx := errgroup.WithContext(ctx)
 	defer n.config.boundStop(ctx, n.logger)()
 	group.Go(func() error { return n.loop.run(loopCtx, r, n.admit) })
+	group.Go(func() error { return n.watch.run(ctx, n.logger) })
 	group.Go(func() error { return n.announce(ctx) })
 	group.Go(func() error { return n.watchDisk(ctx) })
 	group.Go(func() error { return n.exchange(ctx) })
@@ -316,6 +318,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 	}
 	group.Go(func() error { return n.keepPlace(ctx) })
 	group.Go(func() error { return network.run(ctx, n.config.peerSilenceMax()) })
+	group.Go(func() error { return network.meet(ctx, n.config.members) })
 	group.Go(func() error {
 		select {
 		case err := <-p.failed:

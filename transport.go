@@ -52,9 +52,12 @@ type peerNetwork struct {
 	removed chan error
 
 	members atomic.Pointer[[]member] // as the loop said last
-	changed chan struct{}            // holds one token: members is new
-	links   atomic.Pointer[map[uint64]*link]
-	work    sync.WaitGroup // links that close, snapshots that are sent
+	changed chan struct{}            // holds one token: whom this node talks to is new
+	knocked chan struct{}            // holds one token: a node that is no member here has called
+	// reported are the members that others list and this node does not know.
+	reported atomic.Pointer[map[uint64]member]
+	links    atomic.Pointer[map[uint64]*link]
+	work     sync.WaitGroup // links that close, snapshots that are sent
 }
 
 func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, g *guard, logger *zap.Logger) *peerNetwork {
@@ -62,9 +65,11 @@ func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, g *gua
 		id: id, cluster: cluster, logger: logger, storage: s, loop: l, store: st, guard: g,
 		removed: make(chan error, 1),
 		changed: make(chan struct{}, 1),
+		knocked: make(chan struct{}, 1),
 	}
 	n.members.Store(&[]member{})
 	n.links.Store(&map[uint64]*link{})
+	n.reported.Store(&map[uint64]member{})
 	// rafthttp reports every step of every connection, and every message that it drops, from the loop's goroutine.
 	n.rafthttpLogger = logger.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
 		return zapcore.NewSamplerWithOptions(c, time.Second, 1, 0)
@@ -134,6 +139,7 @@ func (n *peerNetwork) serveRaft(w http.ResponseWriter, r *http.Request) {
 	case l == nil:
 		n.rafthttpLogger.Warn("refused a node that is no member, as far as this one knows", zap.Uint64("node", uint64(from)))
 		refusePeer(w, "the sender is no member, as far as this one knows", http.StatusNotFound)
+		wakeUp(n.knocked)
 	case r.URL.Path == rafthttp.RaftSnapshotPrefix:
 		l.receiveSnapshot(w, r)
 	default:
@@ -172,12 +178,13 @@ func (n *peerNetwork) send(msgs []*raftpb.Message) {
 // setMembers implements transport.
 func (n *peerNetwork) setMembers(members []member) {
 	n.members.Store(&members)
-	n.signal()
+	wakeUp(n.changed)
 }
 
-func (n *peerNetwork) signal() {
+// wakeUp puts the one token into c that it holds, unless it is there.
+func wakeUp(c chan struct{}) {
 	select {
-	case n.changed <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }
@@ -248,9 +255,13 @@ func (n *peerNetwork) relink(worn func(*link) bool) {
 	}
 }
 
-// wanted returns whom this node talks to.
+// wanted returns whom this node talks to: the members as far as it knows, and
+// those that it must have missed.
 func (n *peerNetwork) wanted() map[uint64]member {
-	wanted := map[uint64]member{}
+	wanted := maps.Clone(*n.reported.Load())
+	for _, id := range n.store.removed() {
+		delete(wanted, id)
+	}
 	for _, m := range *n.members.Load() {
 		if m.ID != n.id {
 			wanted[m.ID] = m

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -59,7 +60,7 @@ func newTestNetwork(t *testing.T, peerURL string, run bool) *testNetwork {
 	l := newLoop(10*time.Millisecond, func() {}, zap.NewNop())
 	g := newGuard(&config{id: 1, diskReserve: 1 << 20}, store, l.waiting, zap.NewNop())
 	g.free = func() (uint64, error) { return n.free.Load(), nil }
-	n.peerNetwork = newPeerNetwork(1, testCluster, disk, store, l, new(atomic.Bool), g, zap.New(core))
+	n.peerNetwork = newPeerNetwork(1, testCluster, disk, store, l, g, zap.New(core))
 	var err error
 	n.leader, err = newReplica(replicaConfig{
 		id: 1, session: 1, electionTicks: 1000, heartbeatTicks: 1, snapshotEntries: 1000, snapshotBytes: 1 << 30, log: log, store: store,
@@ -69,7 +70,7 @@ func newTestNetwork(t *testing.T, peerURL string, run bool) *testNetwork {
 	l.replica = n.leader
 	n.relink(nil)
 	server := httptest.NewUnstartedServer(nil)
-	server.Config = n.server()
+	server.Config = newPeerServer(n.handler(), zap.NewNop())
 	server.Start()
 	n.url = server.URL
 	t.Cleanup(func() {
@@ -324,6 +325,47 @@ func TestNetwork_Members(t *testing.T) {
 	links = *n.links.Load()
 	if len(links) != 1 || links[2] == first || links[2].outbox != first.outbox {
 		t.Errorf("links: %v", links)
+	}
+}
+
+// TestNetwork_UnknownMember: a node that joined while this one was away is asked for at the members, and
+// talked to as long as it is not removed. What it says itself is not asked.
+func TestNetwork_UnknownMember(t *testing.T) {
+	answer := peerInfo{Cluster: fmt.Sprintf("%x", testCluster)}
+	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == peerInfoPath {
+			must(t, json.NewEncoder(w).Encode(answer))
+		}
+	}))
+	defer other.Close()
+	n := newTestNetwork(t, other.URL, false)
+	steps := []struct {
+		name    string
+		members []member
+		removed []uint64
+		cluster uint64
+		linked  bool
+	}{
+		{"another cluster lists it", []member{{ID: 8, PeerURL: "http://127.0.0.1:1"}}, nil, testCluster + 1, false},
+		{"nobody lists it", []member{{ID: 1}, {ID: 2, PeerURL: other.URL}}, nil, testCluster, false},
+		{"a member lists it", []member{{ID: 8, PeerURL: "http://127.0.0.1:1"}}, nil, testCluster, true},
+		{"it was removed", []member{{ID: 8, PeerURL: "http://127.0.0.1:1"}}, []uint64{8}, testCluster, false},
+	}
+	for _, step := range steps {
+		answer.Members, answer.Removed, answer.Cluster = step.members, step.removed, fmt.Sprintf("%x", step.cluster)
+		if (*n.links.Load())[8] == nil {
+			n.request("GET", "/raft/stream/message/8", 8, nil, "X-PeerURLs", "http://127.0.0.1:1")
+			select {
+			case <-n.knocked:
+			default:
+				t.Errorf("%s: nobody heard it knock", step.name)
+			}
+		}
+		n.ask(t.Context(), nil)
+		n.relink(nil)
+		if links := *n.links.Load(); (links[8] != nil) != step.linked || links[2] == nil || links[1] != nil {
+			t.Errorf("%s: links %v", step.name, links)
+		}
 	}
 }
 
