@@ -35,6 +35,7 @@
 //	backupcli.go  the commands snapshot and recover
 //	journal.go    every write as a line in a file
 //	snapshot.go   a state as a stream of bytes
+//	logqueue.go   the log, which nobody waits for
 //	stall.go      whether the loop hangs
 //	storage.go    the data directory: log and snapshots
 //	watermark.go  how a log that lost something is noticed

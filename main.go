@@ -79,7 +79,9 @@ func newServeCommand(use string, stderr io.Writer) *cobra.Command {
 			if err := cfg.validate(); err != nil {
 				return err
 			}
-			logger, level := newLogger(stderr, cfg.logLevel, cfg.logFormat)
+			logs := newLogQueue(stderr)
+			defer logs.close()
+			logger, level := newLogger(logs, cfg.logLevel, cfg.logFormat)
 			boundGarbage()
 			setSegmentBytes(cfg.segmentBytes)
 			cfg.abandon = func() { os.Exit(1) }
