@@ -719,8 +719,8 @@ func (s *storage) writeBody(meta *raftpb.Snapshot, st *state) error {
 // state in it. A body that is damaged gets no name.
 func (s *storage) receive(body io.Reader, index, term uint64) (st state, err error) {
 	err = s.writeFile(s.bodyPath(index), func(f *os.File) error {
-		// Without rests: who receives a snapshot serves nobody.
-		if _, err := io.Copy(&syncingWriter{storage: s, file: f}, body); err != nil {
+		// Without rests: who receives a snapshot serves nobody. In pieces, whatever body could do.
+		if _, err := io.Copy(&syncingWriter{storage: s, file: f}, struct{ io.Reader }{body}); err != nil {
 			return err
 		}
 		if _, err := f.Seek(0, io.SeekStart); err != nil {

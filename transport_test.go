@@ -75,8 +75,8 @@ func newTestNetwork(t *testing.T, peerURL string, run bool) *testNetwork {
 	n.url = server.URL
 	t.Cleanup(func() {
 		server.CloseClientConnections() // no writer may be stuck after a test that failed
-		server.Close()
 		n.close()
+		server.Close()
 	})
 	if run {
 		ctx, stop := context.WithCancel(context.Background())
