@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -145,6 +146,11 @@ type replicaConfig struct {
 	snapshotEntries uint64
 	snapshotBytes   uint64
 
+	// Bytes of entries in one append message, and applied in one turn; 0 = the
+	// defaults.
+	appendBytes uint64
+	applyBytes  uint64
+
 	// After a snapshot this many entries stay in memory, so that a member that
 	// is a little behind needs no snapshot.
 	catchUpEntries int
@@ -233,8 +239,8 @@ func newReplica(cfg replicaConfig) (*replica, error) {
 		HeartbeatTick:             cfg.heartbeatTicks,
 		Storage:                   replicaLog{cfg.log, r},
 		Applied:                   cfg.store.applied(),
-		MaxSizePerMsg:             appendSizeMax,
-		MaxCommittedSizePerReady:  applySizeMax,
+		MaxSizePerMsg:             cmp.Or(cfg.appendBytes, appendSizeMax),
+		MaxCommittedSizePerReady:  cmp.Or(cfg.applyBytes, applySizeMax),
 		MaxUncommittedEntriesSize: uncommittedSizeMax,
 		MaxInflightMsgs:           inflightAppendsMax,
 		MaxInflightBytes:          inflightBytesMax,

@@ -221,6 +221,9 @@ func (c *checker) since(p *process, before uint64) {
 	}
 	st := &p.store.state
 	for i := before + 1; i <= st.index; i++ {
+		if c.model.entry(i).config == i {
+			c.remembers(p, i)
+		}
 		for _, key := range c.model.entry(i).touched {
 			it, ok := st.items.Get(key)
 			if !c.item(p, key, it, ok) {
@@ -240,7 +243,14 @@ func (c *checker) whole(p *process) {
 	if !c.totals(p) {
 		return
 	}
-	st.items.Scan(func(key string, it item) bool { return c.item(p, key, it, true) })
+	deadlines := 0
+	st.items.Scan(func(key string, it item) bool {
+		deadlines += boolInt(it.expires != 0)
+		return c.item(p, key, it, true)
+	})
+	if st.expiry.Len() != deadlines {
+		c.violate("state", "node %d at entry %d knows %d deadlines of %d", p.node.id, st.index, st.expiry.Len(), deadlines)
+	}
 	c.state(p)
 }
 

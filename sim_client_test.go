@@ -81,7 +81,9 @@ func (o *simOp) String() string {
 		t, _ := decodeTxn(o.cmd.value)
 		fmt.Fprintf(&b, "transaction %+v: %+v", t, o.result)
 	default:
-		fmt.Fprintf(&b, "write %+v: %+v", o.cmd, o.result)
+		cmd := o.cmd
+		cmd.value = cmd.value[:min(len(cmd.value), 100)]
+		fmt.Fprintf(&b, "write %+v: %+v", cmd, o.result)
 	}
 	return b.String() + fmt.Sprintf(", %v, %v", o.outcome, o.err)
 }
@@ -153,7 +155,7 @@ func (c *simCall) read() {
 	c.op.attempts = append(c.op.attempts, attempt{node: p.node.id, session: p.replica.session})
 	plant := p.sim.plant
 	switch {
-	case c.op.read == readWhatever, plant != nil && plant.answerRead:
+	case c.op.read == readWhatever, plant != nil && plant.answerRead != nil && plant.answerRead(p):
 		c.capture()
 	case c.op.read == readAtLeast:
 		p.answerVersions()
@@ -197,7 +199,8 @@ func (c *simCall) look() {
 // fail answers with an error.
 func (c *simCall) fail(err error) {
 	outcome := opRefused
-	if outcomeOf(err) == unknown && !c.op.isRead() {
+	plant := c.process.sim.plant
+	if outcomeOf(err) == unknown && !c.op.isRead() && (plant == nil || !plant.refuseUnknown) {
 		outcome = opOpen
 	}
 	if outcome == opRefused && c.batch != nil && c.batch.change == nil {
@@ -488,6 +491,16 @@ func makeTxn(c *simClient) *simOp {
 func makePutExpiring(c *simClient) *simOp {
 	op := &simOp{cmd: command{op: opPut, key: c.keyOf(expiringGroup), value: c.value()}}
 	op.cmd.expires = simEpoch.Add(c.sim.now + c.sim.around(2*time.Second)).UnixMilli()
+	return op
+}
+
+// makePutLarge makes a value of up to 1 MiB. All are of one key, which the next
+// write makes small again most of the time.
+func makePutLarge(c *simClient) *simOp {
+	op := &simOp{cmd: command{op: opPut, key: "large", value: c.value()}}
+	if c.sim.chance(0.2) {
+		op.cmd.value += strings.Repeat("x", c.sim.rand.IntN(valueSizeMaxDefault-len(op.cmd.value)))
+	}
 	return op
 }
 

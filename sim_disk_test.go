@@ -179,6 +179,9 @@ func (d *simDisk) dropNames(t tail) error {
 
 // syncDir takes the place of the product's: it notes which names are durable.
 func (s *sim) syncDir(path string) error {
+	if s.plant != nil && s.plant.noDirSync {
+		return nil
+	}
 	for _, n := range s.nodes {
 		if path != filepath.Join(n.dir, snapDir) {
 			continue
@@ -201,6 +204,9 @@ func (s *sim) syncDir(path string) error {
 // syncFile takes the place of the product's: what a process reads when it starts
 // is on disk from then on.
 func (s *sim) syncFile(path string) error {
+	if s.plant != nil && s.plant.noStartSync {
+		return nil
+	}
 	for _, n := range s.nodes {
 		if filepath.Dir(path) == filepath.Join(n.dir, walDir) {
 			n.volatile, n.resynced = nil, true
@@ -230,7 +236,7 @@ func (d *simDisk) write(point string, synced bool, do func() error) error {
 	p := d.process
 	if synced {
 		d.inFlight = do
-		p.wait(p.sim.syncTime())
+		p.waitOutside(p.sim.syncTime())
 		if err := d.usable(); err != nil {
 			return err
 		}

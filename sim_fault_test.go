@@ -44,8 +44,24 @@ const clockOffsetMax = retryAgeMillis * time.Millisecond * 4 / 10
 func drawConfig(seed uint64) simConfig {
 	r := rand.New(rand.NewPCG(seed, 1))
 	between := func(low, high time.Duration) time.Duration { return low + time.Duration(r.Int64N(int64(high-low))) }
-	sizes := []int{1, 2, 3, 3, 3, 3, 4, 5, 5, 7}
+	sizes := []int{1, 1, 2, 2, 3, 3, 3, 3, 4, 5, 5, 7}
+	if *simSmall {
+		sizes = []int{1, 2}
+	}
 	cfg := defaultSimConfig(seed, sizes[r.IntN(len(sizes))])
+	if r.IntN(2) == 0 {
+		cfg.appendBytes = 64 + r.Uint64N(4096)
+	}
+	if r.IntN(4) == 0 {
+		cfg.applyBytes = 64 + r.Uint64N(4096)
+	}
+	if r.IntN(3) == 0 {
+		cfg.oldVersions = 0.5
+	}
+	if r.IntN(4) == 0 {
+		cfg.learners = 1
+	}
+	cfg.largeValues = r.IntN(8) == 0
 	cfg.snapshotEntries = 3 + r.Uint64N(48)
 	cfg.catchUpEntries = 5 + r.IntN(15)
 	cfg.net.delayMin = between(20*time.Microsecond, time.Millisecond)
@@ -109,6 +125,7 @@ func (s *sim) live(w *weather, d time.Duration) {
 		s.run(min(w.storm, end-s.now))
 		s.beginCalm()
 		s.run(w.calm)
+		s.check.overdue()
 	}
 }
 
@@ -284,6 +301,9 @@ func faultMembers(s *sim) {
 	}
 	s.changing = s.now + changeTimeout
 	m := pick(s, members)
+	if s.node(m.ID).stays {
+		return
+	}
 	switch {
 	case m.Learner && s.chance(0.5):
 		s.changeMember(memberChange{kind: promoteLearner, member: member{ID: m.ID}})
@@ -293,6 +313,24 @@ func faultMembers(s *sim) {
 		s.after(s.around(100*time.Millisecond), n.start)
 	default: // the last voter, and a majority that is needed, are safe
 		s.changeMember(memberChange{kind: removeMember, member: member{ID: m.ID}})
+	}
+}
+
+// addLearners adds members that are never promoted.
+func (s *sim) addLearners() {
+	for range s.learners {
+		n := s.addNode(fmt.Sprintf("http://n%d", len(s.nodes)+1), true)
+		n.stays = true
+		var try func()
+		try = func() {
+			if _, added := s.check.model.members[n.id]; !added {
+				s.changeMember(memberChange{kind: addLearner, member: member{ID: n.id, PeerURL: n.url}})
+				s.after(changeTimeout, try)
+				return
+			}
+			n.start()
+		}
+		s.after(time.Second, try)
 	}
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/binary"
 	"os"
 	"time"
 
@@ -136,6 +137,12 @@ func (n *simNetwork) arrive(from *process, m *raftpb.Message, body []byte) {
 		return
 	}
 	s.record(m.GetFrom(), m.GetTo(), uint64(m.GetType()), m.GetTerm(), m.GetIndex())
+	if m.GetType() == raftpb.MsgReadIndexResp {
+		context := m.GetEntries()[0].GetData()
+		if binary.LittleEndian.Uint64(context) == to.process.replica.session {
+			to.process.asked[binary.LittleEndian.Uint64(context[8:])] = true
+		}
+	}
 	if s.plant != nil && s.plant.incoming != nil {
 		s.plant.incoming(to.process, m)
 	}
@@ -155,6 +162,10 @@ const snapshotTimeout = 500 * time.Millisecond
 // Other messages are lost without a word.
 func (n *simNetwork) failed(from *process, m *raftpb.Message) {
 	if m.GetType() == raftpb.MsgSnap {
+		if plant := n.sim.plant; plant != nil && plant.impatient {
+			from.reportSnapshot(m.GetTo(), raft.SnapshotFailure)
+			return
+		}
 		from.after(snapshotTimeout, func() { from.reportSnapshot(m.GetTo(), raft.SnapshotFailure) })
 	}
 }

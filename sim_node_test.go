@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"iter"
@@ -34,6 +33,7 @@ type simNode struct {
 	pausedUntil time.Duration
 	held        []func() // what waits for the end of the pause
 	retired     bool     // was removed from the cluster
+	stays       bool     // is a learner for ever
 	full        bool     // its disk has room only for what the log has taken already
 
 	durable  logShadow       // what its disk has kept of the log for good
@@ -74,6 +74,7 @@ type process struct {
 	yield   func(struct{}) bool     // gives control back; false = the process is dead
 	inside  bool                    // the loop has control
 	turning bool                    // a turn is in progress
+	lost    time.Duration           // of this turn, to the disk and to other processes
 
 	trap    trap
 	waiting []*simCall
@@ -184,6 +185,9 @@ func (p *process) boot() error {
 		n.durable = p.disk.log
 	}
 	p.store = &kvstore{state: rec.state}
+	if !s.raising && s.chance(s.oldVersions) {
+		p.store.levelMax = levelFirst
+	}
 	p.store.setWindow(s.eventsMax, eventBytesMaxDefault)
 	p.loop = newLoop(s.tick, func() {}, logger)
 	p.loop.clock = n.clock
@@ -195,6 +199,8 @@ func (p *process) boot() error {
 		snapshotEntries: s.snapshotEntries,
 		snapshotBytes:   math.MaxUint64,
 		catchUpEntries:  s.catchUpEntries,
+		appendBytes:     s.appendBytes,
+		applyBytes:      s.applyBytes,
 		log:             rec.log,
 		store:           p.store,
 		confState:       rec.confState,
@@ -321,6 +327,16 @@ func (p *process) dial() {
 	p.after(p.sim.around(dialEvery), p.dial)
 }
 
+// everybody says whether all know the newest level.
+func everybody(know map[uint64]health) bool {
+	for _, h := range know {
+		if h.Level < levelNewest {
+			return false
+		}
+	}
+	return true
+}
+
 // compareEvery is how often a node compares its state with those of others.
 const compareEvery = time.Second
 
@@ -338,8 +354,13 @@ func (p *process) compare() {
 	if members := p.store.members(); p.replica.role == raft.StateLeader && len(others) == len(members)-1 && p.store.level() < levelNewest {
 		know := map[uint64]health{}
 		for id := range others {
-			know[id] = health{Level: levelNewest}
+			know[id] = health{Level: s.node(id).process.store.knows()}
 		}
+		if !everybody(know) || p.store.knows() < levelNewest {
+			p.after(compareEvery, p.compare)
+			return
+		}
+		s.raising = true
 		raise := commonLevel(members, know, p.node.id, levelNewest)
 		_, _, _ = p.loop.enqueue(&command{op: opLevel, value: raise.encode()}, p.node.clock().Add(time.Second)) // it tries again
 		p.wake()
@@ -374,6 +395,13 @@ func (p *process) wait(d time.Duration) {
 	p.yield(struct{}{})
 }
 
+// waitOutside waits for what a turn may wait for: the disk, a processor.
+func (p *process) waitOutside(d time.Duration) {
+	began := p.sim.now
+	p.wait(d)
+	p.lost += p.sim.now - began
+}
+
 // run is the life of the loop.
 func (p *process) run(yield func(struct{}) bool) {
 	p.yield = yield
@@ -392,8 +420,10 @@ func (p *process) turn() {
 	default:
 	}
 	ticked := p.ticked
-	p.ticked, p.turning = false, true
+	p.ticked, p.turning, p.lost = false, true, 0
+	began := p.sim.now
 	err := p.runTurn(ticked)
+	p.sim.check.stalled(p, p.sim.now-began-p.lost)
 	p.scheduled, p.turning = false, false
 	if p.dead {
 		return
@@ -537,7 +567,7 @@ func (p *process) at(point string) error {
 		return errCrashed
 	}
 	if p.sim.chance(p.sim.hiccups) {
-		p.wait(p.sim.around(hiccupMean))
+		p.waitOutside(p.sim.around(hiccupMean))
 	}
 	if p.dead {
 		return errCrashed
@@ -564,6 +594,12 @@ func (p *process) send(msgs []*raftpb.Message) {
 		return
 	}
 	for _, m := range msgs {
+		if plant := p.sim.plant; plant != nil && plant.blocks != nil {
+			p.wait(plant.blocks(p, m))
+		}
+		if p.dead {
+			return
+		}
 		p.sim.network.send(p, m)
 	}
 	p.crashHere(afterSend)
@@ -624,9 +660,6 @@ func (p *process) deliver(m *raftpb.Message, body []byte) error {
 		return nil // see guard.receive
 	}
 	defer p.wake()
-	if m.GetType() == raftpb.MsgReadIndexResp {
-		p.asked[binary.LittleEndian.Uint64(m.GetEntries()[0].GetData()[8:])] = true
-	}
 	meta := m.GetSnapshot().GetMetadata()
 	if m.GetType() != raftpb.MsgSnap || meta.GetIndex() <= p.store.applied() {
 		return p.loop.deliver(message{Message: m})

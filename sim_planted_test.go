@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tidwall/btree"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
@@ -41,8 +42,14 @@ type plant struct {
 	recovered  func(st *state)
 	turned     func(p *process) // after each turn of the loop
 
-	answerRead  bool // reads are answered at once, from what the node has
-	answerWrite bool // writes are answered as soon as they are queued
+	answerRead    func(p *process) bool // whether reads are answered at once, from what the node has
+	answerWrite   bool                  // writes are answered as soon as they are queued
+	refuseUnknown bool                  // what may still happen is said not to
+	noDirSync     bool                  // directories are not synced
+	noStartSync   bool                  // what is read at start is not synced
+	impatient     bool                  // a snapshot that was not taken is sent again at once
+
+	blocks func(p *process, m *raftpb.Message) time.Duration // how long sending takes
 
 	// prepare makes the bug more likely to show.
 	prepare func(w *weather, l *load)
@@ -51,7 +58,7 @@ type plant struct {
 // plants returns all planted bugs. Some have a memory, so each run gets its own.
 func plants() []*plant {
 	return []*plant{
-		{name: "local read", answerRead: true},
+		{name: "local read", answerRead: func(*process) bool { return true }},
 		{name: "ack before commit", answerWrite: true},
 		{name: "ack before fsync", disk: lateDisk(100 * time.Millisecond), prepare: onlyFaults(faultPowerCut, faultCrash)},
 		{name: "send before save", disk: lateDisk(2 * time.Millisecond), prepare: often(faultPowerCut, faultCrash)},
@@ -78,6 +85,31 @@ func plants() []*plant {
 		{name: "no room for a snapshot ignored", disk: func(_ *process, d disk) disk { return fullDisk{d} }, prepare: often(faultFull, faultCrash)},
 		{name: "a write with another value on one node", turned: otherValue()},
 		{name: "snapshot with a later configuration", disk: laterConfig, prepare: often(faultMembers, faultMembers, faultCrash)},
+		{name: "a leader reads without asking", answerRead: leadsIt, prepare: onlyFaults(faultIsolateLeader, faultPauseLeader)},
+		{name: "read index at once", incoming: indexAtOnce, prepare: often(faultTransfer, faultPauseLeader, faultCrash)},
+		{name: "vote before it is on disk", disk: lateVotes, prepare: often(faultCrash, faultIsolateLeader)},
+		{name: "vote not saved", disk: savesWith(func(hs *raftpb.HardState, e []*raftpb.Entry) (*raftpb.HardState, []*raftpb.Entry) {
+			return &raftpb.HardState{Term: hs.Term, Commit: hs.Commit}, e
+		})},
+		{name: "last entry of several not saved", disk: savesWith(func(hs *raftpb.HardState, e []*raftpb.Entry) (*raftpb.HardState, []*raftpb.Entry) {
+			return hs, e[:max(min(len(e), 1), len(e)-1)]
+		})},
+		{name: "directory of snapshots not synced", noDirSync: true, prepare: often(faultPowerCut, faultCrash)},
+		{name: "log not synced at start", noStartSync: true, prepare: often(faultCrash)},
+		{name: "watermark ahead of a failed write", disk: hastyMark, prepare: often(faultDisk)},
+		{name: "needed snapshots purged", disk: func(p *process, d disk) disk { return purgingDisk{d, p} }, prepare: often(faultCrash)},
+		{name: "change of members without a sync", disk: func(_ *process, d disk) disk { return unsyncedDisk{d} }, prepare: often(faultMembers)},
+		{name: "expiry whatever the version", turned: expireNow(0, condition{})},
+		{name: "expiry before its time", turned: expireNow(time.Second, condition{kind: ifMatch})},
+		{name: "deadlines forgotten at start", recovered: func(st *state) { st.expiry = new(btree.Set[string]) }, prepare: often(faultPowerCut)},
+		{name: "sessions forgotten at start", recovered: func(st *state) { st.sessions = sessions{} }, prepare: often(faultCrash)},
+		{name: "retry records forgotten at start", recovered: func(st *state) { st.retries = newRetryTable() }, prepare: often(faultCrash)},
+		{name: "removed ids forgotten at start", recovered: func(st *state) { st.removed = map[uint64]bool{} }, prepare: often(faultMembers, faultCrash)},
+		{name: "version goes back at start", recovered: func(st *state) { st.rv -= min(st.rv, 1) }, prepare: often(faultCrash)},
+		{name: "unknown outcome called refused", refuseUnknown: true, prepare: onlyFaults(faultPause, faultSlow, faultPartition)},
+		{name: "applied before it is committed", incoming: commitAll},
+		{name: "sending waits for a lost host", blocks: waitForLost, prepare: onlyFaults(faultIsolate)},
+		{name: "snapshot sent again at once", impatient: true, prepare: often(faultFull, faultIsolate, faultCrash)},
 	}
 }
 
@@ -513,6 +545,116 @@ func (d lateConfigDisk) commitSnapshot(snap *raftpb.Snapshot) error {
 	snap = proto.CloneOf(snap)
 	snap.Metadata.ConfState = d.process.replica.confState
 	return d.disk.commitSnapshot(snap)
+}
+
+func leadsIt(p *process) bool { return p.replica.role == raft.StateLeader }
+
+// indexAtOnce makes a leader tell at once what it has committed.
+func indexAtOnce(p *process, m *raftpb.Message) {
+	if m.GetType() == raftpb.MsgReadIndex && leadsIt(p) {
+		p.sim.network.send(p, &raftpb.Message{
+			Type: raftpb.MsgReadIndexResp.Enum(), From: new(p.node.id), To: new(m.GetFrom()), Term: new(p.replica.term),
+			Index: new(p.replica.committed), Entries: m.GetEntries(),
+		})
+	}
+}
+
+// commitAll tells a follower that all it has is committed.
+func commitAll(p *process, m *raftpb.Message) {
+	if n := len(m.GetEntries()); m.GetType() == raftpb.MsgApp && n > 0 {
+		m.Commit = new(m.Entries[n-1].GetIndex())
+	}
+}
+
+// waitForLost waits for who does not take what it is sent.
+func waitForLost(p *process, m *raftpb.Message) time.Duration {
+	if p.sim.network.cut[p.node.id][m.GetTo()] {
+		return 5 * time.Second
+	}
+	return 0
+}
+
+// votesLate is a disk that takes its time for a hard state alone.
+type votesLate struct{ *late }
+
+func lateVotes(p *process, d disk) disk {
+	return votesLate{&late{disk: d, process: p, delay: 2 * time.Millisecond}}
+}
+
+func (d votesLate) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
+	if len(ents) == 0 {
+		return d.late.save(hs, ents)
+	}
+	return errors.Join(d.late.flush(), d.late.disk.save(hs, ents))
+}
+
+// changedDisk saves something else.
+type changedDisk struct {
+	disk
+	change func(*raftpb.HardState, []*raftpb.Entry) (*raftpb.HardState, []*raftpb.Entry)
+}
+
+func savesWith(change func(*raftpb.HardState, []*raftpb.Entry) (*raftpb.HardState, []*raftpb.Entry)) func(*process, disk) disk {
+	return func(_ *process, d disk) disk { return changedDisk{d, change} }
+}
+
+func (d changedDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
+	if raft.IsEmptyHardState(hs) {
+		hs = &raftpb.HardState{}
+	}
+	hs, ents = d.change(hs, ents)
+	return d.disk.save(hs, ents)
+}
+
+// hastyMark notes that the log has what it has not taken.
+func hastyMark(p *process, d disk) disk { return hastyMarkDisk{d, p} }
+
+type hastyMarkDisk struct {
+	disk
+	process *process
+}
+
+func (d hastyMarkDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
+	err := d.disk.save(hs, ents)
+	if n := len(ents); err != nil && n > 0 {
+		d.process.disk.reached.index, d.process.disk.reached.term = ents[n-1].GetIndex(), ents[n-1].GetTerm()
+	}
+	return err
+}
+
+// purgingDisk deletes all bodies of snapshots.
+type purgingDisk struct {
+	disk
+	process *process
+}
+
+func (d purgingDisk) purge() error {
+	if err := d.disk.purge(); err != nil {
+		return err
+	}
+	paths, err := filepath.Glob(filepath.Join(d.process.node.dir, snapDir, "*"+bodySuffix))
+	for _, path := range paths {
+		err = errors.Join(err, os.Remove(path))
+	}
+	return err
+}
+
+// unsyncedDisk does not sync what save leaves out.
+type unsyncedDisk struct{ disk }
+
+func (d unsyncedDisk) sync() error { return nil }
+
+// expireNow lets a leader expire keys so much before their time, on a condition.
+func expireNow(early time.Duration, c condition) func(*process) {
+	return func(p *process) {
+		if !leadsIt(p) || !p.sim.chance(0.01) {
+			return
+		}
+		for _, cmd := range p.store.expired(p.node.clock().Add(early).UnixMilli(), 1) {
+			cmd.condition.kind = c.kind
+			_, _, _ = p.loop.enqueue(&cmd, p.node.clock().Add(time.Second))
+		}
+	}
 }
 
 var (

@@ -18,6 +18,7 @@ import (
 // logShadow is what a log holds, as far as it matters for promises.
 type logShadow struct {
 	term, vote uint64
+	commit     uint64
 	base       uint64 // index of the last entry that only a snapshot holds
 	baseTerm   uint64
 	terms      []uint64 // of the entries after it
@@ -40,7 +41,7 @@ func (l *logShadow) termOf(index uint64) (term uint64, ok bool) {
 // durable shares the terms.
 func (l *logShadow) save(hs *raftpb.HardState, ents []*raftpb.Entry) {
 	if !raft.IsEmptyHardState(hs) {
-		l.term, l.vote = hs.GetTerm(), hs.GetVote()
+		l.term, l.vote, l.commit = hs.GetTerm(), hs.GetVote(), hs.GetCommit()
 	}
 	for _, e := range ents {
 		if e.GetIndex() <= l.base {
@@ -170,9 +171,12 @@ func (c *checker) onMajority(voters []uint64, e *raftpb.Entry) bool {
 // readable looks at a round of reads whose time has come. What a leader answers
 // itself it must know: it votes, and has committed in its term.
 func (c *checker) readable(p *process, q *readRound) {
-	r := p.replica
-	if r.role == raft.StateLeader && !p.asked[q.attempt] {
+	switch {
+	case p.asked[q.attempt]: // the leader has told it
+	case p.replica.role == raft.StateLeader:
 		c.answersReads(p, "answers a read")
+	default:
+		c.violate("read", "node %d answers a read that nobody has confirmed", p.node.id)
 	}
 }
 
@@ -264,5 +268,39 @@ func (c *checker) offered(p *process, m *raftpb.Message) {
 	}
 	if p.offered[m.GetTo()] = append(times, c.sim.now); len(times) > snapshotsMax {
 		c.violate("flood", "node %d has sent node %d more than %d snapshots in a second", p.node.id, m.GetTo(), snapshotsMax)
+	}
+}
+
+// stalled looks at how long a turn took, but for the disk and the processor.
+// Nothing else may hold up the loop: without it there are no heartbeats.
+func (c *checker) stalled(p *process, took time.Duration) {
+	if bound := time.Duration(c.sim.electionTicks) * c.sim.tick; took > bound {
+		c.violate("stall", "a turn of node %d waited for %v", p.node.id, took)
+	}
+}
+
+// overdueMax is how late a key may expire while all is well.
+const overdueMax = 2 * time.Second
+
+// overdue wants keys to have expired whose time came long ago, by the clock of
+// the leader. Where clocks differ, each new leader has another idea of that.
+func (c *checker) overdue() {
+	n := c.sim.agreedLeader()
+	if n == nil || !leads(n) || c.sim.clockOffset > 0 {
+		return
+	}
+	for key, it := range c.model.items {
+		if it.expires != 0 && it.expires < n.clock().Add(-overdueMax).UnixMilli() {
+			c.violate("overdue", "key %q is still there, %d ms after its time", key, n.clock().UnixMilli()-it.expires)
+			return
+		}
+	}
+}
+
+// remembers wants a change of the configuration to be known as committed, on
+// disk, by who goes by it: it could not tell after a crash whose votes count.
+func (c *checker) remembers(p *process, index uint64) {
+	if disk := &p.node.durable; disk.commit < index && disk.base < index {
+		c.violate("forgetful", "node %d goes by the change at entry %d, on disk only %d are committed", p.node.id, index, disk.commit)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -23,6 +24,7 @@ var (
 	simTwice    = flag.Bool("sim.twice", false, "run each seed twice and compare the traces")
 	simLogs     = flag.Bool("sim.logs", false, "print what the product logs; for one seed")
 	simMembers  = flag.Bool("sim.members", false, "change the members often, in each seed")
+	simSmall    = flag.Bool("sim.small", false, "only clusters of one or two voters")
 	simReport   = flag.Bool("sim.report", false, "print the figures")
 	simWorker   = flag.Bool("sim.worker", false, "print results as JSON; set by the process that shares out the seeds")
 )
@@ -78,6 +80,7 @@ func TestSim(t *testing.T) {
 		return []string{
 			"-test.run=^TestSim$", "-sim.worker", fmt.Sprintf("-sim.seed=%d", from), fmt.Sprintf("-sim.seeds=%d", n),
 			fmt.Sprintf("-sim.duration=%v", *simDuration), fmt.Sprintf("-sim.twice=%v", *simTwice), fmt.Sprintf("-sim.members=%v", *simMembers),
+			fmt.Sprintf("-sim.small=%v", *simSmall),
 		}
 	}, func(line []byte) {
 		var r simResult
@@ -138,6 +141,7 @@ func runOnce(t *testing.T, seed uint64, d time.Duration, bug *plant) (r simResul
 		}
 		s.addClients(4+s.rand.IntN(9), l)
 		s.addWatchers(2)
+		s.addLearners()
 		s.live(w, d)
 		l.stopped = true
 		s.quiet()
@@ -149,11 +153,15 @@ func runOnce(t *testing.T, seed uint64, d time.Duration, bug *plant) (r simResul
 
 // drawLoad draws what the clients do.
 func (s *sim) drawLoad() *load {
+	makers := opMakers
+	if s.largeValues {
+		makers = slices.Concat(opMakers, opMakers, opMakers, opMakers, opMakers, []opMaker{makePutLarge})
+	}
 	return &load{
 		think:    s.between(50*time.Millisecond, 200*time.Millisecond),
 		keys:     3 + s.rand.IntN(20),
 		timeouts: []time.Duration{time.Second, 2 * time.Second, 5 * time.Second},
-		makers:   opMakers,
+		makers:   makers,
 	}
 }
 
@@ -180,7 +188,7 @@ func reportSeed(t *testing.T, r simResult) {
 	for _, v := range r.Violations {
 		fmt.Fprintf(&b, "  at %v: %s: %s\n", v.At, v.Check, v.Text)
 	}
-	t.Errorf("seed %d:\n%sreplay with: go test -run 'TestSim$' -sim.seeds=1 -sim.seed=%d -sim.duration=%v -sim.members=%v", r.Seed, b.String(), r.Seed, *simDuration, *simMembers)
+	t.Errorf("seed %d:\n%sreplay with: go test -run 'TestSim$' -sim.seeds=1 -sim.seed=%d -sim.duration=%v -sim.members=%v -sim.small=%v", r.Seed, b.String(), r.Seed, *simDuration, *simMembers, *simSmall)
 }
 
 // shareSeeds runs seeds in several processes, since raft's randomness, which a

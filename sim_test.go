@@ -55,6 +55,12 @@ type simConfig struct {
 	clockRate   float64       // clocks go this much too fast or slow
 	clockOffset time.Duration // and are this much ahead or behind
 
+	appendBytes uint64 // of entries in one message; 0 = the product's
+	applyBytes  uint64 // and applied at once
+	oldVersions float64 // probability that a process knows only the first level, until that was raised
+	learners    int    // that stay learners
+	largeValues bool   // now and then one as large as values may be
+
 	hiccups      float64 // probability that a process has to wait for a processor, at each step
 	brokenStarts float64 // probability that a crash comes in the middle of a first start
 
@@ -96,6 +102,8 @@ type sim struct {
 	check   *checker
 
 	watchers []*simWatcher
+
+	raising bool // somebody has proposed to raise the level: nobody goes back
 
 	// Of the weather.
 	healthy  healthSpan
