@@ -65,6 +65,9 @@ func newChecker(s *sim) *checker {
 		verdicts: map[uint64]verdict{},
 		refusals: map[uint64][]denial{},
 	}
+	if s.clockOffset > 0 {
+		c.model.skew = (2*s.clockOffset + time.Minute).Milliseconds() // and rates are off, too
+	}
 	return c
 }
 
