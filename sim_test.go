@@ -55,11 +55,11 @@ type simConfig struct {
 	clockRate   float64       // clocks go this much too fast or slow
 	clockOffset time.Duration // and are this much ahead or behind
 
-	appendBytes uint64 // of entries in one message; 0 = the product's
-	applyBytes  uint64 // and applied at once
+	appendBytes uint64  // of entries in one message; 0 = the product's
+	applyBytes  uint64  // and applied at once
 	oldVersions float64 // probability that a process knows only the first level, until that was raised
-	learners    int    // that stay learners
-	largeValues bool   // now and then one as large as values may be
+	learners    int     // that stay learners
+	largeValues bool    // now and then one as large as values may be
 
 	hiccups      float64 // probability that a process has to wait for a processor, at each step
 	brokenStarts float64 // probability that a crash comes in the middle of a first start
