@@ -6,7 +6,6 @@ import (
 	"iter"
 	"math"
 	"runtime/debug"
-	"slices"
 	"time"
 
 	"go.etcd.io/raft/v3"
@@ -79,7 +78,6 @@ type process struct {
 
 	trap    trap
 	waiting []*simCall
-	voted   bool                       // it was a voter when the turn began
 	offered map[uint64][]time.Duration // when snapshots were sent lately, by member
 	asked   map[uint64]bool            // attempts to read that somebody else has answered
 	seen    seen                       // what the checker has seen of it
@@ -423,7 +421,6 @@ func (p *process) turn() {
 	}
 	ticked := p.ticked
 	p.ticked, p.turning, p.lost = false, true, 0
-	p.voted = slices.Contains(p.replica.confState.GetVoters(), p.node.id)
 	began := p.sim.now
 	err := p.runTurn(ticked)
 	p.sim.check.stalled(p, p.sim.now-began-p.lost)
