@@ -188,6 +188,21 @@ func (c *command) encodedSizeMax() int {
 	return fixed + len(c.key) + len(c.value) + len(c.retry.key)
 }
 
+// eventsMax bounds the events that a command makes.
+func (c *command) eventsMax() int {
+	switch c.op {
+	case opPut, opDelete, opExpire:
+		return 2 // it may find a key that has to expire first
+	case opTxn:
+		const operation = 5 // bytes that a condition or an operation takes at least
+		return 2 * min(len(c.value)/operation, 3*txnOpsMax)
+	case opDeletePrefix:
+		return batchEventsMax // so it has a batch for itself
+	default:
+		return 0
+	}
+}
+
 // decodeCommand reads one command from the front of data and returns the rest.
 // The command owns its memory: it does not keep data alive. What it returns
 // without an error is known in all its parts.

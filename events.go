@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"slices"
 	"sort"
+	"sync/atomic"
 )
 
 // This file is the window of recent events: what changed, in the order of
@@ -27,13 +28,15 @@ type event struct {
 	time int64  // unix milliseconds, that of its entry; see state.pass
 	kind eventKind
 	last bool // no other event has the same rv after this one
+	cut  bool // of a deletion: the value was not kept
 	key  string
 	item item // as written; of a deletion the last one
 }
 
+const eventOverhead = 96 // the struct itself
+
 func (e *event) size() uint64 {
-	const overhead = 96 // the struct itself
-	return uint64(len(e.key)+len(e.item.value)) + overhead
+	return uint64(len(e.key)+len(e.item.value)) + eventOverhead
 }
 
 // Default bounds of the window.
@@ -69,7 +72,23 @@ type eventLog struct {
 	countMax uint64
 	bytesMax uint64
 	rules    *rules // nil = those of level 1
+
+	newest uint64 // number of the first event of the newest entry that has any
+	hold   *hold  // for whom the window waits; nil = for nobody
 }
+
+// hold is how far somebody has read for whom the window waits: it drops nothing
+// that he has not, but for a bound.
+type hold struct {
+	rv        atomic.Uint64 // all up to this version were read
+	overtaken atomic.Bool   // the bound was reached
+}
+
+// By how much the window exceeds its bounds while it waits.
+const (
+	holdEventsMax = eventsMaxDefault
+	holdBytesMax  = eventBytesMaxDefault
+)
 
 func (l *eventLog) limits() *rules { return cmp.Or(l.rules, &rulesOf[levelFirst]) }
 
@@ -87,12 +106,6 @@ func (l *eventLog) copy() eventLog {
 	return c
 }
 
-// append adds an event and drops what is too much.
-func (l *eventLog) append(e event) {
-	l.add(e)
-	l.trim()
-}
-
 // add adds an event.
 func (l *eventLog) add(e event) {
 	n := len(l.chunks)
@@ -107,16 +120,33 @@ func (l *eventLog) add(e event) {
 	l.count++
 }
 
+// endEntry ends an entry whose events began with number first, and drops what is
+// too much.
+func (l *eventLog) endEntry(first uint64) {
+	if l.end() > first {
+		l.newest = first
+		l.trim()
+	}
+}
+
 // trim drops the oldest chunks while the rest is still at its bounds, so the
-// window holds up to one chunk more.
+// window holds up to one chunk more. It never drops what nobody can have read
+// yet, the events of the newest entry.
 func (l *eventLog) trim() {
 	for len(l.chunks) > 1 {
 		oldest := &l.chunks[0]
 		n := uint64(len(oldest.events))
-		if l.count-n < l.countMax && l.bytes-oldest.bytes < l.bytesMax {
+		last := oldest.events[n-1].rv
+		if l.count-n < l.countMax && l.bytes-oldest.bytes < l.bytesMax || oldest.first+n > l.newest {
 			return
 		}
-		l.dropped = oldest.events[n-1].rv
+		if l.hold != nil && l.hold.rv.Load() < last {
+			if l.count-n < l.countMax+holdEventsMax && l.bytes-oldest.bytes < l.bytesMax+holdBytesMax {
+				return
+			}
+			l.hold.overtaken.Store(true)
+		}
+		l.dropped = last
 		l.first += n
 		l.count -= n
 		l.bytes -= oldest.bytes
@@ -148,7 +178,7 @@ func (l *eventLog) seek(rv uint64) (n uint64, ok bool) {
 // from returns events from number n on, up to the end of their chunk; none if n
 // is the end. ok is false if event n has left the window, and aging says that it
 // soon will: events were dropped before, and it is in the oldest quarter of what
-// is left. The caller must not change what it gets.
+// is left, but not of the newest entry. The caller must not change what it gets.
 func (l *eventLog) from(n uint64) (events []event, aging, ok bool) {
 	if n < l.first {
 		return nil, false, false
@@ -158,5 +188,5 @@ func (l *eventLog) from(n uint64) (events []event, aging, ok bool) {
 	}
 	i := sort.Search(len(l.chunks), func(i int) bool { return l.chunks[i].first > n }) - 1
 	c := &l.chunks[i]
-	return c.events[n-c.first:], l.dropped > 0 && i < len(l.chunks)/4, true
+	return c.events[n-c.first:], l.dropped > 0 && i < len(l.chunks)/4 && n < l.newest, true
 }

@@ -35,6 +35,13 @@ func checkWindow(t *testing.T, l *eventLog) {
 	}
 }
 
+// append adds the one event of an entry.
+func (l *eventLog) append(e event) {
+	first := l.end()
+	l.add(e)
+	l.endEntry(first)
+}
+
 func TestEventLog_Bounds(t *testing.T) {
 	tests := []struct {
 		name               string

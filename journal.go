@@ -29,13 +29,14 @@ import (
 // objBase64. timestamp is the time of the entry in nanoseconds: its proposer's, or
 // the leader's where the two were far apart. It may go back, as clocks do.
 // All lines of a version but the last have "more":true. Events that this node
-// never saw, because it was down for long and caught up with a snapshot, are
-// confessed to:
+// never saw, or did not serve, because it was down for long and caught up with a
+// snapshot, are confessed to:
 //
 //	{"rv":99,"gap":{"from":50,"to":99}}
 //
 // The journal reads the window of events like any watcher, so a slow disk holds
-// up nobody. The file itself says where to resume: after its last complete
+// up nobody. The window waits for it, up to a bound; if the disk is slower than the
+// writes for so long, the node ends rather than missing one. The file itself says where to resume: after its last complete
 // version. What follows, a torn line or half a version, is cut off and written
 // again.
 
@@ -47,6 +48,8 @@ const (
 	journalResumeSize = 64 << 10 // that are read at a time
 )
 
+var errJournalSlow = errors.New("the disk takes it so slowly that events have left the window before they could be written")
+
 var errJournalDamage = errors.New("not a line of a journal; move the file away to begin another one")
 
 type journal struct {
@@ -54,6 +57,9 @@ type journal struct {
 	file   *os.File
 	logger *zap.Logger
 	rv     uint64 // the last version that is complete in the file
+
+	hold     hold // by which the window of events waits
+	caughtUp bool // everything was written once, since the hold began
 
 	buf   []byte
 	dirty time.Time // when the oldest write that is not synced happened; zero = none
@@ -198,6 +204,8 @@ func (j *journal) run(ctx context.Context, src journalSource, syncEvery time.Dur
 		return fmt.Errorf("journal %s: %w", j.path, err)
 	}
 	j.logger.Info("journal", zap.String("path", j.path), zap.Uint64("resourceVersion", j.rv))
+	j.beginHold(src.store)
+	defer src.store.holdWindow(nil)
 	for {
 		w, err := src.hub.watch("", true, j.rv)
 		if err == nil {
@@ -205,12 +213,16 @@ func (j *journal) run(ctx context.Context, src journalSource, syncEvery time.Dur
 			w.close()
 		}
 		switch {
+		case errors.Is(err, errExpired) && j.caughtUp && j.hold.overtaken.Load():
+			err = errJournalSlow
 		case errors.Is(err, errExpired):
 			err = j.skip(src.store.eventsDropped())
 		case err == nil:
 			return nil
 		case errors.Is(err, errDiverged), errors.Is(err, errUnchecked):
+			src.store.holdWindow(nil)
 			err = j.pause(src)
+			j.beginHold(src.store)
 		}
 		if errors.Is(err, errShuttingDown) {
 			return nil
@@ -219,6 +231,14 @@ func (j *journal) run(ctx context.Context, src journalSource, syncEvery time.Dur
 			return fmt.Errorf("journal %s: %w", j.path, err)
 		}
 	}
+}
+
+// beginHold makes the window wait for what is not in the file.
+func (j *journal) beginHold(store *kvstore) {
+	j.caughtUp = false
+	j.hold.rv.Store(j.rv)
+	j.hold.overtaken.Store(false)
+	store.holdWindow(&j.hold)
 }
 
 // catchUp waits until the store has what the journal has. After a restart that
@@ -305,6 +325,7 @@ func (j *journal) follow(w *watcher, src journalSource, syncEvery time.Duration)
 		if n > 0 {
 			continue
 		}
+		j.caughtUp = true
 		select {
 		case <-w.wake:
 		case <-timer.C:
@@ -349,6 +370,7 @@ func (j *journal) write() error {
 	if j.dirty.IsZero() {
 		j.dirty = time.Now()
 	}
+	j.hold.rv.Store(j.rv)
 	return nil
 }
 

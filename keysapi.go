@@ -187,7 +187,7 @@ func (h *httpAPI) deletePrefix(w http.ResponseWriter, r request) error {
 	}
 	setResourceVersion(w.Header(), res.rv)
 	if res.status == statusTooMany {
-		return errTooManyKeys.withDetail("more than %d keys have the prefix, and one call deletes at most that many; delete by longer prefixes", h.store.rules().deletePrefixMax)
+		return errTooManyKeys.withDetail("more than %d keys have the prefix, or they are so long that their events do not fit into one step; delete by longer prefixes", h.store.rules().deletePrefixMax)
 	}
 	return writeJSON(w, r, struct {
 		Deleted         uint64 `json:"deleted"`

@@ -131,8 +131,15 @@ type state struct {
 	membersStale   bool // membersDigest is not that of members and removed
 
 	changed []event // by the command that is being applied
+	entry   entrySize
 	scans   []*scan // that read these items now; not replicated
 	updates int     // of members, by commands; not replicated
+}
+
+// entrySize is how much the entry that is being applied has added to the window.
+type entrySize struct {
+	bytes   uint64 // of events
+	deleted uint64 // of them of deleted values
 }
 
 func newState() state {
@@ -288,12 +295,13 @@ func (s *kvstore) snapshot() state {
 }
 
 // restore replaces the state, but for the bounds of the window of events, which
-// are this node's. Readers see the old one or the new one whole.
+// are this node's and count from the next entry on. Readers see the old state or
+// the new one whole.
 func (s *kvstore) restore(st state) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st.events.countMax, st.events.bytesMax = s.state.events.countMax, s.state.events.bytesMax
-	st.events.trim()
+	st.events.hold = s.state.events.hold
 	s.state, s.checkpoints = st, checkpoints{}
 }
 
@@ -302,7 +310,15 @@ func (s *kvstore) setWindow(countMax, bytesMax uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.state.events.countMax, s.state.events.bytesMax = countMax, bytesMax
+	s.state.events.newest = s.state.events.end()
 	s.state.events.trim()
+}
+
+// holdWindow makes the window of events wait for a reader; nil ends that.
+func (s *kvstore) holdWindow(h *hold) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.state.events.hold = h
 }
 
 // apply applies the commands of the batch at index. When out is not nil it
@@ -339,12 +355,15 @@ func (s *kvstore) apply(index, term uint64, h batchHeader, commands []byte, out 
 		return false, nil
 	}
 	s.state.pass(h.time)
+	first := s.state.events.end()
+	s.state.entry = entrySize{}
 	for i := range s.steps {
 		r := s.state.applyStep(&s.steps[i])
 		if out != nil {
 			*out = append(*out, r)
 		}
 	}
+	s.state.events.endEntry(first)
 	s.seal(h.digest(commands, true))
 	return true, nil
 }
@@ -472,7 +491,8 @@ func (s *state) commit(r *result) {
 	r.rv = s.rv
 	s.changed[len(s.changed)-1].last = true
 	for _, e := range s.changed {
-		s.events.append(e)
+		s.events.add(e)
+		s.entry.bytes += e.size()
 	}
 	clear(s.changed)
 	s.changed = s.changed[:0]
@@ -506,7 +526,13 @@ func (s *state) delete(key string, kind eventKind) status {
 		return statusNotFound
 	}
 	s.forget(key, old)
-	s.changed = append(s.changed, event{rv: s.nextRV(), prev: old.rv, time: s.now, kind: kind, key: key, item: old})
+	e := event{rv: s.nextRV(), prev: old.rv, time: s.now, kind: kind, key: key, item: old}
+	if n := uint64(len(old.value)); n <= s.rules().deletedValueMax && s.entry.deleted+n <= s.rules().deletedBytesMax {
+		s.entry.deleted += n
+	} else {
+		e.item.value, e.cut = "", true
+	}
+	s.changed = append(s.changed, e)
 	return statusDeleted
 }
 
@@ -531,7 +557,11 @@ func (s *state) forget(key string, it item) {
 func (s *state) deletePrefix(prefix string) result {
 	most := s.rules().deletePrefixMax
 	keys := s.keysWith(prefix, most+1)
-	if len(keys) > most {
+	bytes := s.entry.bytes
+	for _, key := range keys {
+		bytes += uint64(len(key)) + eventOverhead
+	}
+	if len(keys) > most || bytes > s.rules().deletePrefixBytesMax {
 		return result{status: statusTooMany}
 	}
 	for _, key := range keys {
@@ -615,16 +645,17 @@ func expiryKey(at int64, key string) string {
 }
 
 // expired returns commands that expire up to n of the items whose time is not
-// after now.
-func (s *kvstore) expired(now int64, n int) []command {
+// after now, with about so many bytes of keys.
+func (s *kvstore) expired(now int64, n, bytes int) []command {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	var due []command
 	s.state.expiry.Scan(func(k string) bool {
 		at, key := int64(binary.BigEndian.Uint64([]byte(k[:8]))), k[8:]
-		if at > now || len(due) == n {
+		if at > now || len(due) == n || bytes <= 0 {
 			return false
 		}
+		bytes -= len(key)
 		it, _ := s.state.items.Get(key)
 		due = append(due, command{op: opExpire, key: key, condition: condition{kind: ifMatch, rv: it.rv}})
 		return true

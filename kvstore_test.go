@@ -298,7 +298,7 @@ func TestKVStore_Model(t *testing.T) {
 			},
 			"expire": func(t *rapid.T) {
 				at := m.now + rapid.Int64Range(0, 2000).Draw(t, "after")
-				due := s.expired(at, 3)
+				due := s.expired(at, 3, 1<<20)
 				want := 0
 				for _, it := range m.items {
 					if it.expires != 0 && it.expires <= at {
@@ -469,7 +469,7 @@ func randomHistory(t tester, seed uint64, restart bool) string {
 			data = c.appendTo(data)
 		}
 		now += random.Int64N(20_000)
-		for _, c := range s.expired(now-random.Int64N(10_000), 10) {
+		for _, c := range s.expired(now-random.Int64N(10_000), 10, 1<<20) {
 			data = c.appendTo(data)
 		}
 		h := batchHeader{session: random.Uint64N(200), seq: i, time: now}
@@ -569,7 +569,7 @@ func TestSessions_Window(t *testing.T) {
 func TestKVStore_ExpiryIsOfOneVersion(t *testing.T) {
 	w := &writer{t: t, store: newKVStore()}
 	w.apply(command{op: opPut, key: "k", value: "old", expires: 1000})
-	due := w.store.expired(1000, 10)
+	due := w.store.expired(1000, 10, 1<<20)
 	if len(due) != 1 || due[0].key != "k" {
 		t.Fatalf("%+v are due", due)
 	}
@@ -580,7 +580,7 @@ func TestKVStore_ExpiryIsOfOneVersion(t *testing.T) {
 	if it, _, ok := w.store.get("k"); !ok || it.value != "renewed" {
 		t.Errorf("the renewed key is gone: %+v", it)
 	}
-	for _, c := range w.store.expired(5000, 10) {
+	for _, c := range w.store.expired(5000, 10, 1<<20) {
 		w.apply(c)
 	}
 	if _, _, ok := w.store.get("k"); ok {

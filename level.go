@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -32,8 +33,8 @@ const (
 )
 
 // What is written from level 2 on: snapshots of format 3, sums of algorithm 2,
-// the fields of members that this program does not know, and the time by the rule
-// of state.pass.
+// the fields of members that this program does not know, the time by the rule
+// of state.pass, and events of deletions without large values.
 
 // rules are the constants that are part of what an entry means: with another
 // number a member would come to another state. So none is ever changed. A new
@@ -42,7 +43,12 @@ type rules struct {
 	// deletePrefixMax bounds how many keys one command deletes. It keeps the time
 	// that applying takes well below an election timeout, and the events within
 	// half of the default window, so that watchers can resume before them.
-	deletePrefixMax int
+	deletePrefixMax      int
+	deletePrefixBytesMax uint64 // of the keys and events, without values
+	// The events of one entry must stay within half of the default window. So they
+	// keep only small values of what was deleted, and only so many bytes of them.
+	deletedValueMax uint64
+	deletedBytesMax uint64
 	txnResultMax    int // bytes of the values that one transaction returns
 
 	// Bounds of the table that makes a batch apply once. A session is one process
@@ -66,22 +72,26 @@ type rules struct {
 }
 
 const (
-	deletePrefixMax = 32_768
-	txnResultMax    = 4 << 20
-	sessionsMax     = 128
-	sessionWindow   = 1024 // newest sequence numbers of a session that are remembered, at all levels
-	retriesMax      = 65_536
-	retryBytesMax   = 64 << 20
-	retryAgeMillis  = 60 * 60 * 1000
-	ageStepMillis   = 60 * 1000
-	chunkEventsMax  = 512
-	chunkBytesMax   = 1 << 20
+	deletePrefixMax      = 32_768
+	deletePrefixBytesMax = 16 << 20
+	deletedValueMax      = 1 << 10
+	deletedBytesMax      = 8 << 20
+	unlimited            = math.MaxUint64
+	txnResultMax         = 4 << 20
+	sessionsMax          = 128
+	sessionWindow        = 1024 // newest sequence numbers of a session that are remembered, at all levels
+	retriesMax           = 65_536
+	retryBytesMax        = 64 << 20
+	retryAgeMillis       = 60 * 60 * 1000
+	ageStepMillis        = 60 * 1000
+	chunkEventsMax       = 512
+	chunkBytesMax        = 1 << 20
 )
 
 // rulesOf has the rules of each level.
 var rulesOf = [levelNewest + 1]rules{
-	1: {deletePrefixMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, 0, chunkEventsMax, chunkBytesMax},
-	2: {deletePrefixMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, ageStepMillis, chunkEventsMax, chunkBytesMax},
+	1: {deletePrefixMax, unlimited, unlimited, unlimited, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, 0, chunkEventsMax, chunkBytesMax},
+	2: {deletePrefixMax, deletePrefixBytesMax, deletedValueMax, deletedBytesMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, ageStepMillis, chunkEventsMax, chunkBytesMax},
 }
 
 // rules are those of the state's level.

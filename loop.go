@@ -20,10 +20,13 @@ import (
 
 // Bounds of what may wait for the loop.
 const (
-	batchSizeMax  = 1 << 20 // bytes of commands in one batch; a single larger command makes its own
-	queueSizeMax  = 64 << 20
-	inboxMax      = 4096 // messages of other members; more are dropped, raft repeats them
-	inboxBytesMax = 128 << 20
+	batchSizeMax = 1 << 20 // bytes of commands in one batch; a single larger command makes its own
+	// batchEventsMax bounds the events of one batch, so that they stay within half of
+	// the default window: watchers can read one batch before the next makes them leave.
+	batchEventsMax = eventsMaxDefault / 2
+	queueSizeMax   = 64 << 20
+	inboxMax       = 4096 // messages of other members; more are dropped, raft repeats them
+	inboxBytesMax  = 128 << 20
 
 	// roundsMax bounds the rounds of an iteration, each of which may write to the
 	// disk. Then ticks, stop and other members have their turn.
@@ -414,12 +417,12 @@ func (l *loop) enqueue(c *command, deadline time.Time) (b *batch, i int, err err
 	if err := l.refusal(size); err != nil {
 		return nil, 0, err
 	}
-	b = l.openBatch(size)
+	b = l.openBatch(size, c.eventsMax())
 	before := len(b.data)
 	b.add(c)
 	// One command that some member does not know would be the end of its batch.
 	if err := checkCommands(b.data[before:], max(levelFirst, l.status.Load().level)); err != nil {
-		b.data, b.offsets = b.data[:before], b.offsets[:len(b.offsets)-1]
+		b.data, b.offsets, b.events = b.data[:before], b.offsets[:len(b.offsets)-1], b.events-c.eventsMax()
 		l.dropEmpty(b)
 		return nil, 0, errLevel.withDetail("%v", err)
 	}
@@ -441,10 +444,10 @@ func (l *loop) refusal(size int) error {
 	return nil
 }
 
-// openBatch returns a batch that has room for size more bytes.
-func (l *loop) openBatch(size int) *batch {
+// openBatch returns a batch that has room for size more bytes and so many events.
+func (l *loop) openBatch(size, events int) *batch {
 	if n := len(l.inbox.queue); n > 0 {
-		if b := l.inbox.queue[n-1]; b.change == nil && len(b.data)+size <= batchSizeMax {
+		if b := l.inbox.queue[n-1]; b.change == nil && len(b.data)+size <= batchSizeMax && b.events+events <= batchEventsMax {
 			return b
 		}
 	}

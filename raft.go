@@ -75,6 +75,7 @@ type batch struct {
 	offsets  []int              // where in data each command starts
 	change   *raftpb.ConfChange // set if the one command changes the membership
 	deadline time.Time          // of the command that waits longest
+	events   int                // that applying it makes at most
 
 	// The driver reads these once the batch was handed back.
 	results []result // one for each command
@@ -102,6 +103,7 @@ func newBatch(buf []byte) *batch {
 func (b *batch) add(c *command) {
 	b.offsets = append(b.offsets, len(b.data))
 	b.data = c.appendTo(b.data)
+	b.events += c.eventsMax()
 }
 
 // withdraw makes a command one that does nothing. Only before the batch is
@@ -460,7 +462,7 @@ func (r *replica) expireKeys() {
 	if r.role != raft.StateLeader || r.expiring != nil || r.ticks%expireTicks != 0 {
 		return
 	}
-	due := r.store.expired(r.now.UnixMilli(), expireMax)
+	due := r.store.expired(r.now.UnixMilli(), expireMax, batchSizeMax)
 	if len(due) == 0 {
 		return
 	}

@@ -33,6 +33,7 @@ type model struct {
 
 	skew int64 // milliseconds by which two clocks differ at most
 
+	kept   int         // bytes of deleted values, by the events of the present entry
 	last   *modelBatch // that was applied
 	lastID batchID
 }
@@ -162,6 +163,7 @@ func (m *model) applyBatch(e *raftpb.Entry, next *modelEntry) error {
 			m.seen = h.time
 		}
 	}
+	m.kept = 0
 	for len(data) > 0 {
 		var c command
 		if c, data, err = decodeCommand(data); err != nil {
@@ -323,6 +325,13 @@ func (m *model) change(c *command, changes *[]event) status {
 		m.items[c.key] = e.item
 	} else {
 		delete(m.items, c.key)
+		switch n := len(old.value); {
+		case m.level == 1:
+		case n <= 1024 && m.kept+n <= 8<<20:
+			m.kept += n
+		default:
+			e.item.value, e.cut = "", true
+		}
 	}
 	*changes = append(*changes, e)
 	return st

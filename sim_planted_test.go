@@ -650,7 +650,7 @@ func expireNow(early time.Duration, c condition) func(*process) {
 		if !leadsIt(p) || !p.sim.chance(0.01) {
 			return
 		}
-		for _, cmd := range p.store.expired(p.node.clock().Add(early).UnixMilli(), 1) {
+		for _, cmd := range p.store.expired(p.node.clock().Add(early).UnixMilli(), 1, 1) {
 			cmd.condition.kind = c.kind
 			_, _, _ = p.loop.enqueue(&cmd, p.node.clock().Add(time.Second))
 		}

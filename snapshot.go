@@ -304,7 +304,7 @@ func (e *snapshotEncoder) event(v *event) {
 	e.uint(v.prev)
 	e.uint(uint64(v.time))
 	e.uint(uint64(v.kind))
-	e.bool(v.last)
+	e.uint(eventFlags(v))
 	e.string(v.key)
 	e.item(v.item)
 }
@@ -325,12 +325,20 @@ func (e *snapshotEncoder) retry(r *retryRecord) {
 	}
 }
 
-func (e *snapshotEncoder) bool(b bool) {
-	if b {
-		e.uint(1)
-	} else {
-		e.uint(0)
+// Flags of an event.
+const (
+	eventIsLast = 1 << 0
+	eventIsCut  = 1 << 1 // from format 3 on
+)
+
+func eventFlags(v *event) (flags uint64) {
+	if v.last {
+		flags |= eventIsLast
 	}
+	if v.cut {
+		flags |= eventIsCut
+	}
+	return flags
 }
 
 // snapshotDecoder reads fields; after an error all of them are zero.
@@ -382,10 +390,14 @@ func (d *snapshotDecoder) item() item {
 }
 
 func (d *snapshotDecoder) event() event {
-	return event{
-		rv: d.uint(), prev: d.uint(), time: int64(d.uint()), kind: eventKind(d.uint()), last: d.uint() == 1,
-		key: d.string(), item: d.item(),
+	e := event{rv: d.uint(), prev: d.uint(), time: int64(d.uint()), kind: eventKind(d.uint())}
+	flags := d.uint()
+	if flags > eventIsLast|eventIsCut {
+		d.err = fmt.Errorf("%w: event with unknown flags %d", errSnapshotDamage, flags)
 	}
+	e.last, e.cut = flags&eventIsLast != 0, flags&eventIsCut != 0
+	e.key, e.item = d.string(), d.item()
+	return e
 }
 
 func (d *snapshotDecoder) retry() retryRecord {

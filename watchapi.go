@@ -392,7 +392,7 @@ func (s *watchStream) appendEvent(e *event, last bool) {
 		buf = s.appendHead(buf, eventTypes[e.kind], e.rv, last)
 		it := e.item
 		it.rv = e.rv // of a deletion: its own
-		buf = appendItemJSON(buf, e.key, it, false)
+		buf = appendItemJSON(buf, e.key, it, e.cut)
 		if e.prev != 0 {
 			buf = append(buf[:len(buf)-1], `,"previousResourceVersion":`...)
 			buf = strconv.AppendUint(buf, e.prev, 10)
