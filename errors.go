@@ -50,6 +50,19 @@ func (e *apiError) withDetail(format string, args ...any) *apiError {
 	return &d
 }
 
+// ofRetry returns the error as the answer to a request with an Idempotency-Key. If
+// it was refused for what the node is like at present, nobody knows whether that
+// was the first attempt.
+func (e *apiError) ofRetry() *apiError {
+	transient := e.status >= http.StatusInternalServerError || e.status == http.StatusRequestTimeout || e.status == http.StatusTooManyRequests
+	if !transient || e.outcome != notApplied {
+		return e
+	}
+	d := e.withDetail("%s; this attempt was not applied, but an earlier one with the same Idempotency-Key may have been: send it again with that", e.detail)
+	d.outcome = unknown
+	return d
+}
+
 // Refused before anything was proposed.
 var (
 	errInvalid = &apiError{code: "invalid-request", status: http.StatusBadRequest, outcome: notApplied,

@@ -270,7 +270,31 @@ func (n *node) watchDisk(ctx context.Context) error {
 }
 
 // propose is that of the loop, unless the node must not serve or take the command.
+// What is remembered of a retry is answered whatever the node could do with it now:
+// it is committed. That may also become known while the retry waits.
 func (n *node) propose(ctx context.Context, timeout time.Duration, c command) (result, error) {
+	if first, known := n.outcome(c.retry); known {
+		return first, nil
+	}
+	res, err := n.proposeNew(ctx, timeout, c)
+	if err != nil {
+		if first, known := n.outcome(c.retry); known {
+			return first, nil
+		}
+	}
+	return res, err
+}
+
+// outcome returns what became of an earlier request with an Idempotency-Key, if
+// this node knows and may tell it.
+func (n *node) outcome(id retryID) (first result, known bool) {
+	if id.key == "" || n.guard.serving() != nil && (n.guard.current() != unchecked || n.loop.status.Load().leader != 0) {
+		return result{}, false
+	}
+	return n.store.outcome(id)
+}
+
+func (n *node) proposeNew(ctx context.Context, timeout time.Duration, c command) (result, error) {
 	timeout, err := n.awaitServing(ctx, timeout)
 	if err != nil {
 		return result{}, err

@@ -736,6 +736,9 @@ func (h *httpAPI) writeError(w http.ResponseWriter, r *http.Request, err error) 
 			h.logger.Error("request failed", zap.String("method", r.Method), zap.Error(err))
 		}
 	}
+	if _, ok := r.Header["Idempotency-Key"]; ok && isWrite(r.Method) {
+		e = e.ofRetry()
+	}
 	p := newProblem(e)
 	if !isWrite(r.Method) {
 		p.Outcome = ""

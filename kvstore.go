@@ -201,6 +201,13 @@ func (s *kvstore) version() uint64 {
 	return s.state.rv
 }
 
+// outcome returns what became of a request that was carried out before.
+func (s *kvstore) outcome(id retryID) (first result, known bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.state.retries.lookup(id, s.state.clock())
+}
+
 // size returns about how many bytes the items take.
 func (s *kvstore) size() uint64 {
 	s.mu.RLock()

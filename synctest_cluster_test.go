@@ -251,10 +251,14 @@ type virtualReply struct {
 }
 
 // do sends a request to the node.
-func (n *virtualNode) do(method, target, body string) virtualReply {
+func (n *virtualNode) do(method, target, body string, headers ...string) virtualReply {
 	n.cluster.t.Helper()
 	req, err := http.NewRequest(method, "http://virtual"+target, strings.NewReader(body))
 	must(n.cluster.t, err)
+	for _, h := range headers {
+		name, value, _ := strings.Cut(h, ": ")
+		req.Header.Set(name, value)
+	}
 	start := time.Now()
 	res, err := n.client.Do(req)
 	if err != nil {
