@@ -241,9 +241,13 @@ func TestExchange_Waits(t *testing.T) {
 		}
 	}
 	r.loop.status.Store(&replicaStatus{})
-	if err := r.serving(t.Context(), time.Millisecond); !errors.Is(err, errNoLeader) {
+	if err := r.linearize(t.Context(), time.Millisecond); !errors.Is(err, errNoLeader) {
 		t.Errorf("without a leader: %v", err)
 	}
+	if err := r.serving(t.Context(), time.Millisecond); err != nil {
+		t.Errorf("what the node has, without a leader: %v", err)
+	}
+	r.loop.status.Store(&replicaStatus{leader: 2})
 	released := make(chan error, 1)
 	go func() { released <- r.serving(t.Context(), time.Hour) }()
 	r.guard.release() // as exchange does when it ends

@@ -309,11 +309,20 @@ func (n *node) proposeNew(ctx context.Context, timeout time.Duration, c command)
 	return res, err
 }
 
-// A node that serves nothing changes no members either: whom it takes for one may
-// be wrong. But it may be asked to hand over leadership.
+// awaitMembership returns once the node may change members, or why it may not, and
+// what is left of timeout. One whose state is known to be wrong may take the wrong
+// ones for members. With a doubt, removing those who differ is how a person says
+// who is right.
+func (n *node) awaitMembership(ctx context.Context, timeout time.Duration) (left time.Duration, err error) {
+	left, err = n.awaitServing(ctx, timeout)
+	if n.guard.current() == doubtful {
+		err = nil
+	}
+	return left, err
+}
 
 func (n *node) addMember(ctx context.Context, timeout time.Duration, m member) error {
-	timeout, err := n.awaitServing(ctx, timeout)
+	timeout, err := n.awaitMembership(ctx, timeout)
 	if err != nil {
 		return err
 	}
@@ -321,7 +330,7 @@ func (n *node) addMember(ctx context.Context, timeout time.Duration, m member) e
 }
 
 func (n *node) removeMember(ctx context.Context, timeout time.Duration, id uint64) error {
-	timeout, err := n.awaitServing(ctx, timeout)
+	timeout, err := n.awaitMembership(ctx, timeout)
 	if err != nil {
 		return err
 	}
@@ -329,7 +338,7 @@ func (n *node) removeMember(ctx context.Context, timeout time.Duration, id uint6
 }
 
 func (n *node) promoteMember(ctx context.Context, timeout time.Duration, id uint64) error {
-	timeout, err := n.awaitServing(ctx, timeout)
+	timeout, err := n.awaitMembership(ctx, timeout)
 	if err != nil {
 		return err
 	}
@@ -337,7 +346,7 @@ func (n *node) promoteMember(ctx context.Context, timeout time.Duration, id uint
 }
 
 func (n *node) updateMember(ctx context.Context, timeout time.Duration, m member) error {
-	timeout, err := n.awaitServing(ctx, timeout)
+	timeout, err := n.awaitMembership(ctx, timeout)
 	if err != nil {
 		return err
 	}

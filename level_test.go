@@ -43,7 +43,7 @@ func TestLevel_NewerProposalIsRefused(t *testing.T) {
 			}
 		}
 		if !s.runUntil(5*time.Second, ended) || !errors.Is(b.err, errLevel) || !strings.Contains(b.err.Error(), "condition 9") {
-			t.Fatalf("the batch of node %d: %v", n.id, b.err)
+			t.Fatalf("the batch of node %d: %v; %v", n.id, b.err, s.check.violations)
 		}
 	}
 	s.run(time.Second)
