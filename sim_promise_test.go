@@ -220,7 +220,7 @@ func (c *checker) notRefused(session, seq uint64, b *modelBatch) {
 			continue
 		}
 		for place, result := range b.results {
-			if (r.place == wholeBatch || r.place == place) && result.status != statusNone {
+			if (r.place == wholeBatch || r.place == place) && result.status != statusNone && result.status != statusRefused {
 				c.violate("refused", "command %d of batch %d of session %x was applied at entry %d, and its client was told that it was not",
 					place, seq, session, b.index)
 				return
