@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"time"
 )
 
 // This file says what is replicated: the bytes of one raft log entry.
@@ -15,7 +16,7 @@ import (
 //	seq      8 bytes   little endian, 1, 2, 3 ... within the session
 //	time     8 bytes   little endian, unix milliseconds at the proposer
 //	command  op and flags (1 byte each), key and value (uvarint length +
-//	         bytes), then the fields that its flags announce
+//	         bytes), then the fields that its flags announce, in their order
 //
 // A batch may be proposed more than once, since a proposal that is forwarded
 // to a dying leader is lost without a word. The pair (session, seq) is how the
@@ -64,8 +65,29 @@ type command struct {
 	key       string
 	value     string
 	expires   int64 // unix milliseconds; 0 = never
+	ttl       int64 // milliseconds from the time of the entry on, in the place of expires; from level 2 on
 	condition condition
 	retry     retryID
+}
+
+// deadline returns when what a command puts expires, in unix milliseconds; 0 = never.
+func (c *command) deadline(now int64) int64 {
+	if c.ttl != 0 {
+		return now + c.ttl
+	}
+	return c.expires
+}
+
+// setTTL makes a put expire so long after it is applied. As long as not all members
+// know how to, that is so long after now.
+func (c *command) setTTL(ttl time.Duration, level int) {
+	switch {
+	case ttl == 0:
+	case level < 2:
+		c.expires = time.Now().Add(ttl).UnixMilli()
+	default:
+		c.ttl = ttl.Milliseconds()
+	}
 }
 
 // condition is what must hold of the key, or the command does nothing.
@@ -110,7 +132,10 @@ const (
 	flagExpires   = 1 << 0
 	flagCondition = 1 << 1
 	flagRetry     = 1 << 2
-	flagsKnown    = flagExpires | flagCondition | flagRetry
+	flagTTL       = 1 << 3
+	flagsKnown    = flagExpires | flagCondition | flagRetry | flagTTL
+
+	flagsLevel2 = flagTTL // that members know from level 2 on
 )
 
 // grammar is what an op may come with. Anything else was written by a newer
@@ -126,7 +151,7 @@ type grammar struct {
 
 var grammars = [...]grammar{
 	opNop:          {level: 1, flags: flagsKnown}, // of whatever command it was before
-	opPut:          {level: 1, flags: flagsKnown, inTxn: true, flagsInTxn: flagExpires},
+	opPut:          {level: 1, flags: flagsKnown, inTxn: true, flagsInTxn: flagExpires | flagTTL},
 	opDelete:       {level: 1, flags: flagCondition | flagRetry, inTxn: true},
 	opMember:       {level: 1},
 	opExpire:       {level: 1, flags: flagCondition},
@@ -165,6 +190,9 @@ func (c *command) appendTo(buf []byte) []byte {
 	if c.retry.key != "" {
 		flags |= flagRetry
 	}
+	if c.ttl != 0 {
+		flags |= flagTTL
+	}
 	buf = append(buf, byte(c.op), flags)
 	buf = appendString(buf, c.key)
 	buf = appendString(buf, c.value)
@@ -179,12 +207,15 @@ func (c *command) appendTo(buf []byte) []byte {
 		buf = appendString(buf, c.retry.key)
 		buf = append(buf, c.retry.digest[:]...)
 	}
+	if flags&flagTTL != 0 {
+		buf = binary.AppendUvarint(buf, uint64(c.ttl))
+	}
 	return buf
 }
 
 // encodedSizeMax bounds the bytes that appendTo adds.
 func (c *command) encodedSizeMax() int {
-	const fixed = 2 + 1 + len(c.retry.digest) + 5*binary.MaxVarintLen64
+	const fixed = 2 + 1 + len(c.retry.digest) + 6*binary.MaxVarintLen64
 	return fixed + len(c.key) + len(c.value) + len(c.retry.key)
 }
 
@@ -221,7 +252,7 @@ func checkCommands(data []byte, level int) error {
 		if d.err != nil {
 			return fmt.Errorf("command %d: %w", n, d.err)
 		}
-		if need := grammarOf(v.op).level; need > level {
+		if need := v.level; need > level {
 			return fmt.Errorf("command %d: the cluster is at feature level %d, and this needs %d", n, level, need)
 		}
 	}
@@ -231,15 +262,16 @@ func checkCommands(data []byte, level int) error {
 // commandView is a command that was read and lies in the bytes it was read from.
 type commandView struct {
 	op               op
+	level            int // from which on all of it is known
 	key, value       []byte
-	expires          int64
+	expires, ttl     int64
 	condition        condition
 	retryKey, digest []byte
 }
 
 // command returns a copy.
 func (v *commandView) command() command {
-	c := command{op: v.op, key: string(v.key), value: string(v.value), expires: v.expires, condition: v.condition}
+	c := command{op: v.op, key: string(v.key), value: string(v.value), expires: v.expires, ttl: v.ttl, condition: v.condition}
 	c.retry.key = string(v.retryKey)
 	copy(c.retry.digest[:], v.digest)
 	return c
@@ -261,6 +293,9 @@ func (d *fields) command(inTxn bool) commandView {
 	case flags&^allowed != 0:
 		d.fail(newer(fmt.Sprintf("command %d with flags", v.op), uint64(flags)))
 	}
+	if v.level = g.level; flags&flagsLevel2 != 0 {
+		v.level = max(v.level, 2)
+	}
 	v.key, v.value = d.view(), d.view()
 	if flags&flagExpires != 0 {
 		v.expires = int64(d.uint())
@@ -274,6 +309,9 @@ func (d *fields) command(inTxn bool) commandView {
 	if flags&flagRetry != 0 {
 		v.retryKey, v.digest = d.view(), d.bytes(len(command{}.retry.digest))
 	}
+	if flags&flagTTL != 0 {
+		v.ttl = int64(d.uint())
+	}
 	if d.err == nil {
 		d.fail(v.checkValue())
 	}
@@ -283,12 +321,12 @@ func (d *fields) command(inTxn bool) commandView {
 	return v
 }
 
-// checkValue checks a value that has an encoding of its own.
+// checkValue checks a value that has an encoding of its own, and of which level it is.
 func (v *commandView) checkValue() error {
 	switch v.op {
 	case opTxn:
 		d := fields{data: v.value}
-		d.txn(func(*comparisonView) {}, func(int, *commandView) {})
+		d.txn(func(*comparisonView) {}, func(_ int, o *commandView) { v.level = max(v.level, o.level) })
 		return d.err
 	case opMember:
 		_, err := decodeMember(v.value)

@@ -16,6 +16,7 @@ var codecCommands = []command{
 	{op: opExpire, key: "k", condition: condition{ifMatch, 7}},
 	{op: opPut, key: "k", condition: condition{ifMatch, 7}, retry: retryID{key: strings.Repeat("r", idempotencyKeySizeMax), digest: [16]byte{1, 15: 2}}},
 	{op: opTxn, value: codecTxns[1].encode()},
+	{op: opPut, key: "k", value: "v", ttl: 30_000, retry: retryID{key: "r"}},
 }
 
 var codecTxns = []txn{
@@ -25,6 +26,7 @@ var codecTxns = []txn{
 		then:      []command{{op: opPut, key: "a", value: "b", expires: 5}, {op: opGet, key: "a"}},
 		otherwise: []command{{op: opDelete, key: "c"}},
 	},
+	{then: []command{{op: opPut, key: "t", ttl: 5}}},
 }
 
 func TestCommand_RoundTrip(t *testing.T) {
@@ -101,7 +103,7 @@ func TestCommand_UnknownPartsAreRefused(t *testing.T) {
 		}
 	}
 	for _, c := range codecCommands {
-		if err := checkCommands(c.appendTo(nil), levelFirst); err != nil {
+		if err := checkCommands(c.appendTo(nil), levelNewest); err != nil {
 			t.Errorf("%+v: %v", c, err)
 		}
 	}
@@ -204,6 +206,7 @@ func FuzzTxnDecode(f *testing.F) {
 		}
 		// Whatever is in a log, applying it ends.
 		w := &writer{t: t, store: newKVStore()}
+		w.store.state.setLevel(levelNewest)
 		w.put("k", "v")
 		w.apply(command{op: opTxn, value: s})
 	})

@@ -300,7 +300,8 @@ func (h *httpAPI) putKey(w http.ResponseWriter, r request) error {
 	if err != nil {
 		return err
 	}
-	c := command{op: opPut, key: r.name, value: value, expires: deadline(r.params.ttl)}
+	c := command{op: opPut, key: r.name, value: value}
+	c.setTTL(r.params.ttl, h.store.level())
 	if c.condition, err = parseCondition(r.Header); err != nil {
 		return err
 	}
@@ -424,7 +425,9 @@ func (h *httpAPI) patchObject(w http.ResponseWriter, r request) error {
 // create puts the value under a key that nobody else can have chosen.
 func (h *httpAPI) create(w http.ResponseWriter, r request, value string, code int) error {
 	key := strconv.FormatUint(h.id, 10) + "-" + h.newID()
-	res, err := h.propose(w, r, command{op: opPut, key: key, value: value, expires: deadline(r.params.ttl)}, value)
+	c := command{op: opPut, key: key, value: value}
+	c.setTTL(r.params.ttl, h.store.level())
+	res, err := h.propose(w, r, c, value)
 	if err != nil {
 		return err
 	}

@@ -347,7 +347,7 @@ func (s *kvstore) apply(index, term uint64, h batchHeader, commands []byte, out 
 	defer clear(s.steps) // they keep values alive
 	for i := range s.steps {
 		c := &s.steps[i]
-		if need := grammarOf(c.op).level; need > s.state.level {
+		if need := c.level; need > s.state.level {
 			return false, fmt.Errorf("command %d: the cluster is at feature level %d, and this needs %d", i+1, s.state.level, need)
 		}
 		if c.op == opLevel {
@@ -378,6 +378,7 @@ func (s *kvstore) apply(index, term uint64, h batchHeader, commands []byte, out 
 // step is a command that can be carried out: all of it is known.
 type step struct {
 	command
+	level  int     // from which on it is known
 	txn    txn     // of opTxn, instead of the value
 	update member  // of opMember
 	raise  raising // of opLevel
@@ -388,7 +389,7 @@ func decodeSteps(steps []step, commands []byte) ([]step, error) {
 	d := fields{data: commands}
 	for n := 1; len(d.data) > 0; n++ {
 		v := d.command(false)
-		st := step{}
+		st := step{level: v.level}
 		if d.err == nil {
 			switch v.op {
 			case opTxn:
@@ -446,6 +447,7 @@ func (s *state) applyStep(c *step) result {
 			return first
 		}
 	}
+	s.expireOverdue(c)
 	r := s.execute(c)
 	r.key = c.key
 	if c.op == opRefuse {
@@ -456,6 +458,34 @@ func (s *state) applyStep(c *step) result {
 		s.retries.add(c.retry, r, s.clock())
 	}
 	return r
+}
+
+// expireOverdue deletes keys that a command is about to look at and whose time has
+// come, if they are still there because nobody has proposed that yet. So a lock is
+// free, and cannot be renewed, from its deadline on. They get a version of their own.
+func (s *state) expireOverdue(c *step) {
+	if first, ok := s.expiry.Min(); s.level < 2 || !ok || expiryTime(first) > s.now {
+		return
+	}
+	expire := func(key string) {
+		if it, ok := s.items.Get(key); ok && it.expires != 0 && it.expires <= s.now {
+			s.delete(key, eventExpired)
+		}
+	}
+	switch c.op {
+	case opPut, opDelete:
+		expire(c.key)
+	case opTxn:
+		for i := range c.txn.compare {
+			expire(c.txn.compare[i].key)
+		}
+		for _, ops := range [][]command{c.txn.then, c.txn.otherwise} {
+			for i := range ops {
+				expire(ops[i].key)
+			}
+		}
+	}
+	s.commit(&result{})
 }
 
 // execute makes the changes of a command and leaves their events in changed.
@@ -469,7 +499,7 @@ func (s *state) execute(c *step) result {
 		}
 		switch c.op {
 		case opPut:
-			return result{status: s.put(c.key, c.value, c.expires)}
+			return result{status: s.put(c.key, c.value, c.deadline(s.now))}
 		case opExpire:
 			return result{status: s.delete(c.key, eventExpired)}
 		default:
@@ -634,7 +664,7 @@ func (s *state) resultSize(ops []command) int {
 func (s *state) executeOp(c *command) opResult {
 	switch c.op {
 	case opPut:
-		return opResult{status: s.put(c.key, c.value, c.expires)}
+		return opResult{status: s.put(c.key, c.value, c.deadline(s.now))}
 	case opDelete:
 		return opResult{status: s.delete(c.key, eventDeleted)}
 	default:
@@ -651,6 +681,9 @@ func expiryKey(at int64, key string) string {
 	return string(binary.BigEndian.AppendUint64(nil, uint64(at))) + key
 }
 
+// expiryTime returns the time in an expiryKey.
+func expiryTime(k string) int64 { return int64(binary.BigEndian.Uint64([]byte(k[:8]))) }
+
 // expired returns commands that expire up to n of the items whose time is not
 // after now, with about so many bytes of keys.
 func (s *kvstore) expired(now int64, n, bytes int) []command {
@@ -658,7 +691,7 @@ func (s *kvstore) expired(now int64, n, bytes int) []command {
 	defer s.mu.RUnlock()
 	var due []command
 	s.state.expiry.Scan(func(k string) bool {
-		at, key := int64(binary.BigEndian.Uint64([]byte(k[:8]))), k[8:]
+		at, key := expiryTime(k), k[8:]
 		if at > now || len(due) == n || bytes <= 0 {
 			return false
 		}

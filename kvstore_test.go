@@ -78,17 +78,46 @@ func (m *plainModel) apply(c command) result {
 	if c.op == opNop {
 		return result{}
 	}
-	before := len(m.events)
-	r := m.execute(c)
-	if len(m.events) > before {
-		m.rv++
-		m.events[len(m.events)-1].last = true
-	}
+	m.version(func() { m.expireOverdue(c) })
+	var r result
+	m.version(func() { r = m.execute(c) })
 	r.rv, r.key = m.rv, c.key
 	if c.retry.key != "" {
 		m.retries[c.retry.key] = plainRetry{c.retry.digest, m.elapsed, r}
 	}
 	return r
+}
+
+// version gives the changes that f makes a version.
+func (m *plainModel) version(f func()) {
+	before := len(m.events)
+	f()
+	if len(m.events) > before {
+		m.rv++
+		m.events[len(m.events)-1].last = true
+	}
+}
+
+// expireOverdue expires what a command names and is overdue, at level 2.
+func (m *plainModel) expireOverdue(c command) {
+	ops := []command{c}
+	if c.op == opTxn {
+		t, err := decodeTxn(c.value)
+		if err != nil {
+			panic(err)
+		}
+		ops = nil
+		for _, cond := range t.compare {
+			ops = append(ops, command{op: opGet, key: cond.key})
+		}
+		ops = append(append(ops, t.then...), t.otherwise...)
+	}
+	for _, o := range ops {
+		it, ok := m.items[o.key]
+		if m.level >= 2 && ok && it.expires != 0 && it.expires <= m.now && (o.op == opPut || o.op == opDelete || o.op == opGet) {
+			m.change(command{op: opExpire, key: o.key})
+		}
+	}
 }
 
 func (m *plainModel) execute(c command) result {
@@ -144,7 +173,7 @@ func (m *plainModel) change(c command) status {
 	r := statusDeleted
 	switch {
 	case c.op == opPut:
-		e.item = item{value: c.value, rv: e.rv, created: e.rv, expires: c.expires}
+		e.item = item{value: c.value, rv: e.rv, created: e.rv, expires: c.deadline(m.now)}
 		e.kind, r = eventAdded, statusCreated
 		if exists {
 			e.item.created = old.created

@@ -34,7 +34,9 @@ const (
 
 // What is written from level 2 on: snapshots of format 3, sums of algorithm 2,
 // the fields of members that this program does not know, the time by the rule
-// of state.pass, and events of deletions without large values.
+// of state.pass, events of deletions without large values, keys that are gone
+// from their deadline on for whoever writes, and deadlines that count from when the
+// write is applied.
 
 // rules are the constants that are part of what an entry means: with another
 // number a member would come to another state. So none is ever changed. A new

@@ -198,15 +198,6 @@ func parseTTL(s string) (time.Duration, error) {
 	return ttl, nil
 }
 
-// deadline returns when a key that is written now expires, in unix
-// milliseconds; 0 = never.
-func deadline(ttl time.Duration) int64 {
-	if ttl == 0 {
-		return 0
-	}
-	return time.Now().Add(ttl).UnixMilli()
-}
-
 // headerSet is a set of request headers that change what a call does.
 type headerSet uint
 

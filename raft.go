@@ -383,6 +383,12 @@ func (r *replica) offer(b *batch) {
 		b.offered = false
 		return
 	}
+	if b.offers > 0 { // it is applied later than was thought, and a TTL begins then
+		if b.shared {
+			b.data, b.shared = slices.Clone(b.data), false
+		}
+		batchHeader{session: r.session, seq: b.seq, time: r.now.UnixMilli()}.put(b.data)
+	}
 	entry := &raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Data: b.data}
 	if b.change != nil {
 		b.change.Context = b.data
@@ -446,20 +452,17 @@ func (r *replica) handBack(b *batch) {
 	}
 }
 
-// How a leader looks for keys whose time has come.
-const (
-	expireTicks = 10   // between two looks
-	expireMax   = 4096 // keys in one batch
-)
+// expireMax bounds the keys that expire in one batch.
+const expireMax = 4096
 
 // ownDeadline is when the replica gives up a batch of its own and looks again.
 const ownDeadline = 10 * time.Second
 
 // expireKeys proposes the deletion of keys whose time has come, by the leader's
-// clock. Applying it checks that the key was not written since, so a leader
+// clock, with each tick, and as soon as the last of such batches is applied. Applying it checks that the key was not written since, so a leader
 // that is none any more does no harm.
 func (r *replica) expireKeys() {
-	if r.role != raft.StateLeader || r.expiring != nil || r.ticks%expireTicks != 0 {
+	if r.role != raft.StateLeader || r.expiring != nil {
 		return
 	}
 	due := r.store.expired(r.now.UnixMilli(), expireMax, batchSizeMax)
@@ -725,6 +728,13 @@ func (r *replica) applyBatch(e *raftpb.Entry) error {
 		own.err = errUnknown.withDetail("the write was applied, but its result was lost; read the key")
 	case own.change == nil && len(own.results) > 0 && own.results[0].status == statusRefused: // in the place of the whole batch
 		own.err = errLevel.withDetail("%s", own.results[0].key)
+	}
+	if own == r.expiring && (len(own.offsets) == expireMax || len(own.data) >= batchSizeMax) {
+		// Maybe there are more. Not at once: others wait, too.
+		r.driver.background(func() error { return nil }, func(error) error {
+			r.expireKeys()
+			return nil
+		})
 	}
 	r.handBack(own)
 	return err

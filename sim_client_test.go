@@ -490,7 +490,10 @@ func makeTxn(c *simClient) *simOp {
 
 func makePutExpiring(c *simClient) *simOp {
 	op := &simOp{cmd: command{op: opPut, key: c.keyOf(expiringGroup), value: c.value()}}
-	op.cmd.expires = simEpoch.Add(c.sim.now + c.sim.around(2*time.Second)).UnixMilli()
+	ttl := c.sim.around(2 * time.Second)
+	if op.cmd.expires = simEpoch.Add(c.sim.now + ttl).UnixMilli(); c.sim.check.model.level >= 2 && c.sim.chance(0.5) {
+		op.cmd.expires, op.cmd.ttl = 0, max(1, ttl.Milliseconds())
+	}
 	return op
 }
 

@@ -196,17 +196,65 @@ func (m *model) apply(c *command, next *modelEntry) (result, error) {
 		}
 	}
 	var changes []event
+	if err := m.expireOverdue(c, &changes); err != nil {
+		return result{}, err
+	}
+	if err := m.commit(changes, next); err != nil {
+		return result{}, err
+	}
+	changes = nil
 	r, err := m.execute(c, &changes)
 	if err != nil {
 		return result{}, err
 	}
-	if len(changes) > 0 {
-		m.rv++
-		changes[len(changes)-1].last = true
+	if err := m.commit(changes, next); err != nil {
+		return result{}, err
 	}
 	r.rv, r.key = m.rv, c.key
 	if c.op == opRefuse {
 		r.key = c.value
+	}
+	if c.retry.key != "" {
+		m.retries[c.retry.key] = retryRecord{id: c.retry, time: m.elapsed, first: r}
+	}
+	return r, nil
+}
+
+// expireOverdue: from level 2 on who writes a key finds it gone once its time has
+// come.
+func (m *model) expireOverdue(c *command, changes *[]event) error {
+	keys := []string{c.key}
+	switch {
+	case m.level < 2:
+		return nil
+	case c.op == opTxn:
+		t, err := decodeTxn(c.value)
+		if err != nil {
+			return err
+		}
+		keys = nil
+		for _, cmp := range t.compare {
+			keys = append(keys, cmp.key)
+		}
+		for _, op := range slices.Concat(t.then, t.otherwise) {
+			keys = append(keys, op.key)
+		}
+	case c.op != opPut && c.op != opDelete:
+		return nil
+	}
+	for _, key := range keys {
+		if it, ok := m.items[key]; ok && it.expires != 0 && it.expires <= m.now {
+			m.change(&command{op: opExpire, key: key}, changes)
+		}
+	}
+	return nil
+}
+
+// commit gives changes their version.
+func (m *model) commit(changes []event, next *modelEntry) error {
+	if len(changes) > 0 {
+		m.rv++
+		changes[len(changes)-1].last = true
 	}
 	for _, e := range changes {
 		deleted := e.kind == eventDeleted || e.kind == eventExpired
@@ -214,7 +262,7 @@ func (m *model) apply(c *command, next *modelEntry) (result, error) {
 		if deleted {
 			it = item{}
 		} else if before, twice := m.values[it.value]; twice && before != m.rv {
-			return result{}, fmt.Errorf("value %q was written at version %d and again at %d", it.value, before, m.rv)
+			return fmt.Errorf("value %q was written at version %d and again at %d", it.value, before, m.rv)
 		} else {
 			m.values[it.value] = m.rv
 		}
@@ -222,10 +270,7 @@ func (m *model) apply(c *command, next *modelEntry) (result, error) {
 		next.touched = append(next.touched, e.key)
 	}
 	m.events = append(m.events, changes...)
-	if c.retry.key != "" {
-		m.retries[c.retry.key] = retryRecord{id: c.retry, time: m.elapsed, first: r}
-	}
-	return r, nil
+	return nil
 }
 
 // checkExpiry: what expires was due by the clock of who proposed it, and is what
@@ -310,10 +355,10 @@ func (m *model) change(c *command, changes *[]event) status {
 	switch {
 	case c.op == opPut && exists:
 		st, e.kind = statusReplaced, eventModified
-		e.item = item{value: c.value, rv: rv, created: old.created, expires: c.expires}
+		e.item = item{value: c.value, rv: rv, created: old.created, expires: c.deadline(m.now)}
 	case c.op == opPut:
 		st, e.kind = statusCreated, eventAdded
-		e.item = item{value: c.value, rv: rv, created: rv, expires: c.expires}
+		e.item = item{value: c.value, rv: rv, created: rv, expires: c.deadline(m.now)}
 	case !exists:
 		return statusNotFound
 	case c.op == opExpire:

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // This file is the HTTP front of transactions: JSON in, JSON out.
@@ -48,7 +49,7 @@ func (h *httpAPI) postTxn(w http.ResponseWriter, r request) error {
 	if err != nil {
 		return err
 	}
-	t, err := parseTxn(body, h.valueSizeMax)
+	t, err := parseTxn(body, h.valueSizeMax, h.store.level())
 	if err != nil {
 		return err
 	}
@@ -112,7 +113,7 @@ func appendOpResult(buf []byte, c *command, r *opResult, rv uint64) []byte {
 var opNames = map[op]string{opPut: "put", opDelete: "delete", opGet: "get"}
 
 // parseTxn reads a transaction.
-func parseTxn(body string, valueSizeMax int) (t txn, err error) {
+func parseTxn(body string, valueSizeMax, level int) (t txn, err error) {
 	var b txnBody
 	if err := decodeBody(body, jsonField{"if", &b.If}, jsonField{"then", &b.Then}, jsonField{"else", &b.Else}); err != nil {
 		return txn{}, err
@@ -125,7 +126,7 @@ func parseTxn(body string, valueSizeMax int) (t txn, err error) {
 			return txn{}, errInvalid.withDetail("%s: %d entries; at most %d are taken", list.name, len(list.parts), txnOpsMax)
 		}
 	}
-	p := txnParser{valueSizeMax: valueSizeMax}
+	p := txnParser{valueSizeMax: valueSizeMax, level: level}
 	for i, part := range b.If {
 		t.compare = append(t.compare, p.comparison(fmt.Sprintf("if[%d]", i), part))
 	}
@@ -137,6 +138,7 @@ func parseTxn(body string, valueSizeMax int) (t txn, err error) {
 // txnParser keeps the first error.
 type txnParser struct {
 	valueSizeMax int
+	level        int // of the cluster
 	err          error
 }
 
@@ -217,7 +219,7 @@ func (p *txnParser) operation(place string, part json.RawMessage) command {
 			p.fail(place+".value", "a put needs value or valueBase64")
 		}
 		c.value = p.value(place, b.Value, b.ValueBase64)
-		c.expires = p.deadline(place+".ttl", b.TTL)
+		c.setTTL(p.ttl(place+".ttl", b.TTL), p.level)
 		return c
 	case "delete":
 		c.op = opDelete
@@ -269,7 +271,7 @@ func (p *txnParser) value(place string, text, encoded *string) string {
 	return s
 }
 
-func (p *txnParser) deadline(place string, text *string) int64 {
+func (p *txnParser) ttl(place string, text *string) time.Duration {
 	if text == nil {
 		return 0
 	}
@@ -277,7 +279,7 @@ func (p *txnParser) deadline(place string, text *string) int64 {
 	if err != nil {
 		p.fail(place, "%s", errorDetail(err))
 	}
-	return deadline(ttl)
+	return ttl
 }
 
 func errorDetail(err error) string {

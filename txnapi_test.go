@@ -143,10 +143,10 @@ func TestHTTP_TxnErrors(t *testing.T) {
 
 // The limit of values is none of keys.
 func TestTxn_SmallValues(t *testing.T) {
-	if _, err := parseTxn(`{"then":[{"op":"put","key":"longer than a value","value":"12345"}]}`, 5); err != nil {
+	if _, err := parseTxn(`{"then":[{"op":"put","key":"longer than a value","value":"12345"}]}`, 5, levelNewest); err != nil {
 		t.Error(err)
 	}
-	if _, err := parseTxn(`{"if":[{"key":"k","valueBase64":"MTIzNDU2"}]}`, 5); !errors.Is(err, errTooLarge) {
+	if _, err := parseTxn(`{"if":[{"key":"k","valueBase64":"MTIzNDU2"}]}`, 5, levelNewest); !errors.Is(err, errTooLarge) {
 		t.Error(err)
 	}
 }
@@ -187,7 +187,7 @@ func FuzzTxnJSON(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, body string) {
-		tx, err := parseTxn(body, 100)
+		tx, err := parseTxn(body, 100, levelNewest)
 		if err != nil {
 			if !errors.Is(err, errInvalid) && !errors.Is(err, errTooLarge) {
 				t.Fatal(err)
