@@ -208,7 +208,9 @@ func TestEntryEvents_OthersDoNotNotice(t *testing.T) {
 			rv := r.put("other", "1")
 			watches := map[string]*watcher{"the key of another": r.watch("other", false, rv), "the prefix": r.watch("big/", true, rv)}
 			for _, w := range watches {
-				drain(w)
+				if _, _, err := drain(w); err != nil {
+					t.Fatal(err)
+				}
 			}
 			r.apply(batch...)
 			r.put("other", "2")

@@ -253,9 +253,13 @@ func (s *storage) loadFounding() (*founding, error) {
 		return nil, err
 	}
 	f := &founding{dir: s.dir}
-	if err := json.Unmarshal(b, f); err != nil || f.Format != foundingFormat {
-		return nil, fmt.Errorf("%s is damaged, or of another version (format %d, %v): this directory holds no data of a cluster yet, delete it",
-			s.path(foundingName), f.Format, err)
+	err = json.Unmarshal(b, f)
+	if err == nil && f.Format != foundingFormat {
+		err = fmt.Errorf("format %d, this program knows %d", f.Format, foundingFormat)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s is damaged, or of another version (%w): this directory holds no data of a cluster yet, delete it",
+			s.path(foundingName), err)
 	}
 	return f, nil
 }

@@ -244,7 +244,7 @@ func (n *node) checkTwin(ctx context.Context) error {
 		return nil
 	}
 	info, err := askPeer(ctx, self.PeerURL)
-	if err != nil || info.Process == n.process || info.Node != self.ID || info.Cluster != fmt.Sprintf("%x", n.cluster) {
+	if answers := err == nil; !answers || info.Process == n.process || info.Node != self.ID || info.Cluster != fmt.Sprintf("%x", n.cluster) {
 		return nil
 	}
 	return fmt.Errorf("another process runs as node %d of this cluster, at %s: a member must not run twice, nor on a copy of its data directory; "+

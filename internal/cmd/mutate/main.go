@@ -61,7 +61,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	}
 	c.files = flags.Args()
 	if len(c.files) == 0 {
-		return errors.New("no file given: mutate [-sample 50] [-seed 1] [-out FILE] FILE...")
+		return errors.New("no file given; usage: mutate [-sample 50] [-seed 1] [-out FILE] FILE")
 	}
 	dir := filepath.Dir(c.files[0])
 	for _, file := range c.files {
@@ -74,7 +74,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(scratch)
+	defer func() { _ = os.RemoveAll(scratch) }() // of the system's temporary directory
 	p, err := build(ctx, scratch, dir, c.files)
 	if err != nil {
 		return err

@@ -246,12 +246,12 @@ func (p *program) try(ctx context.Context, m *mutant) (result, error) {
 			took += t.took
 		}
 		limited, cancel := context.WithTimeout(ctx, 5*time.Second+5*took)
-		err := p.start(limited, fmt.Sprint("MUTANT=", m.id), "-test.run", "^("+strings.Join(names, "|")+")$").Run()
+		passed := p.start(limited, fmt.Sprint("MUTANT=", m.id), "-test.run", "^("+strings.Join(names, "|")+")$").Run() == nil
 		cancel()
 		if ctx.Err() != nil {
 			return "", ctx.Err()
 		}
-		if err != nil {
+		if !passed {
 			return killed, nil
 		}
 	}
