@@ -293,7 +293,7 @@ func (j *journal) skip(to uint64) error {
 	}
 	j.logger.Warn("events are missing in the journal: they have left the window before they could be written",
 		zap.String("journal", j.path), zap.Uint64("from", j.rv+1), zap.Uint64("to", to))
-	j.buf = fmt.Appendf(j.buf[:0], `{"rv":%d,"gap":{"from":%d,"to":%d}}`+"\n", to, j.rv+1, to)
+	j.buf = appendGap(j.buf[:0], j.rv+1, to)
 	j.rv = to
 	return j.write()
 }
@@ -351,6 +351,10 @@ func (j *journal) drain(w *watcher) error {
 
 // appendEvent adds the line of an event to what is to be written.
 func (j *journal) appendEvent(e *event, last bool) {
+	if e.rv > j.rv+1 { // the versions of a restored cluster leap once
+		j.buf = appendGap(j.buf, j.rv+1, e.rv-1)
+		j.rv = e.rv - 1
+	}
 	j.buf = appendJournalLine(j.buf, e, last)
 	if last {
 		j.rv = e.rv
@@ -383,6 +387,11 @@ func (j *journal) sync() error {
 }
 
 func (j *journal) close() error { return j.file.Close() }
+
+// appendGap appends the line that says which versions are missing.
+func appendGap(buf []byte, from, to uint64) []byte {
+	return fmt.Appendf(buf, `{"rv":%d,"gap":{"from":%d,"to":%d}}`+"\n", to, from, to)
+}
 
 // appendJournalLine appends the line of an event.
 func appendJournalLine(buf []byte, e *event, last bool) []byte {

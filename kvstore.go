@@ -870,6 +870,7 @@ type sessions map[uint64]*session
 // first records the batch of the present entry and says whether it had not been
 // seen.
 func (s *state) first(h batchHeader) bool {
+	s.leap(h.time)
 	if s.sessions[h.session] == nil && len(s.sessions) >= s.rules().sessionsMax {
 		oldest := s.sessions.oldest()
 		s.sessionsDigest -= s.sessions[oldest].digest(oldest)

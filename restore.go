@@ -26,7 +26,8 @@ import (
 // resourceVersion must not mean two things. It is far more than a cluster can
 // have written meanwhile: at 10,000 writes a second a day and more. And one can restore
 // nine million times before versions leave what a double holds exactly, which
-// is what JSON's numbers are to many programs.
+// is what JSON's numbers are to many programs. What was made from the same before
+// is above that as well; see leap.
 const versionJump = 1_000_000_000
 
 // begin makes the state the first one of a new cluster with these members.
@@ -49,6 +50,24 @@ func (s *state) begin(members []member, removed []uint64) {
 	}
 	for _, id := range removed {
 		s.removed[id] = true
+	}
+}
+
+// leapEpoch is where the time begins that the versions of restored clusters follow.
+const leapEpoch = 1_577_836_800_000 // 2020-01-01, in unix milliseconds
+
+// leap makes the first batch of a restored cluster go above all versions of every
+// cluster that was made before from the same file or directory, about which nothing
+// is known here. That one was above what the time was then, too, and has written
+// less than a hundred times a millisecond since. What is read before the first
+// batch is in the file, and the same in all of these clusters.
+func (s *state) leap(now int64) {
+	if len(s.sessions) > 0 || s.rv == 0 { // it was written to, or nothing was restored
+		return
+	}
+	if to := uint64(max(0, now-leapEpoch)) * s.rules().versionsPerMilli; s.rv < to {
+		s.rv = to
+		s.events.dropped = to
 	}
 }
 

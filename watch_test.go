@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,6 +24,7 @@ type watchRig struct {
 
 	mu      sync.Mutex // one writer at a time
 	index   uint64
+	now     int64 // time of the entries; 0 = their index
 	history watchHistory
 	record  bool
 }
@@ -55,7 +57,7 @@ func (r *watchRig) apply(commands ...command) []result {
 	r.index++
 	before := r.store.state.events.end()
 	var out []result
-	h := batchHeader{session: 1, seq: r.index, time: int64(r.index)}
+	h := batchHeader{session: 1, seq: r.index, time: cmp.Or(r.now, int64(r.index))}
 	if _, err := r.store.apply(r.index, 1, h, data, &out); err != nil {
 		r.t.Fatal(err)
 	}
