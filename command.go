@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"time"
 )
 
 // This file says what is replicated: the bytes of one raft log entry.
@@ -76,18 +75,6 @@ func (c *command) deadline(now int64) int64 {
 		return now + c.ttl
 	}
 	return c.expires
-}
-
-// setTTL makes a put expire so long after it is applied. As long as not all members
-// know how to, that is so long after now.
-func (c *command) setTTL(ttl time.Duration, level int) {
-	switch {
-	case ttl == 0:
-	case level < 2:
-		c.expires = time.Now().Add(ttl).UnixMilli()
-	default:
-		c.ttl = ttl.Milliseconds()
-	}
 }
 
 // condition is what must hold of the key, or the command does nothing.
@@ -279,6 +266,18 @@ func (v *commandView) command() command {
 
 // command reads a command and checks all of it, also what is encoded in its value.
 func (d *fields) command(inTxn bool) commandView {
+	v := d.outerCommand(inTxn)
+	if d.err == nil {
+		d.fail(v.checkValue())
+	}
+	if d.err != nil {
+		return commandView{}
+	}
+	return v
+}
+
+// outerCommand is command for who looks into the value by itself.
+func (d *fields) outerCommand(inTxn bool) commandView {
 	v := commandView{op: op(d.byte())}
 	flags := d.byte()
 	g := grammarOf(v.op)
@@ -311,12 +310,6 @@ func (d *fields) command(inTxn bool) commandView {
 	}
 	if flags&flagTTL != 0 {
 		v.ttl = int64(d.uint())
-	}
-	if d.err == nil {
-		d.fail(v.checkValue())
-	}
-	if d.err != nil {
-		return commandView{}
 	}
 	return v
 }
@@ -458,18 +451,24 @@ func (t *txn) encode() string {
 }
 
 func decodeTxn[T string | []byte](value T) (txn, error) {
-	var t txn
-	d := fields{data: []byte(value)}
+	t, _, err := decodeTxnLevel([]byte(value))
+	return t, err
+}
+
+// decodeTxnLevel also says from which level on all of it is known.
+func decodeTxnLevel(value []byte) (t txn, level int, err error) {
+	d := fields{data: value}
 	d.txn(func(c *comparisonView) {
 		t.compare = append(t.compare, comparison{kind: c.kind, key: string(c.key), rv: c.rv, value: string(c.value)})
 	}, func(branch int, v *commandView) {
 		ops := []*[]command{&t.then, &t.otherwise}[branch]
 		*ops = append(*ops, v.command())
+		level = max(level, v.level)
 	})
 	if d.err != nil {
-		return txn{}, d.err
+		return txn{}, 0, d.err
 	}
-	return t, nil
+	return t, level, nil
 }
 
 // comparisonView is a comparison that lies in the bytes it was read from.

@@ -388,12 +388,14 @@ type step struct {
 func decodeSteps(steps []step, commands []byte) ([]step, error) {
 	d := fields{data: commands}
 	for n := 1; len(d.data) > 0; n++ {
-		v := d.command(false)
+		v := d.outerCommand(false)
 		st := step{level: v.level}
 		if d.err == nil {
 			switch v.op {
 			case opTxn:
-				st.txn, d.err = decodeTxn(v.value)
+				var level int
+				st.txn, level, d.err = decodeTxnLevel(v.value)
+				st.level = max(st.level, level)
 				v.value = nil
 			case opMember:
 				st.update, d.err = decodeMember(v.value)
