@@ -228,3 +228,64 @@ func TestLevel_LeaderPutsItsOwnTime(t *testing.T) {
 	wrong.offset = 0
 	s.judge(t)
 }
+
+// TestLevel_OldMembers: who is refused for the cluster's level is told which member is old, or away.
+func TestLevel_OldMembers(t *testing.T) {
+	n, _ := idleNode(t)
+	n.config.id = 1
+	for id := range uint64(3) {
+		n.store.state.members[id+1] = member{ID: id + 1}
+	}
+	const upgrade = ": upgrade what is old, bring back or remove what is down"
+	for _, tt := range []struct {
+		own    int
+		others map[uint64]health
+		want   string
+	}{
+		{2, map[uint64]health{2: {Level: 2}, 3: {}}, "node 3 knows up to 1" + upgrade}, // of before levels
+		{2, map[uint64]health{2: {Level: 2}, 3: {Level: 1}}, "node 3 knows up to 1" + upgrade},
+		{2, map[uint64]health{3: {Level: 2}}, "node 2 does not answer" + upgrade},
+		{1, map[uint64]health{2: {}, 3: {Level: 2}}, "node 1 (this one) knows up to 1, node 2 knows up to 1" + upgrade},
+		{2, map[uint64]health{2: {Level: 2}, 3: {Level: 3}}, "all members know it, so it will be raised in a moment"},
+	} {
+		n.store.levelMax = tt.own
+		n.guard.others.Store(&tt.others)
+		if got := n.oldMembers(2); got != tt.want {
+			t.Errorf("%+v: %q, want %q", tt, got, tt.want)
+		}
+		_, err := n.proposeNew(t.Context(), time.Second, command{op: opPut, key: "k", condition: condition{kind: 9}})
+		if e, ok := errors.AsType[*apiError](err); !ok || !errors.Is(err, errLevel) || e.outcome != notApplied || !strings.HasSuffix(e.detail, "; "+tt.want) {
+			t.Errorf("%+v: refused with %v", tt, err)
+		}
+	}
+}
+
+// TestLevel_SnapshotFormats: a program reads what it writes at any level that it knows, and a level that gets no
+// format of its own would be noticed here.
+func TestLevel_SnapshotFormats(t *testing.T) {
+	formatMax := uint64(0)
+	for level := levelFirst; level <= levelNewest; level++ {
+		if snapshotFormats[level] < max(formatMax, 2) {
+			t.Errorf("level %d has format %d", level, snapshotFormats[level])
+		}
+		formatMax = snapshotFormats[level]
+		st := newState()
+		st.setLevel(level)
+		again, err := readState(bytes.NewReader(encodeState(t, &st)))
+		if err != nil || again.level != level {
+			t.Errorf("level %d: %v, then level %d", level, err, again.level)
+		}
+	}
+	for _, head := range [][]uint64{{1}, {formatMax + 1}, {formatMax, 0, 0, 0, 0, 0, 0, levelNewest + 1}, {formatMax, 0, 0, 0, 0, 0, 0, levelFirst}} {
+		var b bytes.Buffer
+		e := newSnapshotEncoder(&b)
+		e.bytes([]byte(snapshotMagic))
+		for _, v := range head {
+			e.uint(v)
+		}
+		must(t, e.w.Flush())
+		if _, err := readState(&b); !errors.Is(err, errSnapshotFormat) || !strings.Contains(err.Error(), "use the version that wrote it") {
+			t.Errorf("format and level %d: %v", head, err)
+		}
+	}
+}

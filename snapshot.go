@@ -35,11 +35,6 @@ const (
 	snapshotMagic = "RAFTRVSS"
 	frameSize     = 256 << 10
 
-	// The format follows from the state's level. Every format since 2 is read for
-	// ever; 1 had no sum.
-	snapshotFormat2 = 2 // of level 1
-	snapshotFormat3 = 3 // of level 2
-
 	recordEnd     = 0
 	recordSession = 1
 	recordMember  = 2
@@ -53,6 +48,10 @@ const (
 	// checksum cannot make the reader allocate without limit.
 	recordFieldMax = 1 << 30
 )
+
+// snapshotFormats has the format of each level. All of them are read for ever;
+// 1 had no sum.
+var snapshotFormats = [levelNewest + 1]uint64{1: 2, 2: 3}
 
 var (
 	castagnoli        = crc32.MakeTable(crc32.Castagnoli)
@@ -80,18 +79,14 @@ func newSnapshotEncoder(w io.Writer) *snapshotEncoder {
 // writeHead writes what comes before the items.
 func (s *state) writeHead(e *snapshotEncoder) error {
 	e.bytes([]byte(snapshotMagic))
-	format := uint64(snapshotFormat3)
-	if s.level < 2 {
-		format = snapshotFormat2
-	}
-	e.uint(format)
+	e.uint(snapshotFormats[s.level])
 	e.uint(s.index)
 	e.uint(s.term)
 	e.uint(s.rv)
 	e.uint(uint64(s.now))
 	e.uint(s.retries.next)
 	e.uint(s.sum)
-	if format >= snapshotFormat3 {
+	if s.level >= 2 {
 		e.uint(uint64(s.level))
 		e.uint(uint64(s.elapsed))
 		e.uint(uint64(s.seen))
@@ -184,15 +179,15 @@ func (d *snapshotDecoder) state() (state, error) {
 		return st, fmt.Errorf("%w: not a snapshot file", errSnapshotDamage)
 	}
 	format := d.uint()
-	if d.err == nil && (format < snapshotFormat2 || format > snapshotFormat3) {
-		return st, fmt.Errorf("%w: it is %d, this program knows %d to %d: use the version that wrote it", errSnapshotFormat, format, snapshotFormat2, snapshotFormat3)
+	if d.err == nil && !slices.Contains(snapshotFormats[levelFirst:], format) {
+		return st, fmt.Errorf("%w: it is %d, this program knows %d: use the version that wrote it", errSnapshotFormat, format, snapshotFormats[levelFirst:])
 	}
 	st.index, st.term, st.rv = d.uint(), d.uint(), d.uint()
 	st.now, st.retries.next, st.sum = int64(d.uint()), d.uint(), d.uint()
-	if format >= snapshotFormat3 {
+	if format > snapshotFormats[levelFirst] {
 		level := d.uint()
-		if d.err == nil && (level < 2 || level > levelNewest) {
-			return st, fmt.Errorf("a snapshot of feature level %d, of which this program knows up to %d: use the version that wrote it", level, levelNewest)
+		if d.err == nil && (level > levelNewest || snapshotFormats[level] != format) {
+			return st, fmt.Errorf("%w: it is %d of feature level %d, this program knows up to level %d: use the version that wrote it", errSnapshotFormat, format, level, levelNewest)
 		}
 		if d.err == nil {
 			st.setLevel(int(level))

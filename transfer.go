@@ -118,6 +118,10 @@ func (l *link) postSnapshot(m *raftpb.Message) (size int64, err error) {
 	if n.guard.isClosed(l.member.ID) {
 		return 0, errDiskFull
 	}
+	if level, known := n.guard.levelOf(l.member.ID); known && level < n.store.level() {
+		return 0, fmt.Errorf("it knows up to feature level %d and the cluster is at %d: start it with the version that the other nodes run, without --feature-level-max",
+			level, n.store.level()) // it could not read it
+	}
 	f, err := os.Open(n.storage.bodyPath(m.GetSnapshot().GetMetadata().GetIndex()))
 	if err != nil {
 		return 0, err

@@ -198,6 +198,29 @@ func TestNetwork_DivergedSendsNoSnapshot(t *testing.T) {
 	}
 }
 
+// TestNetwork_OldMember: a member that is too old for the state is not sent it again and again. The log says why.
+func TestNetwork_OldMember(t *testing.T) {
+	var asked atomic.Int64
+	peer := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == rafthttp.RaftSnapshotPrefix {
+			asked.Add(1)
+		}
+	}))
+	defer peer.Close()
+	n := newTestNetwork(t, peer.URL, false)
+	n.store.state.setLevel(2)
+	n.guard.others.Store(&map[uint64]health{2: {Member: 2}})
+	n.lead()
+	n.wantReported()
+	logged := n.logs.FilterMessageSnippet("does not take the snapshot").All()
+	if len(logged) != 1 || !strings.Contains(fmt.Sprint(logged[0].ContextMap()), "it knows up to feature level 1 and the cluster is at 2") {
+		t.Errorf("logged: %v", logged)
+	}
+	if asked.Load() != 0 {
+		t.Error("it was sent what it cannot read")
+	}
+}
+
 // TestNetwork_SnapshotBackOff: a member that cannot take a snapshot is not offered it with each heartbeat, and
 // its reason is logged once.
 func TestNetwork_SnapshotBackOff(t *testing.T) {
