@@ -152,6 +152,7 @@ func (l *loop) run(ctx context.Context, r *replica, admit func(context.Context) 
 // turn gives the replica all that waits for it.
 func (l *loop) turn(ticked bool) error {
 	r := l.replica
+	r.now = l.clock() // the last tick may be long ago, if the process was paused
 	l.mu.Lock()
 	messages, calls, abandoned := l.inbox.messages, l.inbox.calls, l.inbox.abandoned
 	l.inbox.messages, l.inbox.bytes, l.inbox.calls, l.inbox.abandoned = nil, 0, nil, nil
@@ -160,7 +161,7 @@ func (l *loop) turn(ticked bool) error {
 		r.abandon(c.batch, c.place)
 	}
 	if ticked {
-		r.tick(l.clock()) // which may propose again what is still wanted
+		r.tick(r.now) // which may propose again what is still wanted
 	}
 	for _, call := range calls {
 		if err := call(); err != nil {
@@ -183,6 +184,7 @@ func (l *loop) turn(ticked bool) error {
 		if err != nil {
 			return err
 		}
+		r.now = l.clock() // the disk may have taken seconds, which must not count for what is proposed now
 		if rv := r.store.version(); rv != l.version {
 			l.version = rv
 			l.applied()

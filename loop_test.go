@@ -135,3 +135,50 @@ func TestLoop_TransferBeforeStart(t *testing.T) {
 	stop()
 	<-l.done
 }
+
+// TestLoop_TimeOfBatch: what is put while the disk takes long, or after a pause of the process, lives as long as it
+// should. With the time of the last tick it would be dead before its client is told that it is there.
+func TestLoop_TimeOfBatch(t *testing.T) {
+	const stall, ttl = 8 * time.Second, 5 * time.Second
+	now := time.Now()
+	var l *loop
+	var second *batch
+	put := func(key string) *batch {
+		b, _, err := l.enqueue(&command{op: opPut, key: key, value: "v", ttl: ttl.Milliseconds()}, now.Add(time.Hour))
+		must(t, err)
+		return b
+	}
+	l = newLoneLoop(t, func() {}, func(point string) error {
+		if l == nil || point != "after-save" || second != nil {
+			return nil
+		}
+		now = now.Add(stall)
+		second = put("second")
+		return nil
+	})
+	l.replica.store.state.setLevel(2)
+	l.publish()
+	l.clock = func() time.Time { return now }
+	lives := func(key string, b *batch, put time.Time) {
+		t.Helper()
+		select {
+		case <-b.done:
+		default:
+			t.Fatalf("%s was not written", key)
+		}
+		if it, _, _ := l.replica.store.get(key); it.expires != put.Add(ttl).UnixMilli() {
+			t.Errorf("%s expires %v after it was put, want %v", key, time.UnixMilli(it.expires).Sub(put.Truncate(time.Millisecond)), ttl)
+		}
+	}
+	must(t, l.turn(true))
+	first := put("first")
+	start := now
+	must(t, l.turn(false))
+	lives("first", first, start)
+	lives("second", second, now)
+
+	now = now.Add(stall) // a pause
+	third := put("third")
+	must(t, l.turn(false)) // for the request, before the next tick
+	lives("third", third, now)
+}
