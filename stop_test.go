@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -211,13 +212,13 @@ func TestLoop_Unadmitted(t *testing.T) {
 func TestBoundStop(t *testing.T) {
 	for _, ends := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
-			var abandoned time.Duration
+			var abandoned atomic.Int64
 			began := time.Now()
-			cfg := config{abandon: func() { abandoned = time.Since(began) }}
+			cfg := config{abandon: func() { abandoned.Store(time.Now().UnixNano()) }}
 			ctx, cancel := context.WithCancel(t.Context())
 			ended := cfg.boundStop(ctx, zap.NewNop())
 			time.Sleep(time.Hour)
-			if abandoned != 0 {
+			if abandoned.Load() != 0 {
 				t.Fatal("before the stop")
 			}
 			began = time.Now()
@@ -227,8 +228,12 @@ func TestBoundStop(t *testing.T) {
 				ended()
 			}
 			time.Sleep(time.Hour)
-			if want := stopTimeout; !ends && abandoned != want || ends && abandoned != 0 {
-				t.Errorf("ends by itself: %v; abandoned after %v", ends, abandoned)
+			want := began.Add(stopTimeout).UnixNano()
+			if ends {
+				want = 0
+			}
+			if at := abandoned.Load(); at != want {
+				t.Errorf("ends by itself: %v; abandoned at %d instead of %d", ends, at, want)
 			}
 			if !ends {
 				ended()
