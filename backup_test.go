@@ -511,7 +511,7 @@ func TestMakeDirectory_Fails(t *testing.T) {
 	must(t, os.WriteFile(filepath.Join(dir, "file"), nil, fileMode))
 	b, err := readBackup(backupOf(t, smallState(t)))
 	must(t, err)
-	if err := restoreBackup(cfg, b, zap.NewNop()); err == nil {
+	if err := restoreBackup(cfg, b, 0, zap.NewNop()); err == nil {
 		t.Error("made a directory in a file")
 	}
 }

@@ -172,6 +172,7 @@ func (b *backupFile) print(w io.Writer) error {
 
 func newRestoreCommand() *cobra.Command {
 	var cfg config
+	var above uint64
 	cmd := &cobra.Command{
 		Use:   "restore FILE",
 		Short: "Make the data directory of a node of a new cluster from a backup",
@@ -197,7 +198,7 @@ wants to resume from an old one is answered 410: list again.`,
 				return err
 			}
 			before, keys := b.state.rv, b.state.items.Len()
-			if err := restoreBackup(cfg, b, zap.NewNop()); err != nil {
+			if err := restoreBackup(cfg, b, above, zap.NewNop()); err != nil {
 				return err
 			}
 			out := cmd.OutOrStdout()
@@ -208,6 +209,7 @@ wants to resume from an old one is answered 410: list again.`,
 		},
 	}
 	addServeFlags(cmd.Flags(), &cfg, "id", "cluster", "cluster-token", "data-dir")
+	cmd.Flags().Uint64Var(&above, "versions-above", 0, versionsAboveUsage)
 	return cmd
 }
 
@@ -230,9 +232,11 @@ func serveCommand(id uint64, cluster, token, dataDir string) string {
 	return command + " --data-dir " + dataDir
 }
 
+const versionsAboveUsage = "go on above this resource `version`, if they would not by themselves; the same for all nodes"
+
 func newRecoverCommand() *cobra.Command {
 	var from, to string
-	var id uint64
+	var id, above uint64
 	var damaged bool
 	cmd := &cobra.Command{
 		Use:   "recover",
@@ -257,7 +261,7 @@ the old ones. The other nodes join it with new IDs and empty directories.`,
 				to = filepath.Clean(from) + "-recovered"
 			}
 			syscall.Umask(0o077)
-			r, err := recoverDirectory(from, to, id, damaged, zap.NewNop())
+			r, err := recoverDirectory(from, to, id, above, damaged, zap.NewNop())
 			if err != nil {
 				return err
 			}
@@ -267,6 +271,7 @@ the old ones. The other nodes join it with new IDs and empty directories.`,
 	cmd.Flags().StringVar(&from, "data-dir", "", "`directory` of the node to recover from")
 	cmd.Flags().StringVar(&to, "to", "", "`directory` to make, empty or missing (default that of --data-dir with -recovered)")
 	cmd.Flags().Uint64Var(&id, "id", 0, "`number` of the node in the new cluster (default the one it has)")
+	cmd.Flags().Uint64Var(&above, "versions-above", 0, versionsAboveUsage)
 	cmd.Flags().BoolVar(&damaged, "damaged", false, "take what can be read of a directory that is refused as damaged; a copy of it must fit on the disk meanwhile")
 	return cmd
 }

@@ -318,3 +318,30 @@ func TestJournal_Overtaken(t *testing.T) {
 		})
 	}
 }
+
+// TestEventLog_NewestEntry: however small the window is, the events of an entry
+// stay until the next one, and who has read all before is not too slow for them.
+func TestEventLog_NewestEntry(t *testing.T) {
+	r := newWatchRig(t)
+	r.record = false
+	r.store.setWindow(1, 1)
+	r.fill(2 * chunkEventsMax)
+	w := r.watch("k/", true, r.store.version())
+	drain(w)
+	var batch []command
+	for i := range 5 * chunkEventsMax {
+		batch = append(batch, command{op: opPut, key: fmt.Sprintf("k/%d", i)})
+	}
+	for range 3 {
+		r.apply(batch...)
+		r.hub.distribute()
+		if got, _, err := drain(w); err != nil || len(got) != len(batch) {
+			t.Fatalf("%d events of %d, %v", len(got), len(batch), err)
+		}
+	}
+	r.put("k/0", "v")
+	r.put("k/0", "v")
+	if n := r.store.state.events.count; n > chunkEventsMax {
+		t.Errorf("%d events are left", n)
+	}
+}

@@ -193,7 +193,8 @@ func restored(f *founding) string {
 	if f.Backup == "" {
 		return "is empty"
 	}
-	return fmt.Sprintf("was restored from the backup %.12s", f.Backup)
+	digest, how, _ := strings.Cut(f.Backup, " ")
+	return strings.TrimRight(fmt.Sprintf("was restored from the backup %.12s %s", digest, how), " ")
 }
 
 // refuse says why a node without data keeps away from a cluster that is there.

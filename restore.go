@@ -71,12 +71,33 @@ func (s *state) leap(now int64) {
 	}
 }
 
+// versionsAboveMax is as far as a person may send the versions: it leaves room
+// below what a double holds exactly.
+const versionsAboveMax = 1 << 52
+
+// goAbove makes the versions of a state that has just begun go on above another one.
+func (s *state) goAbove(rv uint64) error {
+	if rv > versionsAboveMax {
+		return fmt.Errorf("--versions-above %d: at most %d", rv, uint64(versionsAboveMax))
+	}
+	s.rv = max(s.rv, rv)
+	s.events.dropped = s.rv
+	return nil
+}
+
 // restoreBackup makes the data directory of one member of a new cluster, which
-// will be founded by all of them together, see founding.go.
-func restoreBackup(cfg config, b *backupFile, logger *zap.Logger) error {
+// will be founded by all of them together, see founding.go. Its versions are above
+// another one, too.
+func restoreBackup(cfg config, b *backupFile, above uint64, logger *zap.Logger) error {
 	b.state.begin(cfg.members, nil)
 	f := newFounding(&cfg)
 	f.Backup = b.digest
+	if above != 0 {
+		if err := b.state.goAbove(above); err != nil {
+			return err
+		}
+		f.Backup += fmt.Sprintf(" --versions-above %d", above) // the same at all nodes
+	}
 	return makeDirectory(cfg.dataDir, logger, func(s *storage) error {
 		if err := s.saveFirstState(&b.state); err != nil {
 			return err
@@ -152,7 +173,7 @@ type recovery struct {
 //
 // Of a directory that is refused as damaged it takes what can be read, if
 // anyway is set, and then it takes one whose state was found wrong, too.
-func recoverDirectory(from, to string, id uint64, anyway bool, logger *zap.Logger) (*recovery, error) {
+func recoverDirectory(from, to string, id, above uint64, anyway bool, logger *zap.Logger) (*recovery, error) {
 	if _, err := os.Stat(from); err != nil {
 		return nil, err
 	}
@@ -204,6 +225,9 @@ func recoverDirectory(from, to string, id uint64, anyway bool, logger *zap.Logge
 	}
 	r.self = member{ID: self.ID, Name: self.Name, PeerURL: self.PeerURL}
 	st.begin([]member{r.self}, removed)
+	if err := st.goAbove(above); err != nil {
+		return nil, err
+	}
 	r.after = st.rv
 	r.made = identity{Member: self.ID, Cluster: cmp.Or(randomID(), 1), Directory: randomID(), Recovered: true}
 	return r, makeDirectory(to, logger, func(s *storage) error {

@@ -1,7 +1,11 @@
 package main
 
 import (
+	"path/filepath"
+	"strings"
 	"testing"
+
+	"go.uber.org/zap"
 )
 
 // TestRestore_NoVersionTwice: of two clusters that were made from the same file the
@@ -42,6 +46,30 @@ func TestRestore_NoVersionTwice(t *testing.T) {
 	for want := range uint64(3) {
 		if rv := r.put("k", "v"); rv != want+1 {
 			t.Errorf("version %d", rv)
+		}
+	}
+}
+
+// TestRestore_VersionsAbove: a person may know better how high the versions are.
+func TestRestore_VersionsAbove(t *testing.T) {
+	path := backupOf(t, smallState(t))
+	for above, want := range map[uint64]uint64{1: 0, 1 << 40: 1 << 40, versionsAboveMax + 1: 0} {
+		dir := filepath.Join(t.TempDir(), "data")
+		cfg := configOf(t, "--id", "1", "--cluster", restoreMembers, "--data-dir", dir)
+		b, err := readBackup(path)
+		must(t, err)
+		before := b.state.rv
+		if err := restoreBackup(cfg, b, above, zap.NewNop()); (err != nil) != (above > versionsAboveMax) {
+			t.Errorf("above %d: %v", above, err)
+		} else if err != nil {
+			continue
+		}
+		if b.state.rv != max(want, before+versionJump) || b.state.events.dropped != b.state.rv {
+			t.Errorf("above %d: version %d, dropped %d", above, b.state.rv, b.state.events.dropped)
+		}
+		with := &founding{Backup: b.digest + " --versions-above 7"}
+		if got := restored(with); !strings.HasSuffix(got, b.digest[:12]+" --versions-above 7") || with.agrees(&founding{Backup: b.digest}) {
+			t.Errorf("%s", got)
 		}
 	}
 }
