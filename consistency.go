@@ -238,7 +238,7 @@ func (n *node) exchange(ctx context.Context) error {
 			// This node may have come to where the others were.
 			n.guard.judge(*n.guard.others.Load())
 		}
-		_, now := n.guard.hear(n.askOthers(ctx), leader)
+		_, now := n.guard.hear(n.askOthers(ctx, n.judgeEarly), leader)
 		// Somebody else may lead better.
 		if leader == n.config.id && (now.suspect() || n.guard.space.Load().full && !n.guard.othersFull.Load()) {
 			n.loop.call(func() error {
@@ -253,10 +253,19 @@ func (n *node) exchange(ctx context.Context) error {
 	}
 }
 
-// askOthers returns what those members say that answer. A node that waits for
-// its first comparison looks at each answer as it comes, since one member may
-// need long to be known as silent.
-func (n *node) askOthers(ctx context.Context) map[uint64]health {
+// judgeEarly looks at the first answers of a round while others may still come,
+// since one member may need long to be known as silent.
+func (n *node) judgeEarly(others map[uint64]health) {
+	if n.guard.current() == unchecked && n.informed.Load() {
+		if v, _ := n.guard.compare(others); v == sound {
+			n.guard.judge(others)
+		}
+	}
+}
+
+// askOthers returns what those members say that answer. After each answer it calls
+// heard, unless that is nil.
+func (n *node) askOthers(ctx context.Context, heard func(map[uint64]health)) map[uint64]health {
 	var asking sync.WaitGroup
 	answers := make(chan health)
 	for _, m := range n.store.members() {
@@ -283,10 +292,8 @@ func (n *node) askOthers(ctx context.Context) map[uint64]health {
 	others := map[uint64]health{}
 	for h := range answers {
 		others[h.Member] = h
-		if n.guard.current() == unchecked && n.informed.Load() {
-			if v, _ := n.guard.compare(others); v == sound {
-				n.guard.judge(others)
-			}
+		if heard != nil {
+			heard(others)
 		}
 	}
 	return others

@@ -344,3 +344,14 @@ func TestJournal_WaitsForSound(t *testing.T) {
 		})
 	}
 }
+
+// TestAskOthers_OnlyTheExchangeJudges: others ask too, at the same time, and must not change the verdict.
+func TestAskOthers_OnlyTheExchangeJudges(t *testing.T) {
+	r := newExchangeRig(t)
+	r.informed.Store(true) // and there is no leader, so the exchange asks nobody
+	r.say(2, true)
+	r.say(3, true)
+	if got := r.askOthers(t.Context(), nil); len(got) != 2 || r.guard.current() != unchecked {
+		t.Errorf("%d have answered, and the node is %v, want 2, unchecked", len(got), r.guard.current())
+	}
+}

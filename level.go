@@ -242,7 +242,7 @@ func (n *node) keepLevel(ctx context.Context) error {
 			continue
 		}
 		every = min(2*every, levelEveryMax)
-		r := commonLevel(n.store.members(), n.askOthers(ctx), n.config.id, n.store.knows())
+		r := commonLevel(n.store.members(), n.askOthers(ctx, nil), n.config.id, n.store.knows())
 		if r.level <= n.store.level() {
 			continue
 		}

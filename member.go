@@ -334,15 +334,19 @@ func checkMember(cfg config, id uint64) error {
 
 const (
 	keepPlaceEvery = 500 * time.Millisecond
+	// leaderlessEvery is how often a node without a leader says so.
+	leaderlessEvery = 15 * time.Second
 	// leftOutMax is how long a node without a leader waits for one that has moved.
 	leftOutMax = 3 * time.Second
 )
 
-// keepPlace ends the node when it cannot be what it takes itself for.
+// keepPlace ends the node when it cannot be what it takes itself for, and says
+// why there is no leader.
 func (n *node) keepPlace(ctx context.Context) error {
 	tick := time.NewTicker(keepPlaceEvery)
 	defer tick.Stop()
 	leftAt := time.Now()
+	sayAt := leftAt.Add(leftOutMax)
 	for {
 		select {
 		case <-tick.C:
@@ -355,7 +359,15 @@ func (n *node) keepPlace(ctx context.Context) error {
 		var left error
 		if n.loop.status.Load().leader == 0 {
 			members := n.store.members()
-			left = leftOut(n.config, n.cluster, members, askPeers(ctx, members))
+			answers := askPeers(ctx, members)
+			left = leftOut(n.config, n.cluster, members, answers)
+			if now := time.Now(); now.After(sayAt) {
+				sayAt = now.Add(leaderlessEvery)
+				n.logger.Warn("there is no leader, so this node takes no writes, and reads only with resourceVersion=0: more than half of the voters must be up and reach each other",
+					zap.Strings("without", n.unreached(members, answers)))
+			}
+		} else {
+			sayAt = time.Now().Add(leftOutMax)
 		}
 		if left == nil {
 			leftAt = time.Now()
@@ -364,6 +376,16 @@ func (n *node) keepPlace(ctx context.Context) error {
 			return left
 		}
 	}
+}
+
+// unreached says which other voters a node does not reach, and what came instead.
+func (n *node) unreached(members []member, answers map[uint64]peerAnswer) (whom []string) {
+	for _, m := range members {
+		if a := answers[m.ID]; m.ID != n.config.id && !m.Learner && (a.info == nil || a.info.Cluster != fmt.Sprintf("%x", n.cluster)) {
+			whom = append(whom, fmt.Sprintf("node %d (%s): %s", m.ID, m.PeerURL, a.describe()))
+		}
+	}
+	return whom
 }
 
 // leftOut says that a node's cluster can have no majority any more, since so many

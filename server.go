@@ -190,6 +190,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		return err
 	}
 
+	network.relink(nil) // who calls at once is known
 	p.peers.set(servePeers(n.peerInfo, network.handler()))
 	return n.run(ctx, r, network, p)
 }
@@ -417,7 +418,7 @@ func (n *node) transferLeadership() {
 	defer deadline.Stop()
 	poll := time.NewTicker(n.config.tick)
 	defer poll.Stop()
-	for n.loop.status.Load().leader == n.config.id {
+	for n.loop.status.Load().leader == n.config.id && len(n.store.voters()) > 1 {
 		// More than once: at times a leader does not know which members are there.
 		n.loop.call(func() error {
 			n.loop.replica.transfer()
