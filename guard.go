@@ -246,13 +246,6 @@ func (g *guard) health() health {
 // isClosed says whether a member has said that it takes no entries.
 func (g *guard) isClosed(id uint64) bool { return (*g.others.Load())[id].DiskClosed }
 
-// levelOf returns the highest feature level that a member has said it knows. known
-// is false if it has not answered lately.
-func (g *guard) levelOf(id uint64) (level int, known bool) {
-	h, known := (*g.others.Load())[id]
-	return max(levelFirst, h.Level), known // before levels nobody told any
-}
-
 // watchDisk looks at the disk until ctx ends.
 func (n *node) watchDisk(ctx context.Context) error {
 	tick := time.NewTicker(spaceEvery)

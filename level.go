@@ -268,8 +268,9 @@ func commonLevel(members []member, others map[uint64]health, self uint64, own in
 // oldMembers says which members keep the cluster below a level.
 func (n *node) oldMembers(level int) string {
 	var old []string
+	others := *n.guard.others.Load()
 	for _, m := range n.store.members() {
-		knows, answered := n.guard.levelOf(m.ID)
+		h, answered := others[m.ID]
 		switch {
 		case m.ID == n.config.id:
 			if n.store.knows() < level {
@@ -277,8 +278,8 @@ func (n *node) oldMembers(level int) string {
 			}
 		case !answered:
 			old = append(old, fmt.Sprintf("node %d does not answer", m.ID))
-		case knows < level:
-			old = append(old, fmt.Sprintf("node %d knows up to %d", m.ID, knows))
+		case h.Level < level:
+			old = append(old, fmt.Sprintf("node %d knows up to %d", m.ID, max(levelFirst, h.Level)))
 		}
 	}
 	if len(old) == 0 {

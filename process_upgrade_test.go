@@ -185,9 +185,68 @@ func (m *mixedCluster) snapshotTo(behind, leader *proc.Node) {
 		}
 		return fmt.Errorf("node %d does not lead: %d", leader.ID, l.do("POST", fmt.Sprintf("%s/-/v1/leader/%d", leader.URL(), leader.ID), "").status)
 	})
-	m.fillKeyed(64<<20, 64<<10, 64)
+	m.fillKeyed(2*catchUpBytesMax, 64<<10, 64)
+	// The leader still has all of that, until it takes a snapshot. That needs its
+	// time: all events of the window are in it.
+	written := m.metric(l, "snapshot_index", "applied_index")[1]
+	m.eventually(func() error {
+		m.fillKeyed(1<<20, 64<<10, 64)
+		if got := m.metric(l, "snapshot_index")[0]; got < written {
+			return fmt.Errorf("the last snapshot of node %d is at entry %.0f, want %.0f", leader.ID, got, written)
+		}
+		return nil
+	})
+	m.t.Logf("snapshot of %.0f MiB", m.metric(l, "snapshot_bytes")[0]/(1<<20))
 	m.start()
 	wantInstalled(m.t, behind)
+}
+
+// metric returns the values of some metrics.
+func (m *mixedCluster) metric(l *liveClient, names ...string) (values []float64) {
+	m.t.Helper()
+	r := l.do(http.MethodGet, l.node.URL()+"/-/metrics", "")
+	if r.err != nil || r.status != http.StatusOK {
+		m.t.Fatalf("metrics: %d %v", r.status, r.err)
+	}
+	samples := parseSamples(m.t, string(r.body))
+	for _, name := range names {
+		v, ok := samples[metricName(name)]
+		if !ok {
+			m.t.Fatalf("no metric %s", name)
+		}
+		values = append(values, v)
+	}
+	return values
+}
+
+// wantNotOffered lets a program that is too old join. It takes no part, and the leader says why.
+func (m *mixedCluster) wantNotOffered() {
+	m.t.Helper()
+	n, err := m.Add()
+	must(m.t, err)
+	m.old[n.ID] = true
+	leader := m.leader()
+	l := m.client(leader)
+	defer l.close()
+	path := fmt.Sprintf("%s/-/v1/members/%d", leader.URL(), n.ID)
+	if r := l.do(http.MethodPost, path, fmt.Sprintf(`{"peerURL":%q}`, n.RaftURL())); r.status != http.StatusNoContent {
+		m.t.Fatalf("add: %d %s %v", r.status, r.body, r.err)
+	}
+	must(m.t, n.Start())
+	m.eventually(func() error {
+		b, err := os.ReadFile(leader.LogFile)
+		must(m.t, err)
+		if !bytes.Contains(b, []byte("snapshot format 3 is not the one that this program knows, 2: use the version that wrote it")) {
+			return fmt.Errorf("the leader does not say that node %d is too old:\n%s", n.ID, leader.LogTail())
+		}
+		return nil
+	})
+	m.disturb(n)
+	must(m.t, n.Kill())
+	if r := l.do(http.MethodDelete, path, ""); r.status != http.StatusNoContent {
+		m.t.Fatalf("remove: %d %s %v", r.status, r.body, r.err)
+	}
+	m.Forget(n)
 }
 
 // judge is verdict without a count of versions, since probes have taken some.
@@ -290,6 +349,7 @@ func TestProcess_Upgrade(t *testing.T) {
 	n = m.others(m.leader())[0]
 	if *heavy {
 		m.snapshotTo(n, m.leader())
+		m.wantNotOffered()
 	}
 	m.stop(n)
 	m.capped[n.ID] = true

@@ -33,6 +33,8 @@ const (
 	// which doubles each time.
 	snapshotRetryMin = 100 * time.Millisecond
 	snapshotRetryMax = 5 * time.Second
+	// As long as the reason is the same it is logged so often.
+	snapshotWarnEvery = time.Minute
 
 	snapshotAskTimeout    = time.Second     // for "100 Continue": after that the state is sent without
 	snapshotAnswerTimeout = 2 * time.Minute // once all is sent: the other side reads it back
@@ -54,6 +56,7 @@ type snapshotOutbox struct {
 	sending atomic.Bool // one at a time; whoever has set it owns the rest
 	pause   time.Duration
 	failure string
+	warned  time.Time // of the failure
 }
 
 // sendSnapshot sends the newest snapshot, for which raft has made m. Raft sends
@@ -87,9 +90,9 @@ func (l *link) sendSnapshot(m *raftpb.Message) {
 		o.pause, o.failure = 0, ""
 	} else {
 		status = raft.SnapshotFailure
-		if why := reasonOf(err); why != o.failure && l.ctx.Err() == nil {
+		if why := reasonOf(err); (why != o.failure || start.Sub(o.warned) >= snapshotWarnEvery) && l.ctx.Err() == nil {
 			logger.Warn("a member does not take the snapshot that it needs; it is tried again", zap.String("reason", why))
-			o.failure = why
+			o.failure, o.warned = why, start
 		}
 		o.pause = min(max(2*o.pause, snapshotRetryMin), snapshotRetryMax)
 		select {
@@ -117,10 +120,6 @@ func (l *link) postSnapshot(m *raftpb.Message) (size int64, err error) {
 	}
 	if n.guard.isClosed(l.member.ID) {
 		return 0, errDiskFull
-	}
-	if level, known := n.guard.levelOf(l.member.ID); known && level < n.store.level() {
-		return 0, fmt.Errorf("it knows up to feature level %d and the cluster is at %d: start it with the version that the other nodes run, without --feature-level-max",
-			level, n.store.level()) // it could not read it
 	}
 	f, err := os.Open(n.storage.bodyPath(m.GetSnapshot().GetMetadata().GetIndex()))
 	if err != nil {

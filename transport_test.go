@@ -198,29 +198,6 @@ func TestNetwork_DivergedSendsNoSnapshot(t *testing.T) {
 	}
 }
 
-// TestNetwork_OldMember: a member that is too old for the state is not sent it again and again. The log says why.
-func TestNetwork_OldMember(t *testing.T) {
-	var asked atomic.Int64
-	peer := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == rafthttp.RaftSnapshotPrefix {
-			asked.Add(1)
-		}
-	}))
-	defer peer.Close()
-	n := newTestNetwork(t, peer.URL, false)
-	n.store.state.setLevel(2)
-	n.guard.others.Store(&map[uint64]health{2: {Member: 2}})
-	n.lead()
-	n.wantReported()
-	logged := n.logs.FilterMessageSnippet("does not take the snapshot").All()
-	if len(logged) != 1 || !strings.Contains(fmt.Sprint(logged[0].ContextMap()), "it knows up to feature level 1 and the cluster is at 2") {
-		t.Errorf("logged: %v", logged)
-	}
-	if asked.Load() != 0 {
-		t.Error("it was sent what it cannot read")
-	}
-}
-
 // TestNetwork_SnapshotBackOff: a member that cannot take a snapshot is not offered it with each heartbeat, and
 // its reason is logged once.
 func TestNetwork_SnapshotBackOff(t *testing.T) {
@@ -250,6 +227,19 @@ func TestNetwork_SnapshotBackOff(t *testing.T) {
 	logged := n.logs.FilterMessageSnippet("does not take the snapshot").All()
 	if len(logged) != 1 || !strings.Contains(fmt.Sprint(logged[0].ContextMap()), "no room here") {
 		t.Errorf("logged: %v", logged)
+	}
+
+	// A minute later it is logged again: a member that is too old for the state would be offered it in silence.
+	n.work.Wait()
+	snap, err := n.leader.log.Snapshot()
+	must(t, err)
+	l := (*n.links.Load())[2]
+	l.outbox.warned, l.outbox.pause = l.outbox.warned.Add(-snapshotWarnEvery), 0
+	for range 2 {
+		l.sendSnapshot(&raftpb.Message{Type: raftpb.MsgSnap.Enum(), To: new(uint64(2)), Snapshot: snap})
+	}
+	if got := n.logs.FilterMessageSnippet("does not take the snapshot").Len(); got != 2 {
+		t.Errorf("logged %d times after a minute", got)
 	}
 }
 
