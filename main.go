@@ -84,7 +84,10 @@ func newServeCommand(use string, stderr io.Writer) *cobra.Command {
 			logger, level := newLogger(logs, cfg.logLevel, cfg.logFormat)
 			boundGarbage()
 			setSegmentBytes(cfg.segmentBytes)
-			cfg.abandon = func() { os.Exit(1) }
+			cfg.abandon = func() {
+				_ = logs.Sync() // never fails; it has the reason
+				os.Exit(1)
+			}
 			syscall.Umask(0o077) // the log and the snapshots are for this user only
 			return serve(cmd.Context(), cfg, logger, level)
 		},

@@ -106,8 +106,8 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, disk.close()) }()
-	defer cfg.boundStop(ctx, logger)()
+	closeDisk := cfg.boundEnd(ctx, logger, disk.close)
+	defer func() { err = errors.Join(err, closeDisk()) }()
 	defer context.AfterFunc(ctx, disk.interrupt)()
 	rec, err := disk.load()
 	if errors.Is(err, errInterrupted) {
@@ -388,6 +388,18 @@ func (cfg *config) boundStop(ctx context.Context, logger *zap.Logger) (ended fun
 	return func() {
 		cancel()
 		close(end)
+	}
+}
+
+// boundEnd is boundStop up to the end of last, which is what is closed last. Closing
+// it begins a stop, too, if the node ends for another reason than ctx.
+func (cfg *config) boundEnd(ctx context.Context, logger *zap.Logger, last func() error) func() error {
+	ctx, begin := context.WithCancel(ctx)
+	ended := cfg.boundStop(ctx, logger)
+	return func() error {
+		defer ended()
+		begin()
+		return last()
 	}
 }
 

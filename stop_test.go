@@ -241,3 +241,29 @@ func TestBoundStop(t *testing.T) {
 		})
 	}
 }
+
+// TestBoundEnd: what is closed last belongs to the stop. A disk that hangs only then must not keep the process.
+func TestBoundEnd(t *testing.T) {
+	for _, signal := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			abandoned := make(chan struct{})
+			cfg := config{abandon: func() { close(abandoned) }}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			end := cfg.boundEnd(ctx, zap.NewNop(), func() error {
+				<-abandoned // it hangs
+				return nil
+			})
+			time.Sleep(time.Hour)
+			began := time.Now()
+			if signal {
+				cancel()
+				time.Sleep(time.Second) // for what comes before
+			}
+			must(t, end())
+			if took := time.Since(began); took != stopTimeout {
+				t.Errorf("signal: %v; it took %v", signal, took)
+			}
+		})
+	}
+}
