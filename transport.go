@@ -44,6 +44,7 @@ type peerNetwork struct {
 	id, cluster    uint64
 	logger         *zap.Logger
 	rafthttpLogger *zap.Logger
+	rafthttpLevel  zap.AtomicLevel
 	storage        *storage
 	loop           *loop
 	store          *kvstore
@@ -74,10 +75,30 @@ func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, g *gua
 	n.rafthttpLogger = logger.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
 		return zapcore.NewSamplerWithOptions(c, time.Second, 1, 0)
 	}))
+	n.rafthttpLevel = zap.NewAtomicLevelAt(zap.DebugLevel)
 	if !logger.Core().Enabled(zap.DebugLevel) {
-		n.rafthttpLogger = n.rafthttpLogger.WithOptions(zap.IncreaseLevel(zap.WarnLevel))
+		n.rafthttpLevel.SetLevel(zap.WarnLevel)
 	}
+	n.rafthttpLogger = n.rafthttpLogger.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core { return quietCore{c, n.rafthttpLevel} }))
 	return n
+}
+
+// quietCore passes on what has at least a level. Unlike zap.IncreaseLevel it does
+// not complain if the core has a higher one.
+type quietCore struct {
+	zapcore.Core
+	least zap.AtomicLevel
+}
+
+func (c quietCore) Enabled(l zapcore.Level) bool { return c.least.Enabled(l) && c.Core.Enabled(l) }
+
+func (c quietCore) With(f []zapcore.Field) zapcore.Core { return quietCore{c.Core.With(f), c.least} }
+
+func (c quietCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
+	if !c.least.Enabled(e.Level) {
+		return ce
+	}
+	return c.Core.Check(e, ce)
 }
 
 // listenPeers listens for the other members. A connection ends when nothing can
@@ -101,6 +122,9 @@ type peerConnKey struct{}
 
 // close ends all links and waits for them.
 func (n *peerNetwork) close() {
+	if !n.rafthttpLogger.Core().Enabled(zap.DebugLevel) {
+		n.rafthttpLevel.SetLevel(zap.ErrorLevel) // rafthttp warns of each connection that it closes itself
+	}
 	for _, l := range *n.links.Swap(&map[uint64]*link{}) {
 		n.work.Go(l.close)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -470,4 +471,29 @@ func (n *testNetwork) stream(name string, old net.Conn) net.Conn {
 	}
 	n.t.Fatal("nobody reads the stream")
 	return nil
+}
+
+// TestPeerNetwork_Logger: of what rafthttp says only warnings are logged, none about the links that the node closes
+// as it ends, and there is no complaint if the log takes errors only.
+func TestPeerNetwork_Logger(t *testing.T) {
+	for _, tt := range []struct {
+		level      zapcore.Level
+		want, last int // lines before and after close
+	}{{zap.DebugLevel, 4, 4}, {zap.InfoLevel, 2, 1}, {zap.ErrorLevel, 1, 1}} {
+		var complaints bytes.Buffer
+		core, logs := observer.New(tt.level)
+		n := newPeerNetwork(1, testCluster, nil, nil, nil, nil, zap.New(core, zap.ErrorOutput(zapcore.AddSync(&complaints))))
+		say := func(when string) int {
+			before := logs.Len()
+			for _, l := range []zapcore.Level{zap.DebugLevel, zap.InfoLevel, zap.WarnLevel, zap.ErrorLevel} {
+				n.rafthttpLogger.With(zap.Int("x", 1)).Log(l, when)
+			}
+			return logs.Len() - before
+		}
+		before := say("before")
+		n.close()
+		if last := say("after"); before != tt.want || last != tt.last || complaints.Len() > 0 {
+			t.Errorf("%v: %d lines, and %d after close, want %d and %d; %s", tt.level, before, last, tt.want, tt.last, &complaints)
+		}
+	}
 }
