@@ -289,6 +289,10 @@ func (r *recovery) print(w io.Writer, from, to string) error {
 	if r.index > r.commit {
 		fmt.Fprintf(&b, "It did not know yet that those after %d were committed; they are kept, as they may have been acknowledged.\n", r.commit)
 	}
+	if r.unreadable != nil {
+		fmt.Fprintf(&b, "The last %d entries of its log are left behind, since this program (%s) cannot apply the first of them: %v. "+
+			"If a newer version can, use that one and delete %s.\n", r.left, version, r.unreadable, to)
+	}
 	if r.damage != nil {
 		what, _, _ := strings.Cut(r.damage.Error(), adviceForDamage) // which was followed up to here
 		fmt.Fprintf(&b, "More is missing, since the directory is damaged: %s.\n", strings.TrimRight(what, ":; "))

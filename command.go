@@ -230,10 +230,11 @@ func decodeCommand(data []byte) (command, []byte, error) {
 	return v.command(), d.data, d.err
 }
 
-// checkCommands says whether all commands of a batch can be read, and are not
-// above a feature level. It copies nothing.
+// checkCommands says whether all commands of a batch can be read, and may be
+// proposed: they are not above a feature level, and within the limits of what a
+// request may carry. It copies nothing.
 func checkCommands(data []byte, level int) error {
-	d := fields{data: data}
+	d := fields{data: data, strict: true}
 	for n := 1; len(d.data) > 0; n++ {
 		v := d.command(false)
 		if d.err != nil {
@@ -268,7 +269,7 @@ func (v *commandView) command() command {
 func (d *fields) command(inTxn bool) commandView {
 	v := d.outerCommand(inTxn)
 	if d.err == nil {
-		d.fail(v.checkValue())
+		d.fail(v.checkValue(d.strict))
 	}
 	if d.err != nil {
 		return commandView{}
@@ -314,15 +315,22 @@ func (d *fields) outerCommand(inTxn bool) commandView {
 	return v
 }
 
-// checkValue checks a value that has an encoding of its own, and of which level it is.
-func (v *commandView) checkValue() error {
+// checkValue checks a value that has an encoding of its own, and of which level
+// it is, and the limits if it is strict.
+func (v *commandView) checkValue(strict bool) error {
+	if strict && (len(v.key) > keySizeMax || len(v.retryKey) > idempotencyKeySizeMax || v.op == opPut && len(v.value) > valueSizeLimit) {
+		return fmt.Errorf("%w: a key of %d bytes and a value of %d", errMalformed, len(v.key), len(v.value))
+	}
 	switch v.op {
 	case opTxn:
-		d := fields{data: v.value}
+		d := fields{data: v.value, strict: strict}
 		d.txn(func(*comparisonView) {}, func(_ int, o *commandView) { v.level = max(v.level, o.level) })
 		return d.err
 	case opMember:
-		_, err := decodeMember(v.value)
+		m, err := decodeMember(v.value)
+		if err == nil && strict {
+			err = m.check()
+		}
 		return err
 	case opLevel:
 		_, err := decodeRaising(v.value)
@@ -342,6 +350,9 @@ func appendString(buf []byte, s string) []byte {
 type fields struct {
 	data []byte
 	err  error
+	// strict refuses what was too large to propose, too. What is in the log is
+	// applied nevertheless.
+	strict bool
 }
 
 func (d *fields) bytes(n int) []byte {
@@ -482,6 +493,9 @@ type comparisonView struct {
 func (d *fields) txn(compare func(*comparisonView), do func(branch int, v *commandView)) {
 	for n := d.uint(); n > 0 && d.err == nil; n-- {
 		c := comparisonView{kind: comparisonKind(d.byte()), key: d.view(), rv: d.uint(), value: d.view()}
+		if d.err == nil && d.strict && len(c.key) > keySizeMax {
+			d.fail(fmt.Errorf("%w: a key of %d bytes", errMalformed, len(c.key)))
+		}
 		if d.err == nil && (c.kind == 0 || c.kind > comparisonsKnown) {
 			d.fail(newer("comparison", uint64(c.kind)))
 		}

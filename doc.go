@@ -41,6 +41,8 @@
 //	watermark.go  how a log that lost something is noticed
 //	transport.go  messages between members
 //	link.go       the connection to one of them
+//	peercheck.go  what is refused of that which another member sends
+//	peerstream.go the streams on which it sends
 //	transfer.go   a snapshot on its way to one of them
 //	peerinfo.go   what else members tell each other
 //	health.go     the checks of readiness

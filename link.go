@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"strings"
@@ -16,6 +17,7 @@ import (
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"golang.org/x/time/rate"
+	"google.golang.org/protobuf/proto"
 )
 
 // link connects this node with one member, in both directions. It is a
@@ -69,6 +71,9 @@ func (n *peerNetwork) openLink(m member, outbox *snapshotOutbox) (*link, error) 
 	}
 	if err := l.http.Start(); err != nil {
 		return nil, fmt.Errorf("start transport: %w", err)
+	}
+	if err := l.readStreams(); err != nil {
+		return nil, err
 	}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	l.handler = l.http.Handler()
@@ -141,10 +146,68 @@ func (l *link) detach(stream string, conn net.Conn) {
 	}
 }
 
-// Process implements rafthttp.Raft: a message came in. It must not block, since
-// it holds up all that the same member sends.
-func (l *link) Process(_ context.Context, m *raftpb.Message) error {
-	return l.network.receive(l, m, nil)
+// Process implements rafthttp.Raft, of which this node uses neither the half
+// that reads requests nor the one that reads streams.
+func (l *link) Process(context.Context, *raftpb.Message) error { return nil }
+
+// receive takes a message that came alone. It does not block, since that would
+// hold up all that the same member sends.
+func (l *link) receive(m *raftpb.Message, dialed bool) error {
+	if m.GetType() == raftpb.MsgSnap { // snapshots come with their state, see transfer.go
+		err := refuse(refusedType, "a snapshot without its state")
+		l.network.refusals.add(l.member.ID, err)
+		return err
+	}
+	return l.network.receive(l, m, nil, dialed)
+}
+
+// smallBody is what a message that only keeps the cluster going takes at most.
+// The room for the others is limited; for these there is always some.
+const smallBody = 4 << 10
+
+// receiveMessage answers a member that sends a message in a request of its own,
+// as it does when there is no stream. Who sends says how large it is.
+func (l *link) receiveMessage(w http.ResponseWriter, r *http.Request) {
+	n := l.network
+	refused := func(status int, err error) {
+		n.refusals.add(l.member.ID, err)
+		refusePeer(w, err.Error(), status)
+	}
+	size := r.ContentLength
+	switch {
+	case r.Method != http.MethodPost:
+		w.Header().Set("Allow", http.MethodPost)
+		refused(http.StatusMethodNotAllowed, refuse(refusedHeader, "the method must be POST"))
+		return
+	case size < 0:
+		refused(http.StatusLengthRequired, refuse(refusedSize, "the request does not say how large it is"))
+		return
+	case size > peerMessageMax:
+		refused(http.StatusRequestEntityTooLarge, refuse(refusedSize, "a message of %d bytes", size))
+		return
+	}
+	if size > smallBody {
+		defer n.bodies.Add(-size)
+		if n.bodies.Add(size) > peerMessageMax {
+			refused(http.StatusServiceUnavailable, refuse(refusedSize, "too many messages arrive at the same time"))
+			return
+		}
+	}
+	data := make([]byte, size)
+	if _, err := io.ReadFull(r.Body, data); err != nil {
+		refused(http.StatusBadRequest, refuse(refusedFormat, "read a message: %w", err))
+		return
+	}
+	m := new(raftpb.Message)
+	if err := proto.Unmarshal(data, m); err != nil {
+		refused(http.StatusBadRequest, refuse(refusedFormat, "%w", err))
+		return
+	}
+	if err := l.receive(m, false); err != nil {
+		refusePeer(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
 }
 
 // IsIDRemoved implements rafthttp.Raft. Who was removed has no link.

@@ -159,6 +159,7 @@ var (
 	descReadOnly     = newDesc("read_only", "1 if writes are refused for this reason.", "reason")
 	descDiverged     = newDesc("divergence_detected", "1 if this node has another state than others, and serves nothing.")
 	descDiskSize     = newDesc("disk_size_bytes", "Bytes of the file system of the data directory.")
+	descPeerRefused  = newDesc("peer_refused_total", "What was refused of that which came from other members, or from who poses as one.", "reason")
 	descReady        = newDesc("ready_check", "1 if the check of readiness succeeds.", "check")
 )
 
@@ -168,7 +169,7 @@ func (*nodeMetrics) Describe(ch chan<- *prometheus.Desc) {
 		descBuildInfo, descMember, descIsLeader, descHasLeader, descTerm, descCommitted, descApplied, descVersion, descKeys, descStoreBytes,
 		descMembers, descPeerLag, descPeerActive, descQueueBatches, descQueueBytes, descInbox, descWatchers, descWatchEvents, descWatchDrops,
 		descWindow, descConnections, descAccepted, descRefused, descDirectory, descDiskFree, descDiskSize, descDiskReserve,
-		descQuota, descReadOnly, descDiverged, descReady,
+		descQuota, descReadOnly, descDiverged, descPeerRefused, descReady,
 	} {
 		ch <- d
 	}
@@ -240,6 +241,10 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 	gauge(descConnections, float64(c.open))
 	counter(descAccepted, c.accepted)
 	counter(descRefused, c.refused)
+
+	if r := m.node.refusals; r != nil {
+		r.each(func(reason string, n uint64) { counter(descPeerRefused, n, reason) })
+	}
 
 	dir := m.node.config.dataDir
 	for _, name := range []string{walDir, snapDir} {

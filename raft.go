@@ -165,6 +165,9 @@ type replicaConfig struct {
 	driver    driver
 	logger    *zap.Logger
 
+	// refused is told of a message that raft must not see; nil = nobody is.
+	refused func(from uint64, err error)
+
 	hook hook // nil = none
 }
 
@@ -326,6 +329,12 @@ func (r *replica) maybeMark() {
 
 // step takes a message from another member.
 func (r *replica) step(m *raftpb.Message) {
+	if err := r.checkStep(m); err != nil {
+		if r.refused != nil {
+			r.refused(m.GetFrom(), err)
+		}
+		return
+	}
 	switch m.GetType() {
 	case raftpb.MsgProp, raftpb.MsgReadIndex: // others pass them on, maybe late
 	case raftpb.MsgTransferLeader: // it comes from whom it names, who may be down
@@ -338,9 +347,33 @@ func (r *replica) step(m *raftpb.Message) {
 	case t == raftpb.MsgProp:
 		_ = r.stepProposal(m)
 	case t == raftpb.MsgReadIndex && !r.confirmsReads():
+	case t == raftpb.MsgTransferLeader && r.raw.BasicStatus().RaftState != raft.StateLeader:
+		// Raft would panic when it passes on what has a term. Who leads by now has
+		// not been asked.
 	default:
 		_ = r.raw.Step(m)
 	}
+}
+
+// checkStep refuses what raft would panic on, as the log is now: the rest of
+// checkMessage. Of what it would ignore, since its term is over, nothing is refused.
+func (r *replica) checkStep(m *raftpb.Message) error {
+	var index uint64
+	switch st := r.raw.BasicStatus(); {
+	case m.GetTerm() < st.GetTerm():
+		return nil
+	case m.GetType() == raftpb.MsgHeartbeat:
+		index = m.GetCommit()
+	case m.GetType() == raftpb.MsgAppResp && m.GetTerm() == st.GetTerm() && st.RaftState == raft.StateLeader:
+		index = m.GetIndex()
+	default:
+		return nil
+	}
+	last, err := r.log.LastIndex()
+	if err != nil || index <= last {
+		return err
+	}
+	return refuse(refusedIndex, "%s says that this member has entry %d, and its log ends at %d", m.GetType(), index, last)
 }
 
 // stepSnapshot takes a MsgSnap together with its body. It processes at once, so
@@ -697,7 +730,7 @@ func (r *replica) apply(ents []*raftpb.Entry) error {
 			err = r.applyBatch(e)
 		}
 		if err != nil {
-			return fmt.Errorf("apply entry %d: %w", e.GetIndex(), err)
+			return errUnreadable(e, err)
 		}
 	}
 	if n := r.store.memberUpdates(); n != r.updates {
@@ -705,6 +738,13 @@ func (r *replica) apply(ents []*raftpb.Entry) error {
 		r.transport.setMembers(r.store.members())
 	}
 	return nil
+}
+
+// errUnreadable ends a member whose log has an entry that it cannot apply.
+func errUnreadable(e *raftpb.Entry, err error) error {
+	return fmt.Errorf("apply entry %d of term %d: %w; if the other nodes run a newer version, start this one with that; "+
+		"if none can apply it, stop all nodes and run raftrv recover on the one that has most: it keeps what is in the log before this entry, and says so",
+		e.GetIndex(), e.GetTerm(), err)
 }
 
 func (r *replica) applyBatch(e *raftpb.Entry) error {
@@ -830,6 +870,9 @@ func (r *replica) stepProposal(m *raftpb.Message) error {
 		_, h, change, refused := decodeMemberChange(e)
 		if refused != nil && !errors.Is(refused, errNewer) {
 			return refused
+		}
+		if refused == nil {
+			refused = change.member.check()
 		}
 		if refused == nil {
 			refused = r.refuseChange(change)

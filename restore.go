@@ -161,6 +161,9 @@ type recovery struct {
 	before    uint64 // resource version of the old cluster, as far as this member knew
 	after     uint64
 	damage    error // that was passed over
+
+	unreadable error  // why some entries of the log were left behind
+	left       uint64 // how many
 }
 
 // recoverDirectory makes a cluster of one member from what the data directory of
@@ -170,6 +173,8 @@ type recovery struct {
 // All entries of the log count, those too of which this member did not know that
 // they were committed: it may have acknowledged them. What nobody was told the
 // outcome of may thereby happen, which it may at any time.
+//
+// It ends before an entry that it cannot apply, which ended the node.
 //
 // Of a directory that is refused as damaged it takes what can be read, if
 // anyway is set, and then it takes one whose state was found wrong, too.
@@ -203,7 +208,8 @@ func recoverDirectory(from, to string, id, above uint64, anyway bool, logger *za
 	case !ok:
 		return nil, fmt.Errorf("%s holds no state yet: recover from another node", from)
 	}
-	r := &recovery{old: rec.identity, index: st.index, term: st.term, before: st.rv, newest: time.UnixMilli(st.now).UTC(), damage: damage}
+	r := &recovery{old: rec.identity, index: st.index, term: st.term, before: st.rv, newest: time.UnixMilli(st.now).UTC(), damage: damage,
+		unreadable: rec.unreadable, left: rec.left}
 	hs, _, err := rec.log.InitialState()
 	if err != nil {
 		return nil, err

@@ -40,15 +40,16 @@ const (
 // node is a running member. It implements backend.
 type node struct {
 	*loop
-	config  config
-	cluster uint64
-	store   *kvstore
-	hub     *hub
-	journal *journal // nil = none
-	guard   *guard
-	disk    *measuredDisk
-	logger  *zap.Logger
-	level   zap.AtomicLevel
+	config   config
+	cluster  uint64
+	store    *kvstore
+	hub      *hub
+	journal  *journal // nil = none
+	guard    *guard
+	refusals *refusals // of what peers sent
+	disk     *measuredDisk
+	logger   *zap.Logger
+	level    zap.AtomicLevel
 
 	directory uint64   // number of the data directory
 	process   uint64   // a number of this life of the node
@@ -169,6 +170,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 	}
 	network := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, n.guard, logger.Named("peers"))
 	defer network.close()
+	n.refusals = network.refusals
 	r, err := newReplica(replicaConfig{
 		id:              cfg.id,
 		session:         randomID(),
@@ -182,6 +184,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		confState:       rec.confState,
 		disk:            n.disk,
 		transport:       network,
+		refused:         network.refusals.add,
 		driver:          n.loop,
 		hook:            n.loop.at,
 		logger:          logger,

@@ -209,6 +209,9 @@ func (p *process) boot() error {
 		driver:          p,
 		logger:          logger,
 		hook:            p.at,
+		refused: func(from uint64, err error) {
+			s.check.violate("guard", "node %d refuses a message that node %d sent: %v", n.id, from, err)
+		},
 	}
 	if s.plant != nil && s.plant.disk != nil {
 		cfg.disk = s.plant.disk(p, p.disk)
@@ -652,7 +655,8 @@ func (p *process) deliver(m *raftpb.Message, body []byte) error {
 	if p.store.tellsRemoved(p.node.id, m.GetFrom()) {
 		return errPeerRemoved
 	}
-	if err := checkMessage(m, p.node.id); err != nil {
+	view := peerView{self: p.node.id, sender: m.GetFrom(), term: p.loop.status.Load().term, member: func(uint64) bool { return true }}
+	if err := checkMessage(m, view); err != nil {
 		p.sim.check.violate("guard", "node %d refuses a message that node %d sent: %v\n%v", p.node.id, m.GetFrom(), err, m)
 		return err
 	}

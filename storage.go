@@ -130,6 +130,11 @@ type recovered struct {
 	log       *raft.MemoryStorage
 	state     state
 	confState *raftpb.ConfState
+
+	// replay leaves the rest of the log behind if it finds an entry that this
+	// program cannot apply.
+	unreadable error
+	left       uint64 // entries
 }
 
 // openStorage makes the data directory if need be and takes its lock.
@@ -354,8 +359,13 @@ func (r *recovered) replay() error {
 		return err
 	}
 	for _, e := range ents {
-		if err := st.applyEntry(e); err != nil {
+		if err := st.state.follows(e.GetIndex()); err != nil {
 			return fmt.Errorf("apply entry %d: %w", e.GetIndex(), err)
+		}
+		if err := st.applyEntry(e); err != nil {
+			r.unreadable = fmt.Errorf("entry %d of term %d: %w", e.GetIndex(), e.GetTerm(), err)
+			r.left = last - e.GetIndex() + 1
+			break
 		}
 	}
 	r.state = st.state

@@ -2,10 +2,12 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -171,9 +173,15 @@ func (l *link) receiveSnapshot(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusNoContent)
 		return
 	}
-	l.network.rafthttpLogger.Warn("did not take a snapshot", zap.Uint64("member", l.member.ID), zap.Error(err))
+	l.network.refusals.add(l.member.ID, &peerRefusal{cmp.Or(reasonForRefusal(err), refusedSnapshot), err})
 	status := http.StatusInternalServerError
 	switch {
+	case reasonForRefusal(err) == refusedSize:
+		status = http.StatusRequestEntityTooLarge
+	case errors.Is(err, errArriving):
+		status = http.StatusServiceUnavailable
+	case reasonForRefusal(err) != refusedOther:
+		status = http.StatusBadRequest
 	case errors.Is(err, errNoSpace), errors.Is(err, syscall.ENOSPC), errors.Is(err, errDiskFull):
 		status = http.StatusInsufficientStorage
 	case errors.Is(err, errSnapshotFormat):
@@ -191,22 +199,79 @@ func (l *link) takeSnapshot(r *http.Request) error {
 	if n.guard.space.Load().full {
 		return errDiskFull
 	}
-	if err := n.storage.hasRoom(uint64(max(r.ContentLength, 0))); err != nil {
+	if !n.arriving.CompareAndSwap(false, true) {
+		return errArriving
+	}
+	defer n.arriving.Store(false)
+	m, err := readEnvelope(&pacedReader{Reader: r.Body})
+	if err != nil {
+		return &peerRefusal{cmp.Or(reasonForRefusal(err), refusedFormat), fmt.Errorf("read the message of a snapshot: %w", err)}
+	}
+	// All that can be known before, since what follows may fill the disk.
+	if err := n.check(l, m, false); err != nil {
 		return err
 	}
-	m, err := readEnvelope(r.Body)
-	if err != nil {
-		return fmt.Errorf("read the message of a snapshot: %w", err)
+	if own := n.loop.status.Load().term; m.GetTerm() < own {
+		return refuse(refusedTerm, "a snapshot of term %d in term %d", m.GetTerm(), own) // raft would ignore it, and its file stay
 	}
 	meta := m.GetSnapshot().GetMetadata()
 	if meta.GetIndex() <= n.store.applied() {
-		return n.receive(l, m, nil) // raft ignores it and says how far this member is
+		return n.receive(l, m, nil, false) // raft ignores it and says how far this member is
 	}
-	st, err := n.storage.receive(r.Body, meta.GetIndex(), meta.GetTerm())
+	most := snapshotBodyMax(n.guard.quota)
+	if r.ContentLength > most {
+		return refuse(refusedSize, "a snapshot of %d bytes", r.ContentLength)
+	}
+	if err := n.storage.hasRoom(uint64(max(r.ContentLength, 0))); err != nil {
+		return err
+	}
+	st, err := n.storage.receive(&pacedReader{Reader: r.Body, most: most}, meta.GetIndex(), meta.GetTerm())
 	if err != nil {
 		return fmt.Errorf("received snapshot: %w", err)
 	}
-	return n.receive(l, m, &st)
+	return n.receive(l, m, &st, false)
+}
+
+var errArriving = errors.New("another snapshot is arriving")
+
+// snapshotBodyMax bounds the state that is received by what it may hold: beside
+// the store, whose quota is not exact, there is the window of events.
+func snapshotBodyMax(quota uint64) int64 {
+	if quota == 0 || quota > math.MaxInt64/4 {
+		return math.MaxInt64
+	}
+	return int64(quota + quota/2 + snapshotSlack)
+}
+
+const (
+	snapshotSlack = 256 << 20 // bytes
+
+	// Who sends a snapshot more slowly than this makes room for another one.
+	paceMin   = 64 << 10 // bytes a second
+	paceGrace = 10 * time.Second
+)
+
+// pacedReader reads what a member sends, as long as it is not too much or too slow.
+// Only the time counts in which there was nothing to read.
+type pacedReader struct {
+	io.Reader
+	most   int64 // bytes; 0 = any number
+	read   int64
+	waited time.Duration
+}
+
+func (p *pacedReader) Read(b []byte) (int, error) {
+	start := time.Now()
+	n, err := p.Reader.Read(b)
+	p.waited += time.Since(start)
+	p.read += int64(n)
+	switch {
+	case p.most > 0 && p.read > p.most:
+		return n, refuse(refusedSize, "a snapshot of more than %d bytes", p.most)
+	case p.waited > paceGrace+time.Duration(p.read)*time.Second/paceMin:
+		return n, refuse(refusedSnapshot, "%d bytes in %v are too few", p.read, p.waited)
+	}
+	return n, err
 }
 
 // readEnvelope reads the message in front of a state.
@@ -216,7 +281,7 @@ func readEnvelope(r io.Reader) (*raftpb.Message, error) {
 		return nil, err
 	}
 	if size > snapshotEnvelopeMax {
-		return nil, fmt.Errorf("%d bytes are too many", size)
+		return nil, refuse(refusedSize, "%d bytes are too many", size)
 	}
 	data := make([]byte, size)
 	if _, err := io.ReadFull(r, data); err != nil {

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"net"
 	"net/http"
@@ -50,7 +49,10 @@ type peerNetwork struct {
 	store          *kvstore
 	guard          *guard
 	// removed has room for one error: another member said that this one was removed.
-	removed chan error
+	removed  chan error
+	refusals *refusals
+	bodies   atomic.Int64 // bytes of the messages that are being read from requests
+	arriving atomic.Bool  // a snapshot
 
 	members atomic.Pointer[[]member] // as the loop said last
 	changed chan struct{}            // holds one token: whom this node talks to is new
@@ -76,6 +78,7 @@ func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, g *gua
 		return zapcore.NewSamplerWithOptions(c, time.Second, 1, 0)
 	}))
 	n.rafthttpLevel = zap.NewAtomicLevelAt(zap.DebugLevel)
+	n.refusals = &refusals{logger: n.rafthttpLogger}
 	if !logger.Core().Enabled(zap.DebugLevel) {
 		n.rafthttpLevel.SetLevel(zap.WarnLevel)
 	}
@@ -145,27 +148,36 @@ func (n *peerNetwork) serveRaft(w http.ResponseWriter, r *http.Request) {
 	r.Header.Del("X-PeerURLs")
 	cluster := types.ID(n.cluster).String()
 	if r.Header.Get("X-Etcd-Cluster-ID") != cluster {
+		n.refusals.add(raft.None, refuse(refusedCluster, "the request is for another cluster"))
 		w.Header().Set("X-Etcd-Cluster-ID", cluster)
 		refusePeer(w, rafthttp.ErrClusterIDMismatch.Error(), http.StatusPreconditionFailed)
 		return
 	}
 	from, err := types.IDFromString(r.Header.Get("X-Server-From"))
 	if err != nil {
+		n.refusals.add(raft.None, refuse(refusedHeader, "X-Server-From: %w", err))
 		refusePeer(w, "the request does not say who sends it", http.StatusBadRequest)
 		return
 	}
 	if n.store.tellsRemoved(n.id, uint64(from)) {
+		n.refusals.add(uint64(from), refuse(refusedStranger, "the sender was removed"))
 		refusePeer(w, errPeerRemoved.Error(), http.StatusGone)
 		return
 	}
 	l := (*n.links.Load())[uint64(from)]
+	versions := checkVersions(r.Header)
 	switch {
 	case l == nil:
-		n.rafthttpLogger.Warn("refused a node that is no member, as far as this one knows", zap.Uint64("node", uint64(from)))
+		n.refusals.add(uint64(from), refuse(refusedStranger, "the sender is no member, as far as this one knows"))
 		refusePeer(w, "the sender is no member, as far as this one knows", http.StatusNotFound)
 		wakeUp(n.knocked)
+	case versions != nil:
+		n.refusals.add(uint64(from), versions)
+		refusePeer(w, versions.Error(), http.StatusBadRequest)
 	case r.URL.Path == rafthttp.RaftSnapshotPrefix:
 		l.receiveSnapshot(w, r)
+	case r.URL.Path == rafthttp.RaftPrefix:
+		l.receiveMessage(w, r)
 	default:
 		l.serve(w, r)
 	}
@@ -296,13 +308,11 @@ func (n *peerNetwork) wanted() map[uint64]member {
 
 // receive takes a message that came over a link, with the state that came with
 // it if it is a snapshot. Every message of another node comes through here.
-func (n *peerNetwork) receive(l *link, m *raftpb.Message, body *state) error {
-	if err := checkMessage(m, n.id); err != nil {
-		n.logger.Warn("refused message", zap.Uint64("member", l.member.ID), zap.Uint64("from", m.GetFrom()), zap.Stringer("type", m.GetType()), zap.Error(err))
-		return nil // rafthttp would panic the connection's goroutine on an error, and the peer sends again
-	}
-	if m.GetType() == raftpb.MsgSnap && body == nil && m.GetSnapshot().GetMetadata().GetIndex() > n.store.applied() {
-		return nil // snapshots come with their state, see transfer.go
+// dialed says that this node opened the connection on which it came.
+func (n *peerNetwork) receive(l *link, m *raftpb.Message, body *state, dialed bool) error {
+	if err := n.check(l, m, dialed); err != nil {
+		n.refusals.add(l.member.ID, err)
+		return err
 	}
 	l.heard.Store(time.Now().UnixNano())
 	if t := m.GetType(); (t == raftpb.MsgApp || t == raftpb.MsgProp) && !n.guard.receive(messageSize(m)) {
@@ -312,70 +322,10 @@ func (n *peerNetwork) receive(l *link, m *raftpb.Message, body *state) error {
 	return nil
 }
 
-// checkMessage refuses messages that no member sends. Several of them would
-// panic raft, which trusts its callers.
-func checkMessage(m *raftpb.Message, self uint64) error {
-	if m.GetTo() != self {
-		return fmt.Errorf("it is for member %d", m.GetTo())
-	}
-	if m.GetFrom() == raft.None || m.GetFrom() == self && !isForwarded(m) {
-		return errors.New("it has no sender")
-	}
-	if raft.IsLocalMsg(m.GetType()) {
-		return errors.New("its type never leaves a member")
-	}
-	switch m.GetType() {
-	case raftpb.MsgProp:
-		return checkProposal(m.GetEntries())
-	case raftpb.MsgApp:
-		for i, e := range m.GetEntries() {
-			if e.GetIndex() != m.GetIndex()+1+uint64(i) {
-				return errors.New("its entries have a gap")
-			}
-		}
-	case raftpb.MsgHeartbeat, raftpb.MsgHeartbeatResp:
-		if n := len(m.GetContext()); n != 0 && n != 8 {
-			return fmt.Errorf("its context has %d bytes", n)
-		}
-	case raftpb.MsgReadIndex, raftpb.MsgReadIndexResp:
-		if n := len(m.GetEntries()); n != 1 {
-			return fmt.Errorf("it has %d contexts", n)
-		}
-	}
-	return nil
-}
-
-// isForwarded says whether followers pass such a message on to the leader under
-// the name of its first sender, to whom it may come back when that one leads by
-// then.
-func isForwarded(m *raftpb.Message) bool {
-	switch m.GetType() {
-	case raftpb.MsgProp, raftpb.MsgReadIndex, raftpb.MsgTransferLeader:
-		return true
-	default:
-		return false
-	}
-}
-
-func checkProposal(ents []*raftpb.Entry) error {
-	if len(ents) == 0 {
-		return errors.New("it proposes nothing")
-	}
-	for _, e := range ents {
-		var err error
-		switch e.GetType() {
-		case raftpb.EntryNormal:
-			_, _, err = decodeBatch(e.GetData())
-		case raftpb.EntryConfChange:
-			if _, _, _, err = decodeMemberChange(e); errors.Is(err, errNewer) {
-				err = nil // its proposer gets an answer
-			}
-		default:
-			err = fmt.Errorf("entries of type %s are not used", e.GetType())
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+// check says why a message that came over a link is not taken.
+func (n *peerNetwork) check(l *link, m *raftpb.Message, dialed bool) error {
+	return checkMessage(m, peerView{
+		self: n.id, sender: l.member.ID, term: n.loop.status.Load().term, dialed: dialed,
+		member: func(id uint64) bool { return (*n.links.Load())[id] != nil },
+	})
 }

@@ -265,7 +265,7 @@ func TestNetwork_ReceivesSnapshot(t *testing.T) {
 	if status, text := n.request("POST", rafthttp.RaftSnapshotPrefix, 2, snapshotRequest(t, 30, damaged)); status != http.StatusUnprocessableEntity {
 		t.Errorf("damaged: %d %s", status, text)
 	}
-	if status, text := n.request("POST", rafthttp.RaftSnapshotPrefix, 2, strings.NewReader("\x00\x00\x00\x00\xff\xff\xff\xff")); status != http.StatusInternalServerError {
+	if status, text := n.request("POST", rafthttp.RaftSnapshotPrefix, 2, strings.NewReader("\x00\x00\x00\x00\xff\xff\xff\xff")); status != http.StatusRequestEntityTooLarge {
 		t.Errorf("an envelope of 4 GiB: %d %s", status, text)
 	}
 	if _, err := os.Stat(n.storage.bodyPath(30)); !errors.Is(err, os.ErrNotExist) {
@@ -319,7 +319,11 @@ func TestNetwork_SnapshotWithoutState(t *testing.T) {
 		Type: raftpb.MsgSnap.Enum(), From: new(uint64(2)), To: new(uint64(1)), Term: new(uint64(9)),
 		Snapshot: &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(uint64(50)), Term: new(uint64(9))}},
 	}
-	must(t, (*n.links.Load())[2].Process(t.Context(), m))
+	for _, dialed := range []bool{false, true} {
+		if err := (*n.links.Load())[2].receive(m, dialed); err == nil {
+			t.Error("taken")
+		}
+	}
 	if got := n.arrivedMessages(); len(got) != 0 {
 		t.Errorf("delivered: %v", got)
 	}

@@ -1,0 +1,365 @@
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"strings"
+	"testing"
+
+	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
+	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/protobuf/proto"
+	"raftrv/internal/proc"
+)
+
+// hostile is a request that no member sends.
+type hostile struct {
+	name, method, path string
+	body               []byte
+	header             []string
+	statuses           []int // one of them is the answer to somebody who is taken for a member
+}
+
+// entryOf returns an entry of a log with these commands.
+func entryOf(index, term uint64, commands []byte) *raftpb.Entry {
+	data := make([]byte, batchHeaderSize, batchHeaderSize+len(commands))
+	batchHeader{session: 1 << 60, seq: 1, time: 1}.put(data)
+	return &raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Index: new(index), Term: new(term), Data: append(data, commands...)}
+}
+
+// hostileMessages are messages from one member to another, which is in a term and has a log up to last.
+func hostileMessages(from, to, term, last uint64) map[string]*raftpb.Message {
+	encode := func(c command) []byte { return c.appendTo(nil) }
+	change := func(m string) *raftpb.Entry {
+		e := entryOf(0, 0, encode(command{op: opMember, value: m}))
+		data, _ := proto.Marshal(&raftpb.ConfChange{Type: raftpb.ConfChangeAddLearnerNode.Enum(), NodeId: new(uint64(77)), Context: e.Data}) // cannot fail
+		return &raftpb.Entry{Type: raftpb.EntryConfChange.Enum(), Data: data}
+	}
+	prop := func(e *raftpb.Entry) *raftpb.Message {
+		e.Index, e.Term = nil, nil
+		return &raftpb.Message{Type: raftpb.MsgProp.Enum(), Entries: []*raftpb.Entry{e}}
+	}
+	app := func(ents ...*raftpb.Entry) *raftpb.Message {
+		return &raftpb.Message{Type: raftpb.MsgApp.Enum(), Term: new(term), LogTerm: new(term), Index: new(last), Commit: new(last + 1), Entries: ents}
+	}
+	good := encode(command{op: opPut, key: "hostile", value: "v"})
+	of := func(t raftpb.MessageType, fill func(*raftpb.Message)) *raftpb.Message {
+		m := &raftpb.Message{Type: t.Enum(), Term: new(term)}
+		if fill != nil {
+			fill(m)
+		}
+		return m
+	}
+	const huge = 1<<64 - 1
+	all := map[string]*raftpb.Message{
+		"propose garbage":                  prop(entryOf(0, 0, []byte("\x01\x00garbage"))),
+		"propose a broken txn":             prop(entryOf(0, 0, encode(command{op: opTxn, value: "\xff\xff"}))),
+		"propose a level that is none":     prop(entryOf(0, 0, encode(command{op: opLevel, value: "\xff"}))),
+		"propose an address that is none":  prop(change(`{"id":77,"peerURL":"::bad"}`)),
+		"propose a long key":               prop(entryOf(0, 0, encode(command{op: opPut, key: strings.Repeat("k", 100_000)}))),
+		"propose a long key in a txn":      prop(entryOf(0, 0, encode(command{op: opTxn, value: (&txn{then: []command{{op: opPut, key: strings.Repeat("k", 5000)}}}).encode()}))),
+		"propose a member of another ID":   prop(change(`{"id":78,"peerURL":"http://127.0.0.1:1"}`)),
+		"propose nothing":                  {Type: raftpb.MsgProp.Enum()},
+		"propose no batch":                 prop(&raftpb.Entry{Data: []byte("x")}),
+		"propose a change of another kind": prop(&raftpb.Entry{Type: raftpb.EntryConfChangeV2.Enum()}),
+		"heartbeat of the last term":       of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.Term = new(uint64(huge)) }),
+		"heartbeat far ahead":              of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.Term = new(term + termStepMax + 1) }),
+		"heartbeat beyond the log":         of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.Commit = new(uint64(1 << 40)) }),
+		"heartbeat without a term":         of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.Term, m.Commit = nil, new(uint64(1<<40)) }),
+		"heartbeat with a context":         of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.Context = []byte("abc") }),
+		"answer beyond the log":            of(raftpb.MsgAppResp, func(m *raftpb.Message) { m.Index = new(uint64(1 << 50)) }),
+		"answer far beyond the log":        of(raftpb.MsgAppResp, func(m *raftpb.Message) { m.Index = new(uint64(huge)) }),
+		"append junk":                      app(entryOf(last+1, term, []byte("\x4djunk"))),
+		"append a gap":                     app(entryOf(last+2, term, good)),
+		"append a higher term":             app(entryOf(last+1, term+1, good)),
+		"append a falling term":            app(entryOf(last+1, term, good), entryOf(last+2, max(term, 2)-1, good)),
+		"append no term":                   app(entryOf(last+1, 0, good)),
+		"append a commit that is none":     of(raftpb.MsgApp, func(m *raftpb.Message) { m.Commit = new(uint64(huge)) }),
+		"append a change of another kind":  app(&raftpb.Entry{Type: raftpb.EntryConfChangeV2.Enum(), Index: new(last + 1), Term: new(term)}),
+		"a type that is none":              of(99, nil),
+		"forget the leader":                of(raftpb.MsgForgetLeader, nil),
+		"campaign":                         of(raftpb.MsgHup, nil),
+		"a proposal with a term":           {Type: raftpb.MsgProp.Enum(), Term: new(term), Entries: []*raftpb.Entry{{Data: entryOf(0, 0, good).Data}}},
+		"a read with a term":               {Type: raftpb.MsgReadIndex.Enum(), Term: new(term), Entries: []*raftpb.Entry{{Data: []byte("0123456789abcdef")}}},
+		"a read of nothing":                {Type: raftpb.MsgReadIndex.Enum()},
+		"a vote with entries":              of(raftpb.MsgVote, func(m *raftpb.Message) { m.Entries = []*raftpb.Entry{{}} }),
+		"a snapshot without state":         of(raftpb.MsgSnap, nil),
+		"a heartbeat with a snapshot":      of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.Snapshot = &raftpb.Snapshot{} }),
+	}
+	for _, m := range all {
+		m.From, m.To = new(from), new(to)
+	}
+	all["for somebody else"] = of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.From, m.To = new(from), new(uint64(555)) })
+	all["from nobody"] = of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.To = new(to) })
+	all["in another's name"] = of(raftpb.MsgAppResp, func(m *raftpb.Message) { m.From, m.To, m.Index = new(from+to+50), new(to), new(last) })
+	all["a proposal of a stranger"] = prop(entryOf(0, 0, good))
+	all["a proposal of a stranger"].From, all["a proposal of a stranger"].To = new(uint64(99)), new(to)
+	return all
+}
+
+// hostileSnapshots are like messages, of snapshots.
+func hostileSnapshots(from, to, term, last uint64) map[string]*raftpb.Message {
+	snapshot := func(change func(*raftpb.Message, *raftpb.SnapshotMetadata)) *raftpb.Message {
+		meta := &raftpb.SnapshotMetadata{Index: new(last + 100), Term: new(term), ConfState: &raftpb.ConfState{Voters: []uint64{from, to}}}
+		m := &raftpb.Message{Type: raftpb.MsgSnap.Enum(), From: new(from), To: new(to), Term: new(term), Snapshot: &raftpb.Snapshot{Metadata: meta}}
+		change(m, meta)
+		return m
+	}
+	return map[string]*raftpb.Message{
+		"for somebody else":   snapshot(func(m *raftpb.Message, _ *raftpb.SnapshotMetadata) { m.To = new(uint64(555)) }),
+		"in another's name":   snapshot(func(m *raftpb.Message, _ *raftpb.SnapshotMetadata) { m.From = new(uint64(99)) }),
+		"without a snapshot":  snapshot(func(m *raftpb.Message, _ *raftpb.SnapshotMetadata) { m.Snapshot = nil }),
+		"of the last term":    snapshot(func(m *raftpb.Message, _ *raftpb.SnapshotMetadata) { m.Term = new(uint64(1<<64 - 1)) }),
+		"of a later term":     snapshot(func(_ *raftpb.Message, s *raftpb.SnapshotMetadata) { s.Term = new(term + 1) }),
+		"at the last index":   snapshot(func(_ *raftpb.Message, s *raftpb.SnapshotMetadata) { s.Index = new(uint64(1 << 62)) }),
+		"without members":     snapshot(func(_ *raftpb.Message, s *raftpb.SnapshotMetadata) { s.ConfState = nil }),
+		"with a member twice": snapshot(func(_ *raftpb.Message, s *raftpb.SnapshotMetadata) { s.ConfState.Learners = []uint64{from} }),
+		"without this node":   snapshot(func(_ *raftpb.Message, s *raftpb.SnapshotMetadata) { s.ConfState.Voters = []uint64{from} }),
+		"with data":           snapshot(func(m *raftpb.Message, _ *raftpb.SnapshotMetadata) { m.Snapshot.Data = []byte("x") }),
+		"with junk behind it": snapshot(func(*raftpb.Message, *raftpb.SnapshotMetadata) {}),
+		"no snapshot at all":  {Type: raftpb.MsgHeartbeat.Enum(), From: new(from), To: new(to), Term: new(term)},
+	}
+}
+
+// hostileRequests are all of them, and what is wrong before there is a message.
+func hostileRequests(t *testing.T, from, to, term, last uint64) []hostile {
+	t.Helper()
+	marshal := func(m *raftpb.Message) []byte {
+		data, err := proto.Marshal(m)
+		must(t, err)
+		return data
+	}
+	var all []hostile
+	for name, m := range hostileMessages(from, to, term, last) {
+		// What needs a look at the log, the loop refuses, which nobody waits for.
+		all = append(all, hostile{name, "POST", rafthttp.RaftPrefix, marshal(m), nil, []int{http.StatusBadRequest, http.StatusNoContent}})
+	}
+	for name, m := range hostileSnapshots(from, to, term, last) {
+		data := marshal(m)
+		body := append(binary.BigEndian.AppendUint64(nil, uint64(len(data))), data...)
+		all = append(all, hostile{"snapshot " + name, "POST", rafthttp.RaftSnapshotPrefix, append(body, make([]byte, 1<<20)...), nil,
+			[]int{http.StatusBadRequest, http.StatusUnprocessableEntity, http.StatusUnsupportedMediaType}})
+	}
+	ok := marshal(&raftpb.Message{Type: raftpb.MsgHeartbeatResp.Enum(), From: new(from), To: new(to), Term: new(term)})
+	bad := []int{http.StatusBadRequest}
+	return append(all,
+		hostile{"a version that is none", "POST", "/raft", ok, []string{"X-Server-Version", "x"}, bad},
+		hostile{"a least version that is none", "POST", "/raft", ok, []string{"X-Min-Cluster-Version", "9.9"}, bad},
+		hostile{"a stream with a version that is none", "GET", "/raft/stream/message/" + strconv.FormatUint(from, 16), nil, []string{"X-Server-Version", "-"}, bad},
+		hostile{"a snapshot with a version that is none", "POST", "/raft/snapshot", ok, []string{"X-Server-Version", "1.2.x"}, bad},
+		hostile{"junk", "POST", "/raft", []byte("\xff\xff\xff"), nil, bad},
+		hostile{"nothing", "POST", "/raft", nil, nil, bad},
+		hostile{"get", "GET", "/raft", nil, nil, []int{http.StatusMethodNotAllowed}},
+		hostile{"an envelope that is too large", "POST", "/raft/snapshot", []byte("\x00\x00\x00\x00\x04\x00\x00\x00"), nil, []int{http.StatusRequestEntityTooLarge}},
+		hostile{"half an envelope", "POST", "/raft/snapshot", []byte("\x00\x00\x00"), nil, bad},
+	)
+}
+
+// post sends a request to a peer port in the name of a member.
+func (h hostile) post(t *testing.T, url, cluster string, from, to uint64) int {
+	t.Helper()
+	req, err := http.NewRequest(h.method, url+h.path, bytes.NewReader(h.body))
+	must(t, err)
+	for name, value := range map[string]string{
+		"X-Server-From": fmt.Sprintf("%x", from), "X-Raft-To": fmt.Sprintf("%x", to), "X-Etcd-Cluster-ID": cluster,
+		"X-Server-Version": "3.7.0", "X-Min-Cluster-Version": "3.0.0",
+	} {
+		req.Header.Set(name, value)
+	}
+	for i := 0; i < len(h.header); i += 2 {
+		req.Header.Set(h.header[i], h.header[i+1])
+	}
+	resp, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
+	if err != nil {
+		return 0 // closed before all was sent
+	}
+	defer resp.Body.Close()
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<10)) // only the status matters
+	return resp.StatusCode
+}
+
+// TestNetwork_Hostile: what no member sends does not get to raft, or raft takes it without a change.
+func TestNetwork_Hostile(t *testing.T) {
+	n := newTestNetwork(t, "http://127.0.0.1:1", false)
+	n.lead()
+	version := n.leader.store.version()
+	var refused []error
+	n.leader.refused = func(_ uint64, err error) { refused = append(refused, err) }
+	term := n.leader.raw.BasicStatus().GetTerm()
+	n.loop.publish()
+	last, err := n.leader.log.LastIndex()
+	must(t, err)
+	for _, h := range hostileRequests(t, 2, 1, term, last) {
+		refused = nil
+		status := h.post(t, n.url, fmt.Sprintf("%x", testCluster), 2, 1)
+		fits := false
+		for _, want := range h.statuses {
+			fits = fits || status == want
+		}
+		if !fits {
+			t.Errorf("%s: %d, want one of %v", h.name, status, h.statuses)
+		}
+		for _, m := range n.arrivedMessages() {
+			n.leader.step(m.Message)
+			if len(refused) != 1 {
+				t.Errorf("%s: got to raft: %v", h.name, m)
+			}
+		}
+		must(t, n.leader.process())
+		if status := h.post(t, n.url, fmt.Sprintf("%x", testCluster), 99, 1); status != http.StatusNotFound && status != 0 {
+			t.Errorf("%s, from a stranger: %d", h.name, status)
+		}
+	}
+	if now := n.leader.raw.BasicStatus(); now.GetTerm() != term || now.Lead != 1 || n.leader.store.version() != version {
+		t.Errorf("it had an effect: %v, version %d", now, n.leader.store.version())
+	}
+	for _, name := range []string{"format", "header", "sender", "type", "term", "index", "entries", "context", "size", "snapshot", "stranger"} {
+		n.refusals.each(func(reason string, count uint64) {
+			if reason == name && count == 0 {
+				t.Errorf("nothing was counted as %s", reason)
+			}
+		})
+	}
+}
+
+// TestNetwork_LargeMessages: who announces much gets no memory for it.
+func TestNetwork_LargeMessages(t *testing.T) {
+	n := newTestNetwork(t, "http://127.0.0.1:1", false)
+	endless := struct{ io.Reader }{bytes.NewReader(make([]byte, 1<<10))}
+	if status, text := n.request("POST", rafthttp.RaftPrefix, 2, endless); status != http.StatusLengthRequired {
+		t.Errorf("without a length: %d %s", status, text)
+	}
+	if status, _ := n.request("POST", rafthttp.RaftPrefix, 2, bytes.NewReader(make([]byte, peerMessageMax+1))); status != http.StatusRequestEntityTooLarge && status != 0 {
+		t.Errorf("too large: %d", status)
+	}
+	n.bodies.Store(peerMessageMax)
+	if status, _ := n.request("POST", rafthttp.RaftPrefix, 2, bytes.NewReader(make([]byte, smallBody+1))); status != http.StatusServiceUnavailable {
+		t.Errorf("too many: %d", status)
+	}
+	if n.bodies.Load() != peerMessageMax {
+		t.Errorf("%d bytes are counted still", n.bodies.Load()-peerMessageMax)
+	}
+	n.arriving.Store(true)
+	if status, _ := n.request("POST", rafthttp.RaftSnapshotPrefix, 2, snapshotRequest(t, 30, nil)); status != http.StatusServiceUnavailable {
+		t.Errorf("two snapshots: %d", status)
+	}
+}
+
+// TestCheckMessage_FarAhead: a node that was away for long finds back, on connections that it has opened.
+func TestCheckMessage_FarAhead(t *testing.T) {
+	m := &raftpb.Message{Type: raftpb.MsgHeartbeat.Enum(), From: new(uint64(2)), To: new(uint64(1)), Term: new(uint64(1 << 40))}
+	v := peerView{self: 1, sender: 2, member: func(uint64) bool { return false }}
+	if err := checkMessage(m, v); reasonForRefusal(err) != refusedTerm {
+		t.Errorf("anybody may say so: %v", err)
+	}
+	v.dialed = true
+	if err := checkMessage(m, v); err != nil {
+		t.Error(err)
+	}
+	m.Term = new(uint64(raftNumberMax))
+	if err := checkMessage(m, v); reasonForRefusal(err) != refusedTerm {
+		t.Errorf("a term that no cluster comes to: %v", err)
+	}
+}
+
+// TestProcess_HostilePeers: none of it ends a node, now or at the next start, or changes anything.
+func TestProcess_HostilePeers(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{})
+	client := c.client(c.Nodes[0])
+	written := client.putNew()
+	info, err := fetchPeerInfo(c.context(), c.Nodes[0].RaftURL())
+	must(t, err)
+	before, err := c.leader().Status(c.context())
+	must(t, err)
+	for i, n := range c.Nodes {
+		to, from := uint64(n.ID), uint64(c.Nodes[(i+1)%3].ID)
+		for _, h := range hostileRequests(t, from, to, before.Term, before.AppliedIndex) {
+			h.post(t, n.RaftURL(), info.Cluster, from, to)
+			h.post(t, n.RaftURL(), info.Cluster, 99, to)
+		}
+		// What may be from a newer member gets an answer from the leader, as an entry that does nothing.
+		newer := &raftpb.Message{Type: raftpb.MsgProp.Enum(), From: new(from), To: new(to), Entries: []*raftpb.Entry{{Data: entryOf(0, 0, []byte("\x4d\x00xx")).Data}}}
+		data, err := proto.Marshal(newer)
+		must(t, err)
+		hostile{"", "POST", rafthttp.RaftPrefix, data, nil, nil}.post(t, n.RaftURL(), info.Cluster, from, to)
+		if !n.Running() {
+			t.Fatalf("node %d is down: %s", n.ID, n.LogTail())
+		}
+	}
+	if o := client.putNew(); o.outcome != liveDone {
+		t.Errorf("no write afterwards: %v", o)
+	}
+	for _, n := range c.Nodes {
+		c.kill(n)
+	}
+	c.start()
+	for _, n := range c.Nodes {
+		if r := c.client(n).get(written.key); r.value != written.value || r.itemRV != written.rv {
+			t.Errorf("node %d: %v, want what was written as %v", n.ID, r, written)
+		}
+		st, err := n.Status(c.context())
+		must(t, err)
+		if st.ResourceVersion != before.ResourceVersion+1 {
+			t.Errorf("node %d has version %d, want %d", n.ID, st.ResourceVersion, before.ResourceVersion+1)
+		}
+	}
+	c.verdict()
+}
+
+// FuzzCheckMessage: no bytes panic what looks at them.
+func FuzzCheckMessage(f *testing.F) {
+	for _, all := range []map[string]*raftpb.Message{hostileMessages(2, 1, 5, 10), hostileSnapshots(2, 1, 5, 10)} {
+		for _, m := range all {
+			data, err := proto.Marshal(m)
+			must(f, err)
+			f.Add(data)
+		}
+	}
+	v := peerView{self: 1, sender: 2, term: 5, dialed: true, member: func(id uint64) bool { return id < 4 }}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		m := new(raftpb.Message)
+		if proto.Unmarshal(data, m) != nil {
+			return
+		}
+		err := checkMessage(m, v)
+		if _, ok := errors.AsType[*peerRefusal](err); err != nil && !ok {
+			t.Errorf("no reason: %v", err)
+		}
+		if err != nil || m.GetType() != raftpb.MsgApp {
+			return
+		}
+		for _, e := range m.GetEntries() { // that were taken: nothing but the level stands in the way of applying them
+			s := newKVStore()
+			s.state.level, s.state.index = levelNewest, e.GetIndex()-1
+			if err := s.applyEntry(e); err != nil {
+				t.Errorf("taken, and cannot be applied: %v", err)
+			}
+		}
+	})
+}
+
+// BenchmarkCheckMessage is what a follower pays for looking at an append message before it takes it.
+func BenchmarkCheckMessage(b *testing.B) {
+	for _, n := range []int{1, 64} {
+		var commands []byte
+		for i := range n {
+			commands = (&command{op: opPut, key: fmt.Sprintf("key%06d", i), value: strings.Repeat("v", 100)}).appendTo(commands)
+		}
+		m := &raftpb.Message{Type: raftpb.MsgApp.Enum(), From: new(uint64(2)), To: new(uint64(1)), Term: new(uint64(5)), LogTerm: new(uint64(5)),
+			Index: new(uint64(9)), Entries: []*raftpb.Entry{entryOf(10, 5, commands)}}
+		v := peerView{self: 1, sender: 2, term: 5, member: func(uint64) bool { return true }}
+		b.Run(fmt.Sprintf("commands=%d", n), func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := checkMessage(m, v); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
