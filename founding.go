@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 )
 
 // This file is how a cluster comes to be. It is founded once: every member of the
@@ -303,9 +304,18 @@ func (s *storage) removeFounding() error {
 func (s *storage) found(f *founding, cluster uint64, founders []member) (*recovered, error) {
 	rec, err := s.create(identity{Member: f.Member, Cluster: cluster, Directory: f.Directory, Backup: f.Backup, Founders: founders})
 	if err != nil {
-		return nil, err
+		return nil, adviseRoom(err)
 	}
 	return rec, s.writeFirstState(rec, founders)
+}
+
+// adviseRoom adds to an error what to do if the disk has no room for a cluster. The
+// directory looks as if it could be thrown away, and the others count on it.
+func adviseRoom(err error) error {
+	if errors.Is(err, errNoSpace) || errors.Is(err, syscall.ENOSPC) {
+		return fmt.Errorf("%w: make room, or choose a smaller --wal-segment-bytes, and start again; keep the data directory, as the others may have founded the cluster with it", err)
+	}
+	return err
 }
 
 // writeFirstState ends what found began, also after a crash. Every founder
@@ -323,7 +333,7 @@ func (s *storage) writeFirstState(rec *recovered, founders []member) error {
 		st.members[m.ID] = m
 	}
 	if err := s.bootstrap(rec, st); err != nil {
-		return err
+		return adviseRoom(err)
 	}
 	return s.removeFounding()
 }

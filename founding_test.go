@@ -236,3 +236,31 @@ func TestConfig_PeerAddress(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestFounding_NoRoom: a disk without room for a cluster is told from one that is broken, and the directory is to be
+// kept: with room the node goes on.
+func TestFounding_NoRoom(t *testing.T) {
+	smallSegments(t)
+	dir := t.TempDir()
+	cfg := configOf(t, "--id", "1", "--cluster", "http://127.0.0.1:1", "--data-dir", dir)
+	own := newFounding(&cfg)
+	founders := own.decide(0, nil).founders
+	s, err := openStorage(dir, zap.NewNop())
+	must(t, err)
+	must(t, s.saveFounding(own))
+	s.free = func() (uint64, error) { return 1, nil }
+	if _, err := s.found(own, 7, founders); !errors.Is(err, errNoSpace) || !strings.Contains(err.Error(), "keep the data directory") {
+		t.Errorf("without room: %v", err)
+	}
+	must(t, s.close())
+
+	s, err = openStorage(dir, zap.NewNop())
+	must(t, err)
+	defer s.close()
+	rec, err := s.load()
+	must(t, err)
+	rec, err = (&place{cfg: cfg, disk: s, ports: &ports{}, logger: zap.NewNop()}).find(t.Context(), rec)
+	if err != nil || rec.empty() || rec.identity.Directory != own.Directory {
+		t.Errorf("with room: %+v, %v", rec, err)
+	}
+}
