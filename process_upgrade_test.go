@@ -272,8 +272,10 @@ func (m *mixedCluster) wantRefusedStart(n *proc.Node, texts ...string) {
 	must(m.t, n.Start())
 	ctx, cancel := context.WithTimeout(context.Background(), liveTimeout)
 	defer cancel()
-	says := func(text string) bool { return strings.Contains(n.LogTail(), text) }
-	if err := n.Wait(ctx); err == nil || ctx.Err() != nil || !slices.ContainsFunc(texts, says) {
+	err := n.Wait(ctx)
+	log := readFile(m.t, n.LogFile)
+	says := func(text string) bool { return strings.Contains(log, text) }
+	if err == nil || ctx.Err() != nil || !slices.ContainsFunc(texts, says) {
 		m.t.Errorf("node %d, which is too old, ends with %v and says %s", n.ID, err, n.LogTail())
 	}
 	must(m.t, errors.Join(n.Kill(), os.Truncate(n.LogFile, 0)))

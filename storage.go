@@ -525,6 +525,9 @@ func (s *storage) loadSnapshot(r *recovered) (*walpb.Snapshot, error) {
 		if errors.Is(err, errInterrupted) {
 			return nil, err
 		}
+		if errors.Is(err, errSnapshotFormat) { // nothing is missing, and what follows an older one is as new
+			return nil, err
+		}
 		if err != nil {
 			damage = errors.Join(damage, err)
 			continue

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -403,5 +404,30 @@ func TestWatermark_ShorterLogOfALaterTermCovers(t *testing.T) {
 		if got := c.end.covers(c.mark); got != c.want {
 			t.Errorf("%v covers %v: %v", c.end, c.mark, got)
 		}
+	}
+}
+
+// TestStorage_NewerSnapshot: what a newer program wrote is not taken for damage: neither is an older snapshot used,
+// nor does the text say that anything is lost.
+func TestStorage_NewerSnapshot(t *testing.T) {
+	smallSegments(t)
+	dir := t.TempDir()
+	s, rec := newDisk(t, dir)
+	st := &kvstore{state: rec.state}
+	snapshotAt(t, s, st, 20)
+	snapshotAt(t, s, st, 30)
+	newest := s.bodyPath(30)
+	must(t, s.close())
+	var b bytes.Buffer
+	e := newSnapshotEncoder(&b)
+	e.bytes([]byte(snapshotMagic))
+	e.uint(99)
+	must(t, e.w.Flush())
+	must(t, os.WriteFile(newest, b.Bytes(), fileMode))
+	s, err := openStorage(dir, zap.NewNop())
+	must(t, err)
+	defer s.close()
+	if _, err := s.load(); !errors.Is(err, errSnapshotFormat) || !strings.Contains(err.Error(), "use the version that wrote it") || strings.Contains(err.Error(), adviceForDamage) {
+		t.Errorf("%v", err)
 	}
 }
