@@ -32,6 +32,7 @@ type checker struct {
 	verdicts map[uint64]verdict // of nodes that have found their own state wanting
 
 	refusals map[uint64][]denial // by session
+	clocks   map[uint64]simClock // by session
 	acked    uint64              // highest version that a client was told of
 
 	reached    map[string]int // how often something went wrong at a point
@@ -64,10 +65,9 @@ func newChecker(s *sim) *checker {
 		reached:  map[string]int{},
 		verdicts: map[uint64]verdict{},
 		refusals: map[uint64][]denial{},
+		clocks:   map[uint64]simClock{},
 	}
-	if s.clockOffset > 0 {
-		c.model.skew = (2*s.clockOffset + time.Minute).Milliseconds() // and rates are off, too
-	}
+	c.model.latest = c.latest
 	return c
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"slices"
 	"testing"
 	"time"
 
@@ -426,4 +427,68 @@ func TestRemovalFromTwo(t *testing.T) {
 			s.judge(t)
 		})
 	}
+}
+
+// TestOneMemberLost: while one member hangs, or is cut off from the others, everybody
+// else answers all requests within the time in which a leader is elected and a second.
+func TestOneMemberLost(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		leader bool
+		lose   func(n *simNode)
+	}{
+		{"a follower hangs", false, func(n *simNode) { n.pause(time.Hour) }},
+		{"the leader hangs", true, func(n *simNode) { n.pause(time.Hour) }},
+		{"a follower is cut off", false, func(n *simNode) { n.sim.network.isolate(n.id, true) }},
+		{"the leader is cut off", true, func(n *simNode) { n.sim.network.isolate(n.id, true) }},
+		{"the leader's machine is lost", true, func(n *simNode) { n.crash(tailLost) }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			longest := time.Duration(0)
+			for seed := range uint64(3) {
+				longest = max(longest, loseOne(t, seed, tt.leader, tt.lose))
+			}
+			t.Logf("the longest answer took %v", longest)
+		})
+	}
+}
+
+// loseOne loses a member under load, and returns how long an answer of another one
+// took at most.
+func loseOne(t *testing.T, seed uint64, leads bool, lose func(n *simNode)) (longest time.Duration) {
+	cfg := defaultSimConfig(seed, 3+2*int(seed%2))
+	s, lost := newScenario(t, cfg)
+	if !leads {
+		lost = s.node(lost.id%uint64(s.simConfig.nodes) + 1)
+	}
+	l := &load{think: 5 * time.Millisecond, keys: 10, timeouts: []time.Duration{5 * time.Second}, makers: opMakers}
+	s.addClients(20, l)
+	s.run(time.Second)
+	lose(lost)
+	s.run(5 * time.Second)
+	l.stopped = true
+	s.run(5 * time.Second)
+
+	elections := 2 * time.Duration(s.electionTicks) * s.tick // time-outs are drawn from one to two
+	answers := 0
+	for _, op := range s.history.ops {
+		if len(op.attempts) == 0 || slices.ContainsFunc(op.attempts, func(a attempt) bool { return a.node == lost.id }) {
+			continue // at nobody, or at who is lost
+		}
+		took := op.returned - op.invoked
+		if op.outcome != opDone || took > elections+time.Second {
+			t.Errorf("seed %d: took %v: %v", seed, took, op)
+		}
+		longest, answers = max(longest, took), answers+1
+	}
+	if answers < 1000 {
+		t.Errorf("seed %d: only %d answers", seed, answers)
+	}
+	lost.pausedUntil = s.now
+	lost.resume()
+	lost.start()
+	s.network.heal()
+	s.run(recoveryMax)
+	s.judge(t)
+	return longest
 }

@@ -356,6 +356,7 @@ func (d *simDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) (err error) {
 		synced = raft.MustSync(hs, before, len(ents))
 		d.state = hs
 	}
+	d.process.sim.check.stamped(d.process, ents)
 	if err := d.write(inSave, synced, func() error { return d.storage.save(hs, ents) }); err != nil {
 		return err
 	}

@@ -36,8 +36,8 @@ type weather struct {
 	disk        diskConfig    // in a storm
 }
 
-// clockOffsetMax is how far clocks are off. Two that are an hour apart make an
-// Idempotency-Key too old to be remembered.
+// clockOffsetMax is how far clocks are off that are not wrong. Two that are an hour
+// apart make an Idempotency-Key too old to be remembered, at level 1.
 const clockOffsetMax = retryAgeMillis * time.Millisecond * 4 / 10
 
 // drawConfig draws a cluster from a seed.
@@ -72,6 +72,7 @@ func drawConfig(seed uint64) simConfig {
 	cfg.hiccups = 0.002
 	if r.IntN(2) == 0 {
 		cfg.clockRate, cfg.clockOffset = 0.2, clockOffsetMax
+		cfg.clocksWrong = r.IntN(2) == 0
 	}
 	return cfg
 }

@@ -31,7 +31,7 @@ type model struct {
 
 	voters, votersBefore []uint64 // now, and before the last change
 
-	skew int64 // milliseconds by which two clocks differ at most
+	latest func(h batchHeader, term uint64) int64 // that the clock of a batch's proposer may have shown when it proposed
 
 	kept   int         // bytes of deleted values, by the events of the present entry
 	last   *modelBatch // that was applied
@@ -169,7 +169,7 @@ func (m *model) applyBatch(e *raftpb.Entry, next *modelEntry) error {
 		if c, data, err = decodeCommand(data); err != nil {
 			return err
 		}
-		if err := m.checkExpiry(&c, h.time); err != nil {
+		if err := m.checkExpiry(&c, h, e.GetTerm()); err != nil {
 			return err
 		}
 		r, err := m.apply(&c, next)
@@ -274,17 +274,16 @@ func (m *model) commit(changes []event, next *modelEntry) error {
 }
 
 // checkExpiry: what expires was due by the clock of who proposed it, and is what
-// it saw. A leader whose clock is another one puts its own time into the batch, so
-// where clocks differ it is due but for that.
-func (m *model) checkExpiry(c *command, now int64) error {
+// it saw.
+func (m *model) checkExpiry(c *command, h batchHeader, term uint64) error {
 	it, exists := m.items[c.key]
 	switch {
 	case c.op != opExpire:
 		return nil
 	case c.condition.kind != ifMatch:
 		return fmt.Errorf("key %q expires, whatever its version is", c.key)
-	case exists && c.condition.rv == it.rv && (it.expires == 0 || it.expires > now+m.skew):
-		return fmt.Errorf("key %q expires at %d, when it is %d", c.key, it.expires, now)
+	case exists && c.condition.rv == it.rv && (it.expires == 0 || it.expires > m.latest(h, term)):
+		return fmt.Errorf("key %q expires at %d, when it is %d for who proposed that", c.key, it.expires, m.latest(h, term))
 	}
 	return nil
 }

@@ -45,8 +45,28 @@ type simNode struct {
 var simEpoch = time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
 
 // clock reads the node's clock. It goes on while a turn of the loop waits.
-func (n *simNode) clock() time.Time {
-	return simEpoch.Add(n.offset + time.Duration(n.rate*float64(n.sim.now)))
+func (n *simNode) clock() time.Time { return n.clockWith(n.offset) }
+
+func (n *simNode) clockWith(offset time.Duration) time.Time {
+	return simEpoch.Add(offset + time.Duration(n.rate*float64(n.sim.now)))
+}
+
+// setClock draws what the clock is off by in the next process.
+func (n *simNode) setClock() {
+	const year = 365 * 24 * time.Hour
+	s := n.sim
+	n.offset = time.Duration((2*s.rand.Float64() - 1) * float64(s.clockOffset))
+	if !s.clocksWrong || s.chance(0.5) {
+		return
+	}
+	switch s.rand.IntN(3) {
+	case 0:
+		n.offset = s.between(-72*time.Hour, 72*time.Hour)
+	case 1:
+		n.offset = s.between(-59*year, 90*year)
+	case 2:
+		n.offset = time.Unix(0, 0).Sub(simEpoch) // that of a machine without a battery
+	}
 }
 
 // process is one lifetime of a replica and its loop. It is their driver, and
@@ -81,6 +101,7 @@ type process struct {
 	offered map[uint64][]time.Duration // when snapshots were sent lately, by member
 	asked   map[uint64]bool            // attempts to read that somebody else has answered
 	seen    seen                       // what the checker has seen of it
+	ticks   [2]time.Time               // by its clock, the one before the last and the last
 }
 
 // trap makes something go wrong at a named point.
@@ -130,7 +151,7 @@ func (n *simNode) start() {
 		return
 	}
 	n.lives++
-	n.offset = time.Duration((2*s.rand.Float64() - 1) * float64(s.clockOffset))
+	n.setClock()
 	p := &process{sim: s, node: n, asked: map[uint64]bool{}, offered: map[uint64][]time.Duration{}}
 	s.record(n.id, uint64(n.lives))
 	defer func() {
@@ -222,6 +243,8 @@ func (p *process) boot() error {
 	}
 	r.now = n.clock()
 	p.replica, p.loop.replica = r, r
+	p.ticks = [2]time.Time{r.now, r.now}
+	s.check.clocks[cfg.session] = simClock{node: n, offset: n.offset, life: n.lives}
 	return nil
 }
 
@@ -423,6 +446,9 @@ func (p *process) turn() {
 	default:
 	}
 	ticked := p.ticked
+	if ticked {
+		p.ticks = [2]time.Time{p.ticks[1], p.node.clock()}
+	}
 	p.ticked, p.turning, p.lost = false, true, 0
 	began := p.sim.now
 	err := p.runTurn(ticked)

@@ -88,6 +88,8 @@ func plants() []*plant {
 		{name: "a leader reads without asking", answerRead: leadsIt, prepare: onlyFaults(faultIsolateLeader, faultPauseLeader)},
 		{name: "read index at once", incoming: indexAtOnce, prepare: often(faultTransfer, faultPauseLeader, faultCrash)},
 		{name: "vote before it is on disk", disk: lateVotes, prepare: often(faultCrash, faultIsolateLeader)},
+		{name: "votes asked for before the own is on disk", disk: lateCandidate, prepare: often(faultCrash, faultIsolateLeader)},
+		{name: "a leader believes the clocks of others", incoming: believe},
 		{name: "vote not saved", disk: savesWith(func(hs *raftpb.HardState, e []*raftpb.Entry) (*raftpb.HardState, []*raftpb.Entry) {
 			return &raftpb.HardState{Term: hs.Term, Commit: hs.Commit}, e
 		})},
@@ -586,6 +588,31 @@ func (d votesLate) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 		return d.late.save(hs, ents)
 	}
 	return errors.Join(d.late.flush(), d.late.disk.save(hs, ents))
+}
+
+// candidacyLate is a disk that takes its time for a term in which its node votes
+// for itself.
+type candidacyLate struct{ votesLate }
+
+func lateCandidate(p *process, d disk) disk { return candidacyLate{lateVotes(p, d).(votesLate)} }
+
+func (d candidacyLate) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
+	if !raft.IsEmptyHardState(hs) && hs.GetVote() == d.process.node.id {
+		return d.votesLate.save(hs, ents)
+	}
+	return errors.Join(d.late.flush(), d.late.disk.save(hs, ents))
+}
+
+func (d candidacyLate) sync() error { return errors.Join(d.late.flush(), d.late.disk.sync()) }
+
+// believe makes a node take the time of a batch for its own.
+func believe(p *process, m *raftpb.Message) {
+	if m.GetType() != raftpb.MsgProp || m.GetEntries()[0].GetType() != raftpb.EntryNormal {
+		return
+	}
+	if h, _, err := decodeBatch(m.GetEntries()[0].GetData()); err == nil {
+		p.replica.now = time.UnixMilli(h.time)
+	}
 }
 
 // changedDisk saves something else.

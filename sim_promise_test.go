@@ -122,7 +122,7 @@ func (c *checker) found(n *simNode, l *logShadow) {
 func (c *checker) promised(p *process, m *raftpb.Message) {
 	disk := &p.node.durable
 	switch m.GetType() {
-	case raftpb.MsgAppResp, raftpb.MsgVoteResp, raftpb.MsgApp, raftpb.MsgHeartbeat, raftpb.MsgSnap:
+	case raftpb.MsgAppResp, raftpb.MsgVote, raftpb.MsgVoteResp, raftpb.MsgApp, raftpb.MsgHeartbeat, raftpb.MsgSnap:
 	default:
 		return
 	}
@@ -133,6 +133,15 @@ func (c *checker) promised(p *process, m *raftpb.Message) {
 		return
 	}
 	switch m.GetType() {
+	case raftpb.MsgVote:
+		// Votes for the log that it tells of must not count for a shorter one.
+		if disk.vote != m.GetFrom() {
+			c.violate("promise", "node %d asks for votes in term %d, its own on disk is for %d", p.node.id, m.GetTerm(), disk.vote)
+		}
+		if term, ok := disk.termOf(disk.last()); !ok || disk.last() != m.GetIndex() || term != m.GetLogTerm() {
+			c.violate("promise", "node %d says that its log ends with entry %d of term %d; on disk it is %d of term %d",
+				p.node.id, m.GetIndex(), m.GetLogTerm(), disk.last(), term)
+		}
 	case raftpb.MsgVoteResp:
 		if disk.vote != m.GetTo() {
 			c.violate("promise", "node %d votes for %d in term %d, on disk it is for %d", p.node.id, m.GetTo(), m.GetTerm(), disk.vote)
@@ -274,6 +283,43 @@ func (c *checker) offered(p *process, m *raftpb.Message) {
 func (c *checker) stalled(p *process, took time.Duration) {
 	if bound := time.Duration(c.sim.electionTicks) * c.sim.tick; took > bound {
 		c.violate("stall", "a turn of node %d waited for %v", p.node.id, took)
+	}
+}
+
+// simClock is the clock of one process.
+type simClock struct {
+	node   *simNode
+	offset time.Duration
+	life   int
+}
+
+// latest returns what the clock of a batch's proposer showed at most when it
+// proposed. Where it led itself that is the time in the batch; another leader may
+// have put its own there.
+func (c *checker) latest(h batchHeader, term uint64) int64 {
+	clock, known := c.clocks[h.session]
+	if !known || c.leaders[term] == clock.node.id && clock.node.lives == clock.life {
+		return h.time
+	}
+	return clock.node.clockWith(clock.offset).UnixMilli()
+}
+
+// stamped wants what a leader writes into its log to have about the time of its
+// clock, whatever those of others show.
+func (c *checker) stamped(p *process, ents []*raftpb.Entry) {
+	if p.replica == nil || p.replica.role != raft.StateLeader {
+		return
+	}
+	for _, e := range ents {
+		if e.GetTerm() != p.replica.term || e.GetType() != raftpb.EntryNormal || len(e.GetData()) == 0 {
+			continue
+		}
+		h, _, err := decodeBatch(e.GetData())
+		at, now := time.UnixMilli(h.time), p.node.clock()
+		// It may have come in the turn before, which goes by the tick before that.
+		if early := p.ticks[0].Add(-clockSkewMax - time.Millisecond); err == nil && (at.Before(early) || at.After(now.Add(clockSkewMax))) {
+			c.violate("time", "node %d leads at %v, and takes a batch of %v", p.node.id, now, at)
+		}
 	}
 }
 

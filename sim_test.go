@@ -54,6 +54,7 @@ type simConfig struct {
 	disk        diskConfig
 	clockRate   float64       // clocks go this much too fast or slow
 	clockOffset time.Duration // and are this much ahead or behind
+	clocksWrong bool          // or, half of them, by hours or decades
 
 	appendBytes uint64  // of entries in one message; 0 = the product's
 	applyBytes  uint64  // and applied at once
