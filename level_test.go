@@ -229,6 +229,32 @@ func TestLevel_LeaderPutsItsOwnTime(t *testing.T) {
 	s.judge(t)
 }
 
+// TestLevel_RefusalHasTheLeadersTime: what is refused moves the time as little as what is taken.
+func TestLevel_RefusalHasTheLeadersTime(t *testing.T) {
+	s, leader := newScenario(t, defaultSimConfig(1, 3))
+	wrong, down := s.node(leader.id%3+1), s.node((leader.id+1)%3+1)
+	wrong.offset = 74 * 365 * 24 * time.Hour
+	down.crash(tailKept)
+	s.run(time.Second) // until the leader has noticed
+	s.wantRefused(t, wrong.proposeChange(memberChange{removeMember, member{ID: leader.id}}, memberTimeout), "no majority")
+	b := newBatch(nil) // as a newer program would propose it
+	b.add(&command{op: opPut, key: "k", condition: condition{kind: 9}})
+	b.deadline = wrong.clock().Add(time.Second)
+	wrong.process.loop.push(b)
+	wrong.process.wake()
+	s.run(500 * time.Millisecond)
+	if b.err == nil {
+		t.Error("the batch is not refused")
+	}
+	if off := leader.clock().Sub(time.UnixMilli(leader.process.store.state.now)); off.Abs() > clockSkewMax {
+		t.Errorf("the state's time is off by %v", off)
+	}
+	wrong.offset = 0
+	down.start()
+	s.run(time.Second)
+	s.judge(t)
+}
+
 // TestLevel_OldMembers: who is refused for the cluster's level is told which member is old, or away.
 func TestLevel_OldMembers(t *testing.T) {
 	n, _ := idleNode(t)

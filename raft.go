@@ -884,7 +884,7 @@ func (r *replica) stepProposal(m *raftpb.Message) error {
 			changes = true
 			continue
 		}
-		m.Entries[i] = refusal(h, refused)
+		m.Entries[i] = r.refusal(h, refused)
 	}
 	if err := r.raw.Step(m); err != nil {
 		return err
@@ -896,7 +896,9 @@ func (r *replica) stepProposal(m *raftpb.Message) error {
 }
 
 // refusal is an entry that tells the proposer of a batch why it is not in the log.
-func refusal(h batchHeader, why error) *raftpb.Entry {
+// It has the leader's time, like any other: the proposer's clock may be wrong.
+func (r *replica) refusal(h batchHeader, why error) *raftpb.Entry {
+	h.time = r.now.UnixMilli()
 	b := newBatch(nil)
 	b.add(&command{op: opRefuse, value: why.Error()})
 	h.put(b.data)
@@ -911,7 +913,7 @@ func (r *replica) readyBatch(e *raftpb.Entry) (*raftpb.Entry, error) {
 	}
 	if err := checkCommands(commands, r.store.level()); err != nil {
 		r.logger.Warn("refused a batch", zap.Error(err))
-		return refusal(h, fmt.Errorf("the leader, node %d, refuses it: %w", r.id, err)), nil
+		return r.refusal(h, fmt.Errorf("the leader, node %d, refuses it: %w", r.id, err)), nil
 	}
 	if off := r.now.Sub(time.UnixMilli(h.time)); off.Abs() <= clockSkewMax {
 		return e, nil
