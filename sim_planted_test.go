@@ -89,7 +89,6 @@ func plants() []*plant {
 		{name: "read index at once", incoming: indexAtOnce, prepare: often(faultTransfer, faultPauseLeader, faultCrash)},
 		{name: "vote before it is on disk", disk: lateVotes, prepare: often(faultCrash, faultIsolateLeader)},
 		{name: "votes asked for before the own is on disk", disk: lateCandidate, prepare: often(faultCrash, faultIsolateLeader)},
-		{name: "a leader believes the clocks of others", incoming: believe},
 		{name: "vote not saved", disk: savesWith(func(hs *raftpb.HardState, e []*raftpb.Entry) (*raftpb.HardState, []*raftpb.Entry) {
 			return &raftpb.HardState{Term: hs.Term, Commit: hs.Commit}, e
 		})},
@@ -604,16 +603,6 @@ func (d candidacyLate) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 }
 
 func (d candidacyLate) sync() error { return errors.Join(d.late.flush(), d.late.disk.sync()) }
-
-// believe makes a node take the time of a batch for its own.
-func believe(p *process, m *raftpb.Message) {
-	if m.GetType() != raftpb.MsgProp || m.GetEntries()[0].GetType() != raftpb.EntryNormal {
-		return
-	}
-	if h, _, err := decodeBatch(m.GetEntries()[0].GetData()); err == nil {
-		p.replica.now = time.UnixMilli(h.time)
-	}
-}
 
 // changedDisk saves something else.
 type changedDisk struct {
