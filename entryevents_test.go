@@ -327,7 +327,9 @@ func TestEventLog_NewestEntry(t *testing.T) {
 	r.store.setWindow(1, 1)
 	r.fill(2 * chunkEventsMax)
 	w := r.watch("k/", true, r.store.version())
-	drain(w)
+	if _, _, err := drain(w); err != nil {
+		t.Fatal(err)
+	}
 	var batch []command
 	for i := range 5 * chunkEventsMax {
 		batch = append(batch, command{op: opPut, key: fmt.Sprintf("k/%d", i)})

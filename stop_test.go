@@ -213,7 +213,6 @@ func TestBoundStop(t *testing.T) {
 	for _, ends := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
 			var abandoned atomic.Int64
-			began := time.Now()
 			cfg := config{abandon: func() { abandoned.Store(time.Now().UnixNano()) }}
 			ctx, cancel := context.WithCancel(t.Context())
 			ended := cfg.boundStop(ctx, zap.NewNop())
@@ -221,7 +220,7 @@ func TestBoundStop(t *testing.T) {
 			if abandoned.Load() != 0 {
 				t.Fatal("before the stop")
 			}
-			began = time.Now()
+			began := time.Now()
 			cancel()
 			if ends {
 				time.Sleep(time.Second)
