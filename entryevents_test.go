@@ -324,7 +324,7 @@ func TestJournal_Overtaken(t *testing.T) {
 func TestEventLog_NewestEntry(t *testing.T) {
 	r := newWatchRig(t)
 	r.record = false
-	r.store.setWindow(1, 1)
+	r.store.shrinkWindow(1, 1)
 	r.fill(2 * chunkEventsMax)
 	w := r.watch("k/", true, r.store.version())
 	if _, _, err := drain(w); err != nil {

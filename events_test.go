@@ -183,7 +183,7 @@ func TestEventLog_Snapshot(t *testing.T) {
 	for _, bounds := range [][2]uint64{{eventsMaxDefault, eventBytesMaxDefault}, {2000, 1 << 36}, {1 << 24, 3 << 20}} {
 		r := newWatchRig(t)
 		r.record = false
-		r.store.setWindow(bounds[0], bounds[1])
+		r.store.shrinkWindow(bounds[0], bounds[1])
 		random := rand.New(rand.NewPCG(3, 4))
 		write := func(n int, stores ...*kvstore) {
 			for range n {
@@ -209,7 +209,7 @@ func TestEventLog_Snapshot(t *testing.T) {
 		}
 		write(300, r.store)
 		restored := newKVStore()
-		restored.setWindow(bounds[0], bounds[1])
+		restored.shrinkWindow(bounds[0], bounds[1])
 		st, err := readState(bytes.NewReader(bytesOf(r.store)))
 		must(t, err)
 		restored.restore(st)

@@ -312,13 +312,14 @@ func (s *kvstore) restore(st state) {
 	s.state, s.checkpoints = st, checkpoints{}
 }
 
-// setWindow sets the bounds of the window of events.
+// setWindow sets the bounds of the window of events, which count from the next
+// entry on: a member that has restarted keeps what the others keep, who know
+// which events are of the newest entry.
 func (s *kvstore) setWindow(countMax, bytesMax uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.state.events.countMax, s.state.events.bytesMax = countMax, bytesMax
 	s.state.events.newest = s.state.events.end()
-	s.state.events.trim()
 }
 
 // holdWindow makes the window of events wait for a reader; nil ends that.

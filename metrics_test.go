@@ -257,7 +257,7 @@ func TestMetrics_Watches(t *testing.T) {
 		t.Errorf("%d open, %d events", s.open.Load(), s.events.Load())
 	}
 	r.record = false
-	r.store.setWindow(1, 1)
+	r.store.shrinkWindow(1, 1)
 	r.fill(20_000) // a has read to the first and waits
 	for {
 		n, _, err := a.read(func(*event, bool) {})

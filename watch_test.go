@@ -361,7 +361,7 @@ func TestHub_ReadSize(t *testing.T) {
 }
 
 // smallWindow keeps about n events.
-func (r *watchRig) smallWindow(n uint64) { r.store.setWindow(n, 64<<20) }
+func (r *watchRig) smallWindow(n uint64) { r.store.shrinkWindow(n, 64<<20) }
 
 func TestHub_Slow(t *testing.T) {
 	r := newWatchRig(t)
@@ -760,4 +760,12 @@ func TestHub_CloseRaces(t *testing.T) {
 			t.Fatalf("after the end: %d armed, %v %v %v", h.armed, h.keys, h.prefixes, h.lengths)
 		}
 	}
+}
+
+// shrinkWindow sets the bounds of the window and drops what is too much at once, as the next entry would.
+func (s *kvstore) shrinkWindow(countMax, bytesMax uint64) {
+	s.setWindow(countMax, bytesMax)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.state.events.trim()
 }
