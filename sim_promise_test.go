@@ -138,9 +138,11 @@ func (c *checker) promised(p *process, m *raftpb.Message) {
 		if disk.vote != m.GetFrom() {
 			c.violate("promise", "node %d asks for votes in term %d, its own on disk is for %d", p.node.id, m.GetTerm(), disk.vote)
 		}
-		if term, ok := disk.termOf(disk.last()); !ok || disk.last() != m.GetIndex() || term != m.GetLogTerm() {
+		// It may have a later log by now: who has won came before the request left.
+		last, _ := disk.termOf(disk.last())
+		if last < m.GetLogTerm() || last == m.GetLogTerm() && disk.last() < m.GetIndex() {
 			c.violate("promise", "node %d says that its log ends with entry %d of term %d; on disk it is %d of term %d",
-				p.node.id, m.GetIndex(), m.GetLogTerm(), disk.last(), term)
+				p.node.id, m.GetIndex(), m.GetLogTerm(), disk.last(), last)
 		}
 	case raftpb.MsgVoteResp:
 		if disk.vote != m.GetTo() {
