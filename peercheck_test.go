@@ -197,7 +197,8 @@ func TestNetwork_Hostile(t *testing.T) {
 	for _, h := range hostileRequests(t, 2, 1, term, last) {
 		refused = nil
 		status := h.post(t, n.url, fmt.Sprintf("%x", testCluster), 2, 1)
-		fits := false
+		// A snapshot is refused before its body is read, so the answer may be lost with the connection.
+		fits := status == 0 && h.path == rafthttp.RaftSnapshotPrefix
 		for _, want := range h.statuses {
 			fits = fits || status == want
 		}
