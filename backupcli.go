@@ -72,6 +72,9 @@ type savedBackup struct {
 
 // saveBackup fetches a backup and puts it in place.
 func saveBackup(ctx context.Context, from, path string) (*savedBackup, error) {
+	if err := checkReplaceable(path); err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(from, "/")+"/-/v1/snapshot", nil)

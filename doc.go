@@ -38,6 +38,7 @@
 //	logqueue.go   the log, which nobody waits for
 //	stall.go      whether the loop hangs
 //	storage.go    the data directory: log and snapshots
+//	private.go    files that other users could have changed
 //	watermark.go  how a log that lost something is noticed
 //	transport.go  messages between members
 //	link.go       the connection to one of them

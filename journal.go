@@ -68,7 +68,7 @@ type journal struct {
 // openJournal opens or creates a journal and cuts off what is not complete.
 // Nobody else can open it until it is closed.
 func openJournal(path string, logger *zap.Logger) (j *journal, err error) {
-	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
+	file, err := openPrivate(path, os.O_APPEND)
 	if err != nil {
 		return nil, fmt.Errorf("open journal: %w", err)
 	}

@@ -53,6 +53,7 @@ var liveBinary struct {
 
 func TestMain(m *testing.M) {
 	flag.Parse()
+	syscall.Umask(syscall.Umask(0) | 0o022) // t.TempDir leaves it to that whether the group may write
 	code := m.Run()
 	if liveBinary.dir != "" {
 		_ = os.RemoveAll(liveBinary.dir) // among the temporary files, in the worst case

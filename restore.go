@@ -114,6 +114,9 @@ func makeDirectory(dir string, logger *zap.Logger, fill func(*storage) error) (e
 	if err := os.MkdirAll(dir, dirMode); err != nil {
 		return err
 	}
+	if err := checkPrivateDir(dir); err != nil {
+		return err
+	}
 	unfinished := filepath.Join(dir, unfinishedName)
 	if err := os.WriteFile(unfinished, nil, fileMode); err != nil {
 		return err
@@ -193,7 +196,7 @@ func recoverDirectory(from, to string, id, above uint64, anyway bool, logger *za
 	}
 	var damage error
 	rec, err := readDirectory(from, logger)
-	if err != nil && anyway {
+	if err != nil && anyway && !isNotPrivate(err) {
 		damage = err
 		rec, err = readWhatIsLeft(from, to, logger)
 	}

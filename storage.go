@@ -139,6 +139,12 @@ type recovered struct {
 
 // openStorage makes the data directory if need be and takes its lock.
 func openStorage(dir string, logger *zap.Logger) (*storage, error) {
+	if err := os.MkdirAll(dir, dirMode); err != nil {
+		return nil, fmt.Errorf("make data directory: %w", err)
+	}
+	if err := checkPrivateDir(dir); err != nil {
+		return nil, err
+	}
 	if err := os.MkdirAll(filepath.Join(dir, snapDir), dirMode); err != nil {
 		return nil, fmt.Errorf("make data directory: %w", err)
 	}

@@ -1,0 +1,159 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+)
+
+// This file refuses files that other users of the machine could have put there,
+// or could change. Checksums would not notice: whoever can write a file can write
+// its checksum, too.
+
+// notPrivateError says what is wrong with a file, and what to do.
+type notPrivateError string
+
+func (e notPrivateError) Error() string { return string(e) }
+
+func notPrivate(format string, args ...any) error {
+	return notPrivateError(fmt.Sprintf(format, args...))
+}
+
+func isNotPrivate(err error) bool {
+	_, ok := errors.AsType[notPrivateError](err)
+	return ok
+}
+
+const (
+	othersWrite fs.FileMode = 0o022
+	othersAny   fs.FileMode = 0o077
+)
+
+// checkOwner says whether a file belongs to this user, and nobody else has any of
+// the permissions in mode.
+func checkOwner(path string, info fs.FileInfo, mode fs.FileMode) error {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	switch own := os.Geteuid(); {
+	case !ok:
+		return notPrivate("%s: this system does not say whose it is", path)
+	case int(st.Uid) != own:
+		return notPrivate("%s belongs to user %d, and this process runs as user %d: run it as that user, or, if you trust what is there, chown -R %d %s",
+			path, st.Uid, own, own, path)
+	case info.Mode().Perm()&mode == 0:
+		return nil
+	case mode == othersWrite:
+		return notPrivate("%s has mode %v, so other users can write to it: if you trust what is there, chmod go-w %s", path, info.Mode(), path)
+	default:
+		return notPrivate("%s has mode %v, and must be for this user only: chmod go= %s", path, info.Mode(), path)
+	}
+}
+
+func errSymlink(path string) error {
+	return notPrivate("%s is a symbolic link, and other users may have a hand in where it leads: put a file or directory in its place", path)
+}
+
+// checkPrivateDir refuses a data directory that is not this user's, or that others
+// can write to, and anything in it that was put there by others or leads
+// elsewhere. The directory itself may be behind a link: who named it knows.
+func checkPrivateDir(dir string) error {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if err := checkOwner(dir, info, othersWrite); err != nil {
+		return fmt.Errorf("data directory %w; or choose a --data-dir inside of it, which the node makes by itself", err)
+	}
+	for _, part := range []string{"", walDir, snapDir} {
+		part = filepath.Join(dir, part)
+		names, err := os.ReadDir(part)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		for _, name := range names {
+			if part == filepath.Clean(dir) && !isOurs(name.Name()) {
+				continue // lost+found, say
+			}
+			if err := checkPrivate(filepath.Join(part, name.Name())); err != nil {
+				return fmt.Errorf("data directory %s: %w", dir, err)
+			}
+		}
+	}
+	return nil
+}
+
+// isOurs says whether a node uses this name in its data directory.
+func isOurs(name string) bool {
+	name = strings.TrimSuffix(name, ".tmp")
+	return slices.Contains([]string{lockName, unfinishedName, foundingName, divergedName, watermarkName, walDir, snapDir}, name)
+}
+
+func checkPrivate(path string) error {
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil // it was temporary
+	case err != nil:
+		return err
+	case info.Mode()&fs.ModeSymlink != 0:
+		return errSymlink(path)
+	case !info.IsDir() && !info.Mode().IsRegular():
+		return notPrivate("%s is neither a file nor a directory", path)
+	}
+	return checkOwner(path, info, othersWrite)
+}
+
+// openPrivate opens a file that nobody else may read, for reading and writing, and
+// makes it if there is none. flags are added.
+func openPrivate(path string, flags int) (*os.File, error) {
+	flags |= os.O_RDWR | syscall.O_NOFOLLOW
+	f, err := os.OpenFile(path, flags|os.O_CREATE|os.O_EXCL, fileMode)
+	if err == nil {
+		if err := f.Chmod(fileMode); err != nil { // whatever the umask
+			return nil, errors.Join(err, f.Close())
+		}
+		return f, nil
+	}
+	if !errors.Is(err, fs.ErrExist) {
+		return nil, err
+	}
+	f, err = os.OpenFile(path, flags, 0)
+	if errors.Is(err, syscall.ELOOP) {
+		return nil, errSymlink(path)
+	}
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && info.Mode().IsRegular() { // what else it is is for the caller to say
+		err = checkOwner(path, info, othersAny)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// checkReplaceable refuses to replace what is no plain file: a link may be how
+// others want a file to be where they can read it, and a device is needed.
+func checkReplaceable(path string) error {
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case info.Mode()&fs.ModeSymlink != 0:
+		return errSymlink(path)
+	case !info.Mode().IsRegular():
+		return fmt.Errorf("%s is no file, and is not replaced by one", path)
+	}
+	return nil
+}
