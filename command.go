@@ -29,11 +29,16 @@ const (
 // Limits of what one request may carry. A larger value costs every member's
 // memory and stalls the batches behind it.
 const (
-	keySizeMax            = 4096    // bytes
-	valueSizeMaxDefault   = 1 << 20 // bytes
-	idempotencyKeySizeMax = 255     // bytes
-	txnOpsMax             = 128     // conditions, and operations of each branch
+	keySizeMax            = 4096     // bytes
+	valueSizeMaxDefault   = 1 << 20  // bytes
+	valueSizeLimit        = 16 << 20 // bytes: what may be configured
+	idempotencyKeySizeMax = 255      // bytes
+	txnOpsMax             = 128      // conditions, and operations of each branch
 )
+
+// batchEventsMax bounds the events of one batch, so that they stay within half of
+// the default window: watchers can read one batch before the next makes them leave.
+const batchEventsMax = eventsMaxDefault / 2
 
 // op is the kind of a command. The numbers are on disk: never reuse one.
 type op byte

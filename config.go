@@ -74,7 +74,6 @@ const (
 	heartbeatMax     = 20
 	electionMax      = 200
 	electionPerBeat  = 5 // a follower should miss this many heartbeats before it acts
-	valueSizeLimit   = 16 << 20
 	connectionsLimit = 1 << 20
 	watchEventsMin   = 1024 // fewer would expire watches that are not even slow
 	watchEventsLimit = 1 << 24

@@ -20,13 +20,10 @@ import (
 
 // Bounds of what may wait for the loop.
 const (
-	batchSizeMax = 1 << 20 // bytes of commands in one batch; a single larger command makes its own
-	// batchEventsMax bounds the events of one batch, so that they stay within half of
-	// the default window: watchers can read one batch before the next makes them leave.
-	batchEventsMax = eventsMaxDefault / 2
-	queueSizeMax   = 64 << 20
-	inboxMax       = 4096 // messages of other members; more are dropped, raft repeats them
-	inboxBytesMax  = 128 << 20
+	batchSizeMax  = 1 << 20 // bytes of commands in one batch; a single larger command makes its own
+	queueSizeMax  = 64 << 20
+	inboxMax      = 4096 // messages of other members; more are dropped, raft repeats them
+	inboxBytesMax = 128 << 20
 
 	// roundsMax bounds the rounds of an iteration, each of which may write to the
 	// disk. Then ticks, stop and other members have their turn.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/url"
 	"slices"
 	"sync/atomic"
 
@@ -37,7 +36,6 @@ const (
 
 	peerMessageMax = 40 << 20 // bytes
 	entrySizeMax   = 32 << 20 // bytes: the largest value twice, of which no batch has more than one
-	memberURLMax   = 1 << 10  // bytes
 )
 
 // refusal is why something that a peer sent is not taken.
@@ -253,26 +251,6 @@ func checkEntry(e *raftpb.Entry) error {
 	default:
 		return fmt.Errorf("entries of type %d are not used", e.GetType())
 	}
-}
-
-// check says whether all that is known of a member can be used as what it is.
-// Some of it may be missing.
-func (m *member) check() error {
-	if m.ID == raft.None {
-		return fmt.Errorf("%w: a member without ID", errMalformed)
-	}
-	for _, s := range []string{m.PeerURL, m.ClientURL} {
-		if s == "" {
-			continue
-		}
-		if len(s) > memberURLMax {
-			return fmt.Errorf("%w: a URL of %d bytes", errMalformed, len(s))
-		}
-		if u, err := url.Parse(s); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
-			return fmt.Errorf("%w: URL %q", errMalformed, s)
-		}
-	}
-	return nil
 }
 
 // checkSnapshot looks at the message before anything of the state is read.

@@ -248,12 +248,6 @@ func (r *recovered) untouched() bool {
 	return err == nil && last == firstIndex && hs.GetTerm() == firstTerm && hs.GetVote() == raft.None
 }
 
-// Where the log of a new cluster starts.
-const (
-	firstIndex = 1
-	firstTerm  = 1
-)
-
 // bootstrap makes st the first state of a new cluster, as a snapshot. Every
 // member writes the same one, which takes the place of the log entries that
 // would add the members; so a member's addresses are never only in the log.

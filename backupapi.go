@@ -1,0 +1,57 @@
+package main
+
+import (
+	"crypto/sha256"
+	"encoding/base64"
+	"hash"
+	"io"
+	"net/http"
+	"strconv"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// Headers of a backup. The digest is that of RFC 9530, and comes behind the body.
+const (
+	headerCluster = "Cluster-Id"
+	headerIndex   = "Raft-Index"
+	headerTerm    = "Raft-Term"
+	headerDigest  = "Repr-Digest"
+)
+
+func formatDigest(h hash.Hash) string {
+	return "sha-256=:" + base64.StdEncoding.EncodeToString(h.Sum(nil)) + ":"
+}
+
+// getSnapshot streams a backup.
+func (h *httpAPI) getSnapshot(w http.ResponseWriter, r request) error {
+	if err := h.catchUp(r); err != nil {
+		return err
+	}
+	b, err := h.store.backup()
+	if err != nil {
+		return errTooManyRequests.withDetail("%d streams are on their way already, at most that many can be; retry later or at another node", scansMax)
+	}
+	defer b.close()
+	head := backupHead{Format: backupFormat, Cluster: h.backend.status().ClusterID, Member: h.id, Time: time.Now().UTC().Truncate(time.Second), Version: h.version}
+	header := w.Header()
+	setResourceVersion(header, b.rest.rv)
+	header[headerCluster] = []string{head.Cluster}
+	header[headerIndex] = []string{strconv.FormatUint(b.rest.index, 10)}
+	header[headerTerm] = []string{strconv.FormatUint(b.rest.term, 10)}
+	s := newStream(w, r, typeBytes)
+	defer s.free()
+	if s.isHead {
+		return nil
+	}
+	header["Trailer"] = []string{headerDigest}
+	digest := sha256.New()
+	t := turns{store: h.store, began: time.Now(), rv: b.rest.rv}
+	if err := b.writeTo(io.MultiWriter(s, digest), head, t.rest); err != nil {
+		h.logger.Warn("cut off a backup", zap.Error(err))
+		s.abort(http.StatusInternalServerError)
+	}
+	header[headerDigest] = []string{formatDigest(digest)}
+	return nil
+}
