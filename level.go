@@ -29,7 +29,7 @@ import (
 
 const (
 	levelFirst  = 1
-	levelNewest = 2 // that this program knows
+	levelNewest = 3 // that this program knows
 )
 
 // What is written from level 2 on: snapshots of format 3, sums of algorithm 2,
@@ -37,6 +37,9 @@ const (
 // of state.pass, events of deletions without large values, keys that are gone
 // from their deadline on for whoever writes, deadlines that count from when the
 // write is applied, and versions after a restore that follow the time.
+//
+// What is written from level 3 on: snapshots of format 4, which types values have,
+// and outcomes of requests without what was read, of which each client has a share.
 
 // rules are the constants that are part of what an entry means: with another
 // number a member would come to another state. So none is ever changed. A new
@@ -62,6 +65,9 @@ type rules struct {
 	retriesMax     int
 	retryBytesMax  uint64
 	retryAgeMillis int64
+	// retrySizeMin is what a record counts at least. With it retryBytesMax bounds the
+	// number, too, so that one measure says who has how much.
+	retrySizeMin uint64
 	// ageStepMillis is how much age one entry adds at most, however far its time is
 	// ahead of the times before it, and how far the time may go back before it is
 	// followed. More than leaders let times differ, see clockSkewMax.
@@ -89,6 +95,7 @@ const (
 	retriesMax           = 65_536
 	retryBytesMax        = 64 << 20
 	retryAgeMillis       = 60 * 60 * 1000
+	retrySizeMin         = 1 << 10
 	ageStepMillis        = 60 * 1000
 	versionsPerMilli     = 100
 	chunkEventsMax       = 512
@@ -97,8 +104,9 @@ const (
 
 // rulesOf has the rules of each level.
 var rulesOf = [levelNewest + 1]rules{
-	1: {deletePrefixMax, unlimited, unlimited, unlimited, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, 0, 0, chunkEventsMax, chunkBytesMax},
-	2: {deletePrefixMax, deletePrefixBytesMax, deletedValueMax, deletedBytesMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, ageStepMillis, versionsPerMilli, chunkEventsMax, chunkBytesMax},
+	1: {deletePrefixMax, unlimited, unlimited, unlimited, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, 0, 0, 0, chunkEventsMax, chunkBytesMax},
+	2: {deletePrefixMax, deletePrefixBytesMax, deletedValueMax, deletedBytesMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, 0, ageStepMillis, versionsPerMilli, chunkEventsMax, chunkBytesMax},
+	3: {deletePrefixMax, deletePrefixBytesMax, deletedValueMax, deletedBytesMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, retrySizeMin, ageStepMillis, versionsPerMilli, chunkEventsMax, chunkBytesMax},
 }
 
 // rules are those of the state's level.

@@ -42,7 +42,7 @@ func TestProcess_WriteGolden(t *testing.T) {
 		binary := buildLiveBinary(t)
 		args := []string{"--wal-segment-bytes", "65536", "--snapshot-entries", "20", "--feature-level-max", fmt.Sprint(level)}
 		if level == levelFirst {
-			binary, args = buildFirstBinary(t), args[:4] // which has no such flag
+			binary, args = buildOldBinary(t, level), args[:4] // which has no such flag
 		}
 		c := newIdleLiveCluster(t, proc.Options{Binary: binary, Nodes: 1, Args: args})
 		c.start()
@@ -168,6 +168,8 @@ func TestGolden_DataDirectory(t *testing.T) {
 		wantGoldenItems(t, dir, st)
 		wantGoldenEvents(t, dir, st)
 
+		wantSameAfresh(t, level, st)
+
 		// It goes on as it was: with a snapshot of the same level, which is read again.
 		again, err := readState(bytes.NewReader(encodeState(t, st)))
 		if err != nil || again.level != level || again.sum != st.sum || again.retries.digest != st.retries.digest || again.sessionsDigest != st.sessionsDigest {
@@ -175,6 +177,25 @@ func TestGolden_DataDirectory(t *testing.T) {
 		}
 		must(t, s.close())
 	}
+}
+
+// wantSameAfresh: with the snapshot before, more of the log is applied, as it was by the program that wrote the
+// newest snapshot.
+func wantSameAfresh(t *testing.T, level int, want *state) {
+	t.Helper()
+	dir := filepath.Join(unpackGolden(t, level), "data")
+	for _, kind := range []string{"*.snap", "*.snap.db"} {
+		names, err := filepath.Glob(filepath.Join(dir, "snap", kind))
+		must(t, err)
+		must(t, os.Remove(slices.Max(names)))
+	}
+	s, rec := openRestored(t, dir)
+	began := rec.state.index
+	must(t, rec.replay())
+	if st := &rec.state; began >= want.index-10 || st.index != want.index || st.sum != want.sum {
+		t.Errorf("level %d: from entry %d on, state %x at entry %d, want %x at entry %d", level, began, st.sum, st.index, want.sum, want.index)
+	}
+	must(t, s.close())
 }
 
 // TestGolden_Backup: a backup of any level is inspected, and restored at its level.

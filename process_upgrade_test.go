@@ -19,26 +19,29 @@ import (
 	"raftrv/internal/proc"
 )
 
-// firstRevision is the last one without feature levels.
-const firstRevision = "d7db65b"
+// lastRevisions has the last revision of each level but the newest. What it wrote
+// is on disks.
+var lastRevisions = [levelNewest]string{1: "d7db65b", 2: "8e684ed"}
 
-var firstBinary struct {
+// oldBinaries are the programs of lastRevisions.
+var oldBinaries [levelNewest]struct {
 	once   sync.Once
 	path   string
 	reason string // why there is none
 }
 
-// buildFirstBinary builds the program as it was before feature levels.
-func buildFirstBinary(t testing.TB) string {
+// buildOldBinary builds the last program that knew no level above this one.
+func buildOldBinary(t testing.TB, level int) string {
 	t.Helper()
 	current := buildLiveBinary(t) // its directory is deleted at the end
-	b := &firstBinary
+	b := &oldBinaries[level]
 	b.once.Do(func() {
-		dir := filepath.Join(filepath.Dir(current), firstRevision)
+		revision := lastRevisions[level]
+		dir := filepath.Join(filepath.Dir(current), revision)
 		must(t, os.Mkdir(dir, 0o700))
-		archive, err := exec.Command("git", "archive", firstRevision).Output()
+		archive, err := exec.Command("git", "archive", revision).Output()
 		if err != nil {
-			b.reason = "the history does not have revision " + firstRevision
+			b.reason = "the history does not have revision " + revision
 			return
 		}
 		unpack := exec.Command("tar", "x", "-C", dir)
@@ -52,7 +55,7 @@ func buildFirstBinary(t testing.TB) string {
 		build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", b.path, ".")
 		build.Dir = dir
 		if out, err := build.CombinedOutput(); err != nil {
-			b.reason = fmt.Sprintf("build %s: %v: %s", firstRevision, err, out)
+			b.reason = fmt.Sprintf("build %s: %v: %s", revision, err, out)
 		}
 	})
 	if b.reason != "" {
@@ -64,27 +67,28 @@ func buildFirstBinary(t testing.TB) string {
 // mixedCluster is a cluster whose nodes run different programs.
 type mixedCluster struct {
 	*liveCluster
-	first  string       // path of the program of level 1
+	level  int          // that the old program knows
+	binary string       // the old program
 	old    map[int]bool // ids of the nodes that run it
-	capped map[int]bool // ids of nodes that are new and stay at level 1
+	capped map[int]bool // ids of nodes that are new and stay at its level
 	probes int
 }
 
-func newMixedCluster(t *testing.T) *mixedCluster {
-	m := &mixedCluster{first: buildFirstBinary(t), old: map[int]bool{1: true, 2: true, 3: true}, capped: map[int]bool{}}
+func newMixedCluster(t *testing.T, level int) *mixedCluster {
+	m := &mixedCluster{level: level, binary: buildOldBinary(t, level), old: map[int]bool{1: true, 2: true, 3: true}, capped: map[int]bool{}}
 	m.liveCluster = newLiveCluster(t, proc.Options{
 		Args: []string{"--snapshot-entries", "300", "--snapshot-bytes", "4194304"},
 		Wrap: func(n *proc.Node) []string {
 			if !m.old[n.ID] {
 				return nil
 			}
-			return []string{"sh", "-c", `shift; exec "` + m.first + `" "$@"`, "sh"}
+			return []string{"sh", "-c", `shift; exec "` + m.binary + `" "$@"`, "sh"}
 		},
 		NodeArgs: func(n *proc.Node) []string {
 			if !m.capped[n.ID] {
 				return nil
 			}
-			return []string{"--feature-level-max", "1"}
+			return []string{"--feature-level-max", fmt.Sprint(level)}
 		},
 	})
 	return m
@@ -98,8 +102,8 @@ func (m *mixedCluster) become(n *proc.Node, old, capped bool) {
 	m.start()
 }
 
-// level returns the feature level as a new node sees it.
-func (m *mixedCluster) level(n *proc.Node) int {
+// levelAt returns the feature level as a new node sees it.
+func (m *mixedCluster) levelAt(n *proc.Node) int {
 	m.t.Helper()
 	l := m.client(n)
 	defer l.close()
@@ -236,7 +240,7 @@ func (m *mixedCluster) wantNotOffered() {
 	m.eventually(func() error {
 		b, err := os.ReadFile(leader.LogFile)
 		must(m.t, err)
-		if !bytes.Contains(b, []byte("snapshot format 3 is not the one that this program knows, 2: use the version that wrote it")) {
+		if !bytes.Contains(b, []byte("this program knows")) || !bytes.Contains(b, []byte("use the version that wrote it")) {
 			return fmt.Errorf("the leader does not say that node %d is too old:\n%s", n.ID, leader.LogTail())
 		}
 		return nil
@@ -281,11 +285,17 @@ func (m *mixedCluster) wantRefusedStart(n *proc.Node, texts ...string) {
 	must(m.t, errors.Join(n.Kill(), os.Truncate(n.LogFile, 0)))
 }
 
-// TestProcess_Upgrade goes from the program before feature levels to this one,
+// TestProcess_Upgrade goes from the last program of each level to this one,
 // node by node, under load and with kills, and part of the way back. Nothing is
 // lost, stale or done twice, and nobody's state differs.
 func TestProcess_Upgrade(t *testing.T) {
-	m := newMixedCluster(t)
+	for level := levelFirst; level < levelNewest; level++ {
+		t.Run(fmt.Sprint("level=", level), func(t *testing.T) { upgradeFrom(t, level) })
+	}
+}
+
+func upgradeFrom(t *testing.T, old int) {
+	m := newMixedCluster(t, old)
 	load := func(step string, probe bool, change func()) {
 		t.Helper()
 		start := time.Now()
@@ -324,7 +334,7 @@ func TestProcess_Upgrade(t *testing.T) {
 				m.become(n, false, true)
 			})
 		}
-		if level := m.level(n); level != 1 {
+		if level := m.levelAt(n); level != old {
 			t.Fatalf("the level is %d while some members are old, or say so", level)
 		}
 	}
@@ -336,7 +346,7 @@ func TestProcess_Upgrade(t *testing.T) {
 		}
 		m.eventually(func() error {
 			for _, n := range m.Nodes {
-				if level := m.level(n); level != levelNewest {
+				if level := m.levelAt(n); level != levelNewest {
 					return fmt.Errorf("node %d is at level %d", n.ID, level)
 				}
 			}
@@ -355,13 +365,13 @@ func TestProcess_Upgrade(t *testing.T) {
 	}
 	m.stop(n)
 	m.capped[n.ID] = true
-	m.wantRefusedStart(n, "feature level 2, and this node knows up to 1")
+	m.wantRefusedStart(n, fmt.Sprintf("feature level %d, and this node knows up to %d", levelNewest, old))
 	m.capped[n.ID], m.old[n.ID] = false, true
-	m.wantRefusedStart(n, "use the version that wrote it", "command 9 is newer than this program") // in its snapshot, or in its log
+	m.wantRefusedStart(n, "use the version that wrote it", "command 9 is newer than this program", "feature level 3 is newer than this program") // in its snapshot, or in its log
 	m.old[n.ID] = false
 	m.start()
 	for _, n := range m.Nodes {
-		_ = m.level(n)
+		_ = m.levelAt(n)
 	}
 	t.Logf("too old: %v", time.Since(start).Round(10*time.Millisecond))
 	m.judge()

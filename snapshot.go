@@ -51,7 +51,7 @@ const (
 
 // snapshotFormats has the format of each level. All of them are read for ever;
 // 1 had no sum.
-var snapshotFormats = [levelNewest + 1]uint64{1: 2, 2: 3}
+var snapshotFormats = [levelNewest + 1]uint64{1: 2, 2: 3, 3: 4}
 
 var (
 	castagnoli        = crc32.MakeTable(crc32.Castagnoli)
