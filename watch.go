@@ -1,9 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"container/heap"
 	"context"
 	"errors"
+	"math"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -26,7 +29,7 @@ const (
 type hub struct {
 	store *kvstore
 	wake  chan struct{} // holds one token: something was applied
-	busy  atomic.Bool   // somebody waits; without it notify has nothing to do
+	busy  atomic.Bool   // a watcher is armed
 
 	closed atomic.Pointer[apiError] // why nobody is told of anything; nil = all are
 	stats  watchStats
@@ -35,12 +38,15 @@ type hub struct {
 	ended    bool   // run has: it stays closed
 	next     uint64 // number of the next event to look at
 	rv       uint64 // all events up to this version were looked at
-	armed    int    // watchers in the sets; without any the hub looks at nothing
-	keys     watchSets
-	prefixes watchSets
-	lengths  map[int]int // of the prefixes: how many sets
-	waiters  versionHeap
+	armed    int    // watchers; without any the hub looks at nothing
+	keys     map[string]*watchNode
+	prefixes watchNode // the root of a tree
+
+	versions versionWaiters // with a mutex of its own: its deadlines do not wait for the hub
 }
+
+// hubTurn is how many events the hub looks at before it lets others in.
+const hubTurn = 256
 
 // watchStats counts what watchers do.
 type watchStats struct {
@@ -60,27 +66,14 @@ func (s *watchStats) note(n int, err error) {
 	}
 }
 
-// watchSets holds the armed watchers by the key or the prefix that they want.
-type watchSets map[string]map[*watcher]struct{}
-
 func newHub(store *kvstore) *hub {
-	return &hub{
-		store:    store,
-		wake:     make(chan struct{}, 1),
-		keys:     watchSets{},
-		prefixes: watchSets{},
-		lengths:  map[int]int{},
-	}
+	return &hub{store: store, wake: make(chan struct{}, 1), keys: map[string]*watchNode{}}
 }
 
 // notify says that something was applied. It does not block.
 func (h *hub) notify() {
-	if !h.busy.Load() {
-		return
-	}
-	select {
-	case h.wake <- struct{}{}:
-	default:
+	if h.busy.Load() || h.versions.busy.Load() {
+		wakeUp(h.wake)
 	}
 }
 
@@ -99,40 +92,44 @@ func (h *hub) run(ctx context.Context) error {
 
 // distribute looks at all that was applied since the last time.
 func (h *hub) distribute() {
+	for more := true; more; {
+		h.versions.release(h.store.version())
+		more = h.lookAtSome()
+	}
+}
+
+// lookAtSome looks at the next events, if somebody waits for any.
+func (h *hub) lookAtSome() (more bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.releaseWaiters(h.store.version())
-	for h.armed > 0 {
-		events, _, ok := h.store.eventsFrom(h.next)
-		if !ok { // a snapshot skipped them
-			h.wakeAll()
-			return
-		}
-		if len(events) == 0 {
-			return
-		}
-		for i := range events {
-			h.look(&events[i])
-		}
+	if h.armed == 0 {
+		return false
 	}
+	events, _, ok := h.store.eventsFrom(h.next)
+	if !ok { // a snapshot skipped them
+		h.wakeAll()
+		return false
+	}
+	for i := range events[:min(len(events), hubTurn)] {
+		h.look(&events[i])
+	}
+	return len(events) > 0
 }
 
 // look wakes those who want the next event.
 func (h *hub) look(e *event) {
-	h.wakeSet(h.keys, e.key)
-	for length := range h.lengths {
-		if length <= len(e.key) {
-			h.wakeSet(h.prefixes, e.key[:length])
-		}
+	if n := h.keys[e.key]; n != nil {
+		h.wakeNode(n)
 	}
+	h.prefixes.eachPrefix(e.key, h.wakeNode)
 	h.next++
 	if e.last {
 		h.rv = e.rv
 	}
 }
 
-func (h *hub) wakeSet(sets watchSets, name string) {
-	for w := range sets[name] {
+func (h *hub) wakeNode(n *watchNode) {
+	for w := range n.armed {
 		if w.next <= h.next { // otherwise it has read this event already
 			h.disarm(w)
 			w.signal()
@@ -141,14 +138,16 @@ func (h *hub) wakeSet(sets watchSets, name string) {
 }
 
 func (h *hub) wakeAll() {
-	for _, sets := range []watchSets{h.keys, h.prefixes} {
-		for name := range sets {
-			for w := range sets[name] {
-				h.disarm(w)
-				w.signal()
-			}
+	wake := func(n *watchNode) {
+		for w := range n.armed {
+			h.disarm(w)
+			w.signal()
 		}
 	}
+	for _, n := range h.keys {
+		wake(n)
+	}
+	h.prefixes.each(wake)
 }
 
 // arm makes the hub wake w for the next event that w wants, unless the hub has
@@ -162,16 +161,7 @@ func (h *hub) arm(w *watcher) {
 	if h.closed.Load() != nil || w.next < h.next {
 		return
 	}
-	sets := h.setsOf(w)
-	set := sets[w.key]
-	if set == nil {
-		set = map[*watcher]struct{}{}
-		sets[w.key] = set
-		if w.isPrefix {
-			h.lengths[len(w.key)]++
-		}
-	}
-	set[w] = struct{}{}
+	w.node.armed[w] = struct{}{}
 	w.caughtUp = true
 	w.armed.Store(true)
 	h.armed++
@@ -179,32 +169,40 @@ func (h *hub) arm(w *watcher) {
 	h.notify() // what was applied before busy was set
 }
 
-// disarm takes an armed watcher out of its set. It goes on where the hub is.
+// disarm lets an armed watcher go on where the hub is.
 func (h *hub) disarm(w *watcher) {
-	sets := h.setsOf(w)
-	delete(sets[w.key], w)
-	if len(sets[w.key]) == 0 {
-		delete(sets, w.key)
-		if w.isPrefix {
-			if h.lengths[len(w.key)]--; h.lengths[len(w.key)] == 0 {
-				delete(h.lengths, len(w.key))
-			}
-		}
-	}
+	delete(w.node.armed, w)
 	w.next, w.rv = max(w.next, h.next), max(w.rv, h.rv)
 	w.armed.Store(false)
 	h.armed--
-	h.updateBusy()
+	h.busy.Store(h.armed > 0)
 }
 
-func (h *hub) setsOf(w *watcher) watchSets {
+// enter gives a watcher its node, which it keeps until it leaves.
+func (h *hub) enter(w *watcher) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	if w.isPrefix {
-		return h.prefixes
+		w.node = h.prefixes.find(w.key)
+	} else if w.node = h.keys[w.key]; w.node == nil {
+		w.node = &watchNode{name: w.key}
+		h.keys[w.key] = w.node
 	}
-	return h.keys
+	if w.node.armed == nil {
+		w.node.armed = map[*watcher]struct{}{}
+	}
+	w.node.users++
 }
 
-func (h *hub) updateBusy() { h.busy.Store(h.armed > 0 || len(h.waiters) > 0) }
+func (h *hub) leave(w *watcher) {
+	switch w.node.users--; {
+	case w.node.users > 0:
+	case w.isPrefix:
+		h.prefixes.forget(w.key)
+	default:
+		delete(h.keys, w.key)
+	}
+}
 
 // close ends all watches and waits, and what begins until the hub is reopened.
 // With errShuttingDown that is never.
@@ -217,12 +215,7 @@ func (h *hub) close(err *apiError) {
 	h.ended = err == errShuttingDown
 	h.closed.Store(err)
 	h.wakeAll()
-	for len(h.waiters) > 0 {
-		v := heap.Pop(&h.waiters).(*versionWaiter)
-		v.err = err
-		close(v.done)
-	}
-	h.updateBusy()
+	h.versions.end(err)
 }
 
 // reopen lets new watches start again.
@@ -250,6 +243,7 @@ type watcher struct {
 	isPrefix bool
 	patient  bool          // never gets errSlow
 	closed   bool          // guarded by the hub's mutex
+	node     *watchNode    // where the hub looks for it
 	wake     chan struct{} // holds one token: read may return something new
 
 	// armed is set by the watcher and reset by the hub, under its mutex. Meanwhile
@@ -268,28 +262,27 @@ func (h *hub) watch(key string, isPrefix bool, rv uint64) (*watcher, error) {
 		return nil, errExpired
 	}
 	h.stats.open.Add(1)
-	return &watcher{hub: h, key: key, isPrefix: isPrefix, next: n, rv: rv, wake: make(chan struct{}, 1)}, nil
+	w := &watcher{hub: h, key: key, isPrefix: isPrefix, next: n, rv: rv, wake: make(chan struct{}, 1)}
+	h.enter(w)
+	return w, nil
 }
 
 // close ends the watch.
 func (w *watcher) close() {
 	w.hub.mu.Lock()
 	defer w.hub.mu.Unlock()
-	if !w.closed {
-		w.closed = true
-		w.hub.stats.open.Add(-1)
+	if w.closed {
+		return
 	}
+	w.closed = true
+	w.hub.stats.open.Add(-1)
 	if w.armed.Load() {
 		w.hub.disarm(w)
 	}
+	w.hub.leave(w)
 }
 
-func (w *watcher) signal() {
-	select {
-	case w.wake <- struct{}{}:
-	default:
-	}
-}
+func (w *watcher) signal() { wakeUp(w.wake) }
 
 // read passes the next events to take, in order and without a gap, and returns
 // how many there were. When there are none at present, wake tells when to read
@@ -385,34 +378,154 @@ func (h *hub) waitVersion(ctx context.Context, rv uint64) error {
 		return nil
 	}
 	v := &versionWaiter{rv: rv, done: make(chan struct{})}
-	h.mu.Lock()
-	if err := h.closed.Load(); err != nil {
-		h.mu.Unlock()
+	if err := h.versions.add(v, &h.closed); err != nil {
 		return err
 	}
-	heap.Push(&h.waiters, v)
-	h.busy.Store(true)
-	h.mu.Unlock()
-	h.notify() // what was applied before busy was set
+	h.notify() // what was applied before it waited
 	select {
 	case <-v.done:
 		return v.err
 	case <-ctx.Done():
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		if v.place >= 0 {
-			heap.Remove(&h.waiters, v.place)
-			h.updateBusy()
-		}
+		h.versions.remove(v)
 		return ctx.Err()
 	}
 }
 
-func (h *hub) releaseWaiters(rv uint64) {
-	for len(h.waiters) > 0 && h.waiters[0].rv <= rv {
-		close(heap.Pop(&h.waiters).(*versionWaiter).done)
+// watchNode holds the armed watchers of one key or prefix. Those of prefixes make a
+// tree, in which the nodes above one are prefixes of its own, so all that a key
+// has are on one way down from the root, which takes no longer than to read the
+// key. A node stays as long as there are watchers that use it, armed or not.
+type watchNode struct {
+	name     string
+	children []*watchNode
+	firsts   []byte // for each child the first byte of its name after this one's; no two are equal
+	armed    map[*watcher]struct{}
+	users    int // watchers; without any the node is where ways part, or the root
+}
+
+// child returns the place of the child on the way to a longer name, or -1.
+func (n *watchNode) child(name string) int { return bytes.IndexByte(n.firsts, name[len(n.name)]) }
+
+// eachPrefix calls f with the nodes whose names are prefixes of a key.
+func (n *watchNode) eachPrefix(key string, f func(*watchNode)) {
+	for {
+		if len(n.armed) > 0 {
+			f(n)
+		}
+		above := len(n.name)
+		if above == len(key) {
+			return
+		}
+		i := n.child(key)
+		if i < 0 {
+			return
+		}
+		if n = n.children[i]; !strings.HasPrefix(key[above+1:], n.name[above+1:]) {
+			return
+		}
 	}
-	h.updateBusy()
+}
+
+// each calls f with all nodes from n down.
+func (n *watchNode) each(f func(*watchNode)) {
+	f(n)
+	for _, c := range n.children {
+		c.each(f)
+	}
+}
+
+// find returns the node with a name, which begins with that of n. It makes it if
+// there is none.
+func (n *watchNode) find(name string) *watchNode {
+	for len(n.name) < len(name) {
+		i := n.child(name)
+		if i < 0 {
+			c := &watchNode{name: name}
+			n.children, n.firsts = append(n.children, c), append(n.firsts, name[len(n.name)])
+			return c
+		}
+		c := n.children[i]
+		same := len(n.name)
+		for same < min(len(name), len(c.name)) && name[same] == c.name[same] {
+			same++
+		}
+		if same < len(c.name) {
+			c = &watchNode{name: name[:same], children: []*watchNode{c}, firsts: []byte{c.name[same]}}
+			n.children[i] = c
+		}
+		n = c
+	}
+	return n
+}
+
+// forget removes the node with a name, if nobody uses it, and that above it if it
+// is not needed any more.
+func (n *watchNode) forget(name string) {
+	if len(n.name) == len(name) {
+		return
+	}
+	i := n.child(name)
+	c := n.children[i]
+	c.forget(name)
+	if c.users > 0 {
+		return
+	}
+	switch len(c.children) {
+	case 0:
+		n.children, n.firsts = slices.Delete(n.children, i, i+1), slices.Delete(n.firsts, i, i+1)
+	case 1:
+		n.children[i] = c.children[0]
+	}
+}
+
+// versionWaiters are those who wait for a version of the store.
+type versionWaiters struct {
+	busy atomic.Bool // there are some
+	mu   sync.Mutex
+	heap versionHeap
+}
+
+// add adds a waiter unless closed says why it would wait in vain.
+func (w *versionWaiters) add(v *versionWaiter, closed *atomic.Pointer[apiError]) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := closed.Load(); err != nil {
+		return err
+	}
+	heap.Push(&w.heap, v)
+	w.busy.Store(true)
+	return nil
+}
+
+// remove ends a wait. It may have ended already.
+func (w *versionWaiters) remove(v *versionWaiter) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if v.place >= 0 {
+		heap.Remove(&w.heap, v.place)
+		w.busy.Store(len(w.heap) > 0)
+	}
+}
+
+// release ends the waits for versions up to rv.
+func (w *versionWaiters) release(rv uint64) {
+	if w.busy.Load() {
+		w.endUpTo(rv, nil)
+	}
+}
+
+// end ends all waits.
+func (w *versionWaiters) end(err error) { w.endUpTo(math.MaxUint64, err) }
+
+func (w *versionWaiters) endUpTo(rv uint64, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for len(w.heap) > 0 && w.heap[0].rv <= rv {
+		v := heap.Pop(&w.heap).(*versionWaiter)
+		v.err = err
+		close(v.done)
+	}
+	w.busy.Store(len(w.heap) > 0)
 }
 
 // versionWaiter waits for a version; versionHeap has the lowest first.

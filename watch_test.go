@@ -144,6 +144,14 @@ func wantDrained(t *testing.T, w *watcher, rv uint64, want ...string) {
 	}
 }
 
+// idle says what is left of watches that were closed, and of waits that are over.
+func (h *hub) idle() error {
+	if h.armed != 0 || len(h.keys) != 0 || len(h.prefixes.children) != 0 || h.prefixes.users != 0 || h.busy.Load() || h.versions.busy.Load() || len(h.versions.heap) > 0 {
+		return fmt.Errorf("%d armed, %v %v, %d wait for versions", h.armed, h.keys, h.prefixes, len(h.versions.heap))
+	}
+	return nil
+}
+
 func TestHub_StartInThePast(t *testing.T) {
 	r := newWatchRig(t)
 	for _, key := range []string{"a", "b", "c", "a"} {
@@ -235,8 +243,8 @@ func TestHub_Armed(t *testing.T) {
 	w.close()
 	other.close()
 	other.close() // again
-	if h := r.hub; h.armed != 0 || len(h.keys) != 0 || len(h.prefixes) != 0 || len(h.lengths) != 0 || h.busy.Load() {
-		t.Errorf("after close: %d armed, %v %v %v", h.armed, h.keys, h.prefixes, h.lengths)
+	if err := r.hub.idle(); err != nil {
+		t.Errorf("after close: %v", err)
 	}
 }
 
@@ -552,10 +560,137 @@ func TestHub_WaitVersion(t *testing.T) {
 				t.Errorf("%d at the end: %v", rv, err)
 			}
 		}
-		if r.hub.busy.Load() || len(r.hub.waiters) > 0 {
-			t.Error("somebody is left")
+		if err := r.hub.idle(); err != nil {
+			t.Error(err)
 		}
 	})
+}
+
+// TestHub_WaitVersionInTime: however long the hub is busy with watches, who waits for
+// a version is told that it came too late, when that is so.
+func TestHub_WaitVersionInTime(t *testing.T) {
+	r := newWatchRig(t)
+	r.hub.mu.Lock() // it looks at events
+	defer r.hub.mu.Unlock()
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- r.hub.waitVersion(ctx, 1) }()
+	cancel()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("it waits for the hub")
+	}
+}
+
+// TestHub_LetsOthersIn: while the hub looks at many events, others get in between.
+func TestHub_LetsOthersIn(t *testing.T) {
+	r := newWatchRig(t)
+	w := r.watch("none", false, 0)
+	wantDrained(t, w, 0)
+	r.fill(10 * hubTurn)
+	for n := uint64(1); r.hub.lookAtSome(); n++ { // each holds the mutex once
+		if got := r.hub.next; got > n*hubTurn {
+			t.Fatalf("%d events in %d turns", got, n)
+		}
+	}
+	wantDrained(t, w, 10*hubTurn)
+}
+
+// TestWatchNode_Model compares the tree of prefixes with a list of them.
+func TestWatchNode_Model(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	name := func(most int) string {
+		b := make([]byte, random.IntN(most))
+		for i := range b {
+			b[i] = "ab\x00\xff"[random.IntN(2+2*random.IntN(2))]
+		}
+		return string(b)
+	}
+	h := newHub(newKVStore())
+	var open []*watcher
+	for range 20_000 {
+		switch n := random.IntN(4); {
+		case n == 0 && len(open) > 0:
+			i := random.IntN(len(open))
+			open[i].close()
+			open = slices.Delete(open, i, i+1)
+		case n == 1 && len(open) < 100:
+			w, err := h.watch(name(12), random.IntN(4) > 0, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			h.arm(w)
+			open = append(open, w)
+		default:
+			e := event{key: name(16)}
+			h.next = 0
+			h.look(&e)
+			for _, w := range open {
+				if woken := !w.armed.Load(); woken != w.wants(e.key) {
+					t.Fatalf("key %q, watch of %q (prefix: %v): woken %v", e.key, w.key, w.isPrefix, woken)
+				}
+			}
+			h.next = 0
+			for _, w := range open {
+				w.next = 0
+				if !w.armed.Load() {
+					h.arm(w)
+				}
+			}
+		}
+		nodes, used := 0, map[string]bool{}
+		h.prefixes.each(func(n *watchNode) {
+			nodes++
+			if n != &h.prefixes && n.users == 0 && len(n.children) < 2 {
+				t.Fatalf("the node %q is for nobody", n.name)
+			}
+		})
+		for _, w := range open {
+			used[w.key] = used[w.key] || w.isPrefix
+		}
+		if nodes > 2*len(used)+1 {
+			t.Fatalf("%d nodes for %d prefixes", nodes, len(used))
+		}
+	}
+	for _, w := range open {
+		w.close()
+	}
+	if err := h.idle(); err != nil {
+		t.Error(err)
+	}
+}
+
+// BenchmarkHub_Look: what an event costs the hub that nobody waits for.
+func BenchmarkHub_Look(b *testing.B) {
+	long := strings.Repeat("a", keySizeMax-1)
+	for _, bb := range []struct {
+		name     string
+		prefixes int
+		prefix   func(i int) string
+		key      string
+	}{
+		{"one prefix", 1, func(int) string { return "none/" }, long + "b"},
+		{"4096 prefixes of other lengths", 4095, func(i int) string { return long[:i] + "c" }, long + "b"},
+		{"4096 prefixes of other lengths/another key", 4095, func(i int) string { return "b" + long[:i] }, long + "b"},
+		{"4096 prefixes of one length", 4095, func(i int) string { return fmt.Sprintf("k/%04d/", i) }, "k/none"},
+	} {
+		b.Run(bb.name, func(b *testing.B) {
+			r := newWatchRig(b)
+			for i := range bb.prefixes {
+				r.hub.arm(r.watch(bb.prefix(i), true, 0))
+			}
+			e := event{key: bb.key}
+			for b.Loop() {
+				r.hub.look(&e)
+			}
+		})
+	}
 }
 
 // TestHub_WaitVersionEndsTwice: a deadline that passes when the hub closes.
@@ -756,8 +891,8 @@ func TestHub_CloseRaces(t *testing.T) {
 		cancel()
 		r.put("k1", "v")
 		wg.Wait()
-		if h := r.hub; h.armed != 0 || len(h.keys) != 0 || len(h.prefixes) != 0 || len(h.lengths) != 0 || h.busy.Load() {
-			t.Fatalf("after the end: %d armed, %v %v %v", h.armed, h.keys, h.prefixes, h.lengths)
+		if err := r.hub.idle(); err != nil {
+			t.Fatalf("after the end: %v", err)
 		}
 	}
 }
