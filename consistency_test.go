@@ -8,10 +8,8 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"go.uber.org/zap"
@@ -253,95 +251,6 @@ func TestExchange_Waits(t *testing.T) {
 	r.guard.release() // as exchange does when it ends
 	if err := <-released; err == nil {
 		t.Error("a node that stops serves without a comparison")
-	}
-}
-
-// TestHub_Ends: a hub that has ended is not reopened, and its reason stays.
-func TestHub_Ends(t *testing.T) {
-	h := newHub(newKVStore())
-	h.close(errDiverged)
-	h.close(errShuttingDown)
-	h.close(errDiverged)
-	h.reopen()
-	w, err := h.watch("", true, 0)
-	must(t, err)
-	if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, errShuttingDown) {
-		t.Errorf("read: %v", err)
-	}
-	if err := h.waitVersion(t.Context(), 1); !errors.Is(err, errShuttingDown) {
-		t.Errorf("waitVersion: %v", err)
-	}
-}
-
-// TestHub_LooksForTheFirst: what was applied just before the first watcher or waiter came is not missed until the
-// next write: they make the hub look.
-func TestHub_LooksForTheFirst(t *testing.T) {
-	s := newKVStore()
-	h := newHub(s)
-	w, err := h.watch("", true, 0)
-	must(t, err)
-	if _, err := w.scan(func(*event, bool) {}); err != nil {
-		t.Fatal(err)
-	}
-	applyAll(t, s, somePut)
-	h.notify() // nobody waits, so this does nothing
-	if len(h.wake) != 0 {
-		t.Fatal("it looks although nobody waits")
-	}
-	h.arm(w)
-	if len(h.wake) != 1 {
-		t.Error("a watcher that arms itself does not make the hub look")
-	}
-	h.distribute()
-	if n, _, err := w.read(func(*event, bool) {}); n != 1 || err != nil {
-		t.Errorf("read %d events: %v", n, err)
-	}
-	w.close()
-
-	h = newHub(s)
-	done := make(chan error, 1)
-	go func() { done <- h.waitVersion(t.Context(), s.version()+1) }()
-	select {
-	case <-h.wake:
-	case <-time.After(5 * time.Second):
-		t.Fatal("one that waits for a version does not make the hub look")
-	}
-	applyAll(t, s, somePut)
-	h.distribute()
-	must(t, <-done)
-}
-
-// TestJournal_WaitsForSound: while the node does not serve the journal waits, and then goes on without a gap.
-func TestJournal_WaitsForSound(t *testing.T) {
-	for _, why := range []*apiError{errUnchecked, errDiverged} {
-		synctest.Test(t, func(t *testing.T) {
-			r := newJournalRig(t)
-			stop := r.start()
-			want := func(lines int) {
-				t.Helper()
-				time.Sleep(2 * journalRetry)
-				synctest.Wait()
-				if got := strings.Count(r.content(), "\n"); got != lines {
-					t.Errorf("%s: it has %d lines, want %d:\n%s", why.code, got, lines, r.content())
-				}
-			}
-			r.put("a", "1")
-			want(1)
-			r.hub.close(why)
-			r.put("b", "2")
-			want(1)
-			r.hub.reopen()
-			want(2)
-			r.put("c", "3")
-			want(3)
-			r.hub.close(why)
-			r.put("d", "4")
-			want(3)
-			must(t, stop()) // without an error, and without what was applied in doubt
-			want(3)
-			r.cycle()
-			want(4)
-		})
 	}
 }
 

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"fmt"
 	"math/rand/v2"
 	"strings"
@@ -177,50 +176,28 @@ func testEventLogCopy(t *testing.T, both int) {
 	}
 }
 
-// TestEventLog_Snapshot: a member that restores a snapshot drops the same events
-// at the same time as one that has applied all of them, whatever the bounds.
-func TestEventLog_Snapshot(t *testing.T) {
-	for _, bounds := range [][2]uint64{{eventsMaxDefault, eventBytesMaxDefault}, {2000, 1 << 36}, {1 << 24, 3 << 20}} {
-		r := newWatchRig(t)
-		r.record = false
-		r.store.shrinkWindow(bounds[0], bounds[1])
-		random := rand.New(rand.NewPCG(3, 4))
-		write := func(n int, stores ...*kvstore) {
-			for range n {
-				batch := randomBatch(random)
-				batch[0] = command{op: opPut, key: "large", value: strings.Repeat("x", random.IntN(30_000))}
-				index := stores[0].applied() + 1
-				var data []byte
-				for i := range batch {
-					data = batch[i].appendTo(data)
-				}
-				for _, s := range stores {
-					if _, err := s.apply(index, 1, batchHeader{session: 1, seq: index, time: 1}, data, nil); err != nil {
-						t.Fatal(err)
-					}
-				}
-			}
+// TestEventLog_Holds: the window waits for who has to read all of it, but not for
+// ever.
+func TestEventLog_Holds(t *testing.T) {
+	l := eventLog{countMax: 1, bytesMax: 1, hold: &hold{}}
+	rv := uint64(0)
+	add := func(n int) {
+		for range n {
+			rv++
+			l.append(event{rv: rv, last: true})
 		}
-		bytesOf := func(s *kvstore) []byte {
-			var b bytes.Buffer
-			st := s.snapshot()
-			must(t, st.writeTo(&b))
-			return b.Bytes()
-		}
-		write(300, r.store)
-		restored := newKVStore()
-		restored.shrinkWindow(bounds[0], bounds[1])
-		st, err := readState(bytes.NewReader(bytesOf(r.store)))
-		must(t, err)
-		restored.restore(st)
-		for range 4 {
-			if !bytes.Equal(bytesOf(r.store), bytesOf(restored)) {
-				t.Fatalf("bounds %v: the snapshots differ", bounds)
-			}
-			write(50, r.store, restored)
-			checkWindow(t, &restored.state.events)
-		}
-		t.Logf("bounds %v: %d events, %d bytes, dropped up to version %d of %d", bounds,
-			r.store.state.events.count, r.store.state.events.bytes, r.store.eventsDropped(), r.store.version())
+	}
+	add(10 * chunkEventsMax)
+	if l.dropped != 0 || l.hold.overtaken.Load() {
+		t.Fatalf("dropped up to %d", l.dropped)
+	}
+	l.hold.rv.Store(5*chunkEventsMax + 1)
+	add(1)
+	if l.dropped != 5*chunkEventsMax || l.hold.overtaken.Load() {
+		t.Fatalf("dropped up to %d", l.dropped)
+	}
+	add(holdEventsMax)
+	if l.dropped <= 5*chunkEventsMax+1 || !l.hold.overtaken.Load() || l.count > holdEventsMax+2*chunkEventsMax {
+		t.Fatalf("dropped up to %d", l.dropped)
 	}
 }

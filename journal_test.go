@@ -538,3 +538,70 @@ func TestJournal_LongLines(t *testing.T) {
 		}
 	}
 }
+
+// TestJournal_WaitsForSound: while the node does not serve the journal waits, and then goes on without a gap.
+func TestJournal_WaitsForSound(t *testing.T) {
+	for _, why := range []*apiError{errUnchecked, errDiverged} {
+		synctest.Test(t, func(t *testing.T) {
+			r := newJournalRig(t)
+			stop := r.start()
+			want := func(lines int) {
+				t.Helper()
+				time.Sleep(2 * journalRetry)
+				synctest.Wait()
+				if got := strings.Count(r.content(), "\n"); got != lines {
+					t.Errorf("%s: it has %d lines, want %d:\n%s", why.code, got, lines, r.content())
+				}
+			}
+			r.put("a", "1")
+			want(1)
+			r.hub.close(why)
+			r.put("b", "2")
+			want(1)
+			r.hub.reopen()
+			want(2)
+			r.put("c", "3")
+			want(3)
+			r.hub.close(why)
+			r.put("d", "4")
+			want(3)
+			must(t, stop()) // without an error, and without what was applied in doubt
+			want(3)
+			r.cycle()
+			want(4)
+		})
+	}
+}
+
+// TestJournal_Overtaken: a journal that would miss something ends its node.
+func TestJournal_Overtaken(t *testing.T) {
+	for _, n := range []int{holdEventsMax / 2, holdEventsMax + 4*chunkEventsMax} {
+		synctest.Test(t, func(t *testing.T) {
+			r := newJournalRig(t)
+			r.record = false
+			r.smallWindow(1)
+			stop := r.start()
+			r.put("a", "v")
+			synctest.Wait()
+			r.store.mu.Lock() // so that the journal cannot read meanwhile
+			st := &r.store.state
+			for range n {
+				first := st.events.end()
+				st.put("k", "v", 0)
+				st.commit(&result{})
+				st.events.endEntry(first)
+			}
+			r.store.mu.Unlock()
+			r.hub.notify()
+			synctest.Wait()
+			err := stop()
+			lost := n > holdEventsMax
+			if errors.Is(err, errJournalSlow) != lost || !lost && err != nil {
+				t.Errorf("%d events: %v", n, err)
+			}
+			if got := r.content(); strings.Contains(got, `"gap"`) || !lost && strings.Count(got, "\n") != n+1 {
+				t.Errorf("%d events: %d lines", n, strings.Count(got, "\n"))
+			}
+		})
+	}
+}

@@ -2,15 +2,11 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"encoding/binary"
 	"fmt"
 	"math"
 	"slices"
-	"strings"
 	"time"
-
-	"go.uber.org/zap"
 )
 
 // This file is the feature level: which commands, formats and rules a cluster
@@ -225,73 +221,19 @@ func (s *state) clock() int64 {
 	return s.elapsed
 }
 
-// How often a leader asks the members which level they know: soon after a start,
-// later as often as it asks them how they are.
-const (
-	levelEveryMin = 20 * time.Millisecond
-	levelEveryMax = exchangeEvery
-)
-
-// keepLevel raises the level of the cluster as soon as all members know it,
-// until ctx ends.
-func (n *node) keepLevel(ctx context.Context) error {
-	every := levelEveryMin
-	for {
-		select {
-		case <-time.After(every):
-		case <-ctx.Done():
-			return nil
-		}
-		if n.store.level() >= n.store.knows() || n.loop.status.Load().leader != n.config.id {
-			every = levelEveryMin
-			if n.store.level() >= n.store.knows() {
-				every = levelEveryMax
-			}
-			continue
-		}
-		every = min(2*every, levelEveryMax)
-		r := commonLevel(n.store.members(), n.askOthers(ctx, nil), n.config.id, n.store.knows())
-		if r.level <= n.store.level() {
-			continue
-		}
-		res, err := n.propose(ctx, n.config.requestTimeout, command{op: opLevel, value: r.encode()})
-		if err == nil && res.status == statusReplaced {
-			n.logger.Info("the feature level of the cluster was raised", zap.Int("level", r.level))
-		}
-	}
+// raiseLevel is a command that raises the level, if only these are members.
+func raiseLevel(level int, members ...uint64) command {
+	return command{op: opLevel, value: raising{level: level, members: members}.encode()}
 }
 
-// commonLevel returns the highest level that all members know.
-func commonLevel(members []member, others map[uint64]health, self uint64, own int) raising {
-	r := raising{level: own}
-	for _, m := range members {
-		r.members = append(r.members, m.ID)
-		if m.ID != self {
-			r.level = min(r.level, others[m.ID].Level) // 0 without an answer
-		}
+// setTTL makes a put expire so long after it is applied. As long as not all members
+// know how to, that is so long after now.
+func (c *command) setTTL(ttl time.Duration, level int) {
+	switch {
+	case ttl == 0:
+	case level < 2:
+		c.expires = time.Now().Add(ttl).UnixMilli()
+	default:
+		c.ttl = ttl.Milliseconds()
 	}
-	return r
-}
-
-// oldMembers says which members keep the cluster below a level.
-func (n *node) oldMembers(level int) string {
-	var old []string
-	others := *n.guard.others.Load()
-	for _, m := range n.store.members() {
-		h, answered := others[m.ID]
-		switch {
-		case m.ID == n.config.id:
-			if n.store.knows() < level {
-				old = append(old, fmt.Sprintf("node %d (this one) knows up to %d", m.ID, n.store.knows()))
-			}
-		case !answered:
-			old = append(old, fmt.Sprintf("node %d does not answer", m.ID))
-		case h.Level < level:
-			old = append(old, fmt.Sprintf("node %d knows up to %d", m.ID, max(levelFirst, h.Level)))
-		}
-	}
-	if len(old) == 0 {
-		return "all members know it, so it will be raised in a moment"
-	}
-	return strings.Join(old, ", ") + ": upgrade what is old, bring back or remove what is down"
 }

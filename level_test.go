@@ -13,51 +13,6 @@ import (
 	"time"
 )
 
-// TestLevel_NewerProposalIsRefused: whoever proposes what this program does not
-// know, by whatever way, is told that it did not happen. Nobody ends.
-func TestLevel_NewerProposalIsRefused(t *testing.T) {
-	s, leader := newScenario(t, defaultSimConfig(1, 3))
-	s.wait(t, s.begin(leader, putOp("k", "old"), time.Second))
-	for _, n := range s.nodes {
-		p := n.process
-		_, _, err := p.loop.enqueue(&command{op: opPut, key: "k", condition: condition{kind: 9}}, n.clock().Add(time.Second))
-		if e, ok := errors.AsType[*apiError](err); !ok || !errors.Is(err, errLevel) || e.outcome != notApplied {
-			t.Errorf("node %d takes it: %v", n.id, err)
-		}
-		if len(p.loop.inbox.queue) > 0 || p.loop.inbox.queueSize != 0 {
-			t.Errorf("node %d keeps an empty batch", n.id)
-		}
-		// As a newer program would propose it, together with what all know.
-		b := newBatch(nil)
-		b.add(&command{op: opPut, key: "known", value: "v"})
-		b.add(&command{op: opPut, key: "k", condition: condition{kind: 9}})
-		b.deadline = n.clock().Add(time.Second)
-		p.loop.push(b)
-		p.wake()
-		ended := func() bool {
-			select {
-			case <-b.done:
-				return true
-			default:
-				return false
-			}
-		}
-		if !s.runUntil(5*time.Second, ended) || !errors.Is(b.err, errLevel) || !strings.Contains(b.err.Error(), "condition 9") {
-			t.Fatalf("the batch of node %d: %v; %v", n.id, b.err, s.check.violations)
-		}
-	}
-	s.run(time.Second)
-	if !slices.Equal(s.up(), s.nodes) {
-		t.Error("not all nodes are up")
-	}
-	for _, n := range s.up() {
-		if it, rv, _ := n.process.store.get("k"); it.value != "old" || rv != 1 {
-			t.Errorf("node %d holds %q at version %d", n.id, it.value, rv)
-		}
-	}
-	s.judge(t)
-}
-
 // TestLevel_RulesAreFixed: another number would bring members of the same level to
 // different states. What must change gets a new level.
 func TestLevel_RulesAreFixed(t *testing.T) {
@@ -78,11 +33,6 @@ func TestLevel_RulesAreFixed(t *testing.T) {
 	}
 }
 
-// raiseCommand raises the level, if only these are members.
-func raiseCommand(level int, members ...uint64) command {
-	return command{op: opLevel, value: raising{level: level, members: members}.encode()}
-}
-
 func TestLevel_Raise(t *testing.T) {
 	s := newKVStore()
 	for id := range uint64(3) {
@@ -94,43 +44,26 @@ func TestLevel_Raise(t *testing.T) {
 		_, err := s.apply(n, 1, batchHeader{session: 1, seq: n, time: 1000}, c.appendTo(nil), &out)
 		return append(out, result{})[0], err
 	}
-	if r, err := apply(raiseCommand(2, 1, 2)); err != nil || r.status != statusPrecondition || s.level() != 1 {
+	if r, err := apply(raiseLevel(2, 1, 2)); err != nil || r.status != statusPrecondition || s.level() != 1 {
 		t.Errorf("without member 3: %+v, %v, level %d", r, err, s.level())
 	}
-	if _, err := apply(raiseCommand(levelNewest+1, 1, 2, 3)); !errors.Is(err, errNewer) {
+	if _, err := apply(raiseLevel(levelNewest+1, 1, 2, 3)); !errors.Is(err, errNewer) {
 		t.Errorf("to a level that nobody knows: %v", err)
 	}
 	s.levelMax = 1
-	if _, err := apply(raiseCommand(2, 1, 2, 3)); err == nil || !strings.Contains(err.Error(), "knows up to 1") || s.applied() != 1 {
+	if _, err := apply(raiseLevel(2, 1, 2, 3)); err == nil || !strings.Contains(err.Error(), "knows up to 1") || s.applied() != 1 {
 		t.Errorf("a node that does not take part: %v, at entry %d", err, s.applied())
 	}
 	s.levelMax = 0
-	if r, err := apply(raiseCommand(2, 1, 2, 3, 4)); err != nil || r.status != statusReplaced || s.level() != 2 {
+	if r, err := apply(raiseLevel(2, 1, 2, 3, 4)); err != nil || r.status != statusReplaced || s.level() != 2 {
 		t.Errorf("%+v, %v, level %d", r, err, s.level())
 	}
-	if r, err := apply(raiseCommand(1, 1, 2, 3)); err != nil || s.level() != 2 {
+	if r, err := apply(raiseLevel(1, 1, 2, 3)); err != nil || s.level() != 2 {
 		t.Errorf("back: %+v, %v, level %d", r, err, s.level())
 	}
 	st, err := readState(bytes.NewReader(stateBytes(t, s.snapshot())))
 	if err != nil || st.level != 2 || st.events.rules != &rulesOf[2] || st.retries.rules != &rulesOf[2] {
 		t.Errorf("from a snapshot: level %d, %v", st.level, err)
-	}
-}
-
-// TestLevel_Common: who does not answer, or is older than levels, counts.
-func TestLevel_Common(t *testing.T) {
-	members := []member{{ID: 1}, {ID: 2}, {ID: 3, Learner: true}}
-	for name, tt := range map[string]struct {
-		others map[uint64]health
-		want   int
-	}{
-		"all know it":   {map[uint64]health{2: {Level: 3}, 3: {Level: 2}}, 2},
-		"one is older":  {map[uint64]health{2: {Level: 2}, 3: {}}, 0},
-		"one is silent": {map[uint64]health{2: {Level: 2}}, 0},
-	} {
-		if got := commonLevel(members, tt.others, 1, 2); got.level != tt.want || !slices.Equal(got.members, []uint64{1, 2, 3}) {
-			t.Errorf("%s: %+v", name, got)
-		}
 	}
 }
 
@@ -204,86 +137,6 @@ func TestLevel_WrongClocks(t *testing.T) {
 	}
 	if r := apply(right.Add(65*time.Minute), once); r.replayed {
 		t.Error("it is remembered for ever")
-	}
-}
-
-// TestLevel_LeaderPutsItsOwnTime into what comes from a node whose clock is wrong,
-// which can write all the same.
-func TestLevel_LeaderPutsItsOwnTime(t *testing.T) {
-	s, leader := newScenario(t, defaultSimConfig(1, 3))
-	wrong := s.node(leader.id%3 + 1)
-	for i, off := range []time.Duration{61 * time.Minute, 74 * 365 * 24 * time.Hour, -time.Hour, clockSkewMax / 2} {
-		wrong.offset = off
-		if i == 0 {
-			s.run(time.Second) // its next tick knows
-		}
-		s.run(100 * time.Millisecond)
-		s.wait(t, s.begin(wrong, putOp("k", fmt.Sprint(i)), time.Second))
-		now := leader.clock()
-		n, _ := leader.process.store.seekEvent(leader.process.store.version() - 1)
-		events, _, _ := leader.process.store.eventsFrom(n)
-		if got := time.UnixMilli(events[0].time).Sub(now); got.Abs() > clockSkewMax {
-			t.Errorf("a clock that is off by %v: the event is %v off", off, got)
-		}
-	}
-	wrong.offset = 0
-	s.judge(t)
-}
-
-// TestLevel_RefusalHasTheLeadersTime: what is refused moves the time as little as what is taken.
-func TestLevel_RefusalHasTheLeadersTime(t *testing.T) {
-	s, leader := newScenario(t, defaultSimConfig(1, 3))
-	wrong, down := s.node(leader.id%3+1), s.node((leader.id+1)%3+1)
-	wrong.offset = 74 * 365 * 24 * time.Hour
-	down.crash(tailKept)
-	s.run(time.Second) // until the leader has noticed
-	s.wantRefused(t, wrong.proposeChange(memberChange{removeMember, member{ID: leader.id}}, memberTimeout), "no majority")
-	b := newBatch(nil) // as a newer program would propose it
-	b.add(&command{op: opPut, key: "k", condition: condition{kind: 9}})
-	b.deadline = wrong.clock().Add(time.Second)
-	wrong.process.loop.push(b)
-	wrong.process.wake()
-	s.run(500 * time.Millisecond)
-	if b.err == nil {
-		t.Error("the batch is not refused")
-	}
-	if off := leader.clock().Sub(time.UnixMilli(leader.process.store.state.now)); off.Abs() > clockSkewMax {
-		t.Errorf("the state's time is off by %v", off)
-	}
-	wrong.offset = 0
-	down.start()
-	s.run(time.Second)
-	s.judge(t)
-}
-
-// TestLevel_OldMembers: who is refused for the cluster's level is told which member is old, or away.
-func TestLevel_OldMembers(t *testing.T) {
-	n, _ := idleNode(t)
-	n.config.id = 1
-	for id := range uint64(3) {
-		n.store.state.members[id+1] = member{ID: id + 1}
-	}
-	const upgrade = ": upgrade what is old, bring back or remove what is down"
-	for _, tt := range []struct {
-		own    int
-		others map[uint64]health
-		want   string
-	}{
-		{2, map[uint64]health{2: {Level: 2}, 3: {}}, "node 3 knows up to 1" + upgrade}, // of before levels
-		{2, map[uint64]health{2: {Level: 2}, 3: {Level: 1}}, "node 3 knows up to 1" + upgrade},
-		{2, map[uint64]health{3: {Level: 2}}, "node 2 does not answer" + upgrade},
-		{1, map[uint64]health{2: {}, 3: {Level: 2}}, "node 1 (this one) knows up to 1, node 2 knows up to 1" + upgrade},
-		{2, map[uint64]health{2: {Level: 2}, 3: {Level: 3}}, "all members know it, so it will be raised in a moment"},
-	} {
-		n.store.levelMax = tt.own
-		n.guard.others.Store(&tt.others)
-		if got := n.oldMembers(2); got != tt.want {
-			t.Errorf("%+v: %q, want %q", tt, got, tt.want)
-		}
-		_, err := n.proposeNew(t.Context(), time.Second, command{op: opPut, key: "k", condition: condition{kind: 9}})
-		if e, ok := errors.AsType[*apiError](err); !ok || !errors.Is(err, errLevel) || e.outcome != notApplied || !strings.HasSuffix(e.detail, "; "+tt.want) {
-			t.Errorf("%+v: refused with %v", tt, err)
-		}
 	}
 }
 

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
 	"raftrv/internal/proc"
@@ -83,21 +81,6 @@ func TestNode_LogLevel(t *testing.T) {
 		if a := f.do("PUT", "/-/v1/log-level", body); a.code != 400 || f.config.level.Level() != zapcore.InfoLevel {
 			t.Errorf("%s: %d, level %v", body, a.code, f.config.level)
 		}
-	}
-}
-
-// The level takes effect in a log that is written already, also in its parts.
-func TestNode_LogLevelTakesEffect(t *testing.T) {
-	var out bytes.Buffer
-	logger, level := newLogger(&out, "warn", "json")
-	part := logger.Named("part").With(zap.Int("id", 1))
-	part.Info("one")
-	level.SetLevel(zapcore.DebugLevel)
-	part.Debug("two")
-	level.SetLevel(zapcore.ErrorLevel)
-	part.Warn("three")
-	if got := out.String(); !strings.Contains(got, "two") || strings.Contains(got, "one") || strings.Contains(got, "three") {
-		t.Errorf("%s", got)
 	}
 }
 

@@ -410,15 +410,3 @@ func quality(header http.Header, mediaType string) float64 {
 	}
 	return best
 }
-
-// setTTL makes a put expire so long after it is applied. As long as not all members
-// know how to, that is so long after now.
-func (c *command) setTTL(ttl time.Duration, level int) {
-	switch {
-	case ttl == 0:
-	case level < 2:
-		c.expires = time.Now().Add(ttl).UnixMilli()
-	default:
-		c.ttl = ttl.Milliseconds()
-	}
-}

@@ -31,19 +31,6 @@ import (
 // This file is what the tests with real processes are made of: a cluster, its clients, and load. Everything
 // that clients do goes into one history, which is judged at the end.
 
-var (
-	heavy    = flag.Bool("heavy", false, "run the process tests at full size: a minute of load, a gigabyte of log, a million keys")
-	liveRace = flag.Bool("live-race", false, "run nodes that are built with the race detector")
-)
-
-// sized returns how much of something a test does.
-func sized[T any](short, full T) T {
-	if *heavy {
-		return full
-	}
-	return short
-}
-
 // liveBinary is the program, built once for all tests of this process.
 var liveBinary struct {
 	once sync.Once
@@ -75,13 +62,6 @@ func buildLiveBinary(t testing.TB) string {
 	})
 	must(t, b.err)
 	return filepath.Join(b.dir, "raftrv")
-}
-
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
 }
 
 // liveTimeout bounds every single wait for a cluster that should be able to go on.

@@ -15,15 +15,6 @@ import (
 	"go.uber.org/zap"
 )
 
-func readFile(t *testing.T, path string) string {
-	t.Helper()
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(b)
-}
-
 // smallSegments makes the log cut segments often, and writes less to create one.
 func smallSegments(t *testing.T) {
 	old := wal.SegmentSizeBytes

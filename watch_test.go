@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -903,4 +904,299 @@ func (s *kvstore) shrinkWindow(countMax, bytesMax uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.state.events.trim()
+}
+
+// TestEventLog_Snapshot: a member that restores a snapshot drops the same events
+// at the same time as one that has applied all of them, whatever the bounds.
+func TestEventLog_Snapshot(t *testing.T) {
+	for _, bounds := range [][2]uint64{{eventsMaxDefault, eventBytesMaxDefault}, {2000, 1 << 36}, {1 << 24, 3 << 20}} {
+		r := newWatchRig(t)
+		r.record = false
+		r.store.shrinkWindow(bounds[0], bounds[1])
+		random := rand.New(rand.NewPCG(3, 4))
+		write := func(n int, stores ...*kvstore) {
+			for range n {
+				batch := randomBatch(random)
+				batch[0] = command{op: opPut, key: "large", value: strings.Repeat("x", random.IntN(30_000))}
+				index := stores[0].applied() + 1
+				var data []byte
+				for i := range batch {
+					data = batch[i].appendTo(data)
+				}
+				for _, s := range stores {
+					if _, err := s.apply(index, 1, batchHeader{session: 1, seq: index, time: 1}, data, nil); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+		}
+		bytesOf := func(s *kvstore) []byte {
+			var b bytes.Buffer
+			st := s.snapshot()
+			must(t, st.writeTo(&b))
+			return b.Bytes()
+		}
+		write(300, r.store)
+		restored := newKVStore()
+		restored.shrinkWindow(bounds[0], bounds[1])
+		st, err := readState(bytes.NewReader(bytesOf(r.store)))
+		must(t, err)
+		restored.restore(st)
+		for range 4 {
+			if !bytes.Equal(bytesOf(r.store), bytesOf(restored)) {
+				t.Fatalf("bounds %v: the snapshots differ", bounds)
+			}
+			write(50, r.store, restored)
+			checkWindow(t, &restored.state.events)
+		}
+		t.Logf("bounds %v: %d events, %d bytes, dropped up to version %d of %d", bounds,
+			r.store.state.events.count, r.store.state.events.bytes, r.store.eventsDropped(), r.store.version())
+	}
+}
+
+func TestMetrics_Watches(t *testing.T) {
+	r := newWatchRig(t)
+	r.run()
+	s := &r.hub.stats
+	a, b := r.watch("k/", true, 0), r.watch("k/", true, 0)
+	r.put("k/1", "v")
+	if _, _, err := readAll(a); err != nil {
+		t.Fatal(err)
+	}
+	b.close()
+	b.close()
+	if s.open.Load() != 1 || s.events.Load() != 1 {
+		t.Errorf("%d open, %d events", s.open.Load(), s.events.Load())
+	}
+	r.record = false
+	r.store.shrinkWindow(1, 1)
+	r.fill(20_000) // a has read to the first and waits
+	for {
+		n, _, err := a.read(func(*event, bool) {})
+		if err != nil {
+			break
+		}
+		if n == 0 {
+			t.Fatal("it kept up")
+		}
+	}
+	if s.slow.Load()+s.expired.Load() != 1 {
+		t.Errorf("%d slow, %d expired", s.slow.Load(), s.expired.Load())
+	}
+}
+
+// TestRestore_NoVersionTwice: of two clusters that were made from the same file the
+// later one gives out no version of the other, and takes none for its own.
+func TestRestore_NoVersionTwice(t *testing.T) {
+	const taken = leapEpoch + 200_000_000_000
+	made := func(level int, start int64, writes int) *watchRig {
+		r := newWatchRig(t)
+		r.record = false
+		r.now = taken
+		r.apply(raiseLevel(level))
+		r.put("k", "v")
+		r.store.state.begin([]member{{ID: 1}}, nil)
+		r.index, r.now = r.store.state.index, start
+		st := r.store.snapshot() // as a node that was restored reads it
+		r.store.restore(st)
+		for range writes {
+			r.put("k", "w")
+		}
+		return r
+	}
+	for level := 1; level <= 2; level++ {
+		first, second := made(level, taken+5000, 50), made(level, taken+5001, 8)
+		seen := first.store.version()
+		_, err := second.hub.watch("k", false, seen)
+		if apart := err != nil; apart != (level == 2) {
+			t.Errorf("level %d: a watch from version %d of the first cluster in the second, which is at %d: %v", level, seen, second.store.version(), err)
+		}
+		it, rv, _ := second.store.get("k")
+		if level == 2 && (rv-8 <= seen || it.rv != rv || second.store.eventsDropped() != rv-8 || it.rv >= 1<<53) {
+			t.Errorf("the second cluster is at version %d, the first at %d", rv, seen)
+		}
+	}
+	// It happens once, and only after a restore.
+	r := newWatchRig(t)
+	r.now = taken
+	r.apply(raiseLevel(2))
+	for want := range uint64(3) {
+		if rv := r.put("k", "v"); rv != want+1 {
+			t.Errorf("version %d", rv)
+		}
+	}
+}
+
+// TestHub_Ends: a hub that has ended is not reopened, and its reason stays.
+func TestHub_Ends(t *testing.T) {
+	h := newHub(newKVStore())
+	h.close(errDiverged)
+	h.close(errShuttingDown)
+	h.close(errDiverged)
+	h.reopen()
+	w, err := h.watch("", true, 0)
+	must(t, err)
+	if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, errShuttingDown) {
+		t.Errorf("read: %v", err)
+	}
+	if err := h.waitVersion(t.Context(), 1); !errors.Is(err, errShuttingDown) {
+		t.Errorf("waitVersion: %v", err)
+	}
+}
+
+// TestHub_LooksForTheFirst: what was applied just before the first watcher or waiter came is not missed until the
+// next write: they make the hub look.
+func TestHub_LooksForTheFirst(t *testing.T) {
+	s := newKVStore()
+	h := newHub(s)
+	w, err := h.watch("", true, 0)
+	must(t, err)
+	if _, err := w.scan(func(*event, bool) {}); err != nil {
+		t.Fatal(err)
+	}
+	applyAll(t, s, somePut)
+	h.notify() // nobody waits, so this does nothing
+	if len(h.wake) != 0 {
+		t.Fatal("it looks although nobody waits")
+	}
+	h.arm(w)
+	if len(h.wake) != 1 {
+		t.Error("a watcher that arms itself does not make the hub look")
+	}
+	h.distribute()
+	if n, _, err := w.read(func(*event, bool) {}); n != 1 || err != nil {
+		t.Errorf("read %d events: %v", n, err)
+	}
+	w.close()
+
+	h = newHub(s)
+	done := make(chan error, 1)
+	go func() { done <- h.waitVersion(t.Context(), s.version()+1) }()
+	select {
+	case <-h.wake:
+	case <-time.After(5 * time.Second):
+		t.Fatal("one that waits for a version does not make the hub look")
+	}
+	applyAll(t, s, somePut)
+	h.distribute()
+	must(t, <-done)
+}
+
+// TestHub_PrefixTooLong: more than that is refused, and nothing happens.
+func TestHub_PrefixTooLong(t *testing.T) {
+	r := newWatchRig(t)
+	r.record = false
+	r.apply(raiseLevel(2))
+	for i := range 5000 {
+		r.put(fmt.Sprintf("%0*d", keySizeMax, i), "")
+	}
+	before := r.store.version()
+	if res := r.apply(command{op: opDeletePrefix, key: "0"}); res[0].status != statusTooMany || r.store.version() != before {
+		t.Errorf("%+v", res[0])
+	}
+}
+
+// TestHub_OthersDoNotNotice: large deletions, of whatever kind, end no
+// watch, of whatever key.
+func TestHub_OthersDoNotNotice(t *testing.T) {
+	const n = 90
+	keyOf := func(i int) string { return fmt.Sprintf("big/%d", i) }
+	var each, expire []command
+	var x txn
+	for i := range n {
+		each = append(each, command{op: opDelete, key: keyOf(i)})
+		expire = append(expire, command{op: opExpire, key: keyOf(i)})
+		x.then = append(x.then, command{op: opDelete, key: keyOf(i)})
+	}
+	for name, batch := range map[string][]command{
+		"prefix":      {{op: opDeletePrefix, key: "big/"}},
+		"deletes":     each,
+		"expiries":    expire,
+		"transaction": {{op: opTxn, value: x.encode()}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newWatchRig(t)
+			r.record = false
+			r.apply(raiseLevel(2))
+			value := strings.Repeat("x", 1<<20)
+			for i := range n {
+				r.put(keyOf(i), value)
+			}
+			rv := r.put("other", "1")
+			watches := map[string]*watcher{"the key of another": r.watch("other", false, rv), "the prefix": r.watch("big/", true, rv)}
+			for _, w := range watches {
+				if _, _, err := drain(w); err != nil {
+					t.Fatal(err)
+				}
+			}
+			r.apply(batch...)
+			r.put("other", "2")
+			r.hub.distribute()
+			for name, w := range watches {
+				want := map[bool]int{true: n, false: 1}[w.isPrefix]
+				if got, _, err := drain(w); err != nil || len(got) != want {
+					t.Errorf("who watches %s gets %d events, %v", name, len(got), err)
+				}
+			}
+		})
+	}
+}
+
+// TestHub_DeletedValue: what a deletion says of the value.
+func TestHub_DeletedValue(t *testing.T) {
+	for level, want := range map[int][]bool{1: {true, true}, 2: {true, false}} {
+		r := newWatchRig(t)
+		if level > 1 {
+			r.apply(raiseLevel(level))
+		}
+		for i, size := range []int{deletedValueMax, deletedValueMax + 1} {
+			r.put("k", strings.Repeat("x", size))
+			n := r.store.state.events.end()
+			r.apply(command{op: opDelete, key: "k"})
+			events, _, _ := r.store.eventsFrom(n)
+			if e := events[0]; e.cut == want[i] || len(e.item.value) != map[bool]int{true: size}[want[i]] || e.item.created == 0 {
+				t.Errorf("level %d: of %d bytes %d are kept, cut %v", level, size, len(e.item.value), e.cut)
+			}
+		}
+		snap := r.store.snapshot()
+		st, err := readState(bytes.NewReader(stateBytes(t, snap)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, _, _ := st.events.from(0)
+		for i, e := range snap.events.chunks[0].events {
+			if got[i] != e {
+				t.Errorf("level %d: event %d is %+v in a snapshot", level, i, got[i])
+			}
+		}
+	}
+}
+
+// TestEventLog_NewestEntry: however small the window is, the events of an entry
+// stay until the next one, and who has read all before is not too slow for them.
+func TestEventLog_NewestEntry(t *testing.T) {
+	r := newWatchRig(t)
+	r.record = false
+	r.store.shrinkWindow(1, 1)
+	r.fill(2 * chunkEventsMax)
+	w := r.watch("k/", true, r.store.version())
+	if _, _, err := drain(w); err != nil {
+		t.Fatal(err)
+	}
+	var batch []command
+	for i := range 5 * chunkEventsMax {
+		batch = append(batch, command{op: opPut, key: fmt.Sprintf("k/%d", i)})
+	}
+	for range 3 {
+		r.apply(batch...)
+		r.hub.distribute()
+		if got, _, err := drain(w); err != nil || len(got) != len(batch) {
+			t.Fatalf("%d events of %d, %v", len(got), len(batch), err)
+		}
+	}
+	r.put("k/0", "v")
+	r.put("k/0", "v")
+	if n := r.store.state.events.count; n > chunkEventsMax {
+		t.Errorf("%d events are left", n)
+	}
 }

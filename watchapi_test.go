@@ -654,3 +654,14 @@ func TestWatch_ManyParts(t *testing.T) {
 		t.Errorf("%v", m)
 	}
 }
+
+// A deletion tells the value that was deleted unless that was too large to be kept.
+func TestWatch_DeletedValue(t *testing.T) {
+	for _, cut := range []bool{false, true} {
+		s := &watchStream{}
+		s.appendEvent(&event{kind: eventDeleted, key: "k", rv: 2, prev: 1, cut: cut}, true)
+		if got := strings.Contains(string(*s.buf), `"value":"`); got == cut {
+			t.Errorf("cut %v: %s", cut, *s.buf)
+		}
+	}
+}

@@ -1,0 +1,72 @@
+package main
+
+import (
+	"bufio"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestHTTP_Snapshot(t *testing.T) {
+	f := newFront(t)
+	for i := range 1000 {
+		f.put(fmt.Sprint("key-", i), strings.Repeat("v", i))
+	}
+	a := f.do("GET", "/-/v1/snapshot", "")
+	a.want(t, 200)
+	a.wantHeader(t, "Resource-Version", "1000")
+	a.wantHeader(t, "Raft-Index", fmt.Sprint(f.store.applied()))
+	a.wantHeader(t, "Content-Type", "application/octet-stream")
+	got, err := parseBackup([]byte(a.body))
+	must(t, err)
+	want := f.store.snapshot()
+	sameItems(t, &got.state, &want)
+	if a.header.Get("Cluster-Id") != got.Cluster || got.Member != 1 || got.Version != "v0" {
+		t.Errorf("%+v, header %v", got.backupHead, a.header)
+	}
+	f.do("HEAD", "/-/v1/snapshot", "").wantHeader(t, "Resource-Version", "1000")
+	f.do("GET", "/-/v1/snapshot?prefix=key", "").want(t, 400)
+	f.do("GET", "/-/v1/snapshot?resourceVersion=1000", "").want(t, 200)
+	if left := len(f.store.state.scans); left != 0 {
+		t.Errorf("%d scans are left", left)
+	}
+}
+
+// Who reads slowly gets all of it. Who does not read is cut off.
+func TestHTTP_SlowSnapshot(t *testing.T) {
+	for _, pause := range []time.Duration{streamWriteTimeout - time.Second, streamWriteTimeout + time.Second} {
+		t.Run(pause.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newPipeFront(t)
+				for i := range 50 {
+					f.put(fmt.Sprintf("key-%02d", i), strings.Repeat("v", 64<<10))
+				}
+				c := f.mustDial()
+				_, err := io.WriteString(c, "GET /-/v1/snapshot HTTP/1.1\r\nHost: x\r\n\r\n")
+				must(t, err)
+				res, err := http.ReadResponse(bufio.NewReader(c), nil)
+				must(t, err)
+				digest, part := sha256.New(), make([]byte, 2*frameSize) // a write never waits for two of them
+				for err == nil {
+					time.Sleep(pause)
+					var n int
+					n, err = io.ReadFull(res.Body, part)
+					digest.Write(part[:n])
+				}
+				isWhole := res.Trailer.Get("Repr-Digest") == formatDigest(digest)
+				if want := pause < streamWriteTimeout; isWhole != want {
+					t.Errorf("whole: %v; %v, trailer %v", isWhole, err, res.Trailer)
+				}
+				synctest.Wait()
+				if left := len(f.store.state.scans); left != 0 {
+					t.Errorf("%d scans are left", left)
+				}
+			})
+		})
+	}
+}

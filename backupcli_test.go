@@ -1,0 +1,281 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"go.etcd.io/raft/v3/raftpb"
+	"go.uber.org/zap"
+)
+
+// backupOf writes a backup of a state to a file.
+func backupOf(t *testing.T, st state) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "backup")
+	must(t, os.WriteFile(path, backupBytes(t, &kvstore{state: st}), fileMode))
+	return path
+}
+
+// What does not arrive whole does not replace what was there.
+func TestSaveBackup(t *testing.T) {
+	f := newFront(t)
+	f.put("a", "1")
+	path := filepath.Join(t.TempDir(), "backup")
+	saved, err := saveBackup(t.Context(), "http://"+f.mustDial().RemoteAddr().String()+"/", path)
+	must(t, err)
+	got, err := readBackup(path)
+	must(t, err)
+	if got.state.rv != 1 || saved.size != got.size {
+		t.Errorf("%+v", got)
+	}
+	info, err := os.Stat(path)
+	must(t, err)
+	if info.Mode().Perm() != fileMode {
+		t.Errorf("mode %v", info.Mode())
+	}
+	whole := []byte(readFile(t, path))
+	for name, serve := range map[string]func(w http.ResponseWriter){
+		"a wrong digest": func(w http.ResponseWriter) {
+			w.Header().Set("Trailer", "Repr-Digest")
+			_, _ = w.Write(whole)
+			w.Header().Set("Repr-Digest", "sha-256=:AAAA:")
+		},
+		"no digest": func(w http.ResponseWriter) { _, _ = w.Write(whole) },
+		"broken off": func(w http.ResponseWriter) {
+			_, _ = w.Write(whole[:10])
+			_ = http.NewResponseController(w).Flush()
+			panic(http.ErrAbortHandler)
+		},
+		"refused": func(w http.ResponseWriter) {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			_, _ = w.Write(newProblem(errNoLeader).encode())
+		},
+	} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { serve(w) }))
+		if _, err := saveBackup(t.Context(), server.URL, path); err == nil {
+			t.Errorf("%s: no error", name)
+		} else {
+			t.Logf("%s: %v", name, err)
+		}
+		server.Close()
+	}
+	if readFile(t, path) != string(whole) {
+		t.Error("the backup that was there has changed")
+	}
+	entries, err := os.ReadDir(filepath.Dir(path))
+	must(t, err)
+	if len(entries) != 1 {
+		t.Errorf("left behind: %v", entries)
+	}
+}
+
+// runCommand runs the program in this process.
+func runCommand(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	var out bytes.Buffer
+	err := run(context.Background(), args, &out, io.Discard)
+	return out.String(), err
+}
+
+func TestCommand_SnapshotInspect(t *testing.T) {
+	path := backupOf(t, smallState(t))
+	out, err := runCommand(t, "snapshot", "inspect", path)
+	must(t, err)
+	for _, want := range []string{"checksum          ok, SHA-256 ", "format            1\n", "cluster           7\n", "members           1=http://a:1,2=http://b:1\n"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("%q is not in\n%s", want, out)
+		}
+	}
+	b := []byte(readFile(t, path))
+	b[len(b)/2] ^= 1
+	must(t, os.WriteFile(path, b, fileMode))
+	if out, err := runCommand(t, "snapshot", "inspect", path); err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "byte") {
+		t.Errorf("%v\n%s", err, out)
+	}
+	must(t, os.WriteFile(path, []byte("something else that is longer than a digest"), fileMode))
+	if _, err := runCommand(t, "snapshot", "inspect", path); err == nil || !strings.Contains(err.Error(), "no backup of raftrv") {
+		t.Error(err)
+	}
+}
+
+const restoreMembers = "http://127.0.0.1:1,http://127.0.0.1:2,http://127.0.0.1:3"
+
+// Every node comes to the same state and the same cluster, which is a new one
+// each time.
+func TestCommand_SnapshotRestore(t *testing.T) {
+	smallSegments(t)
+	old := smallState(t)
+	path := backupOf(t, old)
+	parent := t.TempDir()
+	var clusters []uint64
+	for round := range 2 { // with the same file and the same flags
+		bodies, directories := map[string]bool{}, map[uint64]bool{}
+		var records []*founding
+		for id := range 3 {
+			dir := filepath.Join(parent, fmt.Sprint(round), fmt.Sprint(id+1))
+			args := []string{"snapshot", "restore", path, "--data-dir", dir, "--id", fmt.Sprint(id + 1), "--cluster", restoreMembers}
+			out, err := runCommand(t, args...)
+			must(t, err)
+			if !strings.Contains(out, fmt.Sprintf("raftrv --id %d --cluster %s --data-dir %s\n", id+1, restoreMembers, dir)) {
+				t.Errorf("it does not say how to start:\n%s", out)
+			}
+			if _, err := runCommand(t, args...); err == nil || !strings.Contains(err.Error(), "is not empty") {
+				t.Errorf("restored into what it restored: %v", err)
+			}
+			s, rec := openRestored(t, dir)
+			if rec != nil {
+				t.Error("it is in a cluster already")
+			}
+			own, err := s.loadFounding()
+			must(t, err)
+			records = append(records, own)
+			must(t, s.close())
+		}
+		for i, own := range records {
+			answers := map[uint64]peerAnswer{}
+			for _, other := range records {
+				answers[other.Member] = peerAnswer{info: &peerInfo{Node: other.Member, Process: other.Member, Founding: other}}
+			}
+			step := own.decide(own.Member, answers)
+			if step.cluster == 0 {
+				t.Fatalf("%+v", step)
+			}
+			dir := filepath.Join(parent, fmt.Sprint(round), fmt.Sprint(i+1))
+			s, _ := openRestored(t, dir)
+			_, err := s.found(own, step.cluster, step.founders)
+			must(t, err)
+			must(t, s.close())
+			s, rec := openRestored(t, dir)
+			checkRestored(t, rec, &old)
+			bodies[readFile(t, s.bodyPath(firstIndex))], directories[rec.identity.Directory] = true, true
+			if own, err := s.loadFounding(); own != nil || err != nil || rec.identity.Cluster != step.cluster {
+				t.Errorf("%+v, %v, cluster %x", own, err, rec.identity.Cluster)
+			}
+			if i == 0 {
+				clusters = append(clusters, step.cluster)
+			} else if step.cluster != clusters[len(clusters)-1] {
+				t.Errorf("clusters %x, then %x", clusters, step.cluster)
+			}
+			must(t, s.close())
+		}
+		if len(bodies) != 1 || len(directories) != 3 {
+			t.Errorf("%d different states, directories %v", len(bodies), directories)
+		}
+	}
+	if clusters[0] == clusters[1] {
+		t.Error("restored twice, it is the same cluster")
+	}
+}
+
+func openRestored(t *testing.T, dir string) (*storage, *recovered) {
+	t.Helper()
+	s, err := openStorage(dir, zap.NewNop())
+	must(t, err)
+	rec, err := s.load()
+	must(t, err)
+	return s, rec
+}
+
+// checkRestored looks at a restored state, of which old is the origin.
+func checkRestored(t *testing.T, rec *recovered, old *state) {
+	t.Helper()
+	got := rec.state
+	if got.rv != old.rv+versionJump || got.index != firstIndex || !rec.untouched() {
+		t.Errorf("version %d, index %d, untouched %v; version in the backup %d", got.rv, got.index, rec.untouched(), old.rv)
+	}
+	if len(got.sessions) != 0 || len(got.removed) != 0 || len(got.members) != 3 || got.members[2].Learner || len(rec.confState.GetVoters()) != 3 {
+		t.Errorf("sessions %v, members %v, removed %v, %v", got.sessions, got.members, got.removed, rec.confState)
+	}
+	if _, ok := got.events.seek(got.rv - 1); ok {
+		t.Error("a watch could go on from an old version")
+	}
+	if _, ok := got.events.seek(got.rv); !ok {
+		t.Error("no watch can begin")
+	}
+	got.rv = old.rv
+	sameItems(t, &got, old)
+	if got.retries.records.Len() != old.retries.records.Len() {
+		t.Errorf("%d outcomes of retries, want %d", got.retries.records.Len(), old.retries.records.Len())
+	}
+}
+
+// A survivor gives all that its log has, known to be committed or not, and its
+// own directory stays.
+func TestCommand_Recover(t *testing.T) {
+	smallSegments(t)
+	parent := t.TempDir()
+	from, to := filepath.Join(parent, "data"), filepath.Join(parent, "data-recovered")
+	s, rec := newDisk(t, from)
+	rec.state.members[2] = member{ID: 2, PeerURL: "http://127.0.0.1:2"}
+	rec.state.members[3] = member{ID: 3, PeerURL: "http://127.0.0.1:3"}
+	rec.state.removed[4] = true
+	st := &kvstore{state: rec.state}
+	snapshotAt(t, s, st, 20)
+	e := putEntry(21, 3, "not known to be committed", "v")
+	must(t, s.save(&raftpb.HardState{Term: new(uint64(3)), Commit: new(uint64(20))}, []*raftpb.Entry{e}))
+	applyEntry(t, st, e)
+	if _, err := runCommand(t, "recover", "--data-dir", from); err == nil || !strings.Contains(err.Error(), "in use by another process") {
+		t.Errorf("recovered from a node that runs: %v", err)
+	}
+	must(t, s.close())
+	before := readTree(t, from)
+
+	for id, want := range map[string]string{"2": "never used again", "4": "never used again"} {
+		if _, err := runCommand(t, "recover", "--data-dir", from, "--id", id); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("--id %s: %v", id, err)
+		}
+	}
+	if _, err := runCommand(t, "recover", "--data-dir", parent, "--to", from); err == nil {
+		t.Error("recovered into a directory that is not empty")
+	}
+	if _, err := runCommand(t, "recover", "--data-dir", filepath.Join(parent, "none")); err == nil {
+		t.Error("recovered from nothing")
+	}
+	out, err := runCommand(t, "recover", "--data-dir", from)
+	must(t, err)
+	for _, want := range []string{
+		"entries up to 21 of term 3", "those after 20 were committed", "2 (http://127.0.0.1:2), 3 (http://127.0.0.1:3), are missing",
+		"raftrv --id 1 --cluster 1=http://127.0.0.1:1 --data-dir " + to + "\n",
+	} {
+		if !strings.Contains(out, want) {
+			t.Errorf("%q is not in\n%s", want, out)
+		}
+	}
+	after := readTree(t, from)
+	for name, b := range before {
+		if kindOf(name) != "" && !bytes.Equal(after[name], b) {
+			t.Errorf("%s has changed", name)
+		}
+	}
+	s, rec = openRestored(t, to)
+	defer s.close()
+	got := rec.state
+	if len(got.members) != 1 || got.members[1].PeerURL != "http://127.0.0.1:1" || !got.removed[2] || !got.removed[3] || !got.removed[4] || got.removed[1] {
+		t.Errorf("members %v, removed %v", got.members, got.removed)
+	}
+	if rec.identity.Cluster == 7 || got.rv != st.version()+versionJump {
+		t.Errorf("cluster %x, version %d", rec.identity.Cluster, got.rv)
+	}
+	got.rv = st.version()
+	sameItems(t, &got, &st.state)
+}
+
+// What cannot be made completely is not taken for something that it is not.
+func TestMakeDirectory_Fails(t *testing.T) {
+	dir := t.TempDir()
+	cfg := configOf(t, "--id", "1", "--cluster", restoreMembers, "--data-dir", filepath.Join(dir, "file", "data"))
+	must(t, os.WriteFile(filepath.Join(dir, "file"), nil, fileMode))
+	b, err := readBackup(backupOf(t, smallState(t)))
+	must(t, err)
+	if err := restoreBackup(cfg, b, 0, zap.NewNop()); err == nil {
+		t.Error("made a directory in a file")
+	}
+}

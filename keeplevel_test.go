@@ -1,0 +1,57 @@
+package main
+
+import (
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestLevel_Common: who does not answer, or is older than levels, counts.
+func TestLevel_Common(t *testing.T) {
+	members := []member{{ID: 1}, {ID: 2}, {ID: 3, Learner: true}}
+	for name, tt := range map[string]struct {
+		others map[uint64]health
+		want   int
+	}{
+		"all know it":   {map[uint64]health{2: {Level: 3}, 3: {Level: 2}}, 2},
+		"one is older":  {map[uint64]health{2: {Level: 2}, 3: {}}, 0},
+		"one is silent": {map[uint64]health{2: {Level: 2}}, 0},
+	} {
+		if got := commonLevel(members, tt.others, 1, 2); got.level != tt.want || !slices.Equal(got.members, []uint64{1, 2, 3}) {
+			t.Errorf("%s: %+v", name, got)
+		}
+	}
+}
+
+// TestLevel_OldMembers: who is refused for the cluster's level is told which member is old, or away.
+func TestLevel_OldMembers(t *testing.T) {
+	n, _ := idleNode(t)
+	n.config.id = 1
+	for id := range uint64(3) {
+		n.store.state.members[id+1] = member{ID: id + 1}
+	}
+	const upgrade = ": upgrade what is old, bring back or remove what is down"
+	for _, tt := range []struct {
+		own    int
+		others map[uint64]health
+		want   string
+	}{
+		{2, map[uint64]health{2: {Level: 2}, 3: {}}, "node 3 knows up to 1" + upgrade}, // of before levels
+		{2, map[uint64]health{2: {Level: 2}, 3: {Level: 1}}, "node 3 knows up to 1" + upgrade},
+		{2, map[uint64]health{3: {Level: 2}}, "node 2 does not answer" + upgrade},
+		{1, map[uint64]health{2: {}, 3: {Level: 2}}, "node 1 (this one) knows up to 1, node 2 knows up to 1" + upgrade},
+		{2, map[uint64]health{2: {Level: 2}, 3: {Level: 3}}, "all members know it, so it will be raised in a moment"},
+	} {
+		n.store.levelMax = tt.own
+		n.guard.others.Store(&tt.others)
+		if got := n.oldMembers(2); got != tt.want {
+			t.Errorf("%+v: %q, want %q", tt, got, tt.want)
+		}
+		_, err := n.proposeNew(t.Context(), time.Second, command{op: opPut, key: "k", condition: condition{kind: 9}})
+		if e, ok := errors.AsType[*apiError](err); !ok || !errors.Is(err, errLevel) || e.outcome != notApplied || !strings.HasSuffix(e.detail, "; "+tt.want) {
+			t.Errorf("%+v: refused with %v", tt, err)
+		}
+	}
+}

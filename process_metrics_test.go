@@ -1,0 +1,133 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"raftrv/internal/proc"
+	"strings"
+	"testing"
+)
+
+// liveText returns the body of an answer with this status.
+func liveText(t *testing.T, n *proc.Node, target string, status int) string {
+	t.Helper()
+	res, err := http.Get(n.URL() + target)
+	must(t, err)
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	must(t, err)
+	if res.StatusCode != status {
+		t.Fatalf("GET %s: %s %s, want %d", target, res.Status, body, status)
+	}
+	return string(body)
+}
+
+// The metrics of a cluster that works tell what was done to it, and every one
+// that a node can have is there.
+func TestMetrics_LiveCluster(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{Args: []string{"--snapshot-entries=50", "--access-log", "--pprof"}})
+	reader := c.leader()
+	follower := c.others(reader)[0]
+	const writes = 120
+	watched, err := http.Get(follower.URL() + "/-/v1/watch?timeout=30s")
+	must(t, err)
+	defer watched.Body.Close()
+	for i := range writes {
+		req, err := http.NewRequest(http.MethodPut, fmt.Sprintf("%s/k%d", follower.URL(), i%10), strings.NewReader("v"))
+		must(t, err)
+		res, err := http.DefaultClient.Do(req)
+		must(t, err)
+		must(t, res.Body.Close())
+		liveText(t, reader, fmt.Sprintf("/k%d", i%10), 200)
+	}
+	scrape := func(n *proc.Node) samples { return parseSamples(t, liveText(t, n, "/-/metrics", 200)) }
+	c.eventually(func() error { // snapshots are written, and the first round trips measured, in the background
+		for _, n := range c.Nodes {
+			s := scrape(n)
+			if s["raftrv_snapshot_bytes"] == 0 || s["raftrv_resource_version"] != writes || s.sum("raftrv_peer_round_trip_seconds_count") == 0 {
+				return fmt.Errorf("node %d: %v snapshot bytes, resource version %v, %v round trips", n.ID,
+					s["raftrv_snapshot_bytes"], s["raftrv_resource_version"], s.sum("raftrv_peer_round_trip_seconds_count"))
+			}
+		}
+		return nil
+	})
+	names := map[string]bool{}
+	leader := c.leader() // on a busy machine another one than at first, maybe
+	for _, n := range c.Nodes {
+		s := scrape(n)
+		for name := range s.names() {
+			names[name] = true
+		}
+		leads := number(n == leader)
+		for series, want := range map[string]float64{
+			"raftrv_is_leader": leads, "raftrv_has_leader": 1, "raftrv_member_id": float64(n.ID), "raftrv_keys": 10,
+			`raftrv_members{kind="voter"}`: 3, `raftrv_members{kind="learner"}`: 0,
+			`raftrv_ready_check{check="leader"}`: 1, `raftrv_ready_check{check="caught-up"}`: 1, `raftrv_ready_check{check="not-stopping"}`: 1,
+			"raftrv_watchers": number(n == follower), "raftrv_proposal_queue_bytes": 0,
+			`raftrv_watch_drops_total{reason="slow"}`:                            0,
+			`raftrv_http_requests_total{code="200",method="GET",route="/{key}"}`: number(n == reader) * writes,
+		} {
+			if got, ok := s[series]; !ok && want != 0 || got != want {
+				t.Errorf("node %d: %s is %v, want %v", n.ID, series, got, want)
+			}
+		}
+		for series, least := range map[string]float64{
+			"raftrv_fsync_duration_seconds_count": writes / 4, "raftrv_apply_duration_seconds_count": writes / 4, "raftrv_applied_index": writes,
+			"raftrv_committed_index": writes, "raftrv_term": 1, "raftrv_leader_changes_total": 1, "raftrv_snapshot_duration_seconds_count": 1,
+			`raftrv_directory_bytes{directory="wal"}`: 1000, `raftrv_directory_bytes{directory="snap"}`: 100,
+			"raftrv_disk_free_bytes": 1, "raftrv_disk_size_bytes": s["raftrv_disk_free_bytes"], "raftrv_store_bytes": 30,
+			"raftrv_connections_accepted_total": 1, "raftrv_read_index_duration_seconds_count": 1, "go_goroutines": 5, "process_open_fds": 3,
+			`raftrv_http_request_duration_seconds_count{method="PUT",route="/{key}"}`: writes * number(n == follower),
+			"raftrv_proposal_duration_seconds_count":                                  writes * number(n == follower),
+			"raftrv_batch_commands_sum":                                               writes * number(n == follower),
+			"raftrv_watch_events_total":                                               writes * number(n == follower),
+		} {
+			if s[series] < least {
+				t.Errorf("node %d: %s is %v, want %v at least", n.ID, series, s[series], least)
+			}
+		}
+		for _, peer := range c.others(n) {
+			lag, known := s[fmt.Sprintf(`raftrv_peer_lag_entries{peer="%d"}`, peer.ID)]
+			if known != (n == leader) || lag > 10 || s[fmt.Sprintf(`raftrv_peer_active{peer="%d"}`, peer.ID)] != leads {
+				t.Errorf("node %d says that %d lags %v entries behind, %v", n.ID, peer.ID, lag, known)
+			}
+		}
+	}
+	for name := range describedNames(t) {
+		if !names[name] {
+			t.Errorf("no node has %s", name)
+		}
+	}
+	if log := readFile(t, follower.LogFile); !strings.Contains(log, `"target": "/k3", "route": "/{key}", "status": 201`) {
+		t.Error("the writes are not in the access log")
+	}
+	if !strings.Contains(liveText(t, follower, "/-/debug/pprof/", 200), "goroutine") || len(liveText(t, follower, "/-/debug/pprof/heap", 200)) == 0 {
+		t.Error("there are no profiles")
+	}
+
+	// A follower that is down is behind, and does not tell its status.
+	must(t, watched.Body.Close())
+	down := c.others(leader)[0]
+	c.kill(down)
+	c.eventually(func() error {
+		if s := scrape(leader); s[fmt.Sprintf(`raftrv_peer_active{peer="%d"}`, down.ID)] != 0 {
+			return fmt.Errorf("the leader hears of %d", down.ID)
+		}
+		return nil
+	})
+	c.checkClusterStatus(leader, down)
+	// Nor can the last one serve.
+	last := c.others(leader, down)[0]
+	c.kill(leader)
+	c.eventually(func() error {
+		if s := scrape(last); s["raftrv_has_leader"] != 0 || s[`raftrv_ready_check{check="leader"}`] != 0 || s[`raftrv_ready_check{check="caught-up"}`] != 0 {
+			return fmt.Errorf("node %d is content", last.ID)
+		}
+		return nil
+	})
+	if got := liveText(t, last, "/-/readyz?verbose", 503); !strings.HasPrefix(got, "[-]leader failed: no leader is known\n[-]caught-up failed: ") ||
+		!strings.HasSuffix(got, "[+]not-stopping ok\nnot ready\n") {
+		t.Errorf("%s", got)
+	}
+}

@@ -1,0 +1,105 @@
+package main
+
+import (
+	"flag"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// waitUntil waits until check returns nil.
+func waitUntil(t *testing.T, check func() error) {
+	t.Helper()
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+func readFile(t *testing.T, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+var (
+	heavy    = flag.Bool("heavy", false, "run the process tests at full size: a minute of load, a gigabyte of log, a million keys")
+	liveRace = flag.Bool("live-race", false, "run nodes that are built with the race detector")
+)
+
+// sized returns how much of something a test does.
+func sized[T any](short, full T) T {
+	if *heavy {
+		return full
+	}
+	return short
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// samples are metrics in Prometheus' text format: the value of each line by all
+// that stands before it.
+type samples map[string]float64
+
+func parseSamples(t *testing.T, text string) samples {
+	t.Helper()
+	s := samples{}
+	for line := range strings.Lines(text) {
+		line = strings.TrimSpace(line)
+		if line == "" || strings.HasPrefix(line, "#") {
+			continue
+		}
+		i := strings.LastIndexByte(line, ' ')
+		v, err := strconv.ParseFloat(line[i+1:], 64)
+		must(t, err)
+		s[line[:i]] = v
+	}
+	return s
+}
+
+var seriesName = regexp.MustCompile(`^[a-z_]+`)
+
+// names are the metrics that there are, histograms without their suffixes.
+func (s samples) names() map[string]bool {
+	names := map[string]bool{}
+	for series := range s {
+		names[baseName(seriesName.FindString(series))] = true
+	}
+	return names
+}
+
+// baseName is the name of a histogram of which name is a part, or name.
+func baseName(name string) string {
+	for _, suffix := range []string{"_bucket", "_sum", "_count"} {
+		name = strings.TrimSuffix(name, suffix)
+	}
+	return name
+}
+
+// sum adds up all series that begin so.
+func (s samples) sum(prefix string) (total float64) {
+	for series, v := range s {
+		if strings.HasPrefix(series, prefix) {
+			total += v
+		}
+	}
+	return total
+}
