@@ -162,7 +162,7 @@ func TestFounding_BreaksOff(t *testing.T) {
 				rec, err := s.load()
 				must(t, err)
 				ports := &ports{}
-				rec, err = (&place{cfg: cfg, disk: s, ports: ports, logger: zap.NewNop()}).find(t.Context(), rec)
+				rec, err = (&place{cfg: cfg, disk: s, around: ports, logger: zap.NewNop()}).find(t.Context(), rec)
 				must(t, err)
 				if rec.identity.Directory != own.Directory || rec.identity.Cluster != cluster || !slices.Equal(rec.identity.Founders, founders) || !rec.untouched() {
 					t.Errorf("%+v, want cluster %x", rec.identity, cluster)
@@ -259,7 +259,7 @@ func TestFounding_NoRoom(t *testing.T) {
 	defer s.close()
 	rec, err := s.load()
 	must(t, err)
-	rec, err = (&place{cfg: cfg, disk: s, ports: &ports{}, logger: zap.NewNop()}).find(t.Context(), rec)
+	rec, err = (&place{cfg: cfg, disk: s, around: &ports{}, logger: zap.NewNop()}).find(t.Context(), rec)
 	if err != nil || rec.empty() || rec.identity.Directory != own.Directory {
 		t.Errorf("with room: %+v, %v", rec, err)
 	}

@@ -18,10 +18,25 @@ import (
 // place is a node that looks for its place: its data directory holds no state
 // of a cluster yet.
 type place struct {
-	cfg    config
-	disk   *storage
-	ports  *ports
-	logger *zap.Logger
+	cfg     config
+	disk    *storage
+	process uint64 // a number of this life of the node
+	around  surroundings
+	logger  *zap.Logger
+}
+
+// surroundings are the other nodes and the clock, for a node that looks for its
+// place. In production they are its ports.
+type surroundings interface {
+	// tell says what others are told who ask this node.
+	tell(info peerInfo)
+	// waiting says for whom the node waits, for its clients.
+	waiting(whom []string)
+	// ask asks the nodes at the members' addresses who they are.
+	ask(ctx context.Context, members []member) map[uint64]peerAnswer
+	now() time.Time
+	// pause lets so much time pass, and says whether it did before ctx ended.
+	pause(ctx context.Context, d time.Duration) bool
 }
 
 const (
@@ -82,7 +97,7 @@ func (p *place) record(ctx context.Context, own *founding) (*founding, error) {
 	default:
 		// What this node said with the flags of before may have been enough for
 		// others to found that cluster. Then it is a founder of it.
-		for _, a := range askPeers(ctx, own.Members) {
+		for _, a := range p.around.ask(ctx, own.Members) {
 			if a.info != nil && own.isFounder(a.info) {
 				return own, nil
 			}
@@ -95,7 +110,7 @@ func (p *place) record(ctx context.Context, own *founding) (*founding, error) {
 
 // found waits for the others, and founds the cluster with them.
 func (p *place) found(ctx context.Context, own *founding) (*recovered, error) {
-	p.ports.tell(peerInfo{Node: own.Member, Process: p.ports.process, Founding: own})
+	p.around.tell(peerInfo{Node: own.Member, Process: p.process, Founding: own})
 	var step foundingStep
 	type conflict struct {
 		err   error
@@ -103,7 +118,7 @@ func (p *place) found(ctx context.Context, own *founding) (*recovered, error) {
 	}
 	conflicts := map[uint64]conflict{} // they end when the member agrees
 	err := p.poll(ctx, "waiting to found the cluster", func() (done bool, waiting []string, err error) {
-		step = own.decide(p.ports.process, askPeers(ctx, own.Members))
+		step = own.decide(p.process, p.around.ask(ctx, own.Members))
 		if step.refusal != nil || step.cluster != 0 || ctx.Err() != nil {
 			return step.cluster != 0, nil, step.refusal
 		}
@@ -114,11 +129,11 @@ func (p *place) found(ctx context.Context, own *founding) (*recovered, error) {
 		}
 		for id, err := range step.conflicts {
 			if _, known := conflicts[id]; !known {
-				conflicts[id] = conflict{err, time.Now()}
+				conflicts[id] = conflict{err, p.around.now()}
 			}
 		}
 		for _, c := range conflicts {
-			if time.Since(c.since) > conflictMax {
+			if p.around.now().Sub(c.since) > conflictMax {
 				return false, nil, c.err
 			}
 		}
@@ -140,11 +155,11 @@ func (p *place) join(ctx context.Context, rec *recovered, own *founding) (*recov
 	} else if own != nil {
 		id.Directory = own.Directory // a founder may be told to join what the others have founded
 	}
-	p.ports.tell(peerInfo{Node: id.Member, Process: p.ports.process})
+	p.around.tell(peerInfo{Node: id.Member, Process: p.process})
 	others := slices.DeleteFunc(slices.Clone(p.cfg.members), func(m member) bool { return m.ID == id.Member })
 	var info *peerInfo
 	err := p.poll(ctx, "waiting for a node of the cluster to answer", func() (done bool, waiting []string, err error) {
-		answers := askPeers(ctx, others)
+		answers := p.around.ask(ctx, others)
 		for _, m := range others {
 			a := answers[m.ID]
 			if a.info != nil && a.info.informed {
@@ -185,22 +200,18 @@ func (p *place) join(ctx context.Context, rec *recovered, own *founding) (*recov
 // poll repeats step until it is done or fails, or ctx ends, and says now and then
 // for whom it waits.
 func (p *place) poll(ctx context.Context, message string, step func() (done bool, waiting []string, err error)) error {
-	retry := time.NewTicker(placeRetry)
-	defer retry.Stop()
-	sayAt := time.Now().Add(waitFirst)
+	sayAt := p.around.now().Add(waitFirst)
 	for {
 		done, waiting, err := step()
 		if done || err != nil {
 			return err
 		}
-		p.ports.waiting(waiting)
-		if now := time.Now(); now.After(sayAt) {
+		p.around.waiting(waiting)
+		if now := p.around.now(); now.After(sayAt) {
 			sayAt = now.Add(waitEvery)
 			p.logger.Warn(message, zap.Strings("for", waiting))
 		}
-		select {
-		case <-retry.C:
-		case <-ctx.Done():
+		if !p.around.pause(ctx, placeRetry) {
 			return nil
 		}
 	}

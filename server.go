@@ -122,7 +122,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		return err
 	}
 	defer p.close()
-	rec, err = (&place{cfg: cfg, disk: disk, ports: p, logger: logger}).find(ctx, rec)
+	rec, err = (&place{cfg: cfg, disk: disk, process: p.process, around: p, logger: logger}).find(ctx, rec)
 	if err != nil || rec == nil {
 		if errors.Is(err, errInterrupted) {
 			err = nil
@@ -259,6 +259,21 @@ func (p *ports) tell(info peerInfo) {
 
 // waiting is what clients are told then.
 func (p *ports) waiting(whom []string) { p.waitsFor.Store(&whom) }
+
+func (p *ports) ask(ctx context.Context, members []member) map[uint64]peerAnswer {
+	return askPeers(ctx, members)
+}
+
+func (p *ports) now() time.Time { return time.Now() }
+
+func (p *ports) pause(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
 
 // serveWaiting answers clients before the node is in a cluster.
 func (p *ports) serveWaiting(w http.ResponseWriter, r *http.Request) {

@@ -492,3 +492,22 @@ func loseOne(t *testing.T, seed uint64, leads bool, lose func(n *simNode)) (long
 	s.judge(t)
 	return longest
 }
+
+// TestSim_ReplacedTail: a crash in the middle of a write that replaces the end of the log may leave a shorter log than
+// was there. What it replaces was promised to nobody; without that write the same log would be a loss.
+func TestSim_ReplacedTail(t *testing.T) {
+	had := logShadow{term: 16, base: 270, baseTerm: 14, terms: []uint64{15, 15, 16, 16, 16}}
+	left := logShadow{term: 17, base: 270, baseTerm: 14, terms: []uint64{15, 15, 17}}
+	for _, tt := range []struct {
+		saving []*raftpb.Entry
+		fails  bool
+	}{{nil, true}, {entriesOf(17, 273, 274), false}, {entriesOf(17, 274, 274), true}, {entriesOf(18, 273, 273), true}} {
+		s := newSim(t, defaultSimConfig(1, 1))
+		n := s.node(1)
+		n.durable, n.saving = had, tt.saving
+		s.check.found(n, &left)
+		if s.check.failed() != tt.fails {
+			t.Errorf("with a write of %v: %v", tt.saving, s.check.violations)
+		}
+	}
+}

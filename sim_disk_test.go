@@ -357,6 +357,7 @@ func (d *simDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) (err error) {
 		d.state = hs
 	}
 	d.process.sim.check.stamped(d.process, ents)
+	d.process.node.saving = ents
 	if err := d.write(inSave, synced, func() error { return d.storage.save(hs, ents) }); err != nil {
 		return err
 	}
@@ -364,6 +365,7 @@ func (d *simDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) (err error) {
 		d.log.snapshot(d.arrived)
 		d.arrived = nil
 	}
+	d.process.node.saving = nil
 	d.log.save(hs, ents)
 	if synced {
 		d.synced()

@@ -23,7 +23,7 @@ type simFault func(s *sim)
 var simFaults = []simFault{
 	faultCrash, faultCrash, faultTrap, faultTrap, faultTrap, faultDisk, faultFull, faultPowerCut, faultStop,
 	faultPartition, faultIsolateLeader, faultIsolate, faultOneWay, faultBridge, faultSlow,
-	faultPause, faultPauseLeader, faultTransfer, faultMembers, faultMembers,
+	faultPause, faultPauseLeader, faultTransfer, faultMembers, faultMembers, faultWrongStart,
 }
 
 // weather is how a run goes.
@@ -68,7 +68,10 @@ func drawConfig(seed uint64) simConfig {
 	cfg.net.delayMax = cfg.net.delayMin + between(100*time.Microsecond, 5*time.Millisecond)
 	cfg.disk.syncMax = cfg.disk.syncMin + between(100*time.Microsecond, 4*time.Millisecond)
 	cfg.disk.background = between(time.Millisecond, 50*time.Millisecond)
-	cfg.brokenStarts = 0.3
+	cfg.brokenStarts, cfg.announces = 0.3, true
+	if r.IntN(2) == 0 {
+		cfg.wrongStarts = 0.3
+	}
 	cfg.hiccups = 0.002
 	if r.IntN(2) == 0 {
 		cfg.clockRate, cfg.clockOffset = 0.2, clockOffsetMax
@@ -116,10 +119,13 @@ func (s *sim) live(w *weather, d time.Duration) {
 	s.outage = w.outage
 	s.died = func(n *simNode) { // as a supervisor does
 		if s.healthy.on {
-			s.after(0, n.start)
-		} else {
-			s.repair(n.start)
+			s.after(0, n.startRight)
+			return
 		}
+		if s.chance(0.5) {
+			n.flags = simFlags{}
+		}
+		s.repair(n.start)
 	}
 	for s.now < end && !s.check.failed() {
 		s.beginStorm(w)
@@ -159,7 +165,7 @@ func (s *sim) beginCalm() {
 		if n.process != nil {
 			n.process.trap = trap{}
 		} else {
-			n.start()
+			n.startRight()
 		}
 	}
 	s.healthy.begin(s.now)
@@ -168,7 +174,7 @@ func (s *sim) beginCalm() {
 // quiet lets the clients finish and the members catch up.
 func (s *sim) quiet() {
 	for _, n := range s.nodes {
-		n.start()
+		n.startRight()
 	}
 	s.runUntil(30*time.Second, func() bool {
 		return !slices.ContainsFunc(s.history.ops, func(op *simOp) bool { return op.returned == 0 })

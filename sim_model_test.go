@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
@@ -301,6 +302,15 @@ func (m *model) execute(c *command, changes *[]event) (result, error) {
 		}
 		m.level = max(m.level, to.level)
 		return result{status: statusReplaced}, err
+	case opMember:
+		var update member
+		if err := json.Unmarshal([]byte(c.value), &update); err != nil {
+			return result{}, err
+		}
+		if _, ok := m.members[update.ID]; !ok {
+			return result{status: statusNotFound}, nil
+		}
+		return result{status: statusReplaced}, nil // directories are not compared here, but with the bytes of states
 	case opPut, opDelete, opExpire:
 		if it, exists := m.items[c.key]; !c.condition.holds(it, exists) {
 			return result{status: statusPrecondition, current: it.rv}, nil

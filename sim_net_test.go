@@ -132,7 +132,7 @@ func (n *simNetwork) carry(from *process, m *raftpb.Message, body []byte) {
 func (n *simNetwork) arrive(from *process, m *raftpb.Message, body []byte) {
 	s := n.sim
 	to := s.node(m.GetTo())
-	if n.cut[m.GetFrom()][m.GetTo()] || to.process == nil {
+	if n.cut[m.GetFrom()][m.GetTo()] || to.process == nil || to.process.identity.Cluster != from.identity.Cluster {
 		n.failed(from, m)
 		return
 	}

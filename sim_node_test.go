@@ -29,13 +29,17 @@ type simNode struct {
 	rate   float64
 
 	lives       int
-	process     *process // nil while down
+	process     *process  // nil while down
+	seeking     *simPlace // the process, while it looks for its place; else nil
+	flags       simFlags
+	identity    identity // of its directory, once it has a place
 	pausedUntil time.Duration
 	held        []func() // what waits for the end of the pause
 	retired     bool     // was removed from the cluster
 	stays       bool     // is a learner for ever
 	full        bool     // its disk has room only for what the log has taken already
 
+	saving   []*raftpb.Entry // that the last process was writing when it ended
 	durable  logShadow       // what its disk has kept of the log for good
 	names    map[string]bool // of the files in its snapshot directory that outlive a power cut
 	resynced bool            // the process that starts has synced what it read
@@ -84,6 +88,11 @@ type process struct {
 	replica *replica
 	store   *kvstore
 	disk    *simDisk
+
+	identity  identity
+	number    uint64 // of this life
+	informed  bool   // it knows what happened while it was away
+	announced *batch // which directory it has
 
 	dead      bool
 	ticked    bool // a tick waits for the next turn
@@ -144,33 +153,30 @@ var (
 	errDisk    = errors.New("simulated input/output error")
 )
 
-// start starts a process, which reads what the last one has left on disk.
+// start starts a process, which reads what the last one has left on disk and looks
+// for its place in a cluster.
 func (n *simNode) start() {
 	s := n.sim
-	if n.process != nil || n.retired {
+	if n.process != nil || n.seeking != nil || n.retired {
 		return
 	}
 	n.lives++
 	n.setClock()
-	p := &process{sim: s, node: n, asked: map[uint64]bool{}, offered: map[uint64][]time.Duration{}}
 	s.record(n.id, uint64(n.lives))
+	n.seek()
+}
+
+// enter makes a process of what seek has found.
+func (n *simNode) enter(files *storage, rec *recovered, number uint64) {
+	s := n.sim
+	p := &process{sim: s, node: n, identity: rec.identity, number: number, asked: map[uint64]bool{}, offered: map[uint64][]time.Duration{}}
 	defer func() {
 		if v := recover(); v != nil {
 			s.check.violate("panic", "node %d at start: %v\n%s", n.id, v, debug.Stack())
 		}
 	}()
-	if n.lives == 1 && s.chance(s.brokenStarts) {
-		if err := n.breakOff(); err != nil {
-			s.check.violate("simulator", "first start of node %d: %v", n.id, err)
-			return
-		}
-	}
-	if err := p.boot(); err != nil {
-		if s.plant != nil && s.plant.afterCrash != nil {
-			n.retired = true // it is right to refuse a damaged directory
-			return
-		}
-		s.check.violate("start", "node %d does not start: %v", n.id, err)
+	if err := p.boot(files, rec); err != nil {
+		n.refused(errors.Join(err, files.close()))
 		return
 	}
 	n.process = p
@@ -179,27 +185,19 @@ func (n *simNode) start() {
 	p.after(s.between(0, s.tick), p.tick)
 	p.after(s.around(dialEvery), p.dial)
 	p.after(compareEvery, p.compare)
+	p.announce()
 }
 
 // boot does what serve does, with other parts at the edges.
-func (p *process) boot() error {
+func (p *process) boot(files *storage, rec *recovered) (err error) {
 	n, s := p.node, p.sim
 	logger := s.logger.Named(fmt.Sprintf("node%d", n.id))
-	n.resynced = false
-	files, err := openStorage(n.dir, logger)
-	if err != nil {
-		return err
-	}
 	p.disk = &simDisk{storage: files, process: p}
-	rec, err := n.recover(files)
-	if err != nil {
-		return errors.Join(err, files.close())
-	}
 	if s.plant != nil && s.plant.recovered != nil {
 		s.plant.recovered(&rec.state)
 	}
 	if p.disk.log, err = shadowOf(rec); err != nil {
-		return errors.Join(err, files.close())
+		return err
 	}
 	s.check.found(n, &p.disk.log)
 	if n.resynced {
@@ -239,83 +237,13 @@ func (p *process) boot() error {
 	}
 	r, err := newReplica(cfg)
 	if err != nil {
-		return errors.Join(err, files.close())
+		return err
 	}
 	r.now = n.clock()
 	p.replica, p.loop.replica = r, r
 	p.ticks = [2]time.Time{r.now, r.now}
 	s.check.clocks[cfg.session] = simClock{node: n, offset: n.offset, life: n.lives}
 	return nil
-}
-
-// recover reads the directory as a node does at start. A node that joins would
-// ask the others who they are, and one that founds a cluster who else does; here
-// it is told.
-func (n *simNode) recover(files *storage) (*recovered, error) {
-	rec, err := files.load()
-	switch {
-	case err != nil || rec != nil && !rec.empty():
-		return rec, err
-	case !n.joins && rec == nil:
-		own, cluster, founders := n.founding()
-		return files.found(own, cluster, founders)
-	case !n.joins:
-		return rec, files.writeFirstState(rec, rec.identity.Founders)
-	case rec == nil:
-		rec, err = files.create(identity{Member: n.id, Cluster: simCluster, Joined: true})
-	}
-	if err == nil {
-		for _, m := range n.sim.check.model.members {
-			rec.state.members[m.ID] = m
-		}
-	}
-	return rec, err
-}
-
-// simCluster is the number that joining nodes are told; nobody compares it.
-const simCluster = 7
-
-// founding returns what the first nodes agree on.
-func (n *simNode) founding() (own *founding, cluster uint64, founders []member) {
-	own = newFounding(&config{id: n.id, token: "sim"})
-	for _, m := range n.sim.nodes {
-		if !m.joins {
-			own.Members = append(own.Members, member{ID: m.id, PeerURL: m.url})
-			founders = append(founders, member{ID: m.id, PeerURL: m.url, Directory: 1000 + m.id})
-		}
-	}
-	own.Directory = 1000 + n.id
-	return own, own.clusterID(founders), founders
-}
-
-// breakOff leaves the directory as a crash in the middle of the first start
-// does: with an empty log, or with the first snapshot too, which may have its
-// record or not. The next start must go on from there.
-func (n *simNode) breakOff() error {
-	files, err := openStorage(n.dir, n.sim.logger)
-	if err != nil {
-		return err
-	}
-	_, cluster, founders := n.founding()
-	id := identity{Member: n.id, Cluster: cluster, Founders: founders}
-	if n.joins {
-		id = identity{Member: n.id, Cluster: simCluster, Joined: true}
-	}
-	rec, err := files.create(id)
-	if err == nil && !n.joins && n.sim.chance(0.7) {
-		st, cs := rec.state, &raftpb.ConfState{}
-		st.index, st.term = modelBase, 1
-		for _, m := range founders {
-			st.members[m.ID] = m
-			cs.Voters = append(cs.Voters, m.ID)
-		}
-		meta := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{ConfState: cs, Index: new(st.index), Term: new(st.term)}}
-		err = files.writeSnapshot(meta, &st)
-		if err == nil && n.sim.chance(0.5) {
-			err = files.commitSnapshot(meta)
-		}
-	}
-	return errors.Join(err, files.close())
 }
 
 // after runs f later, unless the process has died; while it is paused f waits.
@@ -531,6 +459,9 @@ func (p *process) die(t tail) {
 
 // crash kills the process, if there is one.
 func (n *simNode) crash(t tail) {
+	if n.seeking != nil {
+		n.seeking.die()
+	}
 	if n.process != nil {
 		n.process.die(t)
 	}
@@ -540,6 +471,7 @@ func (n *simNode) crash(t tail) {
 func (n *simNode) stop() {
 	p := n.process
 	if p == nil {
+		n.crash(tailClean)
 		return
 	}
 	giveUp := n.sim.now + transferTimeout
@@ -656,6 +588,7 @@ func (p *process) readable(q *readRound) {
 	}
 	p.sim.check.observe(p)
 	p.sim.check.readable(p, q)
+	p.informed = true
 	p.loop.readable(q)
 	p.answer(func(c *simCall) bool { return c.round == q })
 	p.crashHere(afterAnswer)

@@ -38,7 +38,8 @@ type plant struct {
 	outgoing   func(p *process, m *raftpb.Message) *raftpb.Message // nil = it gets lost
 	incoming   func(p *process, m *raftpb.Message)
 	afterCrash func(n *simNode)
-	request    func(p *process, c *command) // what is done of a write before it is queued
+	answers    func(p *simPlace, answers map[uint64]peerAnswer) // that others gave to a node that looks for its place
+	request    func(p *process, c *command)                     // what is done of a write before it is queued
 	recovered  func(st *state)
 	turned     func(p *process) // after each turn of the loop
 
@@ -110,6 +111,8 @@ func plants() []*plant {
 		{name: "unknown outcome called refused", refuseUnknown: true, prepare: onlyFaults(faultPause, faultSlow, faultPartition)},
 		{name: "applied before it is committed", incoming: commitAll},
 		{name: "sending waits for a lost host", blocks: waitForLost, prepare: onlyFaults(faultIsolate)},
+		{name: "founded without all of the list", answers: presumeAll},
+		{name: "another list taken for the same", answers: presumeSameList},
 		{name: "snapshot sent again at once", impatient: true, prepare: often(faultFull, faultIsolate, faultCrash)},
 	}
 }
@@ -382,10 +385,24 @@ func forgetWatermark(dir string) error {
 	return w.write(watermark{})
 }
 
-// wipe deletes everything that a node had.
+// wipe deletes everything that a node had, and gives it a directory that says that
+// it is the same.
 func wipe(n *simNode) {
-	if n.sim.chance(0.3) {
-		_ = os.RemoveAll(n.dir)
+	if n.identity.Member == 0 || n.joins || n.sim.chance(0.7) {
+		return
+	}
+	own := &founding{Member: n.id, Directory: n.identity.Directory}
+	err := os.RemoveAll(n.dir)
+	var files *storage
+	if err == nil {
+		files, err = openStorage(n.dir, zap.NewNop())
+	}
+	if err == nil {
+		_, err = files.found(own, n.identity.Cluster, n.identity.Founders)
+		err = errors.Join(err, files.close())
+	}
+	if err != nil {
+		n.sim.check.violate("simulator", "%v", err)
 	}
 }
 
@@ -402,6 +419,30 @@ func firstConfState(p *process, m *raftpb.Message) {
 		}
 	}
 	m.Snapshot.Metadata.ConfState = cs
+}
+
+// presumeAll makes a node believe that who is silent agrees with it.
+func presumeAll(p *simPlace, answers map[uint64]peerAnswer) {
+	own := p.info.Founding
+	for id, a := range answers {
+		if a.info == nil && own != nil {
+			presumed := *own
+			presumed.Member, presumed.Directory = id, id
+			answers[id] = peerAnswer{info: &peerInfo{Node: id, Founding: &presumed}}
+		}
+	}
+}
+
+// presumeSameList makes a node believe that others have its own list.
+func presumeSameList(p *simPlace, answers map[uint64]peerAnswer) {
+	own := p.info.Founding
+	for id, a := range answers {
+		if own != nil && a.info != nil && a.info.Founding != nil {
+			info, f := *a.info, *a.info.Founding
+			f.Members, info.Founding = own.Members, &f
+			answers[id] = peerAnswer{info: &info}
+		}
+	}
 }
 
 // onceProposed lets every batch of a process through once, and does something

@@ -95,10 +95,25 @@ func shadowOf(rec *recovered) (l logShadow, err error) {
 	return l, nil
 }
 
+// replaced cuts off the entries in whose place a write, that did not end, has put
+// others: log has the first of them.
+func (l *logShadow) replaced(log *logShadow, by []*raftpb.Entry) {
+	if len(by) == 0 {
+		return
+	}
+	index := by[0].GetIndex()
+	old, had := l.termOf(index)
+	if term, ok := log.termOf(index); had && ok && term == by[0].GetTerm() && term != old && index > l.base {
+		l.terms = l.terms[:index-l.base-1]
+	}
+}
+
 // found compares what a process has found on its disk with what the ones before
 // it have written there for good.
 func (c *checker) found(n *simNode, l *logShadow) {
-	had := &n.durable
+	had := n.durable
+	had.replaced(l, n.saving)
+	n.saving = nil
 	if l.term < had.term || l.term == had.term && had.vote != 0 && l.vote != had.vote {
 		c.violate("durable", "node %d starts in term %d with a vote for %d, it had %d and %d on disk", n.id, l.term, l.vote, had.term, had.vote)
 	}

@@ -127,6 +127,9 @@ func runOnce(t *testing.T, seed uint64, d time.Duration, bug *plant) (r simResul
 	t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 		cfg := drawConfig(seed)
 		cfg.plant, cfg.logs = bug, *simLogs
+		if bug != nil && bug.answers != nil {
+			cfg.wrongStarts = 0.7
+		}
 		defer debug.SetGCPercent(debug.SetGCPercent(1600)) // little is alive, much is allocated
 		s := newSim(t, cfg)
 		s.startAll()

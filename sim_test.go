@@ -19,6 +19,7 @@ import (
 //
 //	sim_test.go          events, time and chance
 //	sim_node_test.go     a machine, and the processes that live on it
+//	sim_place_test.go    how processes find their place in a cluster, with right flags and wrong ones
 //	sim_net_test.go      the network
 //	sim_disk_test.go     the disk, and what a crash leaves on it
 //	sim_client_test.go   clients, and the history of what they saw
@@ -64,6 +65,8 @@ type simConfig struct {
 
 	hiccups      float64 // probability that a process has to wait for a processor, at each step
 	brokenStarts float64 // probability that a crash comes in the middle of a first start
+	wrongStarts  float64 // and that flags are wrong
+	announces    bool    // a node must read before it knows who the members are
 
 	plant *plant // a planted bug, or nil
 	logs  bool
@@ -156,10 +159,15 @@ func (s *sim) addNode(peerURL string, joins bool) *simNode {
 
 func (s *sim) node(id uint64) *simNode { return s.nodes[id-1] }
 
+// startAll starts all nodes, and lets them find each other.
 func (s *sim) startAll() {
 	for _, n := range s.nodes {
+		if s.chance(s.wrongStarts) {
+			n.flags = n.wrongFlags()
+		}
 		n.start()
 	}
+	s.runUntil(time.Second, func() bool { return len(s.up()) == len(s.nodes) })
 }
 
 func (s *sim) close() {
