@@ -583,15 +583,12 @@ func TestJournal_Overtaken(t *testing.T) {
 			stop := r.start()
 			r.put("a", "v")
 			synctest.Wait()
-			r.store.mu.Lock() // so that the journal cannot read meanwhile
-			st := &r.store.state
-			for range n {
-				first := st.events.end()
-				st.put("k", "v", 0)
-				st.commit(&result{})
-				st.events.endEntry(first)
+			put := command{op: opPut, key: "k", value: "v"}
+			for range n { // the journal does not read before it is told to
+				index := r.store.applied() + 1
+				_, err := r.store.apply(index, 1, batchHeader{session: 1, seq: index}, put.appendTo(nil), nil)
+				must(t, err)
 			}
-			r.store.mu.Unlock()
 			r.hub.notify()
 			synctest.Wait()
 			err := stop()

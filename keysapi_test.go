@@ -353,8 +353,8 @@ func TestHTTP_LongList(t *testing.T) {
 // TestTurns: a long read rests twice as long as it has worked, but only while there are writes.
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := &writer{t: t, store: newKVStore()}
-		turn := turns{store: w.store, began: time.Now()}
+		store := newKVStore()
+		turn := turns{store: store, began: time.Now()}
 		for _, tt := range []struct {
 			writes       bool
 			worked, want time.Duration
@@ -369,7 +369,10 @@ func TestTurns(t *testing.T) {
 			{true, streamTurn, 0}, // or where one would have been
 		} {
 			if tt.writes {
-				w.put("a", "1")
+				c := command{op: opPut, key: "a", value: "1"}
+				if _, err := store.apply(store.applied()+1, 1, batchHeader{session: 1, seq: store.applied() + 1}, c.appendTo(nil), nil); err != nil {
+					t.Fatal(err)
+				}
 			}
 			time.Sleep(tt.worked)
 			start := time.Now()

@@ -322,6 +322,13 @@ func (s *kvstore) setWindow(countMax, bytesMax uint64) {
 	s.state.events.newest = s.state.events.end()
 }
 
+// trimWindow drops what is beyond the bounds of the window, as the next entry would.
+func (s *kvstore) trimWindow() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.state.events.trim()
+}
+
 // holdWindow makes the window of events wait for a reader; nil ends that.
 func (s *kvstore) holdWindow(h *hold) {
 	s.mu.Lock()

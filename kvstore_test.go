@@ -407,10 +407,9 @@ func checkStore(t tester, s *kvstore, m *plainModel) {
 func TestKVStore_WithdrawnCommandIsNotRemembered(t *testing.T) {
 	w := &writer{t: t, store: newKVStore()}
 	c := command{op: opPut, key: "k", value: "v", retry: retryID{key: "r"}}
-	b := newBatch(nil)
-	b.add(&c)
-	b.withdraw(0)
-	if _, err := w.store.apply(1, 1, batchHeader{session: 2, seq: 1}, b.data[batchHeaderSize:], nil); err != nil {
+	data := c.appendTo(nil)
+	data[0] = byte(opNop) // as batch.withdraw does
+	if _, err := w.store.apply(1, 1, batchHeader{session: 2, seq: 1}, data, nil); err != nil {
 		t.Fatal(err)
 	}
 	if r := w.apply(c); r.status != statusCreated || r.replayed || r.rv != 1 {

@@ -151,7 +151,7 @@ func TestLevel_SnapshotFormats(t *testing.T) {
 		formatMax = snapshotFormats[level]
 		st := newState()
 		st.setLevel(level)
-		again, err := readState(bytes.NewReader(encodeState(t, &st)))
+		again, err := readState(bytes.NewReader(stateBytes(t, st)))
 		if err != nil || again.level != level {
 			t.Errorf("level %d: %v, then level %d", level, err, again.level)
 		}

@@ -13,8 +13,6 @@ import (
 	"time"
 
 	"go.uber.org/zap/zapcore"
-
-	"raftrv/internal/proc"
 )
 
 func testContextThatEnds(t *testing.T) (context.Context, context.CancelFunc) {
@@ -153,28 +151,5 @@ func TestNode_StatusOfAll(t *testing.T) {
 	}
 	if all.Members[0].Status.Role != "leader" || all.Members[1].Status.Term != 7 {
 		t.Errorf("%+v", all)
-	}
-}
-
-// checkClusterStatus asks for the status of all members, one of which is down.
-func (c *liveCluster) checkClusterStatus(n, down *proc.Node) {
-	c.t.Helper()
-	var all clusterStatus
-	start := time.Now()
-	must(c.t, json.Unmarshal([]byte(liveText(c.t, n, "/-/v1/status?all=true", 200)), &all))
-	if took := time.Since(start); took > statusTimeout+5*time.Second {
-		c.t.Errorf("the status of all took %v", took)
-	}
-	if len(all.Members) != len(c.Nodes) || !slices.Equal(all.Silent, []uint64{uint64(down.ID)}) {
-		c.t.Errorf("%+v", all)
-	}
-	for i, m := range all.Members {
-		if m.ID == uint64(down.ID) {
-			if m.Status != nil || !strings.Contains(m.Error, "refused") {
-				c.t.Errorf("%+v", m)
-			}
-		} else if m.Status == nil || m.Status.ID != m.ID || m.ClientURL != c.Nodes[i].URL() {
-			c.t.Errorf("%+v", m)
-		}
 	}
 }

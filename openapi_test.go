@@ -491,7 +491,7 @@ func isLocal(path string) bool {
 // Every status that is documented is answered to some request, and no other is.
 func TestOpenAPI_Statuses(t *testing.T) {
 	f := newFront(t)
-	f.store.shrinkWindow(1, 1<<20)
+	shrinkWindow(f.store, 1, 1<<20)
 	f.do("PUT", "/k", "v", "Idempotency-Key: used")
 	f.do("PUT", "/expires?ttl=1h", "\xff")
 	for i := range deletePrefixMax + 1 {

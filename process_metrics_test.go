@@ -1,12 +1,15 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
 	"raftrv/internal/proc"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // liveText returns the body of an answer with this status.
@@ -129,5 +132,28 @@ func TestMetrics_LiveCluster(t *testing.T) {
 	if got := liveText(t, last, "/-/readyz?verbose", 503); !strings.HasPrefix(got, "[-]leader failed: no leader is known\n[-]caught-up failed: ") ||
 		!strings.HasSuffix(got, "[+]not-stopping ok\nnot ready\n") {
 		t.Errorf("%s", got)
+	}
+}
+
+// checkClusterStatus asks for the status of all members, one of which is down.
+func (c *liveCluster) checkClusterStatus(n, down *proc.Node) {
+	c.t.Helper()
+	var all clusterStatus
+	start := time.Now()
+	must(c.t, json.Unmarshal([]byte(liveText(c.t, n, "/-/v1/status?all=true", 200)), &all))
+	if took := time.Since(start); took > statusTimeout+5*time.Second {
+		c.t.Errorf("the status of all took %v", took)
+	}
+	if len(all.Members) != len(c.Nodes) || !slices.Equal(all.Silent, []uint64{uint64(down.ID)}) {
+		c.t.Errorf("%+v", all)
+	}
+	for i, m := range all.Members {
+		if m.ID == uint64(down.ID) {
+			if m.Status != nil || !strings.Contains(m.Error, "refused") {
+				c.t.Errorf("%+v", m)
+			}
+		} else if m.Status == nil || m.Status.ID != m.ID || m.ClientURL != c.Nodes[i].URL() {
+			c.t.Errorf("%+v", m)
+		}
 	}
 }

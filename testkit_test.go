@@ -2,10 +2,12 @@ package main
 
 import (
 	"flag"
+	"net"
 	"os"
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -103,3 +105,39 @@ func (s samples) sum(prefix string) (total float64) {
 	}
 	return total
 }
+
+// pipeListener is a network without a network, for virtual time.
+type pipeListener struct {
+	acceptC chan net.Conn // dial sends; never closed
+	done    chan struct{} // closed by Close
+	close   func()
+}
+
+func newPipeListener() *pipeListener {
+	l := &pipeListener{acceptC: make(chan net.Conn), done: make(chan struct{})}
+	l.close = sync.OnceFunc(func() { close(l.done) })
+	return l
+}
+
+func (l *pipeListener) dial() (net.Conn, error) {
+	client, server := net.Pipe()
+	select {
+	case l.acceptC <- server:
+		return client, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.acceptC:
+		return c, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Close() error { l.close(); return nil }
+
+func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{Net: "pipe"} }

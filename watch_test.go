@@ -370,7 +370,13 @@ func TestHub_ReadSize(t *testing.T) {
 }
 
 // smallWindow keeps about n events.
-func (r *watchRig) smallWindow(n uint64) { r.store.shrinkWindow(n, 64<<20) }
+// shrinkWindow sets the bounds of the window, and drops what is too much.
+func shrinkWindow(s *kvstore, countMax, bytesMax uint64) {
+	s.setWindow(countMax, bytesMax)
+	s.trimWindow()
+}
+
+func (r *watchRig) smallWindow(n uint64) { shrinkWindow(r.store, n, 64<<20) }
 
 func TestHub_Slow(t *testing.T) {
 	r := newWatchRig(t)
@@ -898,21 +904,13 @@ func TestHub_CloseRaces(t *testing.T) {
 	}
 }
 
-// shrinkWindow sets the bounds of the window and drops what is too much at once, as the next entry would.
-func (s *kvstore) shrinkWindow(countMax, bytesMax uint64) {
-	s.setWindow(countMax, bytesMax)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.state.events.trim()
-}
-
 // TestEventLog_Snapshot: a member that restores a snapshot drops the same events
 // at the same time as one that has applied all of them, whatever the bounds.
 func TestEventLog_Snapshot(t *testing.T) {
 	for _, bounds := range [][2]uint64{{eventsMaxDefault, eventBytesMaxDefault}, {2000, 1 << 36}, {1 << 24, 3 << 20}} {
 		r := newWatchRig(t)
 		r.record = false
-		r.store.shrinkWindow(bounds[0], bounds[1])
+		shrinkWindow(r.store, bounds[0], bounds[1])
 		random := rand.New(rand.NewPCG(3, 4))
 		write := func(n int, stores ...*kvstore) {
 			for range n {
@@ -938,7 +936,7 @@ func TestEventLog_Snapshot(t *testing.T) {
 		}
 		write(300, r.store)
 		restored := newKVStore()
-		restored.shrinkWindow(bounds[0], bounds[1])
+		shrinkWindow(restored, bounds[0], bounds[1])
 		st, err := readState(bytes.NewReader(bytesOf(r.store)))
 		must(t, err)
 		restored.restore(st)
@@ -969,7 +967,7 @@ func TestMetrics_Watches(t *testing.T) {
 		t.Errorf("%d open, %d events", s.open.Load(), s.events.Load())
 	}
 	r.record = false
-	r.store.shrinkWindow(1, 1)
+	shrinkWindow(r.store, 1, 1)
 	r.fill(20_000) // a has read to the first and waits
 	for {
 		n, _, err := a.read(func(*event, bool) {})
@@ -1177,7 +1175,7 @@ func TestHub_DeletedValue(t *testing.T) {
 func TestEventLog_NewestEntry(t *testing.T) {
 	r := newWatchRig(t)
 	r.record = false
-	r.store.shrinkWindow(1, 1)
+	shrinkWindow(r.store, 1, 1)
 	r.fill(2 * chunkEventsMax)
 	w := r.watch("k/", true, r.store.version())
 	if _, _, err := drain(w); err != nil {

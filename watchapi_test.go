@@ -242,7 +242,7 @@ func TestWatch_Refused(t *testing.T) {
 // fillWindow writes until the window has lost what was there before.
 func (f *front) fillWindow() {
 	f.t.Helper()
-	f.store.shrinkWindow(chunkEventsMax, 64<<20)
+	shrinkWindow(f.store, chunkEventsMax, 64<<20)
 	for start := f.store.version(); f.store.eventsDropped() <= start; {
 		f.put("filler", "x")
 	}
@@ -594,7 +594,7 @@ func TestWatch_NeverReads(t *testing.T) {
 func TestWatch_TooSlow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newPipeFront(t)
-		f.store.shrinkWindow(16*chunkEventsMax, 64<<20)
+		shrinkWindow(f.store, 16*chunkEventsMax, 64<<20)
 		w := f.watch("resourceVersion=0")
 		v := newWatchValidator("slow", "", true, false, 0)
 		for range chunkEventsMax + 100 { // the second chunk
