@@ -268,7 +268,7 @@ func (n *node) judgeEarly(others map[uint64]health) {
 func (n *node) askOthers(ctx context.Context, heard func(map[uint64]health)) map[uint64]health {
 	var asking sync.WaitGroup
 	answers := make(chan health)
-	for _, m := range n.store.members() {
+	for _, m := range n.network.found(n.store.members()) {
 		if m.ID == n.config.id {
 			continue
 		}

@@ -42,6 +42,7 @@
 //	watermark.go  how a log that lost something is noticed
 //	transport.go  messages between members
 //	link.go       the connection to one of them
+//	acquaint.go   who is at the addresses of the members
 //	peercheck.go  what is refused of that which another member sends
 //	peerstream.go the streams on which it sends
 //	transfer.go   a snapshot on its way to one of them

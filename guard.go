@@ -326,6 +326,9 @@ func (n *node) addMember(ctx context.Context, timeout time.Duration, m member) e
 	if err != nil {
 		return err
 	}
+	if err := n.checkAddress(ctx, m); err != nil {
+		return err
+	}
 	return n.loop.addMember(ctx, timeout, m)
 }
 
@@ -351,6 +354,9 @@ func (n *node) updateMember(ctx context.Context, timeout time.Duration, m member
 		return err
 	}
 	if err := n.guard.admit(&command{op: opMember}, memberSizeMax); err != nil {
+		return err
+	}
+	if err := n.checkAddress(ctx, m); err != nil {
 		return err
 	}
 	return n.loop.updateMember(ctx, timeout, m)

@@ -2,6 +2,10 @@ package main
 
 import (
 	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -249,17 +253,35 @@ func (n *node) admit(ctx context.Context) error {
 
 // checkTwin looks whether another process serves at the address of this member.
 // Two that have one directory between them, or a copy of it, could vote twice.
+// Others are none of its business: no other node believes them while this one answers.
 func (n *node) checkTwin(ctx context.Context) error {
 	self, ok := n.store.member(n.config.id)
 	if !ok {
 		return nil
 	}
-	info, err := askPeer(ctx, self.PeerURL)
-	if answers := err == nil; !answers || info.Process == n.process || info.Node != self.ID || info.Cluster != fmt.Sprintf("%x", n.cluster) {
+	challenge := rand.Text()
+	info, err := askPeerTo(ctx, self.PeerURL, challenge)
+	if err != nil || info.Process == n.process || info.Node != self.ID || info.Cluster != fmt.Sprintf("%x", n.cluster) {
+		return nil
+	}
+	// Anybody can say that it is this member, and an address can be given to the
+	// cluster by anybody. Who has the directory, or a copy of it, can prove it.
+	if !hmac.Equal([]byte(info.Proof), []byte(n.secret.prove(challenge, info.Process))) {
 		return nil
 	}
 	return fmt.Errorf("another process runs as node %d of this cluster, at %s: a member must not run twice, nor on a copy of its data directory; "+
-		"stop one of them, or add this one under a new ID, with an empty --data-dir and --join", self.ID, self.PeerURL)
+		"stop one of them, or add this one under a new ID, with another --data-dir and --join", self.ID, self.PeerURL)
+}
+
+// secret is what only who has a data directory knows, or a copy of it.
+type secret []byte
+
+// prove shows it to who knows it, without telling it to anybody else. What was
+// proven is good for one question, and for one life of a process.
+func (s secret) prove(challenge string, process uint64) string {
+	h := hmac.New(sha256.New, s)
+	fmt.Fprintf(h, "%s %d", challenge, process)
+	return hex.EncodeToString(h.Sum(nil))
 }
 
 // checkFresh asks the other members whether this one is really new that has a
@@ -333,7 +355,8 @@ func (n *node) announce(ctx context.Context) error {
 const announceRetry = 20 * time.Millisecond
 
 // errRemoved ends a node that was removed from its cluster.
-var errRemoved = errors.New("this node was removed from the cluster; to come back it needs a new ID and an empty --data-dir")
+var errRemoved = errors.New("this node was removed from the cluster, as the others have confirmed; to come back it needs a new ID and a new --data-dir; " +
+	"keep the one that it has until you know that the cluster has all that you need")
 
 // checkMember refuses the directory of another node.
 func checkMember(cfg config, id uint64) error {
@@ -369,7 +392,7 @@ func (n *node) keepPlace(ctx context.Context) error {
 		}
 		var left error
 		if n.loop.status.Load().leader == 0 {
-			members := n.store.members()
+			members := slices.DeleteFunc(n.store.members(), func(m member) bool { return m.Learner })
 			answers := askPeers(ctx, members)
 			left = leftOut(n.config, n.cluster, members, answers)
 			if now := time.Now(); now.After(sayAt) {

@@ -82,9 +82,6 @@ func gatherStatus(ctx context.Context, own nodeStatus) clusterStatus {
 	return all
 }
 
-// statusClient follows no redirects: only a member knows its status.
-var statusClient = &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-
 // fetchStatus asks a member for its status.
 func fetchStatus(ctx context.Context, m member, cluster string) (*nodeStatus, error) {
 	if m.ClientURL == "" {
@@ -94,7 +91,7 @@ func fetchStatus(ctx context.Context, m member, cluster string) (*nodeStatus, er
 	if err != nil {
 		return nil, err
 	}
-	resp, err := statusClient.Do(req)
+	resp, err := peerClient.Do(req)
 	if err != nil {
 		return nil, err
 	}
@@ -104,7 +101,7 @@ func fetchStatus(ctx context.Context, m member, cluster string) (*nodeStatus, er
 	}
 	st := new(nodeStatus)
 	if err := json.NewDecoder(io.LimitReader(resp.Body, statusSizeMax)).Decode(st); err != nil {
-		return nil, fmt.Errorf("%s: %w", m.ClientURL, err)
+		return nil, fmt.Errorf("what answers at %s tells no status", m.ClientURL) // nor what else it said: it may be anybody
 	}
 	if st.ID != m.ID || st.ClusterID != cluster {
 		return nil, fmt.Errorf("at %s there is node %d of cluster %s", m.ClientURL, st.ID, st.ClusterID)

@@ -3,9 +3,11 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"net/http"
 	"slices"
 	"strconv"
@@ -30,6 +32,7 @@ type peerInfo struct {
 
 	Node    uint64 `json:"node,omitempty"`           // who answers; 0 in versions that do not say
 	Process uint64 `json:"process,string,omitempty"` // a number of this life of it
+	Proof   string `json:"proof,omitempty"`          // see secret
 	// Founders are who founded the cluster, with the directories of then, for one
 	// of them that has not done so yet.
 	Founders []member  `json:"founders,omitempty"`
@@ -67,10 +70,13 @@ func (h *switchHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // servePeers serves the port for the other members: what describe says of this
 // node, and raft's messages, if there is somebody who takes them.
-func servePeers(describe func() peerInfo, raft http.Handler) http.Handler {
+func servePeers(describe func() peerInfo, s secret, raft http.Handler) http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET "+peerInfoPath, func(w http.ResponseWriter, _ *http.Request) {
+	mux.HandleFunc("GET "+peerInfoPath, func(w http.ResponseWriter, r *http.Request) {
 		info := describe()
+		if challenge := r.Header.Get(headerChallenge); challenge != "" && len(s) > 0 {
+			info.Proof = s.prove(challenge, info.Process)
+		}
 		w.Header().Set("Content-Type", "application/json")
 		if !info.informed {
 			w.WriteHeader(http.StatusServiceUnavailable)
@@ -121,7 +127,7 @@ func (n *peerNetwork) meet(ctx context.Context, hints []member) error {
 // ask asks all members that this node knows, by whatever way, who the members are.
 func (n *peerNetwork) ask(ctx context.Context, hints []member) {
 	ask := map[string]bool{}
-	for _, m := range n.wanted() {
+	for _, m := range n.found(slices.Collect(maps.Values(n.wanted()))) {
 		ask[m.PeerURL] = true
 	}
 	for _, m := range hints {
@@ -143,7 +149,9 @@ func (n *peerNetwork) ask(ctx context.Context, hints []member) {
 	for range len(ask) {
 		info := <-answers
 		for _, m := range info.Members {
-			reported[m.ID] = m
+			if m.check() == nil {
+				reported[m.ID] = m
+			}
 		}
 		removed = append(removed, info.Removed...)
 	}
@@ -160,6 +168,7 @@ func (n *peerNetwork) ask(ctx context.Context, hints []member) {
 		}
 	}
 	n.reported.Store(&reported)
+	wakeUp(n.renamed)
 	wakeUp(n.changed)
 }
 
@@ -172,21 +181,55 @@ func fetchPeerInfo(ctx context.Context, peerURL string) (*peerInfo, error) {
 	return info, err
 }
 
+// peerClient asks other members. Only they know the answers, so it follows no
+// redirects and asks no proxy.
+var peerClient = &http.Client{
+	Transport: &http.Transport{
+		DialContext:            (&net.Dialer{Timeout: peerDialTimeout}).DialContext,
+		MaxIdleConnsPerHost:    2,
+		IdleConnTimeout:        peerIdleTimeout,
+		MaxResponseHeaderBytes: peerHeaderMax,
+	},
+	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+}
+
+const (
+	peerIdleTimeout = 30 * time.Second
+	peerHeaderMax   = 64 << 10 // bytes
+)
+
+var errUnavailable = errors.New("the node is not there at present")
+
 // askPeer asks the node at peerURL who it is.
 func askPeer(ctx context.Context, peerURL string) (*peerInfo, error) {
+	return askPeerTo(ctx, peerURL, "")
+}
+
+// headerChallenge asks for a proof, see secret.
+const headerChallenge = "Raftrv-Challenge"
+
+// askPeerTo is askPeer, with a challenge to prove what is in its directory.
+func askPeerTo(ctx context.Context, peerURL, challenge string) (*peerInfo, error) {
 	ctx, cancel := context.WithTimeout(ctx, peerDialTimeout)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, peerURL+peerInfoPath, nil)
 	if err != nil {
 		return nil, err
 	}
-	resp, err := http.DefaultClient.Do(req)
+	if challenge != "" {
+		req.Header.Set(headerChallenge, challenge)
+	}
+	resp, err := peerClient.Do(req)
 	if err != nil {
 		return nil, err
 	}
 	defer resp.Body.Close()
 	info := &peerInfo{informed: resp.StatusCode == http.StatusOK}
-	if !info.informed && resp.Header.Get("Content-Type") != "application/json" {
+	switch {
+	case resp.Header.Get("Content-Type") == "application/json" && (info.informed || resp.StatusCode == http.StatusServiceUnavailable):
+	case resp.StatusCode >= http.StatusBadGateway && resp.StatusCode <= http.StatusGatewayTimeout: // of somebody in between
+		return nil, fmt.Errorf("%w: %s answered %s", errUnavailable, peerURL, resp.Status)
+	default:
 		return nil, fmt.Errorf("%s answered %s", peerURL, resp.Status)
 	}
 	if err := json.NewDecoder(io.LimitReader(resp.Body, peerInfoSizeMax)).Decode(info); err != nil {

@@ -10,7 +10,9 @@ import (
 	"net/http"
 	"reflect"
 	"strings"
+	"time"
 
+	"github.com/xiang90/probing"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
@@ -27,7 +29,7 @@ import (
 // decoded before, and delivered.
 
 // readStreams makes a transport that is started leave the reading to this link.
-// rafthttp has no option for that, so this sets two fields of it that are not
+// rafthttp has no option for that, so this sets fields of it that are not
 // exported; the alternatives are a copy of the package, or a proxy in between.
 func (l *link) readStreams() error {
 	for _, name := range []string{"streamRt", "pipelineRt"} {
@@ -36,9 +38,46 @@ func (l *link) readStreams() error {
 			return fmt.Errorf("this version of rafthttp has no %s", name)
 		}
 		rt := (*http.RoundTripper)(field.Addr().UnsafePointer())
-		*rt = &peerTransport{link: l, next: *rt}
+		t, ok := (*rt).(*http.Transport)
+		if !ok {
+			return fmt.Errorf("in this version of rafthttp %s is another one", name)
+		}
+		t.Proxy, t.MaxResponseHeaderBytes = nil, peerHeaderMax
+		*rt = &peerTransport{link: l, next: t}
+	}
+	for _, name := range []string{"streamProber", "pipelineProber"} {
+		field := reflect.ValueOf(l.http).Elem().FieldByName(name)
+		if !field.IsValid() || field.Type() != reflect.TypeFor[probing.Prober]() {
+			return fmt.Errorf("this version of rafthttp has no %s", name)
+		}
+		*(*probing.Prober)(field.Addr().UnsafePointer()) = noProber{}
 	}
 	return nil
+}
+
+// noProber takes the place of rafthttp's, which asks the member now and then how late
+// it is: it reads answers of any length, and waits for them for ever.
+type noProber struct{}
+
+func (noProber) AddHTTP(string, time.Duration, []string) error { return nil }
+func (noProber) Remove(string) error                           { return nil }
+func (noProber) RemoveAll()                                    {}
+func (noProber) Reset(string) error                            { return nil }
+func (noProber) Status(string) (probing.Status, error)         { return noProbe{}, nil }
+
+// noProbe is what it finds out.
+type noProbe struct{}
+
+func (noProbe) Total() int64             { return 0 }
+func (noProbe) Loss() int64              { return 0 }
+func (noProbe) Health() bool             { return true }
+func (noProbe) Err() error               { return nil }
+func (noProbe) SRTT() time.Duration      { return 0 }
+func (noProbe) ClockDiff() time.Duration { return 0 }
+func (noProbe) StopNotify() <-chan struct{} {
+	ended := make(chan struct{})
+	close(ended)
+	return ended
 }
 
 // peerTransport is where rafthttp sends requests to the member. It implements

@@ -928,8 +928,15 @@ func (r *replica) readyBatch(e *raftpb.Entry) (*raftpb.Entry, error) {
 // not applied it yet.
 const unknownIndex = ^uint64(0)
 
-// refuseChange says why a leader must not make a change now: one at a time, and
-// never one after which the members that it hears from would be no majority.
+// A cluster grows no larger by what its leader proposes. One that is larger goes on.
+const (
+	votersMax   = 7 // more do not make it safer, and writes slower
+	learnersMax = 4
+)
+
+// refuseChange says why a leader must not make a change now: one at a time, not
+// more members than a cluster may have, and never one after which the members that
+// it hears from would be no majority.
 func (r *replica) refuseChange(c memberChange) error {
 	if r.changeIndex > r.store.applied() {
 		return errors.New(refusedForNow)
@@ -937,11 +944,16 @@ func (r *replica) refuseChange(c memberChange) error {
 	if _, ok := r.store.member(c.member.ID); !ok && c.kind == promoteLearner {
 		return nil // applying it says that there is none
 	}
-	voters, active := 0, 0 // after the change
+	voters, learners, active := 0, 0, 0 // after the change
+	if c.kind == addLearner {
+		learners++
+	}
 	for _, m := range r.store.members() {
 		votes := !m.Learner
 		if m.ID == c.member.ID {
 			votes = c.kind == promoteLearner
+		} else if m.Learner {
+			learners++
 		}
 		if !votes {
 			continue
@@ -952,8 +964,12 @@ func (r *replica) refuseChange(c memberChange) error {
 		}
 	}
 	switch {
+	case c.kind == addLearner && learners > learnersMax:
+		return fmt.Errorf("a cluster has at most %d learners, and this one has as many: remove one first", learnersMax)
 	case c.kind == addLearner:
 		return nil // it has no vote
+	case c.kind == promoteLearner && voters > votersMax:
+		return fmt.Errorf("a cluster has at most %d voters, and this one has %d: remove one first", votersMax, voters-1)
 	case c.kind == promoteLearner && !r.caughtUp(c.member.ID):
 		return fmt.Errorf("member %d %s", c.member.ID, refusedUntilThen)
 	case voters > 0 && active <= voters/2:

@@ -47,12 +47,14 @@ type node struct {
 	journal  *journal // nil = none
 	guard    *guard
 	refusals *refusals // of what peers sent
+	network  *peerNetwork
 	disk     *measuredDisk
 	logger   *zap.Logger
 	level    zap.AtomicLevel
 
 	directory uint64   // number of the data directory
 	process   uint64   // a number of this life of the node
+	secret    secret   // of the data directory
 	founders  []member // see identity
 	fresh     bool     // see checkFresh
 	// informed is set when this node may tell others who the members are: what it
@@ -156,6 +158,9 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		informed:  new(atomic.Bool),
 	}
 	n.loop.interrupt = disk.interrupt
+	if n.secret, err = disk.loadSecret(); err != nil {
+		return err
+	}
 	if cfg.journal != "" {
 		if n.journal, err = openJournal(cfg.journal, logger.Named("journal")); err != nil {
 			return err
@@ -193,8 +198,8 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		return err
 	}
 
-	network.relink(nil) // who calls at once is known
-	p.peers.set(servePeers(n.peerInfo, network.handler()))
+	n.network = network
+	p.peers.set(servePeers(n.peerInfo, n.secret, network.handler()))
 	return n.run(ctx, r, network, p)
 }
 
@@ -254,7 +259,7 @@ func (p *ports) close() {
 
 // tell is what other nodes are told before this one is in a cluster.
 func (p *ports) tell(info peerInfo) {
-	p.peers.set(servePeers(func() peerInfo { return info }, nil))
+	p.peers.set(servePeers(func() peerInfo { return info }, nil, nil))
 }
 
 // waiting is what clients are told then.
@@ -337,6 +342,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 	}
 	group.Go(func() error { return n.keepPlace(ctx) })
 	group.Go(func() error { return network.run(ctx, n.config.peerSilenceMax()) })
+	group.Go(func() error { return network.acquaint(ctx) })
 	group.Go(func() error { return network.meet(ctx, n.config.members) })
 	group.Go(func() error {
 		select {
@@ -347,13 +353,11 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 		}
 	})
 	group.Go(func() error {
-		select {
-		case <-network.removed: //nolint:errcheck // another member said that this one was removed
+		err := n.awaitRemoval(ctx, network.removed)
+		if err != nil {
 			stopLoop() // who waits would wait in vain
-			return errRemoved
-		case <-ctx.Done():
-			return nil
 		}
+		return err
 	})
 	group.Go(func() error {
 		<-ctx.Done() // a signal, or a part failed

@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -28,6 +29,7 @@ import (
 //
 //	LOCK                            held while the member runs
 //	unfinished                      there until the directory is complete, see restore.go
+//	secret                          by which a copy of the directory is known, see member.go
 //	founding                        there until the node has a cluster, see founding.go
 //	watermark                       how far the log was on disk, see watermark.go
 //	wal/                            etcd's write-ahead log
@@ -158,6 +160,23 @@ func openStorage(dir string, logger *zap.Logger) (*storage, error) {
 	s := &storage{dir: dir, logger: logger, lock: lock, interrupted: make(chan struct{}), free: func() (uint64, error) { return freeBytes(dir) }}
 	s.snap = snap.New(logger, s.path(snapDir))
 	return s, nil
+}
+
+const secretName = "secret"
+
+// loadSecret returns the secret of this directory, and makes it if need be.
+func (s *storage) loadSecret() (secret, error) {
+	b, err := os.ReadFile(s.path(secretName))
+	if err == nil && len(b) > 0 || err != nil && !errors.Is(err, os.ErrNotExist) {
+		return b, err
+	}
+	made := secret(rand.Text())
+	err = replaceFile(s.path(secretName), made)
+	if errors.Is(err, syscall.ENOSPC) { // the next start makes one
+		s.logger.Warn("no room to write down the secret of the data directory: a copy of it would not be noticed", zap.Error(err))
+		err = nil
+	}
+	return made, err
 }
 
 // errInterrupted ends what takes long when the node stops.

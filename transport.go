@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -48,7 +49,7 @@ type peerNetwork struct {
 	loop           *loop
 	store          *kvstore
 	guard          *guard
-	// removed has room for one error: another member said that this one was removed.
+	// removed has room for one error: somebody says that this member was removed.
 	removed  chan error
 	refusals *refusals
 	bodies   atomic.Int64 // bytes of the messages that are being read from requests
@@ -56,7 +57,11 @@ type peerNetwork struct {
 
 	members atomic.Pointer[[]member] // as the loop said last
 	changed chan struct{}            // holds one token: whom this node talks to is new
-	knocked chan struct{}            // holds one token: a node that is no member here has called
+	renamed chan struct{}            // holds one token: whom it would talk to is new
+	knocked chan struct{}            // holds one token: a node that has no link has called
+	knocks  chan uint64              // who said to be a member and has no link
+	// proven are the addresses at which members have said who they are.
+	proven atomic.Pointer[map[uint64]string]
 	// reported are the members that others list and this node does not know.
 	reported atomic.Pointer[map[uint64]member]
 	links    atomic.Pointer[map[uint64]*link]
@@ -68,11 +73,14 @@ func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, g *gua
 		id: id, cluster: cluster, logger: logger, storage: s, loop: l, store: st, guard: g,
 		removed: make(chan error, 1),
 		changed: make(chan struct{}, 1),
+		renamed: make(chan struct{}, 1),
+		knocks:  make(chan uint64, knocksMax),
 		knocked: make(chan struct{}, 1),
 	}
 	n.members.Store(&[]member{})
 	n.links.Store(&map[uint64]*link{})
 	n.reported.Store(&map[uint64]member{})
+	n.proven.Store(&map[uint64]string{})
 	// rafthttp reports every step of every connection, and every message that it drops, from the loop's goroutine.
 	n.rafthttpLogger = logger.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
 		return zapcore.NewSamplerWithOptions(c, time.Second, 1, 0)
@@ -168,8 +176,9 @@ func (n *peerNetwork) serveRaft(w http.ResponseWriter, r *http.Request) {
 	versions := checkVersions(r.Header)
 	switch {
 	case l == nil:
-		n.refusals.add(uint64(from), refuse(refusedStranger, "the sender is no member, as far as this one knows"))
-		refusePeer(w, "the sender is no member, as far as this one knows", http.StatusNotFound)
+		n.refusals.add(uint64(from), refuse(refusedStranger, "the sender is no member, as far as this one knows, or not found at its address yet"))
+		refusePeer(w, "the sender is no member, as far as this one knows, or not found at its address yet", http.StatusNotFound)
+		n.knock(uint64(from))
 		wakeUp(n.knocked)
 	case versions != nil:
 		n.refusals.add(uint64(from), versions)
@@ -179,6 +188,7 @@ func (n *peerNetwork) serveRaft(w http.ResponseWriter, r *http.Request) {
 	case r.URL.Path == rafthttp.RaftPrefix:
 		l.receiveMessage(w, r)
 	default:
+		n.knock(uint64(from)) // it may have moved
 		l.serve(w, r)
 	}
 }
@@ -214,6 +224,7 @@ func (n *peerNetwork) send(msgs []*raftpb.Message) {
 // setMembers implements transport.
 func (n *peerNetwork) setMembers(members []member) {
 	n.members.Store(&members)
+	wakeUp(n.renamed)
 	wakeUp(n.changed)
 }
 
@@ -258,10 +269,13 @@ func (n *peerNetwork) run(ctx context.Context, silenceMax time.Duration) error {
 	}
 }
 
-// relink opens links to members that have none, and closes those that nobody
-// needs. Those that are worn are replaced.
+// relink opens links to members that have none and were found at their address,
+// and closes those that nobody needs. Those that are worn are replaced.
 func (n *peerNetwork) relink(worn func(*link) bool) {
-	old, wanted := *n.links.Load(), n.wanted()
+	old, wanted := *n.links.Load(), map[uint64]member{}
+	for _, m := range n.found(slices.Collect(maps.Values(n.wanted()))) {
+		wanted[m.ID] = m
+	}
 	links := maps.Clone(old)
 	for id, l := range old {
 		if want, ok := wanted[id]; !ok || want.PeerURL != l.member.PeerURL || worn != nil && worn(l) {

@@ -69,7 +69,7 @@ func newTestNetwork(t *testing.T, peerURL string, run bool) *testNetwork {
 	})
 	must(t, err)
 	l.replica = n.leader
-	n.relink(nil)
+	n.relinkAll()
 	server := httptest.NewUnstartedServer(nil)
 	server.Config = newPeerServer(n.handler(), zap.NewNop())
 	server.Start()
@@ -85,6 +85,16 @@ func newTestNetwork(t *testing.T, peerURL string, run bool) *testNetwork {
 		go func() { _ = l.run(ctx, n.leader, func(context.Context) error { return nil }) }() // ends with ctx
 	}
 	return n
+}
+
+// relinkAll links members as if each had said who it is.
+func (n *peerNetwork) relinkAll() {
+	proven := map[uint64]string{}
+	for id, m := range n.wanted() {
+		proven[id] = m.PeerURL
+	}
+	n.proven.Store(&proven)
+	n.relink(nil)
 }
 
 // lead makes the replica the leader, with member 2 far behind.
@@ -176,7 +186,7 @@ func TestNetwork_SnapshotThatCannotBeOpened(t *testing.T) {
 func TestNetwork_SnapshotWithoutLink(t *testing.T) {
 	n := newTestNetwork(t, "http://127.0.0.1:1", false)
 	n.setMembers(nil)
-	n.relink(nil)
+	n.relinkAll()
 	n.lead()
 	n.wantReported()
 }
@@ -334,13 +344,13 @@ func TestNetwork_Members(t *testing.T) {
 	n := newTestNetwork(t, "http://127.0.0.1:1", false)
 	first := (*n.links.Load())[2]
 	n.setMembers([]member{{ID: 1}, {ID: 2, PeerURL: "http://127.0.0.1:1"}, {ID: 3, PeerURL: "::none"}, {ID: 4, PeerURL: "http://127.0.0.1:1"}})
-	n.relink(nil)
+	n.relinkAll()
 	links := *n.links.Load()
 	if len(links) != 2 || links[2] != first || links[4] == nil {
 		t.Errorf("links: %v", links)
 	}
 	n.setMembers([]member{{ID: 1}, {ID: 2, PeerURL: "http://127.0.0.1:2"}})
-	n.relink(nil)
+	n.relinkAll()
 	links = *n.links.Load()
 	if len(links) != 1 || links[2] == first || links[2].outbox != first.outbox {
 		t.Errorf("links: %v", links)
@@ -353,6 +363,7 @@ func TestNetwork_UnknownMember(t *testing.T) {
 	answer := peerInfo{Cluster: fmt.Sprintf("%x", testCluster)}
 	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == peerInfoPath {
+			w.Header().Set("Content-Type", "application/json")
 			must(t, json.NewEncoder(w).Encode(answer))
 		}
 	}))
@@ -381,7 +392,7 @@ func TestNetwork_UnknownMember(t *testing.T) {
 			}
 		}
 		n.ask(t.Context(), nil)
-		n.relink(nil)
+		n.relinkAll()
 		if links := *n.links.Load(); (links[8] != nil) != step.linked || links[2] == nil || links[1] != nil {
 			t.Errorf("%s: links %v", step.name, links)
 		}
