@@ -57,6 +57,7 @@ type config struct {
 
 	journal     string
 	journalSync time.Duration
+	hangUps     <-chan os.Signal // each makes the journal look for another file; nil = never
 
 	logLevel  string
 	logFormat string

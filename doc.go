@@ -34,6 +34,7 @@
 //	restore.go    a new cluster from a backup, or from what a lost one left
 //	backupcli.go  the commands snapshot and recover
 //	journal.go    every write as a line in a file
+//	lease_*.go    makes others wait who open a file
 //	snapshot.go   a state as a stream of bytes
 //	logqueue.go   the log, which nobody waits for
 //	stall.go      whether the loop hangs

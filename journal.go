@@ -22,11 +22,15 @@ import (
 // This file is the journal: a file to which a node appends a line of JSON for
 // every write that it applies, in the order of resource versions:
 //
+//	{"journal":1,"cluster":"5d0c9b8a7f6e4d3b","from":7}
 //	{"rv":7,"key":"a","timestamp":1767323045678000000,"obj":{"any":"JSON"}}
-//	{"rv":8,"key":"a","timestamp":1767323045679000000,"deleted":true,"reason":"expired"}
+//	{"rv":8,"key":"a","timestamp":1767323045679000000,"objText":"any other text"}
+//	{"rv":9,"key":"a","timestamp":1767323045680000000,"deleted":true,"reason":"expired"}
 //
-// obj is the value itself if it is JSON, else a string; what is no UTF-8 is in
-// objBase64. timestamp is the time of the entry in nanoseconds: its proposer's, or
+// The first line names the format, the cluster, and the version with which the file begins.
+// obj is the value itself if it is JSON. objText is the value, letter by letter, if it is
+// not, or if it is JSON that does not fit into a line as it is: then obj is its meaning. What is
+// no UTF-8 is in objBase64. timestamp is the time of the entry in nanoseconds: its proposer's, or
 // the leader's where the two were far apart. It may go back, as clocks do.
 // All lines of a version but the last have "more":true. Events that this node
 // never saw, or did not serve, because it was down for long and caught up with a
@@ -36,45 +40,110 @@ import (
 //
 // The journal reads the window of events like any watcher, so a slow disk holds
 // up nobody. The window waits for it, up to a bound; if the disk is slower than the
-// writes for so long, the node ends rather than missing one. The file itself says where to resume: after its last complete
-// version. What follows, a torn line or half a version, is cut off and written
-// again.
+// writes for so long, the node ends rather than missing one.
+//
+// The file itself says where to resume: after its last complete version. What follows,
+// a torn line or half a version, is cut off and written again. A file that is empty is
+// another one, since somebody has rotated the last: it goes on after the version
+// that the data directory remembers. If the node was killed in the middle of a write,
+// and the file was rotated before it came back, then the new one may begin with a
+// version of which the old one has a part. So the rule for readers is that what an
+// older file has from "from" on does not count.
+//
+// Files are rotated by renaming them, and SIGHUP, or a restart, makes the node begin the next one. Or they
+// are copied and emptied. Then nothing may be written in between: the node holds a
+// lease on its file where there are such (fcntl(2), F_SETLEASE), so whoever opens
+// it waits until it ends with a whole version, and while he has it open the node waits, up to a bound.
 
 const (
+	journalFormat     = 1
 	journalBufferMax  = 256 << 10 // that is kept for the next lines
 	journalLineMax    = 256 << 20 // more than the largest value can take
 	journalRetry      = 100 * time.Millisecond
 	journalLinearize  = 5 * time.Second
 	journalResumeSize = 64 << 10 // that are read at a time
+	journalHeadMax    = 1 << 10  // of the first line
+
+	// journalPositionName is a file in the data directory: the last version that is complete in a journal.
+	journalPositionName = "journal-position"
+
+	journalLeaseEvery = 50 * time.Millisecond // an idle journal looks whether somebody waits for it
+	journalLeaseRetry = 5 * time.Millisecond
+
+	// Who has the file open is waited for so long, and for each of so many bytes of it a second more. A copy
+	// takes less; who follows the file as it grows has it open for ever.
+	journalShareMin   = 2 * time.Second
+	journalShareBytes = 50 << 20
 )
 
 var errJournalSlow = errors.New("the disk takes it so slowly that events have left the window before they could be written")
 
 var errJournalDamage = errors.New("not a line of a journal; move the file away to begin another one")
 
+// errJournalCut says that the file is not as long as the journal has made it.
+var errJournalCut = errors.New("somebody else has changed its size")
+
 type journal struct {
-	path   string
-	file   *os.File
-	logger *zap.Logger
-	rv     uint64 // the last version that is complete in the file
+	path    string
+	cluster string
+	file    *os.File
+	mark    *os.File // journalPositionName
+	logger  *zap.Logger
+	rv      uint64 // the last version that is complete in the file and buf
+	written uint64 // and in the file
+	size    int64  // of the file
 
 	hold     hold // by which the window of events waits
 	caughtUp bool // everything was written once, since the hold began
+
+	headed bool // the file has a first line that was checked
+	part   bool // file and buf end within a version
+	split  bool // and the file does
+	reopen bool // as soon as the file does not
+
+	lease  func(*os.File) error
+	leased bool      // nobody else has opened the file
+	shared time.Time // since when somebody has, as far as is known; zero = nobody
 
 	buf   []byte
 	dirty time.Time // when the oldest write that is not synced happened; zero = none
 }
 
-// openJournal opens or creates a journal and cuts off what is not complete.
+// openJournal opens or creates the journal of a member of a cluster and cuts off what is not complete.
 // Nobody else can open it until it is closed.
-func openJournal(path string, logger *zap.Logger) (j *journal, err error) {
-	file, err := openPrivate(path, os.O_APPEND)
-	if err != nil {
+func openJournal(path, dataDir string, cluster uint64, logger *zap.Logger) (_ *journal, err error) {
+	j := &journal{path: path, cluster: fmt.Sprintf("%x", cluster), logger: logger, lease: takeLease}
+	if j.mark, err = openPrivate(filepath.Join(dataDir, journalPositionName), 0); err != nil {
 		return nil, fmt.Errorf("open journal: %w", err)
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("open journal %s: %w", path, err), file.Close())
+			err = errors.Join(fmt.Errorf("open journal %s: %w", path, err), j.close())
+		}
+	}()
+	if j.written, err = readJournalMark(j.mark); err != nil {
+		return nil, err
+	}
+	if j.file, err = openJournalFile(path); err != nil {
+		return nil, err
+	}
+	if err := j.resume(); err != nil {
+		return nil, err
+	}
+	if j.size > 0 && !j.headed {
+		logger.Info("a journal of an older version goes on: its first line does not say of which cluster it is", zap.String("journal", path))
+	}
+	return j, errors.Join(syncDir(filepath.Dir(path)), syncDir(dataDir))
+}
+
+// openJournalFile opens or creates a file of which nobody else makes a journal.
+func openJournalFile(path string) (file *os.File, err error) {
+	if file, err = openPrivate(path, os.O_APPEND); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, file.Close())
 		}
 	}()
 	if info, err := file.Stat(); err != nil {
@@ -85,28 +154,47 @@ func openJournal(path string, logger *zap.Logger) (j *journal, err error) {
 	if err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		return nil, fmt.Errorf("another process uses it: %w", err)
 	}
-	j = &journal{path: path, file: file, logger: logger}
-	if err := j.resume(); err != nil {
-		return nil, err
-	}
-	return j, syncDir(filepath.Dir(path))
+	return file, nil
 }
 
-// resume finds the last complete version and cuts off what follows.
+// readJournalMark reads a position. A new one is 0.
+func readJournalMark(f *os.File) (rv uint64, err error) {
+	b := make([]byte, 20)
+	switch n, err := f.ReadAt(b, 0); {
+	case n == 0 && errors.Is(err, io.EOF):
+		return 0, nil
+	case err != nil && !errors.Is(err, io.EOF):
+		return 0, err
+	}
+	if rv, err = strconv.ParseUint(string(b), 10, 64); err != nil {
+		return 0, fmt.Errorf("%s: %w; delete it if the journal may repeat versions", f.Name(), err)
+	}
+	return rv, nil
+}
+
+// resume finds the last complete version and cuts off what follows. Without any, the file is another
+// one than before.
 func (j *journal) resume() error {
 	info, err := j.file.Stat()
 	if err != nil {
+		return err
+	}
+	if err := j.checkHead(); err != nil {
 		return err
 	}
 	rv, end, err := findJournalEnd(j.file, info.Size())
 	if err != nil {
 		return err
 	}
-	j.rv = rv
+	if end > 0 {
+		j.written = rv
+	}
+	j.rv, j.size, j.part, j.split = j.written, end, false, false
+	j.buf = j.buf[:0]
 	if end == info.Size() {
 		return nil
 	}
-	j.logger.Warn("cut off an incomplete version", zap.String("journal", j.path), zap.Uint64("resourceVersion", rv), zap.Int64("bytes", info.Size()-end))
+	j.logger.Warn("cut off an incomplete version", zap.String("journal", j.path), zap.Uint64("resourceVersion", j.rv), zap.Int64("bytes", info.Size()-end))
 	if err := j.file.Truncate(end); err != nil {
 		return err
 	}
@@ -120,6 +208,38 @@ type journalLine struct {
 	KeyBase64 *string         `json:"keyBase64"`
 	Gap       json.RawMessage `json:"gap"`
 	More      bool            `json:"more"`
+
+	// Of the first line.
+	Journal int    `json:"journal"`
+	Cluster string `json:"cluster"`
+	From    uint64 `json:"from"`
+}
+
+func (l *journalLine) isHead() bool { return l.Journal > 0 && l.Cluster != "" && l.From > 0 }
+
+func (l *journalLine) isEvent() bool {
+	return l.RV > 0 && (l.Key != nil || l.KeyBase64 != nil || l.Gap != nil)
+}
+
+// checkHead says whether the file is not of this cluster.
+func (j *journal) checkHead() error {
+	text := make([]byte, journalHeadMax)
+	n, err := j.file.ReadAt(text, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	text, _, ok := bytes.Cut(text[:n], []byte("\n"))
+	var line journalLine
+	switch j.headed = ok && json.Unmarshal(text, &line) == nil && line.isHead(); {
+	case !j.headed:
+		return nil // of an older version, or no journal, which will turn out
+	case line.Journal != journalFormat:
+		return fmt.Errorf("it has format %d and this version knows %d: move it away, and the node begins another one", line.Journal, journalFormat)
+	case line.Cluster != j.cluster:
+		return fmt.Errorf("it is the journal of cluster %s, and this node is in cluster %s: move it away, and the node begins another one, or give it another --journal",
+			line.Cluster, j.cluster)
+	}
+	return nil
 }
 
 // findJournalEnd returns the last complete version in a journal, and where it
@@ -139,10 +259,13 @@ func findJournalEnd(r io.ReaderAt, size int64) (rv uint64, end int64, err error)
 			continue
 		}
 		var line journalLine
-		if err := json.Unmarshal(text, &line); err != nil || line.RV == 0 || line.Key == nil && line.KeyBase64 == nil && line.Gap == nil {
+		if err := json.Unmarshal(text, &line); err != nil || !line.isEvent() && !line.isHead() {
 			return 0, 0, fmt.Errorf("at offset %d: %w", start, errJournalDamage)
 		}
-		if !line.More {
+		switch {
+		case line.isHead():
+			return line.From - 1, start + int64(len(text)), nil
+		case !line.More:
 			return line.RV, start + int64(len(text)), nil
 		}
 		if part != 0 && part != line.RV {
@@ -155,9 +278,12 @@ func findJournalEnd(r io.ReaderAt, size int64) (rv uint64, end int64, err error)
 // isTornLine says whether text can be the start of a line that was cut off by a
 // crash. Of a power cut zeros may be left.
 func isTornLine(text []byte) bool {
-	const start = `{"rv":`
-	n := min(len(text), len(start))
-	return string(text[:n]) == start[:n] || len(bytes.Trim(text, "\x00")) == 0
+	for _, start := range []string{`{"rv":`, `{"journal":`} {
+		if n := min(len(text), len(start)); string(text[:n]) == start[:n] {
+			return true
+		}
+	}
+	return len(bytes.Trim(text, "\x00")) == 0
 }
 
 // backwardScanner reads the lines of a file, the last one first.
@@ -195,6 +321,7 @@ type journalSource struct {
 	hub       *hub
 	linearize func(ctx context.Context, timeout time.Duration) error
 	stopped   <-chan struct{} // closed when nothing is applied any more
+	reopen    <-chan os.Signal
 }
 
 // run appends what is applied until the hub ends, and then the rest. An error
@@ -207,16 +334,21 @@ func (j *journal) run(ctx context.Context, src journalSource, syncEvery time.Dur
 	j.beginHold(src.store)
 	defer src.store.holdWindow(nil)
 	for {
-		w, err := src.hub.watch("", true, j.rv)
+		err := j.begin()
 		if err == nil {
-			err = j.follow(w, src, syncEvery)
-			w.close()
+			var w *watcher
+			if w, err = src.hub.watch("", true, j.rv); err == nil {
+				err = j.follow(ctx, w, src, syncEvery)
+				w.close()
+			}
 		}
 		switch {
+		case errors.Is(err, errJournalCut):
+			err = j.resumeCut()
 		case errors.Is(err, errExpired) && j.caughtUp && j.hold.overtaken.Load():
 			err = errJournalSlow
 		case errors.Is(err, errExpired):
-			err = j.skip(src.store.eventsDropped())
+			err = j.skip(ctx, src.store)
 		case err == nil:
 			return nil
 		case errors.Is(err, errDiverged), errors.Is(err, errUnchecked):
@@ -283,8 +415,9 @@ func (j *journal) pause(src journalSource) error {
 	}
 }
 
-// skip writes that the events up to version to are missing.
-func (j *journal) skip(to uint64) error {
+// skip writes that the events that have left the window are missing.
+func (j *journal) skip(ctx context.Context, store *kvstore) error {
+	to := store.eventsDropped()
 	if err := j.resume(); err != nil { // half a version may be there
 		return err
 	}
@@ -295,25 +428,33 @@ func (j *journal) skip(to uint64) error {
 		zap.String("journal", j.path), zap.Uint64("from", j.rv+1), zap.Uint64("to", to))
 	j.buf = appendGap(j.buf[:0], j.rv+1, to)
 	j.rv = to
-	return j.write()
+	return j.append(ctx, store)
 }
 
 // follow appends events until there are none any more: then it returns nil.
-func (j *journal) follow(w *watcher, src journalSource, syncEvery time.Duration) error {
+func (j *journal) follow(ctx context.Context, w *watcher, src journalSource, syncEvery time.Duration) error {
 	w.patient = true
 	timer := time.NewTimer(syncEvery)
 	defer timer.Stop()
+	look := time.NewTicker(journalLeaseEvery)
+	defer look.Stop()
 	for {
 		n, _, err := w.read(j.appendEvent)
 		if errors.Is(err, errShuttingDown) {
 			<-src.stopped
-			return errors.Join(j.drain(w), j.sync())
+			return errors.Join(j.drain(ctx, w, src.store), j.sync())
 		}
 		if err != nil {
 			return err
 		}
-		if err := j.write(); err != nil {
+		if err := j.append(ctx, src.store); err != nil {
 			return err
+		}
+		if j.reopen && !j.split {
+			j.reopen = false
+			if err := j.next(ctx, src.store); err != nil {
+				return err
+			}
 		}
 		if wait := time.Until(j.dirty.Add(syncEvery)); j.dirty.IsZero() {
 			timer.Stop()
@@ -322,19 +463,30 @@ func (j *journal) follow(w *watcher, src journalSource, syncEvery time.Duration)
 		} else if err := j.sync(); err != nil {
 			return err
 		}
+		wake := w.wake
 		if n > 0 {
-			continue
+			wake = closedC // there may be more to read
 		}
-		j.caughtUp = true
+		j.caughtUp = j.caughtUp || n == 0
 		select {
-		case <-w.wake:
+		case <-wake:
 		case <-timer.C:
+		case <-look.C:
+			j.yield()
+		case <-src.reopen:
+			j.reopen = true
 		}
 	}
 }
 
+var closedC = func() chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
+}()
+
 // drain appends the last events, of which no hub tells.
-func (j *journal) drain(w *watcher) error {
+func (j *journal) drain(ctx context.Context, w *watcher, store *kvstore) error {
 	for {
 		n, err := w.scan(j.appendEvent)
 		if errors.Is(err, errExpired) {
@@ -343,7 +495,7 @@ func (j *journal) drain(w *watcher) error {
 		if n == 0 || err != nil {
 			return err
 		}
-		if err := j.write(); err != nil {
+		if err := j.append(ctx, store); err != nil {
 			return err
 		}
 	}
@@ -356,25 +508,156 @@ func (j *journal) appendEvent(e *event, last bool) {
 		j.rv = e.rv - 1
 	}
 	j.buf = appendJournalLine(j.buf, e, last)
-	if last {
+	if j.part = !last; last {
 		j.rv = e.rv
 	}
+}
+
+// append writes when nobody else has the file open.
+func (j *journal) append(ctx context.Context, store *kvstore) error {
+	if len(j.buf) == 0 {
+		return nil
+	}
+	if err := j.claim(ctx, store); err != nil {
+		return err
+	}
+	return j.write()
+}
+
+// claim returns as soon as nobody else has the file open, or has it for so long that he does
+// not copy it. Whoever opens it afterwards waits for yield.
+func (j *journal) claim(ctx context.Context, store *kvstore) error {
+	if j.yield(); j.leased {
+		return nil
+	}
+	for end := time.Duration(j.size/journalShareBytes)*time.Second + journalShareMin; ; {
+		err := j.lease(j.file)
+		if err == nil {
+			j.leased, j.shared = true, time.Time{}
+			break
+		}
+		if j.shared.IsZero() {
+			j.shared = time.Now()
+		}
+		if !errors.Is(err, syscall.EAGAIN) || time.Since(j.shared) > end || store.windowStrained() {
+			break
+		}
+		select {
+		case <-time.After(journalLeaseRetry):
+		case <-ctx.Done():
+			return errShuttingDown // the next run goes on here
+		}
+	}
+	info, err := j.file.Stat()
+	if err == nil && info.Size() != j.size {
+		err = errJournalCut
+	}
+	return err
+}
+
+// yield lets those go on who wait to open the file, when it ends with a whole version.
+func (j *journal) yield() {
+	if j.leased && !j.split && leaseWanted(j.file) {
+		dropLease(j.file)
+		j.leased, j.shared = false, time.Now()
+	}
+}
+
+// begin writes the first line of a new file.
+func (j *journal) begin() error {
+	if j.size > 0 {
+		return nil
+	}
+	head, err := json.Marshal(struct {
+		Journal int    `json:"journal"`
+		Cluster string `json:"cluster"`
+		From    uint64 `json:"from"`
+	}{journalFormat, j.cluster, j.written + 1})
+	if err != nil {
+		return err
+	}
+	n, err := j.file.Write(append(head, '\n'))
+	j.size += int64(n)
+	return errors.Join(err, j.file.Sync())
+}
+
+// resumeCut goes on in a file that somebody has cut, or emptied after he had copied it.
+func (j *journal) resumeCut() error {
+	before := j.written
+	if err := j.resume(); err != nil {
+		return err
+	}
+	if j.written > before {
+		return fmt.Errorf("somebody else writes to it, up to resource version %d", j.written)
+	}
+	j.logger.Info("the journal was cut by somebody else, and goes on", zap.String("journal", j.path), zap.Uint64("resourceVersion", j.rv))
+	return nil
+}
+
+// next goes on in another file, if there is no longer this one at the path. If it
+// cannot be used the journal stays where it is.
+func (j *journal) next(ctx context.Context, store *kvstore) error {
+	now, err := j.file.Stat()
+	if err != nil {
+		return err
+	}
+	if info, err := os.Stat(j.path); err == nil && os.SameFile(info, now) {
+		return j.claim(ctx, store) // it may have been cut
+	}
+	k, err := j.openNext()
+	if err != nil {
+		j.logger.Error("the journal stays in the old file, since there is no other one to go on in", zap.String("journal", j.path), zap.Error(err))
+		return nil
+	}
+	if err := errors.Join(j.sync(), j.file.Close()); err != nil {
+		return errors.Join(err, k.file.Close())
+	}
+	j.file, j.size, j.leased, j.shared = k.file, k.size, false, time.Time{}
+	j.logger.Info("the journal goes on in another file", zap.String("journal", j.path), zap.Uint64("resourceVersion", j.rv))
+	return nil
+}
+
+// openNext opens the file in which the journal is to go on.
+func (j *journal) openNext() (k *journal, err error) {
+	k = &journal{path: j.path, cluster: j.cluster, logger: j.logger, written: j.written}
+	if k.file, err = openJournalFile(j.path); err != nil {
+		return nil, err
+	}
+	if err = k.resume(); err == nil {
+		err = k.begin()
+	}
+	if err == nil && k.written != j.written {
+		err = fmt.Errorf("it ends at resource version %d, and the journal is at %d", k.written, j.written)
+	}
+	if err == nil {
+		err = syncDir(filepath.Dir(j.path))
+	}
+	if err != nil {
+		return nil, errors.Join(err, k.file.Close())
+	}
+	return k, nil
 }
 
 func (j *journal) write() error {
 	if len(j.buf) == 0 {
 		return nil
 	}
-	if _, err := j.file.Write(j.buf); err != nil {
+	n, err := j.file.Write(j.buf)
+	j.size += int64(n)
+	if err != nil {
 		return err
 	}
 	if j.buf = j.buf[:0]; cap(j.buf) > journalBufferMax {
 		j.buf = nil // an extraordinary value has grown it
 	}
+	j.written, j.split = j.rv, j.part
+	if _, err := j.mark.WriteAt(fmt.Appendf(nil, "%020d\n", j.written), 0); err != nil {
+		return err
+	}
 	if j.dirty.IsZero() {
 		j.dirty = time.Now()
 	}
-	j.hold.rv.Store(j.rv)
+	j.hold.rv.Store(j.written)
 	return nil
 }
 
@@ -383,10 +666,16 @@ func (j *journal) sync() error {
 		return nil
 	}
 	j.dirty = time.Time{}
-	return j.file.Sync()
+	return errors.Join(j.file.Sync(), j.mark.Sync())
 }
 
-func (j *journal) close() error { return j.file.Close() }
+func (j *journal) close() error {
+	err := j.mark.Close()
+	if j.file != nil {
+		err = errors.Join(err, j.file.Close())
+	}
+	return err
+}
 
 // appendGap appends the line that says which versions are missing.
 func appendGap(buf []byte, from, to uint64) []byte {
@@ -421,14 +710,15 @@ func appendJournalValue(buf []byte, value string) []byte {
 		buf = base64.StdEncoding.AppendEncode(buf, []byte(value))
 		return append(buf, '"')
 	}
-	buf = append(buf, `,"obj":`...)
-	if !json.Valid([]byte(value)) {
-		return appendJSONString(buf, value)
+	if json.Valid([]byte(value)) {
+		buf = append(buf, `,"obj":`...)
+		if !strings.ContainsAny(value, "\r\n") && strings.TrimSpace(value) == value {
+			return append(buf, value...) // a reader gets it back as it is
+		}
+		compact := bytes.NewBuffer(buf) // without line breaks
+		_ = json.Compact(compact, []byte(value))
+		buf = compact.Bytes()
 	}
-	if !strings.ContainsAny(value, " \t\r\n") {
-		return append(buf, value...)
-	}
-	compact := bytes.NewBuffer(buf) // without line breaks
-	_ = json.Compact(compact, []byte(value))
-	return compact.Bytes()
+	buf = append(buf, `,"objText":`...)
+	return appendJSONString(buf, value)
 }

@@ -713,6 +713,15 @@ func (s *kvstore) expired(now int64, n, bytes int) []command {
 	return due
 }
 
+// windowStrained says whether the window has waited for its reader for so long that it soon
+// goes on without him.
+func (s *kvstore) windowStrained() bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	l := &s.state.events
+	return l.count > l.countMax+holdEventsMax/2 || l.bytes > l.bytesMax+holdBytesMax/2
+}
+
 // seekEvent returns where in the window the events above rv start.
 func (s *kvstore) seekEvent(rv uint64) (n uint64, ok bool) {
 	s.mu.RLock()

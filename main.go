@@ -88,6 +88,11 @@ func newServeCommand(use string, stderr io.Writer) *cobra.Command {
 				_ = logs.Sync() // never fails; it has the reason
 				os.Exit(1)
 			}
+			// A closed terminal, or what rotates a journal, does not end a node.
+			hangUps := make(chan os.Signal, 1)
+			signal.Notify(hangUps, syscall.SIGHUP)
+			defer signal.Stop(hangUps)
+			cfg.hangUps = hangUps
 			syscall.Umask(0o077) // the log and the snapshots are for this user only
 			return serve(cmd.Context(), cfg, logger, level)
 		},

@@ -117,7 +117,7 @@ func TestOpenPrivate(t *testing.T) {
 	}
 	for _, mode := range []fs.FileMode{0o640, 0o602, 0o666} {
 		must(t, os.Chmod(path, mode))
-		if _, err := openJournal(path, zap.NewNop()); !isNotPrivate(err) || !strings.Contains(err.Error(), "chmod go= "+path) {
+		if _, err := openJournal(path, t.TempDir(), 1, zap.NewNop()); !isNotPrivate(err) || !strings.Contains(err.Error(), "chmod go= "+path) {
 			t.Errorf("mode %v: %v", mode, err)
 		}
 	}
@@ -125,7 +125,7 @@ func TestOpenPrivate(t *testing.T) {
 	for name, to := range map[string]string{"link": path, "dangling": filepath.Join(dir, "nowhere")} {
 		link := filepath.Join(dir, name)
 		must(t, os.Symlink(to, link))
-		if _, err := openJournal(link, zap.NewNop()); !isNotPrivate(err) || !strings.Contains(err.Error(), link+" is a symbolic link") {
+		if _, err := openJournal(link, t.TempDir(), 1, zap.NewNop()); !isNotPrivate(err) || !strings.Contains(err.Error(), link+" is a symbolic link") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -134,7 +134,7 @@ func TestOpenPrivate(t *testing.T) {
 	}
 	if os.Geteuid() == 0 {
 		must(t, os.Chown(path, 12345, 12345))
-		if _, err := openJournal(path, zap.NewNop()); !isNotPrivate(err) {
+		if _, err := openJournal(path, t.TempDir(), 1, zap.NewNop()); !isNotPrivate(err) {
 			t.Errorf("another user's: %v", err)
 		}
 	}

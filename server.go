@@ -162,7 +162,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		return err
 	}
 	if cfg.journal != "" {
-		if n.journal, err = openJournal(cfg.journal, logger.Named("journal")); err != nil {
+		if n.journal, err = openJournal(cfg.journal, cfg.dataDir, n.cluster, logger.Named("journal")); err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, n.journal.close()) }()
@@ -337,7 +337,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 	group.Go(func() error { return n.keepLevel(ctx) })
 	group.Go(func() error { return n.hub.run(ctx) }) // ends watches first: the client server waits for them
 	if n.journal != nil {
-		src := journalSource{store: n.store, hub: n.hub, linearize: n.linearize, stopped: n.loop.done}
+		src := journalSource{store: n.store, hub: n.hub, linearize: n.linearize, stopped: n.loop.done, reopen: n.config.hangUps}
 		group.Go(func() error { return n.journal.run(ctx, src, n.config.journalSync) })
 	}
 	group.Go(func() error { return n.keepPlace(ctx) })
