@@ -48,6 +48,7 @@ type config struct {
 	valueSizeMax   int
 	requestTimeout time.Duration
 	connectionsMax int
+	addressMax     int // connections of one address; 0 = a quarter
 
 	levelMax int // 0 = the newest
 
@@ -110,6 +111,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.IntVar(&c.valueSizeMax, "max-value-bytes", valueSizeMaxDefault, "largest value, in `bytes`")
 	f.DurationVar(&c.requestTimeout, "request-timeout", 5*time.Second, "deadline of a request that does not set ?timeout=")
 	f.IntVar(&c.connectionsMax, "max-connections", connectionsMaxDefault, "largest `number` of client connections")
+	f.IntVar(&c.addressMax, "max-connections-per-address", 0, "largest `number` of client connections from one address, or one /64 network of IPv6 (default a quarter of --max-connections); as many as that for all clients behind one proxy")
 	f.Uint64Var(&c.watchEvents, "watch-events", eventsMaxDefault, "`number` of recent events that are kept, so that watches can resume ...")
 	f.Uint64Var(&c.watchBytes, "watch-bytes", eventBytesMaxDefault, "... or this many `bytes` of them, whichever is less")
 	f.DurationVar(&c.watchBookmark, "watch-bookmark", 10*time.Second, "longest `time` between two bookmarks of a watch")
@@ -162,6 +164,7 @@ func (c *config) validate() error {
 		checkRange("--max-value-bytes", c.valueSizeMax, 1, valueSizeLimit),
 		checkRange("--request-timeout", c.requestTimeout, time.Millisecond, timeoutMax),
 		checkRange("--max-connections", c.connectionsMax, 1, connectionsLimit),
+		checkRange("--max-connections-per-address", c.addressMax, 0, connectionsLimit),
 		checkRange("--feature-level-max", c.levelMax, levelFirst, levelNewest),
 		checkRange("--watch-events", c.watchEvents, watchEventsMin, watchEventsLimit),
 		checkRange("--watch-bytes", c.watchBytes, watchBytesMin, watchBytesLimit),
@@ -236,6 +239,11 @@ func (c *config) electionTimeout() time.Duration { return time.Duration(c.electi
 // gets new connections.
 func (c *config) peerSilenceMax() time.Duration {
 	return max(peerSilenceMin, peerSilenceElections*c.electionTimeout())
+}
+
+// clientPlaces returns how many of so many connections one address may have.
+func (c *config) clientPlaces(connections int) int {
+	return min(cmp.Or(c.addressMax, (connections+3)/4), connections)
 }
 
 // checkSelf refuses a list without this node, unless its directory knows who it is.

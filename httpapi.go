@@ -15,9 +15,9 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
@@ -44,19 +44,20 @@ const (
 	// with the request, so it covers the slowest body, the longest wait and as
 	// much again. A call that streams must lift it for its response.
 	writeTimeout = 2 * (bodyTimeout + timeoutMax)
+	// keptWriteTimeout is what takes its place on a kept place, see conn.kept.
+	keptWriteTimeout = timeoutMax + 10*time.Second
 )
 
 // Memory for request bodies grows as they arrive: an announced length is only
 // a promise of the client.
 const (
-	bodyChunkSize = 16 << 10
-	bodyAllocMax  = 64 << 10 // the most that is allocated on the word of Content-Length
+	bodyAllocMin = 4 << 10 // is allocated on the word of Content-Length; then four times what has come
 
-	// bodiesSizeMax bounds what all bodies together may come to that are being
-	// read, or wait for their write. One that is being read costs twice as much,
-	// since its buffer grows. Those of at most a chunk do not count: the number of
-	// connections bounds them.
+	// bodiesSizeMax bounds the memory for all bodies that are being read, or wait for
+	// their write. Those of at most bodyFree do not count: the number of connections
+	// bounds them.
 	bodiesSizeMax = 128 << 20
+	bodyFree      = 16 << 10
 )
 
 // backend is what the HTTP front needs of a node. Errors are *apiError or wrap
@@ -119,6 +120,7 @@ type httpConfig struct {
 	newID        func() string // the second part of a key that this node makes up
 	hosts        []string      // names that this node answers to, beside those of the members' client URLs
 	origins      []string      // of web pages that may read and write; see checkOrigin
+	oneAddress   bool          // all clients may come from one address, as behind a proxy: it may take everything
 
 	registry  *prometheus.Registry // of the node's metrics; the front adds its own
 	checks    []check              // of readiness
@@ -146,13 +148,22 @@ type httpAPI struct {
 	metrics    *httpMetrics
 	exposition http.Handler // of all metrics
 	scrapes    atomic.Int64 // of the metrics, under way
-	bodies     atomic.Int64 // bytes of large ones
+	bodies     shares       // bytes of large ones
 }
 
 func newHTTPAPI(cfg httpConfig) http.Handler {
 	h := &httpAPI{httpConfig: cfg, browsers: newBrowsers(cfg.store, cfg.hosts, cfg.origins), metrics: newHTTPMetrics(), exposition: newExposition(cfg)}
+	h.bodies = cfg.share(bodiesSizeMax)
 	cfg.registry.MustRegister(h.metrics)
 	return h
+}
+
+// share divides what there is for all clients.
+func (cfg *httpConfig) share(all int64) shares {
+	if cfg.oneAddress {
+		return newShares(all, all)
+	}
+	return newShares(all, mostOf(all))
 }
 
 // newHTTPServer returns a server with the limits of this file. The caller
@@ -168,7 +179,33 @@ func newHTTPServer(handler http.Handler, logger *zap.Logger) *http.Server {
 		ErrorLog:                     log.New(serverLog{logger}, "", 0),
 		DisableGeneralOptionsHandler: true, // OPTIONS * is ours, too
 		ConnState:                    watchAnswers,
+		ConnContext:                  withKeptPlace,
 	}
+}
+
+// keptPlace is where the context of a request has its connection, if that has a
+// place that is kept.
+type keptPlace struct{}
+
+func withKeptPlace(ctx context.Context, c net.Conn) context.Context {
+	if c, ok := c.(*conn); ok && c.kept {
+		return context.WithValue(ctx, keptPlace{}, c)
+	}
+	return ctx
+}
+
+// admitKept looks at a request that came on a kept place. That is only for calls
+// that look after the node, and for one of them.
+func admitKept(w http.ResponseWriter, r *http.Request, c *call) error {
+	place, ok := r.Context().Value(keptPlace{}).(*conn)
+	if !ok {
+		return nil
+	}
+	w.Header()["Connection"] = closeAfter
+	if !c.kept {
+		return errConnections
+	}
+	return errors.Join(place.deserve(), place.SetWriteDeadline(time.Now().Add(keptWriteTimeout)))
 }
 
 // watchAnswers looks at the beginning of each answer: net/http makes some by
@@ -207,7 +244,7 @@ func (h *httpAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer h.answered(rec, r)
 	done, err := h.browsers.admit(rec, r)
 	if !done && err == nil {
-		err = h.routeWithin(rec, r)
+		err = h.route(rec, r)
 	}
 	if err != nil {
 		h.writeError(rec, r, err)
@@ -215,23 +252,6 @@ func (h *httpAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			rec.status = statusClientGone
 		}
 	}
-}
-
-// routeWithin serves a request if there is memory for its body.
-func (h *httpAPI) routeWithin(w *recorder, r *http.Request) error {
-	size := r.ContentLength
-	if size < 0 || size > int64(h.valueSizeMax) { // not known, or more than is read
-		size = int64(h.valueSizeMax)
-	}
-	if size <= bodyChunkSize {
-		return h.route(w, r)
-	}
-	defer h.bodies.Add(-size)
-	if h.bodies.Add(size) > bodiesSizeMax {
-		w.Header()["Connection"] = closeAfter // the body is not read
-		return errOverloaded
-	}
-	return h.route(w, r)
 }
 
 // Keys.
@@ -296,7 +316,7 @@ func isUnchanged(r request, it item) bool {
 }
 
 func (h *httpAPI) putKey(w http.ResponseWriter, r request) error {
-	value, err := readBody(r.Request, h.valueSizeMax)
+	value, err := h.readBody(w, r.Request, h.valueSizeMax)
 	if err != nil {
 		return err
 	}
@@ -402,7 +422,7 @@ func (h *httpAPI) getVersion(w http.ResponseWriter, r request) error {
 
 // postValue stores the body under a new key.
 func (h *httpAPI) postValue(w http.ResponseWriter, r request) error {
-	value, err := readBody(r.Request, h.valueSizeMax)
+	value, err := h.readBody(w, r.Request, h.valueSizeMax)
 	if err != nil {
 		return err
 	}
@@ -412,7 +432,7 @@ func (h *httpAPI) postValue(w http.ResponseWriter, r request) error {
 // patchObject allots a resource version to a JSON object. It is the call that
 // raftrv had; the object is stored like any value.
 func (h *httpAPI) patchObject(w http.ResponseWriter, r request) error {
-	value, err := readBody(r.Request, h.valueSizeMax)
+	value, err := h.readBody(w, r.Request, h.valueSizeMax)
 	if err != nil {
 		return err
 	}
@@ -554,37 +574,74 @@ func (h *httpAPI) catchUp(r request) error {
 
 // Requests: bodies.
 
-var bodyChunks = sync.Pool{New: func() any { return new([bodyChunkSize]byte) }}
-
-// readBody returns the whole body. A small one, the usual case, costs one
-// allocation of its exact size.
-func readBody(r *http.Request, sizeMax int) (string, error) {
+// readBody returns the whole body, if there is memory for it until the request
+// ends. A small one, the usual case, costs one allocation of its exact size.
+func (h *httpAPI) readBody(w http.ResponseWriter, r *http.Request, sizeMax int) (string, error) {
 	if r.ContentLength > int64(sizeMax) {
 		return "", tooLarge(sizeMax)
 	}
 	if r.ContentLength == 0 {
 		return "", nil
 	}
-	chunk := bodyChunks.Get().(*[bodyChunkSize]byte)
-	defer bodyChunks.Put(chunk)
-	var body strings.Builder
-	for {
-		n, err := r.Body.Read(chunk[:])
-		if body.Len()+n > sizeMax {
-			return "", tooLarge(sizeMax)
+	rec := w.(*recorder)
+	body, err := readGrowing(r.Body, r.ContentLength, sizeMax, func(size int) error {
+		if size <= bodyFree {
+			return nil
 		}
-		if body.Cap()-body.Len() < n {
-			announced := int(r.ContentLength) - body.Len()
-			body.Grow(max(n, min(announced, bodyAllocMax))) // and doubles what there is
+		if more := int64(size) - rec.held; h.bodies.take(addressOf(r.RemoteAddr), more) {
+			rec.held += more
+			return nil
 		}
-		body.Write(chunk[:n])
+		w.Header()["Connection"] = closeAfter // the rest is not read
+		return errOverloaded
+	})
+	switch {
+	case err == nil:
+		return unsafe.String(unsafe.SliceData(body), len(body)), nil // nobody changes it any more
+	case errors.Is(err, errOverloaded):
+		return "", err
+	case errors.Is(err, errTooLong):
+		return "", tooLarge(sizeMax)
+	default:
+		return "", bodyError(err)
+	}
+}
+
+var errTooLong = errors.New("there is more than is read")
+
+// readGrowing reads all of r, at most sizeMax bytes. announced is how much that
+// should be, or negative. Memory grows with what arrives; take is told before how
+// much it will be, from what is more than little.
+func readGrowing(r io.Reader, announced int64, sizeMax int, take func(size int) error) ([]byte, error) {
+	most := sizeMax + 1 // one more tells that it is too much
+	if announced >= 0 {
+		most = int(announced)
+	}
+	buf := make([]byte, 0, min(most, bodyAllocMin))
+	for len(buf) < most {
+		if len(buf) == cap(buf) {
+			size := min(4*cap(buf), most)
+			if err := take(size); err != nil {
+				return nil, err
+			}
+			buf = append(make([]byte, 0, size), buf...)
+		}
+		n, err := r.Read(buf[len(buf):cap(buf)])
+		buf = buf[:len(buf)+n]
+		if err == io.EOF && (announced < 0 || len(buf) == most) {
+			break
+		}
 		if err == io.EOF {
-			return body.String(), nil
+			err = io.ErrUnexpectedEOF
 		}
 		if err != nil {
-			return "", bodyError(err)
+			return nil, err
 		}
 	}
+	if len(buf) > sizeMax {
+		return nil, errTooLong
+	}
+	return buf, nil
 }
 
 func tooLarge(sizeMax int) error {

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"runtime"
 	"slices"
@@ -25,7 +26,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 )
 
-const testValueSizeMax = 100 << 10 // more than bodyAllocMax
+const testValueSizeMax = 100 << 10 // more than bodyFree
 
 // fakeBackend is a cluster of one that never fails unless it is told to. Writes
 // go through the real encoding into a real store.
@@ -477,7 +478,7 @@ func TestHTTP_RefusesTargets(t *testing.T) {
 
 func TestHTTP_Values(t *testing.T) {
 	f := newFront(t)
-	for _, size := range []int{0, 1, 4096, bodyChunkSize, bodyChunkSize + 1, bodyAllocMax, bodyAllocMax + 1, testValueSizeMax} {
+	for _, size := range []int{0, 1, 4096, bodyAllocMin + 1, bodyFree, bodyFree + 1, testValueSizeMax} {
 		value := strings.Repeat("\x00\xff\r\n", size/4+1)[:size]
 		for _, put := range []func() answer{
 			func() answer { return f.do("PUT", "/k", value) },
@@ -530,8 +531,12 @@ func TestHTTP_RefusesLargeValues(t *testing.T) {
 func TestHTTP_BodiesAreGivenBack(t *testing.T) {
 	f := newFront(t)
 	large := strings.Repeat("v", testValueSizeMax)
-	held := int64(bodiesSizeMax - len(large) + 1)
-	f.api.bodies.Add(held) // by others
+	other := netip.MustParseAddr("192.0.2.1")
+	held := mostOf(bodiesSizeMax)
+	f.api.bodies.all = held + testValueSizeMax - 1
+	if !f.api.bodies.take(other, held) {
+		t.Fatal("not taken")
+	}
 	for range 3 {
 		a := f.do("PUT", "/k", large)
 		if a.want(t, 503); mustProblem(t, a).Code != errOverloaded.code {
@@ -539,12 +544,12 @@ func TestHTTP_BodiesAreGivenBack(t *testing.T) {
 		}
 	}
 	f.do("PUT", "/k", "small").want(t, 201)
-	if got := f.api.bodies.Load(); got != held {
+	if got := f.api.bodies.taken; got != held {
 		t.Errorf("%d bytes are held, want %d", got, held)
 	}
-	f.api.bodies.Add(-1) // it just fits
+	f.api.bodies.give(other, 1) // it just fits
 	f.do("PUT", "/k", large).want(t, 204)
-	if got := f.api.bodies.Load(); got != held-1 {
+	if got := f.api.bodies.taken; got != held-1 {
 		t.Errorf("%d bytes are held, want %d", got, held-1)
 	}
 }

@@ -23,6 +23,7 @@ type recorder struct {
 	call   int           // its number; 0 until it is known, and for requests that no call is for
 	status int           // 0 until it is known; then net/http sends 200
 	bytes  int64         // of the body
+	held   int64         // bytes of the request's body that count
 	start  time.Duration // since epoch
 	weight uint64        // requests that this one's latency stands for; 0 = it is not timed
 	turn   uint64        // counts the requests that used this recorder
@@ -39,7 +40,7 @@ var epoch = time.Now()
 func newRecorder(w http.ResponseWriter) *recorder {
 	rec := recorders.Get().(*recorder)
 	rec.ResponseWriter = w
-	rec.call, rec.status, rec.bytes, rec.weight = 0, 0, 0, 0
+	rec.call, rec.status, rec.bytes, rec.held, rec.weight = 0, 0, 0, 0, 0
 	return rec
 }
 
@@ -83,6 +84,9 @@ func (h *httpAPI) called(rec *recorder, c *call) {
 func (h *httpAPI) answered(rec *recorder, r *http.Request) {
 	if rec.status == 0 {
 		rec.status = http.StatusOK
+	}
+	if rec.held > 0 {
+		h.bodies.give(addressOf(r.RemoteAddr), rec.held)
 	}
 	m := &h.metrics.calls[rec.call]
 	m.count(rec.status)

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"strings"
@@ -118,6 +117,10 @@ func (l *link) serve(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		defer l.detach(r.URL.Path, conn)
+		if err := http.NewResponseController(w).SetReadDeadline(time.Time{}); err != nil { // nothing comes on it, for as long as it lasts
+			refusePeer(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
 	}
 	l.handler.ServeHTTP(w, r)
 }
@@ -161,10 +164,6 @@ func (l *link) receive(m *raftpb.Message, dialed bool) error {
 	return l.network.receive(l, m, nil, dialed)
 }
 
-// smallBody is what a message that only keeps the cluster going takes at most.
-// The room for the others is limited; for these there is always some.
-const smallBody = 4 << 10
-
 // receiveMessage answers a member that sends a message in a request of its own,
 // as it does when there is no stream. Who sends says how large it is.
 func (l *link) receiveMessage(w http.ResponseWriter, r *http.Request) {
@@ -186,15 +185,22 @@ func (l *link) receiveMessage(w http.ResponseWriter, r *http.Request) {
 		refused(http.StatusRequestEntityTooLarge, refuse(refusedSize, "a message of %d bytes", size))
 		return
 	}
-	if size > smallBody {
-		defer n.bodies.Add(-size)
-		if n.bodies.Add(size) > peerMessageMax {
-			refused(http.StatusServiceUnavailable, refuse(refusedSize, "too many messages arrive at the same time"))
-			return
+	held := int64(0)
+	defer func() { n.bodies.Add(-held) }()
+	body := &pacedReader{Reader: r.Body, control: http.NewResponseController(w)}
+	data, err := readGrowing(body, size, peerMessageMax, func(most int) error {
+		more := int64(most) - held
+		held += more
+		if n.bodies.Add(more) > peerMessageMax {
+			return refuse(refusedSize, "too many messages arrive at the same time")
 		}
-	}
-	data := make([]byte, size)
-	if _, err := io.ReadFull(r.Body, data); err != nil {
+		return nil
+	})
+	switch {
+	case reasonForRefusal(err) == refusedSize:
+		refused(http.StatusServiceUnavailable, err)
+		return
+	case err != nil:
 		refused(http.StatusBadRequest, refuse(refusedFormat, "read a message: %w", err))
 		return
 	}

@@ -1,16 +1,21 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
+	"math"
 	"net"
+	"net/netip"
 	"sync"
+	"syscall"
 	"time"
 )
 
-// This file is the TCP side of every front end: a listener that knows its
-// connections, takes no more than it has room for and can close them all.
+// This file is the TCP side of every front end and of the peer port: a listener
+// that knows its connections, takes no more than it has room for, and from one
+// address no more than its share, and can close them all.
 
 const (
 	connectionsMaxDefault = 16384
@@ -24,14 +29,22 @@ const (
 	// A connection that is one too many gets an answer, at most refusalsMax of
 	// them at a time and each within refusalTimeout. The rest is just closed.
 	refusalTimeout  = time.Second
-	refusalsMax     = 64
+	refusalsMax     = 32
 	refusalDrainMax = 64 << 10 // bytes that are read from a refused client
+
+	// When there is no room left for a client there are still some places for those
+	// who look after the node. Each has keptTimeout to say that this is what it is for.
+	keptMax     = 16
+	keptTimeout = 2 * time.Second
 )
 
 // listenerConfig says what a listener allows.
 type listenerConfig struct {
-	connectionsMax int    // open at a time
-	refusal        []byte // sent to a connection beyond that, a whole response of the protocol
+	connectionsMax int           // open at a time
+	addressMax     int           // of them from one address; 0 = all
+	keptMax        int           // places beyond that, see conn.kept
+	refusal        []byte        // sent to a connection beyond that, a whole response of the protocol
+	writeTimeout   time.Duration // of each write; 0 = whoever writes sees to that
 }
 
 // connStats counts the connections of a listener.
@@ -46,6 +59,8 @@ type listener struct {
 	net.Listener
 	config   listenerConfig
 	refusals sync.WaitGroup
+	places   shares // of connections
+	kept     shares // of those beyond
 
 	mu       sync.Mutex
 	closed   bool // by closeAll: no connection may be added
@@ -74,6 +89,8 @@ func newListener(inner net.Listener, config listenerConfig) *listener {
 	return &listener{
 		Listener: inner,
 		config:   config,
+		places:   newShares(int64(config.connectionsMax), int64(cmp.Or(config.addressMax, config.connectionsMax))),
+		kept:     newShares(int64(config.keptMax), mostOf(int64(config.keptMax))),
 		conns:    map[*conn]struct{}{},
 		refusing: map[net.Conn]struct{}{},
 	}
@@ -99,15 +116,17 @@ func (l *listener) Accept() (net.Conn, error) {
 func (l *listener) admit(inner net.Conn) *conn {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	c := &conn{Conn: inner, listener: l, address: addressOf(inner.RemoteAddr().String())}
 	switch {
 	case l.closed:
 		_ = inner.Close() // unused
-	case len(l.conns) < l.config.connectionsMax:
-		c := &conn{Conn: inner, listener: l}
-		l.conns[c] = struct{}{}
-		l.accepted++
-		return c
-	case len(l.refusing) < refusalsMax:
+	case l.places.take(c.address, 1):
+		c.place = &l.places
+		return l.add(c)
+	case l.kept.take(c.address, 1):
+		c.place, c.kept, c.until = &l.kept, true, time.Now().Add(keptTimeout)
+		return l.add(c)
+	case len(l.refusing) < refusalsMax && l.config.refusal != nil:
 		l.refused++
 		l.refusing[inner] = struct{}{}
 		l.refusals.Go(func() { l.refuse(inner) })
@@ -116,6 +135,12 @@ func (l *listener) admit(inner net.Conn) *conn {
 		_ = inner.Close() // unused
 	}
 	return nil
+}
+
+func (l *listener) add(c *conn) *conn {
+	l.conns[c] = struct{}{}
+	l.accepted++
+	return c
 }
 
 // refuse tells a client that there is no room and closes its connection.
@@ -168,6 +193,14 @@ func (l *listener) stats() connStats {
 type conn struct {
 	net.Conn
 	listener *listener
+	address  netip.Addr
+	place    *shares // where it has its place
+
+	// kept says that it has a place that is kept for those who look after the node,
+	// for whom it must turn out to be before until. Only whoever serves it may use
+	// these two.
+	kept  bool
+	until time.Time
 
 	// first, if not nil, is given what is written next and returns what to write
 	// instead. Only whoever writes may set it.
@@ -175,6 +208,11 @@ type conn struct {
 }
 
 func (c *conn) Write(p []byte) (int, error) {
+	if timeout := c.listener.config.writeTimeout; timeout > 0 {
+		if err := c.SetWriteDeadline(time.Now().Add(timeout)); err != nil {
+			return 0, err
+		}
+	}
 	if c.first == nil {
 		return c.Conn.Write(p)
 	}
@@ -184,11 +222,29 @@ func (c *conn) Write(p []byte) (int, error) {
 	return min(n, len(p)), err
 }
 
+// SetReadDeadline gives a connection that has a kept place no more time than that has.
+func (c *conn) SetReadDeadline(t time.Time) error {
+	if !c.until.IsZero() && (t.IsZero() || t.After(c.until)) {
+		t = c.until
+	}
+	return c.Conn.SetReadDeadline(t)
+}
+
+// deserve says that what came on a kept place is what that is kept for.
+func (c *conn) deserve() error {
+	c.until = time.Time{}
+	return c.SetReadDeadline(time.Now().Add(bodyTimeout))
+}
+
 // Close may be called more than once, by its user and by closeAll.
 func (c *conn) Close() error {
-	c.listener.mu.Lock()
-	delete(c.listener.conns, c)
-	c.listener.mu.Unlock()
+	l := c.listener
+	l.mu.Lock()
+	if _, open := l.conns[c]; open {
+		delete(l.conns, c)
+		c.place.give(c.address, 1)
+	}
+	l.mu.Unlock()
 	return c.Conn.Close()
 }
 
@@ -203,4 +259,43 @@ func closeWrite(c net.Conn) error {
 		return half.CloseWrite()
 	}
 	return nil
+}
+
+// descriptors is how many open files a process may have, and for what. The log and
+// the snapshots must always find one: a node that cannot write them ends.
+type descriptors struct {
+	limit          uint64
+	clients, peers int // connections that may be open
+}
+
+const (
+	// filesReserved are for the log, the snapshots, the journal, and the connections
+	// that a node opens itself.
+	filesReserved   = 96
+	peersMaxDefault = 256 // connections of other members; each has about eight
+	peersShare      = 5   // they get a part of what there is, if that is less
+	clientsMin      = 16
+)
+
+// divideDescriptors says how many connections there may be so that the files find a
+// descriptor. clients is how many clients are wanted.
+func divideDescriptors(limit uint64, clients int) (descriptors, error) {
+	d := descriptors{limit: limit}
+	free := int(min(limit, math.MaxInt32)) - filesReserved
+	d.peers = min(free/peersShare, peersMaxDefault)
+	d.clients = min(clients, free-d.peers-keptMax-refusalsMax)
+	if d.clients < min(clients, clientsMin) {
+		return d, fmt.Errorf("a process may have %d open files here, which is not enough; raise the limit (ulimit -n, LimitNOFILE=) to 1024 or more", limit)
+	}
+	return d, nil
+}
+
+// openFilesMax returns how many files this process may have open. Go has raised that
+// to the hard limit.
+func openFilesMax() (uint64, error) {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return 0, fmt.Errorf("limit of open files: %w", err)
+	}
+	return limit.Cur, nil
 }

@@ -49,7 +49,7 @@ func (h *httpAPI) addMember(w http.ResponseWriter, r request) error {
 	if err != nil {
 		return err
 	}
-	body, err := readBody(r.Request, peerURLSizeMax)
+	body, err := h.readBody(w, r.Request, peerURLSizeMax)
 	if err != nil {
 		return err
 	}
@@ -61,7 +61,7 @@ func (h *httpAPI) addMember(w http.ResponseWriter, r request) error {
 }
 
 func (h *httpAPI) postMember(w http.ResponseWriter, r request) error {
-	m, err := readMember(r)
+	m, err := h.readMember(w, r)
 	if err != nil {
 		return err
 	}
@@ -72,7 +72,7 @@ func (h *httpAPI) postMember(w http.ResponseWriter, r request) error {
 }
 
 func (h *httpAPI) putMember(w http.ResponseWriter, r request) error {
-	m, err := readMember(r)
+	m, err := h.readMember(w, r)
 	if err != nil {
 		return err
 	}
@@ -112,11 +112,11 @@ func done(w http.ResponseWriter, err error) error {
 }
 
 // readMember reads the member that a request is about.
-func readMember(r request) (m member, err error) {
+func (h *httpAPI) readMember(w http.ResponseWriter, r request) (m member, err error) {
 	if m.ID, err = parseMemberID(r.name); err != nil {
 		return m, err
 	}
-	text, err := readBody(r.Request, memberBodySizeMax)
+	text, err := h.readBody(w, r.Request, memberBodySizeMax)
 	if err != nil {
 		return m, err
 	}

@@ -184,7 +184,7 @@ func (h *httpAPI) getLogLevel(w http.ResponseWriter, r request) error {
 
 // putLogLevel changes the level until the process ends.
 func (h *httpAPI) putLogLevel(w http.ResponseWriter, r request) error {
-	text, err := readBody(r.Request, logLevelSizeMax)
+	text, err := h.readBody(w, r.Request, logLevelSizeMax)
 	if err != nil {
 		return err
 	}

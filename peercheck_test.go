@@ -238,7 +238,7 @@ func TestNetwork_LargeMessages(t *testing.T) {
 		t.Errorf("too large: %d", status)
 	}
 	n.bodies.Store(peerMessageMax)
-	if status, _ := n.request("POST", rafthttp.RaftPrefix, 2, bytes.NewReader(make([]byte, smallBody+1))); status != http.StatusServiceUnavailable {
+	if status, _ := n.request("POST", rafthttp.RaftPrefix, 2, bytes.NewReader(make([]byte, bodyAllocMin+1))); status != http.StatusServiceUnavailable {
 		t.Errorf("too many: %d", status)
 	}
 	if n.bodies.Load() != peerMessageMax {

@@ -29,6 +29,7 @@ type call struct {
 	serve   func(h *httpAPI, w http.ResponseWriter, r request) error
 	params  paramSet
 	headers headerSet
+	kept    bool // there are places for connections on which this is asked for
 	endless bool // what it answers has neither a length nor an end of its own, so HTTP/1.0 cannot tell all of it from less
 
 	// Filled by newRoute.
@@ -60,7 +61,7 @@ var (
 		{method: http.MethodGet, serve: (*httpAPI).getKey, params: readParams, headers: headerIfMatch | headerIfNoneMatch},
 		{method: http.MethodPut, serve: (*httpAPI).putKey, params: writeParams, headers: headerIfMatch | headerIfNoneMatch | headerIdempotencyKey},
 		{method: http.MethodDelete, serve: (*httpAPI).deleteKey, params: paramTimeout, headers: headerIfMatch | headerIfNoneMatch | headerIdempotencyKey},
-		{method: http.MethodPost, serve: (*httpAPI).addMember, params: paramTimeout},
+		{method: http.MethodPost, serve: (*httpAPI).addMember, params: paramTimeout, kept: true},
 	}})
 	rootRoute = newRoute(route{path: "/", calls: []call{
 		{method: http.MethodGet, serve: (*httpAPI).getVersion, params: readParams},
@@ -88,31 +89,31 @@ var reservedRoutes = newRoutes(
 		{method: http.MethodGet, serve: (*httpAPI).getSnapshot, params: readParams},
 	}},
 	route{path: "/-/v1/members", calls: []call{
-		{method: http.MethodGet, serve: (*httpAPI).listMembers, params: readParams},
+		{method: http.MethodGet, serve: (*httpAPI).listMembers, params: readParams, kept: true},
 	}},
 	route{path: "/-/v1/members/{id}", calls: []call{
-		{method: http.MethodPost, serve: (*httpAPI).postMember, params: paramTimeout},
-		{method: http.MethodPut, serve: (*httpAPI).putMember, params: paramTimeout},
-		{method: http.MethodDelete, serve: (*httpAPI).deleteMember, params: paramTimeout},
+		{method: http.MethodPost, serve: (*httpAPI).postMember, params: paramTimeout, kept: true},
+		{method: http.MethodPut, serve: (*httpAPI).putMember, params: paramTimeout, kept: true},
+		{method: http.MethodDelete, serve: (*httpAPI).deleteMember, params: paramTimeout, kept: true},
 	}},
 	route{path: "/-/v1/members/{id}/promote", calls: []call{
-		{method: http.MethodPost, serve: (*httpAPI).promoteMember, params: paramTimeout},
+		{method: http.MethodPost, serve: (*httpAPI).promoteMember, params: paramTimeout, kept: true},
 	}},
 	route{path: "/-/v1/leader/{id}", calls: []call{
 		{method: http.MethodPost, serve: (*httpAPI).postLeader, params: paramTimeout},
 	}},
-	route{path: "/-/v1/status", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getStatus, params: paramAll}}},
+	route{path: "/-/v1/status", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getStatus, params: paramAll, kept: true}}},
 	route{path: "/-/v1/log-level", calls: []call{
 		{method: http.MethodGet, serve: (*httpAPI).getLogLevel},
 		{method: http.MethodPut, serve: (*httpAPI).putLogLevel},
 	}},
-	route{path: "/-/metrics", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getMetrics}}},
+	route{path: "/-/metrics", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getMetrics, kept: true}}},
 	route{path: "/-/debug/pprof/", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getProfiles, endless: true}}},
 	route{path: "/-/debug/pprof/{profile}", calls: []call{
 		{method: http.MethodGet, serve: (*httpAPI).getProfile, params: paramSeconds | paramDebug, endless: true},
 	}},
-	route{path: "/-/livez", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getLive}}},
-	route{path: "/-/readyz", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getReady, params: paramVerbose}}},
+	route{path: "/-/livez", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getLive, kept: true}}},
+	route{path: "/-/readyz", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getReady, params: paramVerbose, kept: true}}},
 	route{path: "/-/version", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getProgram}}},
 	route{path: "/-/openapi.json", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getOpenAPI}}},
 )
@@ -201,6 +202,9 @@ func (h *httpAPI) route(w *recorder, r *http.Request) error {
 		return otherMethod(w, r, rt.allow)
 	}
 	h.called(w, c)
+	if err := admitKept(w, r, c); err != nil {
+		return err
+	}
 	if c.method == http.MethodGet {
 		w.Header()["Cache-Control"] = c.cache
 	}

@@ -210,6 +210,7 @@ type ports struct {
 	front          *closingHandler // before clients
 	peerServer     *http.Server
 	clientServer   *http.Server
+	peerListener   *listener
 	clientListener *listener
 	failed         chan error // of a server that ended by itself; has room for both
 	work           sync.WaitGroup
@@ -230,13 +231,27 @@ func openPorts(ctx context.Context, cfg *config, rec *recovered, logger *zap.Log
 			return nil, err
 		}
 	}
-	peerListener, err := listenPeers(cfg.listenPeer)
+	limit, err := openFilesMax()
 	if err != nil {
-		return nil, fmt.Errorf("listen for peers: %w", err)
+		return nil, err
+	}
+	d, err := divideDescriptors(limit, cfg.connectionsMax)
+	if err != nil {
+		return nil, err
+	}
+	if d.clients < cfg.connectionsMax || d.peers < peersMaxDefault {
+		logger.Warn("the limit of open files bounds the connections", zap.Uint64("openFiles", d.limit), zap.Int("clients", d.clients),
+			zap.Int("maxConnections", cfg.connectionsMax), zap.Int("peers", d.peers))
 	}
 	p := &ports{process: randomID(), failed: make(chan error, 2)}
-	if p.clientListener, err = listen(ctx, cfg.listen, listenerConfig{connectionsMax: cfg.connectionsMax, refusal: httpRefusal()}); err != nil {
-		return nil, errors.Join(fmt.Errorf("listen for clients: %w", err), peerListener.Close())
+	if p.peerListener, err = listenPeers(ctx, cfg.listenPeer, d.peers); err != nil {
+		return nil, fmt.Errorf("listen for peers: %w", err)
+	}
+	p.clientListener, err = listen(ctx, cfg.listen, listenerConfig{
+		connectionsMax: d.clients, addressMax: cfg.clientPlaces(d.clients), keptMax: keptMax, refusal: httpRefusal(),
+	})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("listen for clients: %w", err), p.peerListener.Close())
 	}
 	p.tell(peerInfo{Node: cfg.id, Process: p.process})
 	p.clients.set(http.HandlerFunc(p.serveWaiting))
@@ -244,7 +259,7 @@ func openPorts(ctx context.Context, cfg *config, rec *recovered, logger *zap.Log
 	p.front = &closingHandler{Handler: &p.clients}
 	p.peerServer = newPeerServer(&p.peers, logger.Named("peers"))
 	p.clientServer = newHTTPServer(p.front, logger.Named("http"))
-	p.work.Go(func() { p.failed <- ignoreClosed(p.peerServer.Serve(peerListener)) })
+	p.work.Go(func() { p.failed <- ignoreClosed(p.peerServer.Serve(p.peerListener)) })
 	p.work.Go(func() { p.failed <- ignoreClosed(p.clientServer.Serve(p.clientListener)) })
 	return p, nil
 }
@@ -253,6 +268,7 @@ func openPorts(ctx context.Context, cfg *config, rec *recovered, logger *zap.Log
 func (p *ports) close() {
 	_ = p.clientServer.Close() // both have been shut down, or there is nothing to lose
 	_ = p.peerServer.Close()
+	p.peerListener.closeAll()
 	p.clientListener.closeAll()
 	p.work.Wait()
 }
@@ -316,6 +332,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 		newID:        newUUID,
 		hosts:        n.config.hostNames(),
 		origins:      n.config.allowedOrigins,
+		oneAddress:   p.clientListener.config.addressMax == p.clientListener.config.connectionsMax,
 		registry:     newRegistry(n, p.clientListener, checks),
 		checks:       checks,
 		level:        n.level,

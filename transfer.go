@@ -168,7 +168,7 @@ func (l *link) postSnapshot(m *raftpb.Message) (size int64, err error) {
 // receiveSnapshot answers a member that sends a snapshot. The status tells what
 // an operator could do about a failure.
 func (l *link) receiveSnapshot(w http.ResponseWriter, r *http.Request) {
-	err := l.takeSnapshot(r)
+	err := l.takeSnapshot(r, http.NewResponseController(w))
 	if err == nil {
 		w.WriteHeader(http.StatusNoContent)
 		return
@@ -194,7 +194,7 @@ func (l *link) receiveSnapshot(w http.ResponseWriter, r *http.Request) {
 
 // takeSnapshot reads a snapshot here and not in the loop, where it would hold up
 // heartbeats.
-func (l *link) takeSnapshot(r *http.Request) error {
+func (l *link) takeSnapshot(r *http.Request, control *http.ResponseController) error {
 	n := l.network
 	if n.guard.space.Load().full {
 		return errDiskFull
@@ -203,7 +203,7 @@ func (l *link) takeSnapshot(r *http.Request) error {
 		return errArriving
 	}
 	defer n.arriving.Store(false)
-	m, err := readEnvelope(&pacedReader{Reader: r.Body})
+	m, err := readEnvelope(&pacedReader{Reader: r.Body, control: control})
 	if err != nil {
 		return &peerRefusal{cmp.Or(reasonForRefusal(err), refusedFormat), fmt.Errorf("read the message of a snapshot: %w", err)}
 	}
@@ -225,7 +225,7 @@ func (l *link) takeSnapshot(r *http.Request) error {
 	if err := n.storage.hasRoom(uint64(max(r.ContentLength, 0))); err != nil {
 		return err
 	}
-	st, err := n.storage.receive(&pacedReader{Reader: r.Body, most: most}, meta.GetIndex(), meta.GetTerm())
+	st, err := n.storage.receive(&pacedReader{Reader: r.Body, control: control, most: most}, meta.GetIndex(), meta.GetTerm())
 	if err != nil {
 		return fmt.Errorf("received snapshot: %w", err)
 	}
@@ -255,23 +255,42 @@ const (
 // Only the time counts in which there was nothing to read.
 type pacedReader struct {
 	io.Reader
-	most   int64 // bytes; 0 = any number
-	read   int64
-	waited time.Duration
+	control *http.ResponseController // of the connection; nil = a read ends by itself
+	most    int64                    // bytes; 0 = any number
+	read    int64
+	waited  time.Duration
 }
 
 func (p *pacedReader) Read(b []byte) (int, error) {
 	start := time.Now()
+	if err := p.setDeadline(start.Add(p.left())); err != nil {
+		return 0, err
+	}
 	n, err := p.Reader.Read(b)
 	p.waited += time.Since(start)
 	p.read += int64(n)
+	if err == io.EOF {
+		_ = p.setDeadline(time.Time{}) // the answer may take longer; it fails like this one
+	}
 	switch {
 	case p.most > 0 && p.read > p.most:
 		return n, refuse(refusedSize, "a snapshot of more than %d bytes", p.most)
-	case p.waited > paceGrace+time.Duration(p.read)*time.Second/paceMin:
+	case p.left() <= 0:
 		return n, refuse(refusedSnapshot, "%d bytes in %v are too few", p.read, p.waited)
 	}
 	return n, err
+}
+
+// left is how much longer the sender may keep this node waiting.
+func (p *pacedReader) left() time.Duration {
+	return paceGrace + time.Duration(p.read)*time.Second/paceMin - p.waited
+}
+
+func (p *pacedReader) setDeadline(t time.Time) error {
+	if p.control == nil {
+		return nil
+	}
+	return p.control.SetReadDeadline(t)
 }
 
 // readEnvelope reads the message in front of a state.

@@ -6,7 +6,6 @@ import (
 	"maps"
 	"net"
 	"net/http"
-	"net/url"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -112,10 +111,11 @@ func (c quietCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.Che
 	return c.Core.Check(e, ce)
 }
 
-// listenPeers listens for the other members. A connection ends when nothing can
-// be read or written for rafthttp.ConnReadTimeout or ConnWriteTimeout.
-func listenPeers(address string) (net.Listener, error) {
-	return rafthttp.NewListener(url.URL{Scheme: "http", Host: address}, nil)
+// listenPeers listens for the other members. All of them may be on one machine, but
+// then they are few. A connection ends when nothing can be written to it for
+// rafthttp.ConnWriteTimeout.
+func listenPeers(ctx context.Context, address string, connectionsMax int) (*listener, error) {
+	return listen(ctx, address, listenerConfig{connectionsMax: connectionsMax, addressMax: (connectionsMax + 1) / 2, writeTimeout: rafthttp.ConnWriteTimeout})
 }
 
 // newPeerServer returns a server for the peer port.
@@ -123,6 +123,9 @@ func newPeerServer(handler http.Handler, logger *zap.Logger) *http.Server {
 	return &http.Server{
 		Handler:           handler,
 		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       paceGrace, // of the whole request, unless whoever serves it gives it more
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    headerSizeMax,
 		ErrorLog:          zap.NewStdLog(logger),
 		ConnContext:       func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, peerConnKey{}, c) },
 	}

@@ -45,7 +45,7 @@ type operationBody struct {
 
 // postTxn carries out a transaction.
 func (h *httpAPI) postTxn(w http.ResponseWriter, r request) error {
-	body, err := readBody(r.Request, txnBodySizeMax)
+	body, err := h.readBody(w, r.Request, txnBodySizeMax)
 	if err != nil {
 		return err
 	}
