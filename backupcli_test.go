@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/base64"
 	"fmt"
 	"io"
 	"net/http"
@@ -20,20 +22,27 @@ import (
 func backupOf(t *testing.T, st state) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "backup")
-	must(t, os.WriteFile(path, backupBytes(t, &kvstore{state: st}), fileMode))
+	must(t, os.WriteFile(path, encodeBackup(t, st), fileMode))
 	return path
 }
 
 // What does not arrive whole does not replace what was there.
 func TestSaveBackup(t *testing.T) {
-	f := newFront(t)
-	f.put("a", "1")
+	old := exampleState(t)
+	whole := encodeBackup(t, old)
+	digest := sha256.Sum256(whole)
 	path := filepath.Join(t.TempDir(), "backup")
-	saved, err := saveBackup(t.Context(), "http://"+f.mustDial().RemoteAddr().String()+"/", path)
+	node := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Trailer", "Repr-Digest")
+		_, _ = w.Write(whole)
+		w.Header().Set("Repr-Digest", "sha-256=:"+base64.StdEncoding.EncodeToString(digest[:])+":")
+	}))
+	defer node.Close()
+	saved, err := saveBackup(t.Context(), node.URL+"/", path)
 	must(t, err)
 	got, err := readBackup(path)
 	must(t, err)
-	if got.state.rv != 1 || saved.size != got.size {
+	if got.state.rv != old.rv || saved.size != got.size {
 		t.Errorf("%+v", got)
 	}
 	info, err := os.Stat(path)
@@ -41,7 +50,6 @@ func TestSaveBackup(t *testing.T) {
 	if info.Mode().Perm() != fileMode {
 		t.Errorf("mode %v", info.Mode())
 	}
-	whole := []byte(readFile(t, path))
 	for name, serve := range map[string]func(w http.ResponseWriter){
 		"a wrong digest": func(w http.ResponseWriter) {
 			w.Header().Set("Trailer", "Repr-Digest")
@@ -56,7 +64,7 @@ func TestSaveBackup(t *testing.T) {
 		},
 		"refused": func(w http.ResponseWriter) {
 			w.WriteHeader(http.StatusServiceUnavailable)
-			_, _ = w.Write(newProblem(errNoLeader).encode())
+			_, _ = w.Write([]byte(`{"code":"no-leader","message":"no leader"}`))
 		},
 	} {
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { serve(w) }))
@@ -86,7 +94,7 @@ func runCommand(t *testing.T, args ...string) (string, error) {
 }
 
 func TestCommand_SnapshotInspect(t *testing.T) {
-	path := backupOf(t, smallState(t))
+	path := backupOf(t, exampleState(t))
 	out, err := runCommand(t, "snapshot", "inspect", path)
 	must(t, err)
 	for _, want := range []string{"checksum          ok, SHA-256 ", "format            1\n", "cluster           7\n", "members           1=http://a:1,2=http://b:1\n"} {
@@ -112,7 +120,7 @@ const restoreMembers = "http://127.0.0.1:1,http://127.0.0.1:2,http://127.0.0.1:3
 // each time.
 func TestCommand_SnapshotRestore(t *testing.T) {
 	smallSegments(t)
-	old := smallState(t)
+	old := exampleState(t)
 	path := backupOf(t, old)
 	parent := t.TempDir()
 	var clusters []uint64
@@ -201,7 +209,7 @@ func checkRestored(t *testing.T, rec *recovered, old *state) {
 		t.Error("no watch can begin")
 	}
 	got.rv = old.rv
-	sameItems(t, &got, old)
+	wantSameItems(t, &got, old)
 	if got.retries.records.Len() != old.retries.records.Len() {
 		t.Errorf("%d outcomes of retries, want %d", got.retries.records.Len(), old.retries.records.Len())
 	}
@@ -265,7 +273,7 @@ func TestCommand_Recover(t *testing.T) {
 		t.Errorf("cluster %x, version %d", rec.identity.Cluster, got.rv)
 	}
 	got.rv = st.version()
-	sameItems(t, &got, &st.state)
+	wantSameItems(t, &got, &st.state)
 }
 
 // What cannot be made completely is not taken for something that it is not.
@@ -273,7 +281,7 @@ func TestMakeDirectory_Fails(t *testing.T) {
 	dir := t.TempDir()
 	cfg := configOf(t, "--id", "1", "--cluster", restoreMembers, "--data-dir", filepath.Join(dir, "file", "data"))
 	must(t, os.WriteFile(filepath.Join(dir, "file"), nil, fileMode))
-	b, err := readBackup(backupOf(t, smallState(t)))
+	b, err := readBackup(backupOf(t, exampleState(t)))
 	must(t, err)
 	if err := restoreBackup(cfg, b, 0, zap.NewNop()); err == nil {
 		t.Error("made a directory in a file")

@@ -21,7 +21,7 @@ func TestOpinion(t *testing.T) {
 	free := uint64(1 << 40)
 	g := newTestGuard(t, &free)
 	must(t, g.begin())
-	applyAll(t, g.store, somePut)
+	applyTo(t, g.store, somePut)
 	own := health{Sums: g.store.sums()}
 	other := health{Sums: sums{Now: checkpoint{Index: own.Sums.Now.Index, Sum: own.Sums.Now.Sum + 1}}}
 	elsewhere := health{Sums: sums{Now: checkpoint{Index: own.Sums.Now.Index + 1, Sum: 7}}}
@@ -56,10 +56,10 @@ func TestOpinion_Lasts(t *testing.T) {
 	start := func(want verdict) *guard {
 		t.Helper()
 		s := newKVStore()
-		for _, id := range voters(3) {
+		for _, id := range []uint64{1, 2, 3} {
 			s.state.members[id] = member{ID: id}
 		}
-		applyAll(t, s, somePut)
+		applyTo(t, s, somePut)
 		g := newGuard(&config{id: 1, dataDir: dir}, s, func() int { return 0 }, zap.NewNop())
 		must(t, g.begin())
 		if v := g.current(); v != want {
@@ -132,7 +132,7 @@ func newExchangeRig(t *testing.T) *exchangeRig {
 		r.peers[id] = p
 		n.store.state.members[id] = member{ID: id, PeerURL: server.URL}
 	}
-	applyAll(t, n.store, somePut)
+	applyTo(t, n.store, somePut)
 	n.guard.gate = n.hub.gate
 	must(t, n.guard.begin())
 	ctx, cancel := context.WithCancel(t.Context())
@@ -212,7 +212,7 @@ func TestExchange(t *testing.T) {
 	again, err := r.hub.watch("", true, r.store.version())
 	must(t, err)
 	defer again.close()
-	applyAll(t, r.store, somePut)
+	applyTo(t, r.store, somePut)
 	r.hub.distribute()
 	if n, _, err := again.read(func(*event, bool) {}); n != 1 || err != nil {
 		t.Errorf("watch after the doubt: %d events, %v", n, err)

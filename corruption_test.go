@@ -640,7 +640,7 @@ func TestCommand_RecoverDamaged(t *testing.T) {
 		must(t, err)
 		s, rec := openRestored(t, to)
 		rec.state.rv -= versionJump
-		sameItems(t, &rec.state, &want)
+		wantSameItems(t, &rec.state, &want)
 		must(t, s.close())
 		t.Logf("%s: up to entry %d of %d", what, index, made.last)
 	}

@@ -99,7 +99,7 @@ func TestGuard_Quota(t *testing.T) {
 	g := newTestGuard(t, &free)
 	big := command{op: opPut, key: "big", value: string(make([]byte, 9_900))}
 	must(t, g.admit(&big, 9_900))
-	applyAll(t, g.store, big)
+	applyTo(t, g.store, big)
 	txn := func(ops ...command) *command {
 		t := txn{then: ops}
 		return &command{op: opTxn, value: t.encode()}
@@ -117,7 +117,7 @@ func TestGuard_Quota(t *testing.T) {
 	if err := g.writable(); !errors.Is(err, errQuota) {
 		t.Error(err)
 	}
-	applyAll(t, g.store, command{op: opDelete, key: "big"})
+	applyTo(t, g.store, command{op: opDelete, key: "big"})
 	must(t, g.admit(&somePut, 10))
 	must(t, g.writable())
 

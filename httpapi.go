@@ -183,12 +183,28 @@ func newHTTPServer(handler http.Handler, logger *zap.Logger) *http.Server {
 	}
 }
 
+// rewriter is a connection that lets somebody see what is written next, once, and
+// say what to write instead.
+type rewriter interface {
+	rewriteNext(func([]byte) []byte)
+}
+
+// placeholder is a connection that may have one of the places that are kept for
+// calls that look after the node; see admitKept.
+type placeholder interface {
+	net.Conn
+	isKept() bool
+	// deserve says that the connection has had such a request, so it may stay until
+	// that is answered.
+	deserve() error
+}
+
 // keptPlace is where the context of a request has its connection, if that has a
 // place that is kept.
 type keptPlace struct{}
 
 func withKeptPlace(ctx context.Context, c net.Conn) context.Context {
-	if c, ok := c.(*conn); ok && c.kept {
+	if c, ok := c.(placeholder); ok && c.isKept() {
 		return context.WithValue(ctx, keptPlace{}, c)
 	}
 	return ctx
@@ -197,7 +213,7 @@ func withKeptPlace(ctx context.Context, c net.Conn) context.Context {
 // admitKept looks at a request that came on a kept place. That is only for calls
 // that look after the node, and for one of them.
 func admitKept(w http.ResponseWriter, r *http.Request, c *call) error {
-	place, ok := r.Context().Value(keptPlace{}).(*conn)
+	place, ok := r.Context().Value(keptPlace{}).(placeholder)
 	if !ok {
 		return nil
 	}
@@ -211,8 +227,8 @@ func admitKept(w http.ResponseWriter, r *http.Request, c *call) error {
 // watchAnswers looks at the beginning of each answer: net/http makes some by
 // itself.
 func watchAnswers(c net.Conn, state http.ConnState) {
-	if c, ok := c.(*conn); ok && (state == http.StateActive || state == http.StateIdle) {
-		c.first = withBrowserHeader
+	if c, ok := c.(rewriter); ok && (state == http.StateActive || state == http.StateIdle) {
+		c.rewriteNext(withBrowserHeader)
 	}
 }
 

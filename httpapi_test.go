@@ -194,7 +194,7 @@ type front struct {
 
 // newFront serves on a loopback port.
 func newFront(t *testing.T, options ...func(*httpConfig)) *front {
-	l, err := listen(t.Context(), "127.0.0.1:0", listenerConfig{connectionsMax: 100})
+	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -204,10 +204,46 @@ func newFront(t *testing.T, options ...func(*httpConfig)) *front {
 // newPipeFront serves on pipes, for virtual time.
 func newPipeFront(t *testing.T) *front {
 	pipes := newPipeListener()
-	return serveFront(t, newListener(pipes, listenerConfig{connectionsMax: 100}), pipes.dial)
+	return serveFront(t, pipes, pipes.dial)
 }
 
-func serveFront(t *testing.T, l *listener, dial func() (net.Conn, error), options ...func(*httpConfig)) *front {
+// rewritingListener does for its connections what the node's listener does.
+type rewritingListener struct{ net.Listener }
+
+func (l rewritingListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return &rewritingConn{Conn: c}, nil
+}
+
+type rewritingConn struct {
+	net.Conn
+	first func([]byte) []byte
+}
+
+func (c *rewritingConn) rewriteNext(f func([]byte) []byte) { c.first = f }
+
+func (c *rewritingConn) Write(p []byte) (int, error) {
+	if c.first == nil {
+		return c.Conn.Write(p)
+	}
+	out := c.first(p)
+	c.first = nil
+	n, err := c.Conn.Write(out)
+	return min(n, len(p)), err
+}
+
+// CloseWrite lets net/http say that its answer was all, before a client that still writes gets a reset.
+func (c *rewritingConn) CloseWrite() error {
+	if w, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return w.CloseWrite()
+	}
+	return nil
+}
+
+func serveFront(t *testing.T, l net.Listener, dial func() (net.Conn, error), options ...func(*httpConfig)) *front {
 	core, logs := observer.New(zap.DebugLevel)
 	logger := zap.New(core)
 	store := newKVStore()
@@ -240,12 +276,11 @@ func serveFront(t *testing.T, l *listener, dial func() (net.Conn, error), option
 	hubDone.Go(func() { _ = hub.run(hubCtx) })
 	server := newHTTPServer(handler, logger)
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(l) }()
+	go func() { served <- server.Serve(rewritingListener{l}) }()
 	t.Cleanup(func() {
 		if err := server.Close(); err != nil {
 			t.Error(err)
 		}
-		l.closeAll()
 		if err := <-served; !errors.Is(err, http.ErrServerClosed) {
 			t.Error(err)
 		}
@@ -281,13 +316,6 @@ func (f *front) exchange(raw string) string {
 	return string(got)
 }
 
-type answer struct {
-	code   int
-	header http.Header
-	body   string
-	last   bool // the server says that it closes the connection
-}
-
 // do sends one request, its target as it is, and reads the response.
 func (f *front) do(method, target, body string, headers ...string) answer {
 	f.t.Helper()
@@ -304,19 +332,6 @@ func (f *front) send(method, target string, headers []string, body string) answe
 	a := readAnswer(f.t, bufio.NewReader(c), method)
 	checkDocumented(f.t, method, target, a)
 	return a
-}
-
-func readAnswer(t *testing.T, r *bufio.Reader, method string) answer {
-	t.Helper()
-	res, err := http.ReadResponse(r, &http.Request{Method: method})
-	if err != nil {
-		t.Fatal(err)
-	}
-	body, err := io.ReadAll(res.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return answer{res.StatusCode, res.Header, string(body), res.Close}
 }
 
 func (f *front) put(key, value string) {
@@ -345,20 +360,6 @@ func mustProblem(t *testing.T, a answer) problem {
 		t.Errorf("message %q", p.Message)
 	}
 	return p
-}
-
-func (a answer) want(t *testing.T, code int) {
-	t.Helper()
-	if a.code != code {
-		t.Errorf("%d %q, want %d", a.code, a.body, code)
-	}
-}
-
-func (a answer) wantHeader(t *testing.T, name, want string) {
-	t.Helper()
-	if got := strings.Join(a.header.Values(name), "|"); got != want {
-		t.Errorf("%s: %q, want %q", name, got, want)
-	}
 }
 
 func TestHTTP_KeysAreTheirBytes(t *testing.T) {

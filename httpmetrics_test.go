@@ -13,17 +13,6 @@ import (
 	"go.uber.org/zap"
 )
 
-// gather returns what a registry would answer at /-/metrics.
-func gather(t *testing.T, r *prometheus.Registry) samples {
-	t.Helper()
-	w := httptest.NewRecorder()
-	newExposition(httpConfig{registry: r, logger: zap.NewNop()}).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/", nil))
-	if w.Code != http.StatusOK {
-		t.Fatal(w.Body)
-	}
-	return parseSamples(t, w.Body.String())
-}
-
 func TestMetrics_CountRequestsByRouteAndCode(t *testing.T) {
 	f := newFront(t)
 	f.do("PUT", "/secret/key", "v").want(t, 201)

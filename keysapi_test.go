@@ -17,46 +17,6 @@ import (
 	"unicode/utf8"
 )
 
-// jsonItem is an item as clients read it.
-type jsonItem struct {
-	Key                    *string    `json:"key"`
-	KeyBase64              []byte     `json:"keyBase64"`
-	Value                  *string    `json:"value"`
-	ValueBase64            []byte     `json:"valueBase64"`
-	ResourceVersion        uint64     `json:"resourceVersion"`
-	CreatedResourceVersion uint64     `json:"createdResourceVersion"`
-	ExpiresAt              *time.Time `json:"expiresAt"`
-}
-
-func (i *jsonItem) key() string   { return textOrBytes(i.Key, i.KeyBase64) }
-func (i *jsonItem) value() string { return textOrBytes(i.Value, i.ValueBase64) }
-
-func textOrBytes(text *string, b []byte) string {
-	if text != nil {
-		return *text
-	}
-	return string(b)
-}
-
-type jsonList struct {
-	ResourceVersion uint64     `json:"resourceVersion"`
-	Items           []jsonItem `json:"items"`
-	After           *string    `json:"after"`
-	AfterBase64     []byte     `json:"afterBase64"`
-}
-
-// mustDecode decodes a JSON answer of which every field is known.
-func mustDecode[T any](t *testing.T, a answer) (v T) {
-	t.Helper()
-	a.want(t, 200)
-	d := json.NewDecoder(strings.NewReader(a.body))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&v); err != nil {
-		t.Fatalf("%q: %v", a.body, err)
-	}
-	return v
-}
-
 var itemTests = []struct {
 	key  string
 	it   item

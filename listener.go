@@ -202,10 +202,12 @@ type conn struct {
 	kept  bool
 	until time.Time
 
-	// first, if not nil, is given what is written next and returns what to write
-	// instead. Only whoever writes may set it.
-	first func([]byte) []byte
+	first func([]byte) []byte // see rewriteNext
 }
+
+// rewriteNext lets f see what is written next, once, and say what to write instead.
+// Only whoever writes may call it.
+func (c *conn) rewriteNext(f func([]byte) []byte) { c.first = f }
 
 func (c *conn) Write(p []byte) (int, error) {
 	if timeout := c.listener.config.writeTimeout; timeout > 0 {
@@ -229,6 +231,8 @@ func (c *conn) SetReadDeadline(t time.Time) error {
 	}
 	return c.Conn.SetReadDeadline(t)
 }
+
+func (c *conn) isKept() bool { return c.kept }
 
 // deserve says that what came on a kept place is what that is kept for.
 func (c *conn) deserve() error {

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
@@ -12,6 +13,9 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 )
 
 // newTestListener listens on a loopback port.
@@ -91,7 +95,9 @@ func TestListener_RefusesBeyondTheCap(t *testing.T) {
 		if !a.last {
 			t.Error("the client may think that the connection stays open")
 		}
-		if p := mustProblem(t, a); p.Code != "too-many-connections" || p.Outcome != notApplied || !p.Retryable {
+		var p problem
+		must(t, json.Unmarshal([]byte(a.body), &p))
+		if p.Status != 503 || p.Code != "too-many-connections" || p.Outcome != notApplied || !p.Retryable {
 			t.Errorf("%+v", p)
 		}
 		_ = c.Close() // has its answer
@@ -238,9 +244,16 @@ func (l *fullListener) Accept() (net.Conn, error) {
 func TestListener_ServerSurvivesFileLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		pipes := newPipeListener()
-		f := serveFront(t, newListener(&fullListener{pipes, 20}, listenerConfig{connectionsMax: 1}), pipes.dial)
-		f.do("GET", "/-/livez", "").want(t, 200)
-		if n := f.logs.FilterMessage("http server").Len(); n != 20 {
+		core, logs := observer.New(zap.WarnLevel)
+		server := newHTTPServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}), zap.New(core))
+		defer server.Close()
+		go func() { _ = server.Serve(newListener(&fullListener{pipes, 20}, listenerConfig{connectionsMax: 1})) }() // ends with Close
+		c, err := pipes.dial()
+		must(t, err)
+		_, err = io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+		must(t, err)
+		readAnswer(t, bufio.NewReader(c), "GET").want(t, 200)
+		if n := logs.FilterMessage("http server").Len(); n != 20 {
 			t.Errorf("%d warnings, want 20", n)
 		}
 	})

@@ -1,8 +1,13 @@
 package main
 
 import (
+	"bufio"
+	"encoding/json"
 	"flag"
+	"io"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"regexp"
 	"strconv"
@@ -10,6 +15,9 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
 // waitUntil waits until check returns nil.
@@ -141,3 +149,89 @@ func (l *pipeListener) Accept() (net.Conn, error) {
 func (l *pipeListener) Close() error { l.close(); return nil }
 
 func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{Net: "pipe"} }
+
+type answer struct {
+	code   int
+	header http.Header
+	body   string
+	last   bool // the server says that it closes the connection
+}
+
+func readAnswer(t *testing.T, r *bufio.Reader, method string) answer {
+	t.Helper()
+	res, err := http.ReadResponse(r, &http.Request{Method: method})
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return answer{res.StatusCode, res.Header, string(body), res.Close}
+}
+
+func (a answer) want(t *testing.T, code int) {
+	t.Helper()
+	if a.code != code {
+		t.Errorf("%d %q, want %d", a.code, a.body, code)
+	}
+}
+
+func (a answer) wantHeader(t *testing.T, name, want string) {
+	t.Helper()
+	if got := strings.Join(a.header.Values(name), "|"); got != want {
+		t.Errorf("%s: %q, want %q", name, got, want)
+	}
+}
+
+// jsonItem is an item as clients read it.
+type jsonItem struct {
+	Key                    *string    `json:"key"`
+	KeyBase64              []byte     `json:"keyBase64"`
+	Value                  *string    `json:"value"`
+	ValueBase64            []byte     `json:"valueBase64"`
+	ResourceVersion        uint64     `json:"resourceVersion"`
+	CreatedResourceVersion uint64     `json:"createdResourceVersion"`
+	ExpiresAt              *time.Time `json:"expiresAt"`
+}
+
+func (i *jsonItem) key() string { return textOrBytes(i.Key, i.KeyBase64) }
+
+func (i *jsonItem) value() string { return textOrBytes(i.Value, i.ValueBase64) }
+
+func textOrBytes(text *string, b []byte) string {
+	if text != nil {
+		return *text
+	}
+	return string(b)
+}
+
+type jsonList struct {
+	ResourceVersion uint64     `json:"resourceVersion"`
+	Items           []jsonItem `json:"items"`
+	After           *string    `json:"after"`
+	AfterBase64     []byte     `json:"afterBase64"`
+}
+
+// mustDecode decodes a JSON answer of which every field is known.
+func mustDecode[T any](t *testing.T, a answer) (v T) {
+	t.Helper()
+	a.want(t, 200)
+	d := json.NewDecoder(strings.NewReader(a.body))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&v); err != nil {
+		t.Fatalf("%q: %v", a.body, err)
+	}
+	return v
+}
+
+// gather returns what a registry would answer at /-/metrics.
+func gather(t *testing.T, r *prometheus.Registry) samples {
+	t.Helper()
+	w := httptest.NewRecorder()
+	promhttp.HandlerFor(r, promhttp.HandlerOpts{}).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/", nil))
+	if w.Code != http.StatusOK {
+		t.Fatal(w.Body)
+	}
+	return parseSamples(t, w.Body.String())
+}

@@ -1052,7 +1052,7 @@ func TestHub_LooksForTheFirst(t *testing.T) {
 	if _, err := w.scan(func(*event, bool) {}); err != nil {
 		t.Fatal(err)
 	}
-	applyAll(t, s, somePut)
+	applyTo(t, s, command{op: opPut, key: "k", value: "v"})
 	h.notify() // nobody waits, so this does nothing
 	if len(h.wake) != 0 {
 		t.Fatal("it looks although nobody waits")
@@ -1075,7 +1075,7 @@ func TestHub_LooksForTheFirst(t *testing.T) {
 	case <-time.After(5 * time.Second):
 		t.Fatal("one that waits for a version does not make the hub look")
 	}
-	applyAll(t, s, somePut)
+	applyTo(t, s, command{op: opPut, key: "k", value: "v"})
 	h.distribute()
 	must(t, <-done)
 }
