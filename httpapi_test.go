@@ -212,8 +212,8 @@ type rewritingListener struct{ net.Listener }
 
 func (l rewritingListener) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
+	if _, ok := c.(rewriter); ok || err != nil {
+		return c, err
 	}
 	return &rewritingConn{Conn: c}, nil
 }
