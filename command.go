@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"mime"
+	"strings"
 )
 
 // This file says what is replicated: the bytes of one raft log entry.
@@ -33,6 +35,7 @@ const (
 	valueSizeMaxDefault   = 1 << 20  // bytes
 	valueSizeLimit        = 16 << 20 // bytes: what may be configured
 	idempotencyKeySizeMax = 255      // bytes
+	contentTypeSizeMax    = 255      // bytes
 	txnOpsMax             = 128      // conditions, and operations of each branch
 )
 
@@ -72,6 +75,8 @@ type command struct {
 	ttl       int64 // milliseconds from the time of the entry on, in the place of expires; from level 2 on
 	condition condition
 	retry     retryID
+
+	contentType string // of the value; empty = not said; from level 3 on
 }
 
 // deadline returns when what a command puts expires, in unix milliseconds; 0 = never.
@@ -117,6 +122,7 @@ func (c condition) holds(it item, exists bool) bool {
 type retryID struct {
 	key    string // empty = none
 	digest [16]byte
+	client uint64 // who sent it, see retries.go; 0 = not known; from level 3 on
 }
 
 // Flags of an encoded command: which optional fields follow.
@@ -125,9 +131,12 @@ const (
 	flagCondition = 1 << 1
 	flagRetry     = 1 << 2
 	flagTTL       = 1 << 3
-	flagsKnown    = flagExpires | flagCondition | flagRetry | flagTTL
+	flagType      = 1 << 4
+	flagClient    = 1 << 5 // with flagRetry
+	flagsKnown    = flagExpires | flagCondition | flagRetry | flagTTL | flagType | flagClient
 
 	flagsLevel2 = flagTTL // that members know from level 2 on
+	flagsLevel3 = flagType | flagClient
 )
 
 // grammar is what an op may come with. Anything else was written by a newer
@@ -143,12 +152,12 @@ type grammar struct {
 
 var grammars = [...]grammar{
 	opNop:          {level: 1, flags: flagsKnown}, // of whatever command it was before
-	opPut:          {level: 1, flags: flagsKnown, inTxn: true, flagsInTxn: flagExpires | flagTTL},
-	opDelete:       {level: 1, flags: flagCondition | flagRetry, inTxn: true},
+	opPut:          {level: 1, flags: flagsKnown, inTxn: true, flagsInTxn: flagExpires | flagTTL | flagType},
+	opDelete:       {level: 1, flags: flagCondition | flagRetry | flagClient, inTxn: true},
 	opMember:       {level: 1},
 	opExpire:       {level: 1, flags: flagCondition},
-	opDeletePrefix: {level: 1, flags: flagRetry},
-	opTxn:          {level: 1, flags: flagRetry},
+	opDeletePrefix: {level: 1, flags: flagRetry | flagClient},
+	opTxn:          {level: 1, flags: flagRetry | flagClient},
 	opGet:          {inTxn: true},
 	opRefuse:       {level: 1},
 	opLevel:        {level: 1}, // proposed when nobody is left who does not know it
@@ -185,6 +194,12 @@ func (c *command) appendTo(buf []byte) []byte {
 	if c.ttl != 0 {
 		flags |= flagTTL
 	}
+	if c.contentType != "" {
+		flags |= flagType
+	}
+	if c.retry.client != 0 {
+		flags |= flagClient
+	}
 	buf = append(buf, byte(c.op), flags)
 	buf = appendString(buf, c.key)
 	buf = appendString(buf, c.value)
@@ -202,13 +217,19 @@ func (c *command) appendTo(buf []byte) []byte {
 	if flags&flagTTL != 0 {
 		buf = binary.AppendUvarint(buf, uint64(c.ttl))
 	}
+	if flags&flagType != 0 {
+		buf = appendString(buf, c.contentType)
+	}
+	if flags&flagClient != 0 {
+		buf = binary.AppendUvarint(buf, c.retry.client)
+	}
 	return buf
 }
 
 // encodedSizeMax bounds the bytes that appendTo adds.
 func (c *command) encodedSizeMax() int {
-	const fixed = 2 + 1 + len(c.retry.digest) + 6*binary.MaxVarintLen64
-	return fixed + len(c.key) + len(c.value) + len(c.retry.key)
+	const fixed = 2 + 1 + len(c.retry.digest) + 8*binary.MaxVarintLen64
+	return fixed + len(c.key) + len(c.value) + len(c.retry.key) + len(c.contentType)
 }
 
 // eventsMax bounds the events that a command makes.
@@ -260,12 +281,14 @@ type commandView struct {
 	expires, ttl     int64
 	condition        condition
 	retryKey, digest []byte
+	client           uint64
+	contentType      []byte
 }
 
 // command returns a copy.
 func (v *commandView) command() command {
 	c := command{op: v.op, key: string(v.key), value: string(v.value), expires: v.expires, ttl: v.ttl, condition: v.condition}
-	c.retry.key = string(v.retryKey)
+	c.retry.key, c.retry.client, c.contentType = string(v.retryKey), v.client, string(v.contentType)
 	copy(c.retry.digest[:], v.digest)
 	return c
 }
@@ -301,6 +324,9 @@ func (d *fields) outerCommand(inTxn bool) commandView {
 	if v.level = g.level; flags&flagsLevel2 != 0 {
 		v.level = max(v.level, 2)
 	}
+	if flags&flagsLevel3 != 0 {
+		v.level = max(v.level, 3)
+	}
 	v.key, v.value = d.view(), d.view()
 	if flags&flagExpires != 0 {
 		v.expires = int64(d.uint())
@@ -317,6 +343,12 @@ func (d *fields) outerCommand(inTxn bool) commandView {
 	if flags&flagTTL != 0 {
 		v.ttl = int64(d.uint())
 	}
+	if flags&flagType != 0 {
+		v.contentType = d.view()
+	}
+	if flags&flagClient != 0 {
+		v.client = d.uint()
+	}
 	return v
 }
 
@@ -325,6 +357,9 @@ func (d *fields) outerCommand(inTxn bool) commandView {
 func (v *commandView) checkValue(strict bool) error {
 	if strict && (len(v.key) > keySizeMax || len(v.retryKey) > idempotencyKeySizeMax || v.op == opPut && len(v.value) > valueSizeLimit) {
 		return fmt.Errorf("%w: a key of %d bytes and a value of %d", errMalformed, len(v.key), len(v.value))
+	}
+	if strict && len(v.contentType) > 0 && !isContentType(string(v.contentType)) {
+		return fmt.Errorf("%w: content type %.50q", errMalformed, v.contentType)
 	}
 	switch v.op {
 	case opTxn:
@@ -343,6 +378,18 @@ func (v *commandView) checkValue(strict bool) error {
 	default:
 		return nil
 	}
+}
+
+// isContentType says whether this may be the content type of a value: a media
+// type, perhaps with parameters, that can be the value of a header as it is.
+func isContentType(s string) bool {
+	kind, _, _ := strings.Cut(s, ";")
+	_, subtype, ok := strings.Cut(strings.TrimSpace(kind), "/")
+	if !ok || subtype == "" || len(s) > contentTypeSizeMax || strings.TrimSpace(s) != s || strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c > '~' }) {
+		return false
+	}
+	_, _, err := mime.ParseMediaType(s)
+	return err == nil
 }
 
 func appendString(buf []byte, s string) []byte {
@@ -409,6 +456,14 @@ type txn struct {
 	compare   []comparison
 	then      []command // opPut, opDelete, opGet
 	otherwise []command
+}
+
+// branch returns the operations that were carried out.
+func (t *txn) branch(came status) []command {
+	if came == statusFailed {
+		return t.otherwise
+	}
+	return t.then
 }
 
 // comparison is one condition of a transaction.

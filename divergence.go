@@ -131,7 +131,15 @@ func (r *retryRecord) digest(n uint64) uint64 {
 	} {
 		binary.LittleEndian.PutUint64(b[8*i:], v)
 	}
-	return xxhash.Sum64(b[:])
+	return xxhash.Sum64(b[:]) ^ r.id.client // which is a hash itself, and 0 below level 3
+}
+
+// withWord makes a word part of a digest, which stays as it was without one.
+func withWord(digest uint64, word string) uint64 {
+	if word == "" {
+		return digest
+	}
+	return xxhash.Sum64String(string(binary.LittleEndian.AppendUint64(nil, digest)) + word)
 }
 
 // digest returns what an item adds to the digest of all items. What a write
@@ -142,7 +150,7 @@ func (it *item) digest(key string) uint64 {
 	for i, v := range [...]uint64{xxhash.Sum64String(key), xxhash.Sum64String(it.value), it.rv, it.created, uint64(it.expires)} {
 		binary.LittleEndian.PutUint64(b[8*i:], v)
 	}
-	return xxhash.Sum64(b[:])
+	return withWord(xxhash.Sum64(b[:]), it.contentType)
 }
 
 // checkpoint is the sum of a state.

@@ -13,6 +13,8 @@ type outcome string
 const (
 	// notApplied: the write did not happen and never will. Safe to retry.
 	notApplied outcome = "not_applied"
+	// applied: the write happened, though the answer to it cannot be given.
+	applied outcome = "applied"
 	// unknown: the write may have happened, or may still happen.
 	unknown outcome = "unknown"
 )
@@ -119,6 +121,10 @@ var (
 	errResultTooLarge = &apiError{code: "result-too-large", status: http.StatusRequestEntityTooLarge, outcome: notApplied,
 		title: "Result too large"}
 )
+
+// Applied before, as a request with the same Idempotency-Key.
+var errResultNotKept = &apiError{code: "result-not-kept", status: http.StatusConflict, outcome: applied,
+	title: "Applied, result not kept"}
 
 // What a leader says to a change of the membership that it may take later. It
 // reaches who asked as text.

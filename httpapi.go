@@ -337,7 +337,9 @@ func (h *httpAPI) putKey(w http.ResponseWriter, r request) error {
 		return err
 	}
 	c := command{op: opPut, key: r.name, value: value}
-	c.setTTL(r.params.ttl, h.store.level())
+	if err := h.describe(&c, r); err != nil {
+		return err
+	}
 	if c.condition, err = parseCondition(r.Header); err != nil {
 		return err
 	}
@@ -351,6 +353,18 @@ func (h *httpAPI) putKey(w http.ResponseWriter, r request) error {
 	}
 	setWriteHeaders(w.Header(), res.rv)
 	w.WriteHeader(code)
+	return nil
+}
+
+// describe makes a put say what a request says of its value.
+func (h *httpAPI) describe(c *command, r request) error {
+	contentType, err := parseContentType(r.Header)
+	if err != nil {
+		return err
+	}
+	level := h.store.level()
+	c.setTTL(r.params.ttl, level)
+	c.setContentType(contentType, level)
 	return nil
 }
 
@@ -375,8 +389,11 @@ func (h *httpAPI) deleteKey(w http.ResponseWriter, r request) error {
 // propose carries out the command of a request with this body, once if the
 // request has an Idempotency-Key. What the state machine refused is an error.
 func (h *httpAPI) propose(w http.ResponseWriter, r request, c command, body string) (res result, err error) {
-	if c.retry, err = r.retryID(c.condition, body); err != nil {
+	if c.retry, err = r.retryID(&c, body); err != nil {
 		return result{}, err
+	}
+	if c.retry.key != "" && h.store.level() >= 3 {
+		c.retry.client = clientOf(r.Request)
 	}
 	res, err = h.backend.propose(r.Context(), r.params.timeout, c)
 	if err != nil {
@@ -462,7 +479,9 @@ func (h *httpAPI) patchObject(w http.ResponseWriter, r request) error {
 func (h *httpAPI) create(w http.ResponseWriter, r request, value string, code int) error {
 	key := strconv.FormatUint(h.id, 10) + "-" + h.newID()
 	c := command{op: opPut, key: key, value: value}
-	c.setTTL(r.params.ttl, h.store.level())
+	if err := h.describe(&c, r); err != nil {
+		return err
+	}
 	res, err := h.propose(w, r, c, value)
 	if err != nil {
 		return err
@@ -702,7 +721,7 @@ func setItemHeaders(header http.Header, it item, rv uint64) {
 	header["Etag"] = values[0:1:1]
 	header["Resource-Version"] = values[1:2:2]
 	header["Content-Length"] = values[2:3:3]
-	header["Content-Type"] = typeBytes
+	header["Content-Type"] = servedType(it.contentType)
 	setExpires(header, it)
 }
 

@@ -38,6 +38,7 @@ var importRules = []struct {
 var pureFiles = map[string][]string{
 	"command.go":    {"time", "math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http", "sync/atomic"},
 	"kvstore.go":    {"time", "math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http"},
+	"items.go":      {"time", "math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http", "sync"},
 	"events.go":     {"time", "math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http", "sync"},
 	"divergence.go": {"time", "math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http", "sync"},
 	"retries.go":    {"time", "math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http", "sync"},

@@ -10,7 +10,7 @@ import (
 // This file is the JSON form of an item, the same in lists, transactions and
 // watch events:
 //
-//	{"key":"a","value":"1","resourceVersion":7,"createdResourceVersion":3,"expiresAt":"2026-01-02T15:04:05.678Z"}
+//	{"key":"a","value":"1","resourceVersion":7,"createdResourceVersion":3,"expiresAt":"2026-01-02T15:04:05.678Z","contentType":"text/plain"}
 //
 // Keys and values are any bytes. What is not UTF-8 has a field of another name,
 // keyBase64 or valueBase64, so that no byte is lost and the usual case reads
@@ -35,6 +35,10 @@ func appendItemJSON(buf []byte, key string, it item, keysOnly bool) []byte {
 		buf = append(buf, `,"expiresAt":"`...)
 		buf = time.UnixMilli(it.expires).UTC().AppendFormat(buf, expiresAtLayout)
 		buf = append(buf, '"')
+	}
+	if it.contentType != "" {
+		buf = append(buf, ',')
+		buf = appendBytesField(buf, "contentType", it.contentType)
 	}
 	return append(buf, '}')
 }

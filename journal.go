@@ -30,7 +30,7 @@ import (
 // The first line names the format, the cluster, and the version with which the file begins.
 // obj is the value itself if it is JSON. objText is the value, letter by letter, if it is
 // not, or if it is JSON that does not fit into a line as it is: then obj is its meaning. What is
-// no UTF-8 is in objBase64. timestamp is the time of the entry in nanoseconds: its proposer's, or
+// no UTF-8 is in objBase64. contentType is there if the value has one. timestamp is the time of the entry in nanoseconds: its proposer's, or
 // the leader's where the two were far apart. It may go back, as clocks do.
 // All lines of a version but the last have "more":true. Events that this node
 // never saw, or did not serve, because it was down for long and caught up with a
@@ -697,6 +697,10 @@ func appendJournalLine(buf []byte, e *event, last bool) []byte {
 		buf = append(buf, `,"deleted":true,"reason":"expired"`...)
 	default:
 		buf = appendJournalValue(buf, e.item.value)
+		if e.item.contentType != "" {
+			buf = append(buf, ',')
+			buf = appendBytesField(buf, "contentType", e.item.contentType)
+		}
 	}
 	if !last {
 		buf = append(buf, `,"more":true`...)

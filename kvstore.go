@@ -22,6 +22,8 @@ type item struct {
 	rv      uint64 // resource version of the last write
 	created uint64 // resource version of the write that created the key
 	expires int64  // unix milliseconds; 0 = never
+
+	contentType string // of the value; empty = not said
 }
 
 // member is one node of the cluster, as the replicated state knows it.
@@ -117,7 +119,7 @@ type state struct {
 	elapsed, seen int64
 
 	// Invariant: every item's rv <= state.rv.
-	items    *btree.Map[string, item]
+	items    *itemMap
 	expiry   *btree.Set[string] // expiryKey of each item that has a deadline
 	events   eventLog
 	retries  retryTable
@@ -146,7 +148,7 @@ func newState() state {
 	return state{
 		level:        levelFirst,
 		membersStale: true,
-		items:        new(btree.Map[string, item]),
+		items:        newItemMap(),
 		expiry:       new(btree.Set[string]),
 		events:       newEventLog(),
 		retries:      newRetryTable(),
@@ -465,7 +467,18 @@ func (s *state) applyStep(c *step) result {
 	}
 	s.commit(&r)
 	if c.retry.key != "" {
-		s.retries.add(c.retry, r, s.clock())
+		s.retries.add(c.retry, s.kept(c, r), s.clock())
+	}
+	return r
+}
+
+// kept returns what of a result is remembered for a retry of its request. What
+// a transaction has read is not, from level 3 on: it may be large, and be no
+// business of who asks again. The other results of it would be half an answer.
+func (s *state) kept(c *step, r result) result {
+	isGet := func(o command) bool { return o.op == opGet }
+	if s.level >= 3 && c.op == opTxn && slices.ContainsFunc(c.txn.branch(r.status), isGet) {
+		r.ops = nil
 	}
 	return r
 }
@@ -509,7 +522,7 @@ func (s *state) execute(c *step) result {
 		}
 		switch c.op {
 		case opPut:
-			return result{status: s.put(c.key, c.value, c.deadline(s.now))}
+			return result{status: s.put(&c.command)}
 		case opExpire:
 			return result{status: s.delete(c.key, eventExpired)}
 		default:
@@ -548,8 +561,9 @@ func (s *state) commit(r *result) {
 // nextRV is the version that the changes of the current command get.
 func (s *state) nextRV() uint64 { return s.rv + 1 }
 
-func (s *state) put(key, value string, expires int64) status {
-	it := item{value: value, rv: s.nextRV(), created: s.nextRV(), expires: expires}
+func (s *state) put(c *command) status {
+	key := c.key
+	it := item{value: c.value, rv: s.nextRV(), created: s.nextRV(), expires: c.deadline(s.now), contentType: intern(c.contentType)}
 	e := event{rv: it.rv, time: s.now, kind: eventAdded, key: key}
 	old, replaced := s.items.Get(key)
 	if replaced {
@@ -674,7 +688,7 @@ func (s *state) resultSize(ops []command) int {
 func (s *state) executeOp(c *command) opResult {
 	switch c.op {
 	case opPut:
-		return opResult{status: s.put(c.key, c.value, c.deadline(s.now))}
+		return opResult{status: s.put(c)}
 	case opDelete:
 		return opResult{status: s.delete(c.key, eventDeleted)}
 	default:
@@ -747,8 +761,16 @@ func (s *kvstore) eventsDropped() uint64 {
 // string headers, two numbers and its share of the tree, in bytes.
 const itemOverhead = 80
 
+// typeOverhead is what it costs in memory that an item has a content type. The
+// type itself is shared by all that have it.
+const typeOverhead = 48
+
 func itemSize(key string, it item) uint64 {
-	return uint64(len(key)+len(it.value)) + itemOverhead
+	size := uint64(len(key)+len(it.value)) + itemOverhead
+	if it.contentType != "" {
+		size += typeOverhead
+	}
+	return size
 }
 
 // memberChange is what a configuration change does to the members.

@@ -28,6 +28,7 @@ type plainModel struct {
 	now     int64
 	events  []event
 	retries map[string]plainRetry
+	read    []string           // what the last command has read
 	seen    map[[2]uint64]bool // session and seq of the batches that were applied
 }
 
@@ -83,7 +84,11 @@ func (m *plainModel) apply(c command) result {
 	m.version(func() { r = m.execute(c) })
 	r.rv, r.key = m.rv, c.key
 	if c.retry.key != "" {
-		m.retries[c.retry.key] = plainRetry{c.retry.digest, m.elapsed, r}
+		kept := r
+		if m.level >= 3 && len(m.read) > 0 {
+			kept.ops = nil
+		}
+		m.retries[c.retry.key] = plainRetry{c.retry.digest, m.elapsed, kept}
 	}
 	return r
 }
@@ -121,6 +126,7 @@ func (m *plainModel) expireOverdue(c command) {
 }
 
 func (m *plainModel) execute(c command) result {
+	m.read = nil
 	old, exists := m.items[c.key]
 	ok := map[conditionKind]bool{always: true, ifMatch: exists && old.rv == c.condition.rv, ifExists: exists, ifAbsent: !exists}[c.condition.kind]
 	switch c.op {
@@ -154,6 +160,9 @@ func (m *plainModel) execute(c command) result {
 			}
 		}
 		for _, o := range ops {
+			if o.op == opGet {
+				m.read = append(m.read, o.key)
+			}
 			if o.op != opGet {
 				r.ops = append(r.ops, opResult{status: m.change(o)})
 			} else if it, ok := m.items[o.key]; ok {
@@ -173,7 +182,7 @@ func (m *plainModel) change(c command) status {
 	r := statusDeleted
 	switch {
 	case c.op == opPut:
-		e.item = item{value: c.value, rv: e.rv, created: e.rv, expires: c.deadline(m.now)}
+		e.item = item{value: c.value, rv: e.rv, created: e.rv, expires: c.deadline(m.now), contentType: c.contentType}
 		e.kind, r = eventAdded, statusCreated
 		if exists {
 			e.item.created = old.created
@@ -204,12 +213,18 @@ func drawCommand(t *rapid.T, m *plainModel) command {
 		}
 		return max(m.now, 1_000_000) + rapid.Int64Range(-10, 5000).Draw(t, "expires")
 	}
+	contentType := func(t *rapid.T) string {
+		if m.level < 3 {
+			return ""
+		}
+		return rapid.SampledFrom([]string{"", "", "a/b", "text/plain; charset=utf-8"}).Draw(t, "content type")
+	}
 	c := command{key: key.Draw(t, "key")}
 	switch rapid.SampledFrom([]op{opNop, opPut, opPut, opPut, opDelete, opDelete, opDeletePrefix, opTxn, opTxn}).Draw(t, "op") {
 	case opNop:
 		c.op = opNop
 	case opPut:
-		c.op, c.value, c.expires = opPut, value.Draw(t, "value"), expires(t)
+		c.op, c.value, c.expires, c.contentType = opPut, value.Draw(t, "value"), expires(t), contentType(t)
 	case opDelete:
 		c.op = opDelete
 	case opDeletePrefix:
@@ -228,7 +243,7 @@ func drawCommand(t *rapid.T, m *plainModel) command {
 			for range rapid.IntRange(0, 4).Draw(t, "ops") {
 				o := command{op: rapid.SampledFrom([]op{opPut, opDelete, opGet}).Draw(t, "op"), key: key.Draw(t, "key")}
 				if o.op == opPut {
-					o.value, o.expires = value.Draw(t, "value"), expires(t)
+					o.value, o.expires, o.contentType = value.Draw(t, "value"), expires(t), contentType(t)
 				}
 				*ops = append(*ops, o)
 			}
@@ -247,6 +262,9 @@ func drawCommand(t *rapid.T, m *plainModel) command {
 	if rapid.IntRange(0, 2).Draw(t, "retry") == 0 {
 		c.retry.key = rapid.SampledFrom([]string{"r", "s", "t"}).Draw(t, "retry key")
 		c.retry.digest[0] = rapid.ByteRange(0, 1).Draw(t, "digest")
+		if m.level >= 3 {
+			c.retry.client = rapid.Uint64Range(0, 2).Draw(t, "client")
+		}
 	}
 	return c
 }

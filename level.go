@@ -178,8 +178,11 @@ func (s *state) raise(r raising) result {
 	}
 	for s.level < r.level {
 		s.setLevel(s.level + 1)
-		if s.level == 2 {
+		switch s.level {
+		case 2:
 			s.elapsed, s.seen = s.now, s.now
+		case 3:
+			s.retries = s.retries.withoutReads()
 		}
 	}
 	return result{status: statusReplaced}

@@ -420,7 +420,13 @@ func (l *loop) enqueue(c *command, deadline time.Time) (b *batch, i int, err err
 	before := len(b.data)
 	b.add(c)
 	// One command that some member does not know would be the end of its batch.
-	if err := checkCommands(b.data[before:], max(levelFirst, l.status.Load().level)); err != nil {
+	err = checkCommands(b.data[before:], max(levelFirst, l.status.Load().level))
+	if err != nil && l.replica != nil {
+		// The level may have been raised in the turn that goes on, and the front, which
+		// asks the store, made the command with the new one.
+		err = checkCommands(b.data[before:], l.replica.store.level())
+	}
+	if err != nil {
 		b.data, b.offsets, b.events = b.data[:before], b.offsets[:len(b.offsets)-1], b.events-c.eventsMax()
 		l.dropEmpty(b)
 		return nil, 0, errLevel.withDetail("%v", err)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -220,7 +221,7 @@ func checkDocumented(t *testing.T, method, target string, a answer) {
 		}
 	}
 	mediaType, _, _ := mime.ParseMediaType(a.header.Get("Content-Type"))
-	content := at(response, "content", mediaType)
+	content := cmp.Or(at(response, "content", mediaType), at(response, "content", "*/*"))
 	if mediaType != "" && content == nil {
 		t.Errorf("%s: content %s is not documented", where, mediaType)
 	}
@@ -228,6 +229,9 @@ func checkDocumented(t *testing.T, method, target string, a answer) {
 		return
 	}
 	documents := []string{a.body}
+	if rt == keyRoute && a.code == http.StatusOK {
+		return // a value
+	}
 	switch mediaType {
 	case "application/x-ndjson":
 		documents = slices.Collect(strings.Lines(a.body))
@@ -411,6 +415,8 @@ func openAPIRequests() []openAPIRequest {
 		{404, "GET", "/-/v1/keys/none", "", nil, nil},
 		{412, "GET", "/-/v1/keys/k", "", conflict, nil},
 		{200, "POST", "/-/v1/txn", `{"if":[{"key":"k","exists":true}],"then":[{"op":"put","key":"\u0000","valueBase64":"/w=="},{"op":"get","key":"\u0000"},{"op":"get","key":"none"},{"op":"delete","keyBase64":"/w=="}]}`, nil, nil},
+		{200, "POST", "/-/v1/txn", `{"then":[{"op":"put","key":"typed","value":"","contentType":"text/html"},{"op":"get","key":"typed"}]}`, []string{"Idempotency-Key: read"}, nil},
+		{409, "POST", "/-/v1/txn", `{"then":[{"op":"put","key":"typed","value":"","contentType":"text/html"},{"op":"get","key":"typed"}]}`, []string{"Idempotency-Key: read"}, nil},
 		{200, "GET", "/-/v1/watch?timeout=1ms", "", nil, nil},
 		{200, "GET", "/-/v1/watch?timeout=1ms&initial=true", "", []string{"Accept: text/event-stream"}, nil},
 		{410, "GET", "/-/v1/watch?resourceVersion=1", "", nil, nil},
@@ -491,8 +497,9 @@ func isLocal(path string) bool {
 // Every status that is documented is answered to some request, and no other is.
 func TestOpenAPI_Statuses(t *testing.T) {
 	f := newFront(t)
+	f.store.state.setLevel(levelNewest)
 	shrinkWindow(f.store, 1, 1<<20)
-	f.do("PUT", "/k", "v", "Idempotency-Key: used")
+	f.do("PUT", "/k", "v", "Idempotency-Key: used", "Content-Type: text/plain")
 	f.do("PUT", "/expires?ttl=1h", "\xff")
 	for i := range deletePrefixMax + 1 {
 		f.put(fmt.Sprintf("many/%d", i), "")

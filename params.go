@@ -5,10 +5,13 @@ import (
 	"encoding/binary"
 	"math"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/cespare/xxhash/v2"
 )
 
 // This file reads what a request says beside its path and body: the query and
@@ -244,6 +247,57 @@ func refuseUpgrade(header http.Header) error {
 	return nil
 }
 
+// Content types (RFC 9110, section 8.3).
+
+// formType is what curl and others say of any body if nobody told them more.
+const formType = "application/x-www-form-urlencoded"
+
+// setContentType makes a put keep the type of its value, as soon as all members
+// know how to.
+func (c *command) setContentType(contentType string, level int) {
+	if level >= 3 {
+		c.contentType = contentType
+	}
+}
+
+// parseContentType reads of which type a body is, empty if nobody knows.
+func parseContentType(header http.Header) (string, error) {
+	values := header["Content-Type"]
+	if len(values) == 0 || len(values) == 1 && values[0] == "" {
+		return "", nil
+	}
+	contentType := strings.TrimSpace(values[0])
+	if len(values) > 1 || !isContentType(contentType) {
+		return "", errInvalid.withDetail("Content-Type must be given once and be a media type such as text/plain; charset=utf-8, of at most %d bytes", contentTypeSizeMax)
+	}
+	if strings.EqualFold(contentType, formType) {
+		return "", nil
+	}
+	return contentType, nil
+}
+
+// servedTypes are what values are served as, if they have that type. A list of
+// what browsers only show: whatever is not known to be harmless is
+// application/octet-stream, so a new kind of script is, too.
+var servedTypes = map[string]bool{
+	"application/cbor": true, "application/json": true, "application/msgpack": true, "application/protobuf": true,
+	"application/toml": true, "application/x-ndjson": true, "application/yaml": true,
+	"image/avif": true, "image/gif": true, "image/jpeg": true, "image/png": true, "image/webp": true,
+	"text/csv": true, "text/markdown": true, "text/plain": true,
+}
+
+// servedType is the Content-Type of the answer to who reads a value.
+func servedType(contentType string) []string {
+	if contentType == "" {
+		return typeBytes
+	}
+	kind, _, _ := strings.Cut(contentType, ";")
+	if !servedTypes[strings.ToLower(strings.TrimSpace(kind))] {
+		return typeBytes
+	}
+	return []string{contentType}
+}
+
 // Conditions (RFC 9110, section 13).
 
 // parseCondition reads under which condition a write is to happen.
@@ -323,7 +377,7 @@ func anyTagMatches(values []string, rv uint64, weakly bool) bool {
 // retryID identifies a write that its client may send again. What makes two
 // requests the same is all that decides what the write does: not the timeout,
 // nor the time.
-func (r *request) retryID(c condition, body string) (retryID, error) {
+func (r *request) retryID(c *command, body string) (retryID, error) {
 	values, ok := r.Header["Idempotency-Key"]
 	if !ok {
 		return retryID{}, nil
@@ -337,7 +391,11 @@ func (r *request) retryID(c condition, body string) (retryID, error) {
 	}
 	digest := sha256.New()
 	var n [8]byte
-	for _, field := range []string{r.Method, r.route.path, r.name, r.params.prefix, r.params.ttl.String(), string(rune('0' + c.kind)), strconv.FormatUint(c.rv, 10), body} {
+	parts := []string{r.Method, r.route.path, r.name, r.params.prefix, r.params.ttl.String(), string(rune('0' + c.condition.kind)), strconv.FormatUint(c.condition.rv, 10), body}
+	if c.contentType != "" { // others have the digest that they always had
+		parts = append(parts, c.contentType)
+	}
+	for _, field := range parts {
 		binary.LittleEndian.PutUint64(n[:], uint64(len(field)))
 		digest.Write(n[:])
 		digest.Write([]byte(field))
@@ -345,6 +403,24 @@ func (r *request) retryID(c condition, body string) (retryID, error) {
 	id := retryID{key: key}
 	copy(id.digest[:], digest.Sum(nil))
 	return id, nil
+}
+
+// clientOf returns a number for who sent a request: for its address, or for the
+// network of 2^64 of them that everybody with IPv6 has.
+func clientOf(r *http.Request) uint64 {
+	from, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return 0 // a unix socket
+	}
+	bits := 32
+	if from.Addr().Unmap().Is6() {
+		bits = 64
+	}
+	network, err := from.Addr().Unmap().WithZone("").Prefix(bits)
+	if err != nil {
+		return 0 // never
+	}
+	return xxhash.Sum64(network.Masked().Addr().AsSlice())
 }
 
 // parseRetryKey returns the key that a header value spells, or nothing if it is

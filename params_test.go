@@ -431,7 +431,7 @@ func FuzzHTTPHeaders(f *testing.F) {
 			}
 		}
 		r := request{Request: &http.Request{Method: "PUT", Header: header}, route: keyRoute}
-		id, err := r.retryID(condition{}, "")
+		id, err := r.retryID(&command{}, "")
 		if err != nil {
 			if !errors.Is(err, errInvalid) {
 				t.Fatal(err)

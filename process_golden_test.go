@@ -79,6 +79,7 @@ func writeGolden(t *testing.T, c *liveCluster, level int) {
 		call("PUT", "/g/9", "if", "If-Match", "*")
 		call("DELETE", "/g/large", "")
 		call("DELETE", "/-/v1/keys?prefix=g/1", "")
+		call("PUT", "/g/typed-"+round, round, "Content-Type", "text/plain") // which is kept from level 3 on
 		call("POST", "/-/v1/txn", `{"if":[{"key":"g/2","value":"`+round+`"}],"then":[{"op":"put","key":"g/txn","value":"t"},{"op":"delete","key":"g/3"}],"else":[]}`,
 			"Idempotency-Key", "txn-"+round)
 	}

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"encoding/binary"
+
 	"github.com/tidwall/btree"
 )
 
@@ -12,6 +14,17 @@ import (
 // state's own clock, which follows the times in the entries, so that every member
 // forgets the same requests. These times are some leader's; what a wrong one can
 // do is bounded, see state.pass.
+//
+// Whoever fills the table must not make it forget the requests of others, which
+// would then be carried out twice. So each record says who its client is, and when
+// there is no room the client that has most of it loses its oldest. As long as a
+// client has less than any of those who have most, it loses nothing within the
+// hour: with one that floods the table its share is half of it, with two a
+// third. Nobody has to be refused, and who is alone has the whole table.
+//
+// Without authentication a client is the address from which the proposing node
+// was asked: its hash is in the command, so all members know the same. Below
+// level 3 all are the same client, 0.
 
 // retryRecord is the outcome of one request.
 type retryRecord struct {
@@ -20,12 +33,12 @@ type retryRecord struct {
 	first result
 }
 
-func (r *retryRecord) size() uint64 {
+func (r *retryRecord) size(rules *rules) uint64 {
 	n := uint64(256 + len(r.id.key) + len(r.first.key))
 	for _, op := range r.first.ops {
 		n += uint64(64 + len(op.item.value))
 	}
-	return n
+	return max(n, rules.retrySizeMin)
 }
 
 // retryTable holds records in the order in which they came.
@@ -36,15 +49,24 @@ type retryTable struct {
 	bytes   uint64
 	digest  uint64 // of the records
 	rules   *rules
+
+	// Made from the records:
+	shares    *btree.Map[uint64, uint64] // bytes by client
+	heaviest  *btree.Set[string]         // sortKey of the bytes of each client, and the client
+	ofClients *btree.Set[string]         // sortKey of the client of each record, and its number
 }
 
 func newRetryTable() retryTable {
-	return retryTable{rules: &rulesOf[levelFirst], records: new(btree.Map[uint64, retryRecord]), numbers: new(btree.Map[string, uint64])}
+	return retryTable{
+		rules: &rulesOf[levelFirst], records: new(btree.Map[uint64, retryRecord]), numbers: new(btree.Map[string, uint64]),
+		shares: new(btree.Map[uint64, uint64]), heaviest: new(btree.Set[string]), ofClients: new(btree.Set[string]),
+	}
 }
 
 func (t *retryTable) copy() retryTable {
 	c := *t
 	c.records, c.numbers = t.records.Copy(), t.numbers.Copy()
+	c.shares, c.heaviest, c.ofClients = t.shares.Copy(), t.heaviest.Copy(), t.ofClients.Copy()
 	return c
 }
 
@@ -69,31 +91,90 @@ func (t *retryTable) lookup(id retryID, now int64) (result, bool) {
 
 // add records the outcome of a request, and makes room.
 func (t *retryTable) add(id retryID, first result, now int64) {
-	if old, ok := t.numbers.Get(id.key); ok { // too old to count
-		t.remove(old)
-	}
 	t.insert(t.next, retryRecord{id: id, time: now, first: first})
 	t.next++
 	for {
 		n, oldest, ok := t.records.Min()
-		if !ok || t.records.Len() <= t.rules.retriesMax && t.bytes <= t.rules.retryBytesMax && now-oldest.time <= t.rules.retryAgeMillis {
-			return
+		if !ok || now-oldest.time <= t.rules.retryAgeMillis {
+			break
 		}
 		t.remove(n)
 	}
+	for t.records.Len() > t.rules.retriesMax || t.bytes > t.rules.retryBytesMax {
+		t.remove(t.oldestOfHeaviest())
+	}
 }
 
+// oldestOfHeaviest returns the number of the record that goes first. The table is
+// not empty.
+func (t *retryTable) oldestOfHeaviest() (n uint64) {
+	most, _ := t.heaviest.Max()
+	_, client := splitSortKey(most)
+	t.ofClients.Ascend(sortKey(client, 0), func(k string) bool {
+		_, n = splitSortKey(k)
+		return false
+	})
+	return n
+}
+
+// insert puts a record, in the place of one that is too old to count.
 func (t *retryTable) insert(n uint64, r retryRecord) {
+	t.remove(n) // nothing, unless it comes from a snapshot that is not ours
+	if old, ok := t.numbers.Get(r.id.key); ok {
+		t.remove(old)
+	}
 	t.records.Set(n, r)
 	t.numbers.Set(r.id.key, n)
-	t.bytes += r.size()
+	t.ofClients.Insert(sortKey(r.id.client, n))
+	t.weigh(r.id.client, r.size(t.rules))
 	t.digest += r.digest(n)
 }
 
 func (t *retryTable) remove(n uint64) {
 	if r, ok := t.records.Delete(n); ok {
 		t.numbers.Delete(r.id.key)
-		t.bytes -= r.size()
+		t.ofClients.Delete(sortKey(r.id.client, n))
+		t.weigh(r.id.client, -r.size(t.rules))
 		t.digest -= r.digest(n)
 	}
+}
+
+// weigh adds to the bytes of a client, or takes some off.
+func (t *retryTable) weigh(client, bytes uint64) {
+	t.bytes += bytes
+	share, _ := t.shares.Get(client)
+	t.heaviest.Delete(sortKey(share, client))
+	if share += bytes; share == 0 {
+		t.shares.Delete(client)
+		return
+	}
+	t.shares.Set(client, share)
+	t.heaviest.Insert(sortKey(share, client))
+}
+
+// withoutReads returns the table as it goes on at level 3, with other sizes, and
+// without the values that transactions have read.
+func (t *retryTable) withoutReads() retryTable {
+	c := newRetryTable()
+	c.next, c.rules = t.next, t.rules
+	t.records.Scan(func(n uint64, r retryRecord) bool {
+		for _, op := range r.first.ops {
+			if op.status == statusFound {
+				r.first.ops = nil
+				break
+			}
+		}
+		c.insert(n, r)
+		return true
+	})
+	return c
+}
+
+// sortKey is two numbers as a string that sorts like them.
+func sortKey(a, b uint64) string {
+	return string(binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(nil, a), b))
+}
+
+func splitSortKey(k string) (a, b uint64) {
+	return binary.BigEndian.Uint64([]byte(k[:8])), binary.BigEndian.Uint64([]byte(k[8:]))
 }

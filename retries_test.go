@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"net/http"
 	"strings"
 	"testing"
 )
@@ -14,7 +15,7 @@ func checkRetries(t *testing.T, r *retryTable) {
 	}
 	var bytes uint64
 	r.records.Scan(func(n uint64, record retryRecord) bool {
-		bytes += record.size()
+		bytes += record.size(r.rules)
 		if number, _ := r.numbers.Get(record.id.key); number != n || n >= r.next {
 			t.Fatalf("record %d of %q is known as %d; the next one is %d", n, record.id.key, number, r.next)
 		}
@@ -116,7 +117,7 @@ func TestRetries_CopyIsUndisturbed(t *testing.T) {
 // TestRetries_Size: how records are counted decides which are forgotten, so every member must count alike.
 func TestRetries_Size(t *testing.T) {
 	r := retryRecord{id: retryID{key: "retry"}, first: result{key: "of", ops: []opResult{{item: item{value: "value"}}, {}}}}
-	if got, want := r.size(), uint64(256+5+2+64+5+64); got != want {
+	if got, want := r.size(&rulesOf[2]), uint64(256+5+2+64+5+64); got != want {
 		t.Errorf("%d bytes, want %d", got, want)
 	}
 }
@@ -136,7 +137,7 @@ func TestRetries_Bounds(t *testing.T) {
 
 	r = newRetryTable()
 	overhead := retryRecord{id: retryKey(1), first: result{ops: make([]opResult, 1)}}
-	half := result{ops: []opResult{{item: item{value: strings.Repeat("v", retryBytesMax/2-int(overhead.size()))}}}}
+	half := result{ops: []opResult{{item: item{value: strings.Repeat("v", retryBytesMax/2-int(overhead.size(r.rules)))}}}}
 	r.add(retryKey(1), half, 0)
 	r.add(retryKey(2), half, 0)
 	if r.bytes != retryBytesMax || r.records.Len() != 2 {
@@ -145,5 +146,132 @@ func TestRetries_Bounds(t *testing.T) {
 	r.add(retryKey(3), result{}, 0)
 	if n := r.records.Len(); n != 2 {
 		t.Errorf("bytes: %d records, want 2", n)
+	}
+}
+
+// TestRetries_Shares: whoever fills the table loses its own, as long as others have less of it.
+func TestRetries_Shares(t *testing.T) {
+	from := func(client uint64, i int) retryID {
+		id := retryKey(i)
+		id.key, id.client = fmt.Sprint(client, "-", i), client
+		return id
+	}
+	known := func(r *retryTable, client uint64, n int) (count int) {
+		for i := range n {
+			if _, ok := r.lookup(from(client, i), 0); ok {
+				count++
+			}
+		}
+		return count
+	}
+	r := newRetryTable()
+	r.rules = &rulesOf[3]
+	const few = 1000
+	for i := range few {
+		r.add(from(1, i), result{}, 0)
+	}
+	for i := range 70_000 {
+		r.add(from(2, i), result{}, 0)
+	}
+	checkRetries(t, &r)
+	if n := known(&r, 1, few); n != few || r.records.Len() != retriesMax {
+		t.Errorf("of one with few requests %d of %d are remembered, of all %d", n, few, r.records.Len())
+	}
+	if n := known(&r, 2, 70_000); n != retriesMax-few {
+		t.Errorf("of the other %d are remembered", n)
+	}
+	// Three share it, whatever each of theirs takes, and the large go first.
+	large := result{key: strings.Repeat("k", 4096)}
+	for i := range 30_000 {
+		r.add(from(3, i), large, 0)
+	}
+	checkRetries(t, &r)
+	share2, _ := r.shares.Get(2)
+	share3, _ := r.shares.Get(3)
+	if n := known(&r, 1, few); n != few || max(share2, share3)-min(share2, share3) > 16<<10 || r.bytes < retryBytesMax-16<<10 {
+		t.Errorf("of the first %d are left, the others have %d and %d bytes of %d", n, share2, share3, r.bytes)
+	}
+	// All of it is made from the records.
+	again := newRetryTable()
+	again.rules = r.rules
+	r.records.Scan(func(n uint64, record retryRecord) bool {
+		again.insert(n, record)
+		return true
+	})
+	if again.bytes != r.bytes || again.digest != r.digest || again.oldestOfHeaviest() != r.oldestOfHeaviest() {
+		t.Errorf("%d bytes, made again %d", r.bytes, again.bytes)
+	}
+	// An hour later the shares are gone with the records.
+	r.add(from(4, 0), result{}, 1+retryAgeMillis)
+	checkRetries(t, &r)
+	if r.records.Len() != 1 || r.shares.Len() != 1 || r.heaviest.Len() != 1 || r.ofClients.Len() != 1 {
+		t.Errorf("%d records, %d shares, %d, %d", r.records.Len(), r.shares.Len(), r.heaviest.Len(), r.ofClients.Len())
+	}
+}
+
+// TestHTTP_ReplayedRead: nobody is told what another has read, and large results
+// do not push out what others need.
+func TestHTTP_ReplayedRead(t *testing.T) {
+	f := newFront(t)
+	f.store.state.setLevel(2)
+	f.put("secret", strings.Repeat("s", 100_000))
+	const body = `{"then":[{"op":"put","key":"k","value":"v"},{"op":"get","key":"secret"}],"else":[]}`
+	f.do("POST", "/-/v1/txn", body, "Idempotency-Key: before").want(t, 200)
+	before := f.store.state.retries.bytes
+	f.apply(raiseLevel(3, 1, 2, 3, 4))
+	if f.store.level() != 3 || f.store.state.retries.bytes != 1024 || before < 100_000 {
+		t.Errorf("level %d: the table takes %d bytes, before %d", f.store.level(), f.store.state.retries.bytes, before)
+	}
+	f.do("POST", "/-/v1/txn", body, "Idempotency-Key: after").want(t, 200)
+	rv := f.store.version()
+	for _, key := range []string{"before", "after"} {
+		a := f.do("POST", "/-/v1/txn", body, "Idempotency-Key: "+key)
+		a.want(t, 409)
+		a.wantHeader(t, "Idempotency-Replayed", "true")
+		if p := mustProblem(t, a); p.Code != "result-not-kept" || p.Outcome != applied || p.Retryable || strings.Contains(a.body, "sss") || len(a.body) > 1000 {
+			t.Errorf("%s: %.1000s", key, a.body)
+		}
+	}
+	if f.store.version() != rv {
+		t.Error("a retry was carried out")
+	}
+	// One that reads nothing is answered as before, and so is one whose other branch would have read.
+	for _, body := range []string{
+		`{"then":[{"op":"put","key":"k","value":"v"},{"op":"delete","key":"none"}]}`,
+		`{"if":[{"key":"k","exists":true}],"then":[{"op":"delete","key":"k"}],"else":[{"op":"get","key":"secret"}]}`,
+	} {
+		first := f.do("POST", "/-/v1/txn", body, "Idempotency-Key: "+fmt.Sprint(len(body)))
+		again := f.do("POST", "/-/v1/txn", body, "Idempotency-Key: "+fmt.Sprint(len(body)))
+		if first.code != 200 || again.code != 200 || first.body != again.body {
+			t.Errorf("%s%s", first.body, again.body)
+		}
+	}
+}
+
+// TestHTTP_Clients: who is told apart by the requests that are remembered.
+func TestHTTP_Clients(t *testing.T) {
+	client := func(addr string) uint64 { return clientOf(&http.Request{RemoteAddr: addr}) }
+	for _, same := range [][2]string{
+		{"10.0.0.1:1", "10.0.0.1:2"}, {"10.0.0.1:1", "[::ffff:10.0.0.1]:1"}, {"[2001:db8::1]:1", "[2001:db8::ffff:1:2]:9"}, {"[fe80::1%eth0]:1", "[fe80::2]:1"}, {"@", ""},
+	} {
+		if client(same[0]) != client(same[1]) {
+			t.Errorf("%q are two", same)
+		}
+	}
+	seen := map[uint64]string{0: "nobody"}
+	for _, addr := range []string{"10.0.0.1:1", "10.0.0.2:1", "[2001:db8::1]:1", "[2001:db8:0:1::1]:1", "[::1]:1"} {
+		if other, twice := seen[client(addr)]; twice {
+			t.Errorf("%s is %s", addr, other)
+		}
+		seen[client(addr)] = addr
+	}
+	f := newFront(t)
+	f.do("PUT", "/k", "v", "Idempotency-Key: one").want(t, 201) // at level 1
+	f.store.state.setLevel(3)
+	f.do("PUT", "/k", "v", "Idempotency-Key: two").want(t, 204)
+	for n, named := range []bool{false, true} {
+		if r, _ := f.store.state.retries.records.Get(uint64(n)); (r.id.client != 0) != named {
+			t.Errorf("record %d is of client %x", n, r.id.client)
+		}
 	}
 }

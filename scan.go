@@ -40,7 +40,7 @@ type scan struct {
 	store *kvstore
 	// items is the tree that was live when the scan began. A restore puts another
 	// one in its place; then nobody writes to this one any more.
-	items  *btree.Map[string, item]
+	items  *itemMap
 	prefix string
 	rv     uint64
 	buf    []keyItem

@@ -444,8 +444,12 @@ func validateOutcomes(s *sim) error {
 	return nil
 }
 
-// sameResult compares all but whether it is the answer to a retry.
+// sameResult compares all but whether it is the answer to a retry, which is not
+// told again what was read.
 func sameResult(a, b result) bool {
+	if a.replayed && a.ops == nil || b.replayed && b.ops == nil {
+		a.ops, b.ops = nil, nil
+	}
 	a.replayed, b.replayed = false, false
 	return reflect.DeepEqual(a, b)
 }
@@ -634,10 +638,21 @@ func stepTxn(values map[string]string, encoded string, r *result) bool {
 	if r.status == statusSucceeded {
 		ops = t.then
 	}
-	if judged && holds != (r.status == statusSucceeded) || len(r.ops) != len(ops) {
+	told := len(r.ops) > 0 || !r.replayed // a retry may not be told what was read
+	if judged && holds != (r.status == statusSucceeded) || told && len(r.ops) != len(ops) {
 		return false
 	}
 	for i, op := range ops {
+		switch {
+		case !told && op.op == opPut:
+			values[op.key] = op.value
+			continue
+		case !told:
+			if op.op == opDelete {
+				delete(values, op.key)
+			}
+			continue
+		}
 		if op.op == opGet {
 			value, found := values[op.key]
 			if found != (r.ops[i].status == statusFound) || value != r.ops[i].item.value {

@@ -436,7 +436,11 @@ func (c *simClient) anyKey() string {
 }
 
 func makePut(c *simClient) *simOp {
-	return &simOp{cmd: command{op: opPut, key: c.key(), value: c.value()}}
+	op := &simOp{cmd: command{op: opPut, key: c.key(), value: c.value()}}
+	if c.sim.check.model.level >= 3 && c.sim.chance(0.3) {
+		op.cmd.contentType = pick(c.sim, []string{"text/plain", "application/json"})
+	}
+	return op
 }
 
 func makeDelete(c *simClient) *simOp {
@@ -467,6 +471,9 @@ func makeRetried(c *simClient) *simOp {
 	}
 	op.cmd.retry = retryID{key: "retry-" + c.value()}
 	op.cmd.retry.digest[0] = byte(c.count)
+	if c.sim.check.model.level >= 3 {
+		op.cmd.retry.client = uint64(1 + c.sim.rand.IntN(2))
+	}
 	return op
 }
 
@@ -484,6 +491,9 @@ func makeTxn(c *simClient) *simOp {
 			op := command{op: pick(c.sim, []op{opPut, opPut, opDelete, opGet}), key: c.keyOf(txnGroup)}
 			if op.op == opPut {
 				op.value = fmt.Sprintf("%s-%d-%d", c.value(), len(t.then), i)
+				if c.sim.check.model.level >= 3 && c.sim.chance(0.3) {
+					op.contentType = "text/plain"
+				}
 			}
 			*ops = append(*ops, op)
 		}

@@ -26,7 +26,7 @@ func TestSim_DivergedMemberFindsOut(t *testing.T) {
 			s.check.blind = true
 			p := n.process
 			p.store.mu.Lock()
-			p.store.state.put("another", "new", 0)
+			p.store.state.put(&command{key: "another", value: "new"})
 			p.store.state.changed = nil
 			p.store.mu.Unlock()
 			s.begin(leader, putOp("k", "new"), time.Second)

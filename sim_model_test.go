@@ -26,6 +26,7 @@ type model struct {
 	events   []event
 	batches  map[batchID]*modelBatch
 	retries  map[string]retryRecord
+	hasRead  bool              // the last transaction
 	values   map[string]uint64 // version of each value that was put; values are never used twice
 	members  map[uint64]member
 	removed  map[uint64]bool
@@ -204,6 +205,7 @@ func (m *model) apply(c *command, next *modelEntry) (result, error) {
 		return result{}, err
 	}
 	changes = nil
+	m.hasRead = false
 	r, err := m.execute(c, &changes)
 	if err != nil {
 		return result{}, err
@@ -216,7 +218,11 @@ func (m *model) apply(c *command, next *modelEntry) (result, error) {
 		r.key = c.value
 	}
 	if c.retry.key != "" {
-		m.retries[c.retry.key] = retryRecord{id: c.retry, time: m.elapsed, first: r}
+		kept := r
+		if m.level >= 3 && m.hasRead {
+			kept.ops = nil
+		}
+		m.retries[c.retry.key] = retryRecord{id: c.retry, time: m.elapsed, first: kept}
 	}
 	return r, nil
 }
@@ -300,6 +306,14 @@ func (m *model) execute(c *command, changes *[]event) (result, error) {
 				return result{status: statusPrecondition}, err
 			}
 		}
+		if m.level < 3 && to.level >= 3 {
+			for key, old := range m.retries {
+				if slices.ContainsFunc(old.first.ops, func(op opResult) bool { return op.status == statusFound }) {
+					old.first.ops = nil
+					m.retries[key] = old
+				}
+			}
+		}
 		m.level = max(m.level, to.level)
 		return result{status: statusReplaced}, err
 	case opMember:
@@ -342,8 +356,9 @@ func (m *model) executeTxn(value string, changes *[]event) (result, error) {
 			r.status, ops = statusFailed, t.otherwise
 		}
 	}
-	r.ops = []opResult{}
+	r.ops, m.hasRead = []opResult{}, false
 	for _, op := range ops {
+		m.hasRead = m.hasRead || op.op == opGet
 		res := opResult{status: statusNotFound}
 		if op.op != opGet {
 			res.status = m.change(&op, changes)
@@ -364,10 +379,10 @@ func (m *model) change(c *command, changes *[]event) status {
 	switch {
 	case c.op == opPut && exists:
 		st, e.kind = statusReplaced, eventModified
-		e.item = item{value: c.value, rv: rv, created: old.created, expires: c.deadline(m.now)}
+		e.item = item{value: c.value, rv: rv, created: old.created, expires: c.deadline(m.now), contentType: c.contentType}
 	case c.op == opPut:
 		st, e.kind = statusCreated, eventAdded
-		e.item = item{value: c.value, rv: rv, created: rv, expires: c.deadline(m.now)}
+		e.item = item{value: c.value, rv: rv, created: rv, expires: c.deadline(m.now), contentType: c.contentType}
 	case !exists:
 		return statusNotFound
 	case c.op == opExpire:

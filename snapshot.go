@@ -29,7 +29,8 @@ import (
 // records {kind, fields...} with integers
 // as uvarints and strings as length + bytes, in the order session, member,
 // removed, retry, item, event, and a record of kind end with the number of
-// items. A file that breaks off lacks the end record.
+// items. A file that breaks off lacks the end record. From format 4 on items have
+// a content type, and retries say who sent the request.
 
 const (
 	snapshotMagic = "RAFTRVSS"
@@ -78,6 +79,7 @@ func newSnapshotEncoder(w io.Writer) *snapshotEncoder {
 
 // writeHead writes what comes before the items.
 func (s *state) writeHead(e *snapshotEncoder) error {
+	e.level = s.level
 	e.bytes([]byte(snapshotMagic))
 	e.uint(snapshotFormats[s.level])
 	e.uint(s.index)
@@ -194,6 +196,7 @@ func (d *snapshotDecoder) state() (state, error) {
 		}
 		st.elapsed, st.seen = int64(d.uint()), int64(d.uint())
 	}
+	d.level = st.level
 	for d.err == nil {
 		kind := d.uint()
 		if d.err != nil {
@@ -238,7 +241,7 @@ func (d *snapshotDecoder) record(kind uint64, st *state) error {
 	case recordItem:
 		key, it := d.string(), d.item()
 		if d.err == nil {
-			st.items.Load(key, it) // Load is Set, faster for a key that sorts last
+			st.items.Load(key, it)
 			st.remember(key, it)
 		}
 	case recordEvents:
@@ -258,9 +261,10 @@ func (d *snapshotDecoder) record(kind uint64, st *state) error {
 }
 
 type snapshotEncoder struct {
-	w   *bufio.Writer
-	buf [binary.MaxVarintLen64]byte
-	err error // the first one; bufio.Writer keeps it too
+	w     *bufio.Writer
+	level int // of the state
+	buf   [binary.MaxVarintLen64]byte
+	err   error // the first one; bufio.Writer keeps it too
 }
 
 func (e *snapshotEncoder) bytes(b []byte) {
@@ -291,6 +295,9 @@ func (e *snapshotEncoder) item(it item) {
 	e.uint(it.rv)
 	e.uint(it.created)
 	e.uint(uint64(it.expires))
+	if e.level >= 3 {
+		e.string(it.contentType)
+	}
 }
 
 func (e *snapshotEncoder) event(v *event) {
@@ -318,6 +325,9 @@ func (e *snapshotEncoder) retry(r *retryRecord) {
 		e.uint(uint64(op.status))
 		e.item(op.item)
 	}
+	if e.level >= 3 {
+		e.uint(r.id.client)
+	}
 }
 
 // Flags of an event.
@@ -338,8 +348,9 @@ func eventFlags(v *event) (flags uint64) {
 
 // snapshotDecoder reads fields; after an error all of them are zero.
 type snapshotDecoder struct {
-	r   *bufio.Reader
-	err error
+	r     *bufio.Reader
+	level int // of the state
+	err   error
 }
 
 func (d *snapshotDecoder) uint() uint64 {
@@ -381,7 +392,11 @@ func (d *snapshotDecoder) string() string {
 }
 
 func (d *snapshotDecoder) item() item {
-	return item{value: d.string(), rv: d.uint(), created: d.uint(), expires: int64(d.uint())}
+	it := item{value: d.string(), rv: d.uint(), created: d.uint(), expires: int64(d.uint())}
+	if d.level >= 3 {
+		it.contentType = intern(d.string())
+	}
+	return it
 }
 
 func (d *snapshotDecoder) event() event {
@@ -404,6 +419,9 @@ func (d *snapshotDecoder) retry() retryRecord {
 	r.first = result{status: status(d.uint()), rv: d.uint(), current: d.uint(), count: d.uint(), key: d.string()}
 	for n := d.uint(); n > 0 && d.err == nil; n-- {
 		r.first.ops = append(r.first.ops, opResult{status: status(d.uint()), item: d.item()})
+	}
+	if d.level >= 3 {
+		r.id.client = d.uint()
 	}
 	return r
 }

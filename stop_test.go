@@ -129,7 +129,7 @@ func largeState(size int) state {
 	st.index, st.term = 5, 1
 	value := strings.Repeat("v", 1<<20)
 	for i := range size >> 20 {
-		st.put(string(rune('a'+i)), value, 0)
+		st.put(&command{key: string(rune('a' + i)), value: value})
 	}
 	return st
 }

@@ -41,6 +41,7 @@ type operationBody struct {
 	Value       *string
 	ValueBase64 *string
 	TTL         *string
+	ContentType *string
 }
 
 // postTxn carries out a transaction.
@@ -61,12 +62,13 @@ func (h *httpAPI) postTxn(w http.ResponseWriter, r request) error {
 	if res.status == statusTooMany {
 		return errResultTooLarge.withDetail("the values to get have more than %d bytes; get fewer in one transaction", h.store.rules().txnResultMax)
 	}
+	ops := t.branch(res.status)
+	if len(res.ops) < len(ops) { // of a retry
+		return errResultNotKept.withDetail("the transaction was carried out before, with succeeded: %v, at resource version %d; what it read was for who asked first, and is not kept",
+			res.status == statusSucceeded, res.rv)
+	}
 	s := newStream(w, r, typeJSON)
 	defer s.free()
-	ops := t.then
-	if res.status == statusFailed {
-		ops = t.otherwise
-	}
 	s.buf = append(s.buf, `{"succeeded":`...)
 	s.buf = strconv.AppendBool(s.buf, res.status == statusSucceeded)
 	s.buf = append(s.buf, `,"resourceVersion":`...)
@@ -209,7 +211,7 @@ func (p *txnParser) operations(branch string, parts []json.RawMessage) []command
 func (p *txnParser) operation(place string, part json.RawMessage) command {
 	var b operationBody
 	p.decode(place, part, jsonField{"op", &b.Op}, jsonField{"key", &b.Key}, jsonField{"keyBase64", &b.KeyBase64},
-		jsonField{"value", &b.Value}, jsonField{"valueBase64", &b.ValueBase64}, jsonField{"ttl", &b.TTL})
+		jsonField{"value", &b.Value}, jsonField{"valueBase64", &b.ValueBase64}, jsonField{"ttl", &b.TTL}, jsonField{"contentType", &b.ContentType})
 	c := command{key: p.key(place, b.Key, b.KeyBase64)}
 	hasValue := b.Value != nil || b.ValueBase64 != nil
 	switch b.Op {
@@ -220,6 +222,12 @@ func (p *txnParser) operation(place string, part json.RawMessage) command {
 		}
 		c.value = p.value(place, b.Value, b.ValueBase64)
 		c.setTTL(p.ttl(place+".ttl", b.TTL), p.level)
+		if b.ContentType != nil {
+			if !isContentType(*b.ContentType) {
+				p.fail(place+".contentType", "must be a media type such as text/plain; charset=utf-8, of at most %d bytes", contentTypeSizeMax)
+			}
+			c.setContentType(*b.ContentType, p.level)
+		}
 		return c
 	case "delete":
 		c.op = opDelete
@@ -233,6 +241,9 @@ func (p *txnParser) operation(place string, part json.RawMessage) command {
 	}
 	if b.TTL != nil {
 		p.fail(place+".ttl", "only a put has a ttl")
+	}
+	if b.ContentType != nil {
+		p.fail(place+".contentType", "only a put has a contentType")
 	}
 	return c
 }

@@ -1,0 +1,195 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"unsafe"
+)
+
+// TestHTTP_ContentType: the type of a value is kept with it, and given back where a
+// browser would only show what has it.
+func TestHTTP_ContentType(t *testing.T) {
+	const none = "application/octet-stream"
+	f := newFront(t)
+	f.store.state.setLevel(3)
+	for _, tt := range []struct{ sent, kept, served string }{
+		{"application/json", "application/json", "application/json"},
+		{"text/plain; charset=utf-8", "text/plain; charset=utf-8", "text/plain; charset=utf-8"},
+		{"  TEXT/Plain ", "TEXT/Plain", "TEXT/Plain"},
+		{"image/png", "image/png", "image/png"},
+		{"application/octet-stream", none, none},
+		{"application/x-www-form-urlencoded", "", none}, // what curl says of any body
+		{"", "", none},
+		// What a browser may run, or hand to something that does, or what nobody knows.
+		{"text/html", "text/html", none},
+		{"text/html; charset=utf-8", "text/html; charset=utf-8", none},
+		{"application/xhtml+xml", "application/xhtml+xml", none},
+		{"image/svg+xml", "image/svg+xml", none},
+		{"text/xml", "text/xml", none},
+		{"application/xml", "application/xml", none},
+		{"text/javascript", "text/javascript", none},
+		{"application/javascript", "application/javascript", none},
+		{"text/css", "text/css", none},
+		{"application/pdf", "application/pdf", none},
+		{"application/wasm", "application/wasm", none},
+		{"multipart/x-mixed-replace; boundary=b", "multipart/x-mixed-replace; boundary=b", none},
+		{"message/rfc822", "message/rfc822", none},
+		{"text/cache-manifest", "text/cache-manifest", none},
+		{"application/problem+json", "application/problem+json", none},
+		{"new/kind", "new/kind", none},
+	} {
+		a := f.do("PUT", "/k", "<b>", "Content-Type: "+tt.sent)
+		if a.code/100 != 2 {
+			t.Errorf("%q: %d %s", tt.sent, a.code, a.body)
+			continue
+		}
+		for _, method := range []string{"GET", "HEAD"} {
+			a = f.do(method, "/k", "")
+			a.want(t, 200)
+			a.wantHeader(t, "Content-Type", tt.served)
+			a.wantHeader(t, "X-Content-Type-Options", "nosniff")
+			a.wantHeader(t, "Content-Security-Policy", contentSecurityPolicy)
+		}
+		field := ""
+		if tt.kept != "" {
+			field = fmt.Sprintf(`,"contentType":%q`, tt.kept)
+		}
+		for _, target := range []string{"/-/v1/keys/k", "/-/v1/keys", "/-/v1/watch?initial=true&timeout=1ms"} {
+			if a := f.do("GET", target, ""); !strings.Contains(a.body, `"createdResourceVersion":1`+field+`}`) && !strings.Contains(a.body, `"createdResourceVersion":1`+field+`,"prev`) {
+				t.Errorf("%q: %s: %s", tt.sent, target, a.body)
+			}
+		}
+	}
+	for _, bad := range [][]string{
+		{"text"}, {"/"}, {"text/"}, {"/plain"}, {"text/plain; charset"}, {"text/plain; charset=\"utf-8"}, {"text/plain, text/html"}, {"text/plain; a=b; a=c"},
+		{"text plain/x"}, {"text/pl\x00ain"}, {"text/plain; name=\"\xe4\""}, {"text/" + strings.Repeat("x", contentTypeSizeMax)}, {"text/plain", "text/html"}, {"text/plain", "text/plain"},
+	} {
+		var headers []string
+		for _, v := range bad {
+			headers = append(headers, "Content-Type: "+v)
+		}
+		for method, target := range map[string]string{"PUT": "/bad", "POST": "/", "PATCH": "/"} {
+			if a := f.do(method, target, "1", headers...); a.code != 400 {
+				t.Errorf("%s %q: %d %s", method, bad, a.code, a.body)
+			}
+		}
+	}
+	// A write without a type is one of a value without a type, and no other version than before.
+	f.do("PUT", "/k", "1", "Content-Type: text/csv").want(t, 204)
+	rv := f.store.version()
+	a := f.do("PUT", "/k", "2")
+	a.wantHeader(t, "ETag", fmt.Sprintf("%q", fmt.Sprint(rv+1)))
+	f.do("GET", "/k", "").wantHeader(t, "Content-Type", none)
+	// The other ways to write.
+	created := f.do("POST", "/", "{}", "Content-Type: application/json")
+	f.do("GET", created.header.Get("Location"), "").wantHeader(t, "Content-Type", "application/json")
+	created = f.do("PATCH", "/", "{}", "Content-Type: application/json")
+	f.do("GET", created.header.Get("Location"), "").wantHeader(t, "Content-Type", "application/json")
+	a = f.do("POST", "/-/v1/txn", `{"then":[{"op":"put","key":"t","value":"x","contentType":"text/csv"},{"op":"get","key":"t"}]}`)
+	if !strings.Contains(a.body, `"contentType":"text/csv"`) {
+		t.Error(a.body)
+	}
+	f.do("GET", "/t", "").wantHeader(t, "Content-Type", "text/csv")
+	f.do("POST", "/-/v1/txn", `{"then":[{"op":"put","key":"t","value":"x","contentType":"csv"}]}`).want(t, 400)
+	f.do("POST", "/-/v1/txn", `{"then":[{"op":"delete","key":"t","contentType":"text/csv"}]}`).want(t, 400)
+	// It is part of what a request is.
+	f.do("PUT", "/once", "x", "Idempotency-Key: once", "Content-Type: text/csv").want(t, 201)
+	f.do("PUT", "/once", "x", "Idempotency-Key: once", "Content-Type: text/csv").want(t, 201)
+	f.do("PUT", "/once", "x", "Idempotency-Key: once", "Content-Type: text/plain").want(t, 422)
+}
+
+// TestHTTP_ContentTypeBefore: while a member does not know content types nobody keeps them.
+func TestHTTP_ContentTypeBefore(t *testing.T) {
+	f := newFront(t)
+	f.store.state.setLevel(2)
+	f.do("PUT", "/k", "1", "Content-Type: application/json").want(t, 201)
+	f.do("POST", "/-/v1/txn", `{"then":[{"op":"put","key":"t","value":"x","contentType":"text/csv"}]}`).want(t, 200)
+	for _, key := range []string{"k", "t"} {
+		f.do("GET", "/"+key, "").wantHeader(t, "Content-Type", "application/octet-stream")
+	}
+	for _, c := range []command{{op: opPut, key: "k", contentType: "a/b"}, {op: opPut, key: "k", retry: retryID{key: "r", client: 1}}} {
+		if err := checkCommands(c.appendTo(nil), 2); err == nil || !strings.Contains(err.Error(), "this needs 3") {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+	header := command{op: opPut, key: "k", contentType: "a/b\r\nSet-Cookie: x=y"}
+	if err := checkCommands(header.appendTo(nil), 3); err == nil {
+		t.Error("a member may propose any header")
+	}
+}
+
+// TestItems: the tree of items and that of their types are as one, through copies and snapshots.
+func TestItems(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	st := newState()
+	st.setLevel(3)
+	m, model := st.items, map[string]item{}
+	check := func(m *itemMap, model map[string]item) {
+		t.Helper()
+		from := fmt.Sprint(random.IntN(100))
+		var got, want []keyItem
+		m.Ascend(from, func(key string, it item) bool {
+			got = append(got, keyItem{key, it})
+			return true
+		})
+		for _, key := range slices.Sorted(maps.Keys(model)) {
+			if key >= from {
+				want = append(want, keyItem{key, model[key]})
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Fatalf("from %s: %v\nwant %v", from, got, want)
+		}
+		typed := 0
+		for key, it := range model {
+			if got, ok := m.Get(key); !ok || got != it {
+				t.Fatalf("%s: %v, want %v", key, got, it)
+			}
+			if it.contentType != "" {
+				typed++
+			}
+		}
+		if m.Len() != len(model) || m.types.Len() != typed {
+			t.Fatalf("%d items, %d of them with a type, want %d, %d", m.Len(), m.types.Len(), len(model), typed)
+		}
+	}
+	types := []string{"", "", "text/plain", "application/json"}
+	for i := range 3000 {
+		key := fmt.Sprint(random.IntN(100))
+		before, existed := model[key]
+		if random.IntN(3) > 0 {
+			it := item{value: fmt.Sprint(i), rv: uint64(i), created: 1, contentType: types[random.IntN(len(types))]}
+			if old, replaced := m.Set(key, it); old != before || replaced != existed {
+				t.Fatalf("%s: replaces %v, %v", key, old, replaced)
+			}
+			model[key] = it
+		} else {
+			if old, deleted := m.Delete(key); old != before || deleted != existed {
+				t.Fatalf("%s: deletes %v, %v", key, old, deleted)
+			}
+			delete(model, key)
+		}
+		if i%100 == 0 {
+			check(m, model)
+			// Who writes to the one does not disturb the other.
+			c, then := m.Copy(), maps.Clone(model)
+			m.Set("x", item{contentType: "x/y"})
+			m.Delete(key)
+			check(c, then)
+			m.Delete("x")
+			delete(model, key)
+		}
+	}
+	again, err := readState(bytes.NewReader(encodeState(t, &st)))
+	must(t, err)
+	check(again.items, model)
+	// What most items do not have costs them nothing.
+	if size := unsafe.Sizeof(storedItem{}); size != 40 {
+		t.Errorf("an item takes %d bytes", size)
+	}
+}
