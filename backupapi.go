@@ -20,6 +20,9 @@ const (
 	headerDigest  = "Repr-Digest"
 )
 
+// backupsMax is how many backups there may be at a time. Lists take nothing from them.
+const backupsMax = 4
+
 func formatDigest(h hash.Hash) string {
 	return "sha-256=:" + base64.StdEncoding.EncodeToString(h.Sum(nil)) + ":"
 }
@@ -29,9 +32,15 @@ func (h *httpAPI) getSnapshot(w http.ResponseWriter, r request) error {
 	if err := h.catchUp(r); err != nil {
 		return err
 	}
+	busy := errTooManyRequests.withDetail("%d backups are on their way already, or as many to this address as may be; retry later or at another node", backupsMax)
+	address := addressOf(r.RemoteAddr)
+	if !h.backups.take(address, 1) {
+		return busy
+	}
+	defer h.backups.give(address, 1)
 	b, err := h.store.backup()
 	if err != nil {
-		return errTooManyRequests.withDetail("%d streams are on their way already, at most that many can be; retry later or at another node", scansMax)
+		return busy
 	}
 	defer b.close()
 	head := backupHead{Format: backupFormat, Cluster: h.backend.status().ClusterID, Member: h.id, Time: time.Now().UTC().Truncate(time.Second), Version: h.version}

@@ -149,11 +149,13 @@ type httpAPI struct {
 	exposition http.Handler // of all metrics
 	scrapes    atomic.Int64 // of the metrics, under way
 	bodies     shares       // bytes of large ones
+	lists      shares       // that are read, and streams
+	backups    shares
 }
 
 func newHTTPAPI(cfg httpConfig) http.Handler {
 	h := &httpAPI{httpConfig: cfg, browsers: newBrowsers(cfg.store, cfg.hosts, cfg.origins), metrics: newHTTPMetrics(), exposition: newExposition(cfg)}
-	h.bodies = cfg.share(bodiesSizeMax)
+	h.bodies, h.lists, h.backups = cfg.share(bodiesSizeMax), cfg.share(listsMax), cfg.share(backupsMax)
 	cfg.registry.MustRegister(h.metrics)
 	return h
 }

@@ -27,6 +27,11 @@ func appendItemJSON(buf []byte, key string, it item, keysOnly bool) []byte {
 		buf = append(buf, ',')
 		buf = appendBytesField(buf, "value", it.value)
 	}
+	return appendItemEnd(buf, it)
+}
+
+// appendItemEnd appends what comes after the value.
+func appendItemEnd(buf []byte, it item) []byte {
 	buf = append(buf, `,"resourceVersion":`...)
 	buf = strconv.AppendUint(buf, it.rv, 10)
 	buf = append(buf, `,"createdResourceVersion":`...)
@@ -59,7 +64,11 @@ func appendBytesField(buf []byte, name, s string) []byte {
 
 // appendJSONString appends valid UTF-8 as a JSON string.
 func appendJSONString(buf []byte, s string) []byte {
-	buf = append(buf, '"')
+	return append(appendJSONText(append(buf, '"'), s), '"')
+}
+
+// appendJSONText appends what is between the quotes.
+func appendJSONText(buf []byte, s string) []byte {
 	start := 0 // s[start:i] needs no escape
 	for i := 0; i < len(s); i++ {
 		c := s[i]
@@ -82,6 +91,44 @@ func appendJSONString(buf []byte, s string) []byte {
 			buf = append(buf, '\\', 'u', '0', '0', digits[c>>4], digits[c&15])
 		}
 	}
-	buf = append(buf, s[start:]...)
-	return append(buf, '"')
+	return append(buf, s[start:]...)
+}
+
+// itemFixedSize is the most that an item takes in JSON beside its key and value,
+// with a comma.
+const itemFixedSize = 200
+
+// itemSizeMax is the most that an item can take in JSON.
+func itemSizeMax(it keyItem, keysOnly bool) int {
+	n := len(it.key)
+	if !keysOnly {
+		n += len(it.value)
+	}
+	return itemFixedSize + 6*n // each byte may be an escape
+}
+
+// itemJSONSize is what an item takes in JSON, or a little more.
+func itemJSONSize(it keyItem, keysOnly bool) int {
+	n := itemFixedSize + jsonSize(it.key)
+	if !keysOnly {
+		n += jsonSize(it.value)
+	}
+	return n
+}
+
+// jsonSize is what a key or value takes in JSON.
+func jsonSize(s string) int {
+	if !utf8.ValidString(s) {
+		return base64.StdEncoding.EncodedLen(len(s))
+	}
+	n := len(s)
+	for i := range len(s) {
+		switch c := s[i]; {
+		case c == '"' || c == '\\' || c == '\n' || c == '\r' || c == '\t':
+			n++
+		case c < ' ':
+			n += 5
+		}
+	}
+	return n
 }

@@ -1,10 +1,14 @@
 package main
 
 import (
+	"context"
+	"encoding/base64"
 	"net/http"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"go.uber.org/zap"
 )
@@ -15,7 +19,20 @@ import (
 // Limits of responses that are written in parts.
 const (
 	streamBufferSize   = 64 << 10
-	streamWriteTimeout = 30 * time.Second // for the client to take a part
+	streamWriteTimeout = 30 * time.Second // for the client to take streamPaceSize
+	streamPaceSize     = 1 << 20
+	streamPieceSize    = 12 << 10 // of a value; divisible by three, as base64 wants
+
+	// listSizeMax bounds a JSON list, in bytes, unless one item is larger.
+	listSizeMax = 8 << 20
+	listEndMax  = 64 + 6*keySizeMax
+
+	// A list of no more than this needs no place. It comes to less than a part.
+	fewItems = 128
+	fewBytes = 16 << 10
+
+	listsMax     = scansMax - backupsMax // that are more, and streams, at a time
+	placeTimeout = 2 * time.Second
 )
 
 // While there are writes a stream of keys takes turns with them: it works for
@@ -45,7 +62,15 @@ func (h *httpAPI) getItem(w http.ResponseWriter, r request) error {
 	setETag(w.Header(), it.rv)
 	setResourceVersion(w.Header(), rv)
 	setExpires(w.Header(), it)
-	writeBody(w, r.Request, http.StatusOK, typeJSON, append(appendItemJSON(nil, r.name, it, false), '\n'))
+	if len(it.value) <= streamBufferSize {
+		writeBody(w, r.Request, http.StatusOK, typeJSON, append(appendItemJSON(nil, r.name, it, false), '\n'))
+		return nil
+	}
+	s := newStream(w, r, typeJSON)
+	defer s.free()
+	s.appendItem(r.name, it, false)
+	s.buf = append(s.buf, '\n')
+	s.end()
 	return nil
 }
 
@@ -66,29 +91,110 @@ func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 	if p.limit == 0 {
 		p.limit = listLimitDefault
 	}
-	items, rv := h.store.list(p.prefix, p.after, p.limit+1) // one more than asked for tells whether there are more
-	setResourceVersion(w.Header(), rv)
+	list, err := h.openList(r, p.prefix, p.after, p.limit+1) // one more than asked for tells whether there are more
+	if err != nil {
+		return err
+	}
+	defer list.close()
+	setResourceVersion(w.Header(), list.rv)
 	w.Header()["Vary"] = h.browsers.varyAccept
 	s := newStream(w, r, typeJSON)
 	defer s.free()
 	s.buf = append(s.buf, `{"resourceVersion":`...)
-	s.buf = strconv.AppendUint(s.buf, rv, 10)
+	s.buf = strconv.AppendUint(s.buf, list.rv, 10)
 	s.buf = append(s.buf, `,"items":[`...)
-	for i, it := range items[:min(len(items), p.limit)] {
-		if i > 0 {
-			s.buf = append(s.buf, ',')
+	last, n, more := "", 0, false
+	for items := h.mustRead(s, list); len(items) > 0 && !more; items = h.mustRead(s, list) {
+		for _, it := range items {
+			if more = n == p.limit || n > 0 && !s.hasRoom(it, p.keysOnly); more {
+				break
+			}
+			if n > 0 {
+				s.buf = append(s.buf, ',')
+			}
+			s.appendItem(it.key, it.item, p.keysOnly)
+			last = it.key
+			n++
 		}
-		s.buf = appendItemJSON(s.buf, it.key, it.item, p.keysOnly)
-		s.flushLarge()
 	}
 	s.buf = append(s.buf, ']')
-	if len(items) > p.limit {
+	if more {
 		s.buf = append(s.buf, ',')
-		s.buf = appendBytesField(s.buf, "after", items[p.limit-1].key)
+		s.buf = appendBytesField(s.buf, "after", last)
 	}
 	s.buf = append(s.buf, "}\n"...)
 	s.end()
 	return nil
+}
+
+// mustRead returns the next items of an answer that has begun, and breaks that off
+// if there is no way to know them any more.
+func (h *httpAPI) mustRead(s *stream, list *keyList) []keyItem {
+	items, err := list.read()
+	if err != nil {
+		h.logger.Warn("cut off a stream of keys", zap.Error(err))
+		s.abort(http.StatusInternalServerError)
+	}
+	return items
+}
+
+// hasRoom says whether a JSON list can take one more item, and then its end.
+func (s *stream) hasRoom(it keyItem, keysOnly bool) bool {
+	room := listSizeMax - listEndMax - s.written - len(s.buf)
+	return itemSizeMax(it, keysOnly) <= room || itemJSONSize(it, keysOnly) <= room
+}
+
+// keyList reads items, all from one version.
+type keyList struct {
+	rv    uint64
+	items []keyItem // if they are few
+	scan  *scan     // otherwise
+	leave func()    // its place
+}
+
+// openList reads the first n items with a prefix whose keys come after a key. What
+// is more than little takes one of the places for lists.
+func (h *httpAPI) openList(r request, prefix, after string, n int) (*keyList, error) {
+	items, rv := h.store.list(prefix, after, min(n, fewItems+1))
+	size := uint64(0)
+	for _, it := range items {
+		size += itemSize(it.key, it.item)
+	}
+	if len(items) <= fewItems && size <= fewBytes {
+		return &keyList{rv: rv, items: items}, nil
+	}
+	return h.openScan(r, prefix, after)
+}
+
+// openScan reads any number of items, if there is a place for that, or soon is.
+func (h *httpAPI) openScan(r request, prefix, after string) (*keyList, error) {
+	ctx, cancel := context.WithTimeout(r.Context(), min(r.params.timeout, placeTimeout))
+	defer cancel()
+	address := addressOf(r.RemoteAddr)
+	if h.lists.await(ctx, address, 1) {
+		if sc, err := h.store.scan(prefix, after); err == nil {
+			return &keyList{rv: sc.rv, scan: sc, leave: func() { h.lists.give(address, 1) }}, nil
+		}
+		h.lists.give(address, 1)
+	}
+	return nil, errTooManyRequests.withDetail("%d lists are on their way already, or as many of this address as may be; retry later or at another node", listsMax)
+}
+
+// read returns the next items, none at the end.
+func (l *keyList) read() ([]keyItem, error) {
+	if l.scan != nil {
+		return l.scan.read()
+	}
+	items := l.items
+	l.items = nil
+	return items, nil
+}
+
+func (l *keyList) close() {
+	if l.scan != nil {
+		l.scan.close()
+		l.leave()
+	}
 }
 
 // streamKeys answers any number of items, one a line, all as they were at one
@@ -100,40 +206,36 @@ func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 // line the client does not have all of them, whatever became of the connection:
 // over HTTP/1.0, and behind some proxies, one that breaks ends like any other.
 func (h *httpAPI) streamKeys(w http.ResponseWriter, r request) error {
-	sc, err := h.store.scan(r.params.prefix, r.params.after)
+	list, err := h.openScan(r, r.params.prefix, r.params.after)
 	if err != nil {
-		return errTooManyRequests.withDetail("%d streams are on their way already, at most that many can be; retry later or at another node", scansMax)
+		return err
 	}
-	defer sc.close()
-	setResourceVersion(w.Header(), sc.rv)
+	defer list.close()
+	setResourceVersion(w.Header(), list.rv)
 	w.Header()["Vary"] = h.browsers.varyAccept
 	s := newStream(w, r, typeNDJSON)
 	defer s.free()
 	if s.isHead {
 		return nil
 	}
-	t := turns{store: h.store, began: time.Now(), rv: sc.rv}
+	t := turns{store: h.store, began: time.Now(), rv: list.rv}
 	last := ""
 	for n := 0; ; {
 		t.rest()
-		items, err := sc.read()
-		if err != nil {
-			h.logger.Warn("cut off a stream of keys", zap.Error(err))
-			s.abort(http.StatusInternalServerError)
-		}
+		items := h.mustRead(s, list)
 		for _, it := range items {
 			if r.params.limit > 0 && n == r.params.limit {
-				s.buf = appendListEnd(s.buf, sc.rv, n, &last)
+				s.buf = appendListEnd(s.buf, list.rv, n, &last)
 				s.end()
 				return nil
 			}
 			n++
 			last = it.key
-			s.buf = append(appendItemJSON(s.buf, it.key, it.item, r.params.keysOnly), '\n')
-			s.flushLarge()
+			s.appendItem(it.key, it.item, r.params.keysOnly)
+			s.buf = append(s.buf, '\n')
 		}
 		if len(items) == 0 {
-			s.buf = appendListEnd(s.buf, sc.rv, n, nil)
+			s.buf = appendListEnd(s.buf, list.rv, n, nil)
 			s.end()
 			return nil
 		}
@@ -203,6 +305,11 @@ type stream struct {
 	isHead  bool
 	started bool   // a part was written
 	buf     []byte // append to it, then call flushLarge
+	written int    // bytes
+
+	// The client has kept this node waiting for so long with the last bytes.
+	waited time.Duration
+	paced  int
 }
 
 var streamBuffers = sync.Pool{New: func() any { return new([]byte) }}
@@ -223,6 +330,34 @@ func (s *stream) free() {
 		s.buf = s.buf[:0]
 		streamBuffers.Put(&s.buf)
 	}
+}
+
+// appendItem appends an item. A large value goes out in pieces, so that it takes no
+// more memory than others.
+func (s *stream) appendItem(key string, it item, keysOnly bool) {
+	if keysOnly || len(it.value) <= streamBufferSize {
+		s.buf = appendItemJSON(s.buf, key, it, keysOnly)
+		s.flushLarge()
+		return
+	}
+	s.buf = appendBytesField(append(s.buf, '{'), "key", key)
+	isText := utf8.ValidString(it.value)
+	s.buf = append(s.buf, `,"value`...)
+	if !isText {
+		s.buf = append(s.buf, "Base64"...)
+	}
+	s.buf = append(s.buf, `":"`...)
+	for rest := it.value; rest != ""; {
+		piece := rest[:min(len(rest), streamPieceSize)]
+		rest = rest[len(piece):]
+		if isText {
+			s.buf = appendJSONText(s.buf, piece)
+		} else {
+			s.buf = base64.StdEncoding.AppendEncode(s.buf, []byte(piece))
+		}
+		s.flushLarge()
+	}
+	s.buf = appendItemEnd(append(s.buf, '"'), it)
 }
 
 // flushLarge writes what was appended if that is enough for a part.
@@ -247,11 +382,26 @@ func (s *stream) Write(part []byte) (int, error) {
 		_ = s.control.SetReadDeadline(time.Time{}) // not supported by a test's writer
 		s.started = true
 	}
-	_ = s.control.SetWriteDeadline(time.Now().Add(streamWriteTimeout))
-	if _, err := s.w.Write(part); err != nil {
-		s.abort(statusClientGone)
+	for piece := range slices.Chunk(part, streamPaceSize) {
+		s.writePiece(piece)
 	}
 	return len(part), nil
+}
+
+// writePiece breaks off if the client takes less than streamPaceSize in streamWriteTimeout.
+// Only the time counts for which this node waits for it.
+func (s *stream) writePiece(piece []byte) {
+	if s.paced >= streamPaceSize {
+		s.paced, s.waited = 0, 0
+	}
+	start := time.Now()
+	_ = s.control.SetWriteDeadline(start.Add(streamWriteTimeout - s.waited))
+	if _, err := s.w.Write(piece); err != nil {
+		s.abort(statusClientGone)
+	}
+	s.waited += time.Since(start)
+	s.paced += len(piece)
+	s.written += len(piece)
 }
 
 // end writes the rest. A response of one part gets its length.

@@ -2,11 +2,14 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -406,10 +409,115 @@ func TestHTTP_TooManyStreams(t *testing.T) {
 	f.do("GET", "/-/v1/keys", "").want(t, 200)
 }
 
-// Who reads slowly gets all of it, however long that takes. Who does not read at
+// TestHTTP_ListSize: a JSON list ends before it has more than 8 MiB, and what comes after can be asked for.
+func TestHTTP_ListSize(t *testing.T) {
+	for name, value := range map[string]string{
+		"text": strings.Repeat("v", 90<<10), "escapes": strings.Repeat("\x01", 90<<10), "bytes": strings.Repeat("\xff", 90<<10),
+		"short escapes": strings.Repeat("\n\"", 1<<10), "small": "v",
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFront(t)
+			n := min(listSizeMax*9/8/len(appendItemJSON(nil, "key-000000", item{value: value, rv: 1000, created: 1000}, false)), 9000)
+			for i := range n {
+				f.put(fmt.Sprintf("key-%06d", i), value)
+			}
+			got, largest := 0, 0
+			for after := ""; ; {
+				a := f.do("GET", "/-/v1/keys?limit=10000&after="+after, "")
+				a.want(t, 200)
+				list := mustDecode[jsonList](t, a)
+				for _, it := range list.Items {
+					if it.key() != fmt.Sprintf("key-%06d", got) || it.value() != value {
+						t.Fatalf("item %d is %s with %d bytes", got, it.key(), len(it.value()))
+					}
+					got++
+				}
+				largest = max(largest, len(a.body))
+				if list.After == nil {
+					break
+				}
+				after = *list.After
+			}
+			if got != n || largest > listSizeMax || name != "small" && largest < listSizeMax*9/10 {
+				t.Errorf("%d of %d items, the largest answer has %d bytes", got, n, largest)
+			}
+		})
+	}
+	f := newFront(t)
+	f.store.state.items.Set("a", item{value: strings.Repeat("v", listSizeMax), rv: 1}) // larger than --max-value-bytes was once
+	f.put("b", "v")
+	if list := mustDecode[jsonList](t, f.do("GET", "/-/v1/keys", "")); len(list.Items) != 1 || list.After == nil || *list.After != "a" {
+		t.Errorf("%d items of which one is too large", len(list.Items))
+	}
+	if list := mustDecode[jsonList](t, f.do("GET", "/-/v1/keys?keysOnly=true", "")); len(list.Items) != 2 {
+		t.Errorf("%d keys", len(list.Items))
+	}
+}
+
+// TestStream_LargeValues: what goes out in pieces is the same as in one.
+func TestStream_LargeValues(t *testing.T) {
+	for _, value := range []string{
+		strings.Repeat("v\n\"é", 30<<10), strings.Repeat("\x00\xff", 40<<10) + "x", strings.Repeat("v", streamBufferSize), strings.Repeat("v", streamBufferSize+1),
+		strings.Repeat("é", streamBufferSize),
+	} {
+		w := httptest.NewRecorder()
+		s := newStream(w, request{Request: httptest.NewRequest("GET", "/", nil)}, typeJSON)
+		it := item{value: value, rv: 7, created: 3, expires: 1}
+		s.appendItem("k", it, false)
+		if got := cap(s.buf); got > 4*streamBufferSize {
+			t.Errorf("it took %d bytes", got)
+		}
+		s.end()
+		if want := appendItemJSON(nil, "k", it, false); !bytes.Equal(w.Body.Bytes(), want) {
+			t.Errorf("%d bytes, want %d", w.Body.Len(), len(want))
+		}
+		size, exact := itemJSONSize(keyItem{"k", it}, false), w.Body.Len()
+		if most := itemSizeMax(keyItem{"k", it}, false); size < exact || size > exact+itemFixedSize || most < size {
+			t.Errorf("size %d, at most %d, is %d", size, most, exact)
+		}
+	}
+}
+
+// TestHTTP_ListPlaces: whoever has all lists that one address may have keeps neither others from theirs, nor anybody from
+// small lists and backups.
+func TestHTTP_ListPlaces(t *testing.T) {
+	f := newFront(t)
+	for i := range 2 * fewItems {
+		f.put(fmt.Sprintf("key-%03d", i), "v")
+	}
+	here, other := netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("192.0.2.1")
+	for f.api.lists.take(here, 1) {
+	}
+	stream := []string{"Accept: application/x-ndjson"}
+	f.do("GET", "/-/v1/keys", "", stream...).want(t, 429)
+	f.do("GET", "/-/v1/keys", "").want(t, 429)
+	f.do("GET", "/-/v1/watch?initial=true", "").want(t, 429)
+	f.do("GET", "/-/v1/keys?prefix=key-00", "").want(t, 200)
+	f.do("GET", "/-/v1/snapshot", "").want(t, 200)
+	if !f.api.lists.take(other, 1) {
+		t.Error("nothing is left for others")
+	}
+	go func() { // while it waits
+		time.Sleep(placeTimeout / 4)
+		f.api.lists.give(here, 1)
+	}()
+	f.do("GET", "/-/v1/keys", "").want(t, 200)
+	f.do("GET", "/-/v1/keys", "", stream...).want(t, 200)
+
+	for f.api.backups.take(here, 1) {
+	}
+	f.do("GET", "/-/v1/snapshot", "").want(t, 429)
+	f.do("GET", "/-/v1/keys", "", stream...).want(t, 200)
+	if f.api.lists.taken != mostOf(listsMax) || f.api.backups.taken != mostOf(backupsMax) {
+		t.Errorf("%d lists, %d backups", f.api.lists.taken, f.api.backups.taken)
+	}
+}
+
+// Who reads slowly gets all of it, if not slower than a few kilobytes a second. Who does not read at
 // all is cut off, and cannot take what it has for the whole.
 func TestHTTP_SlowStream(t *testing.T) {
-	for _, pause := range []time.Duration{streamWriteTimeout - time.Second, streamWriteTimeout + time.Second} {
+	const most = streamWriteTimeout * 64 << 10 / streamPaceSize // for one line
+	for _, pause := range []time.Duration{most / 2, 2 * most} {
 		t.Run(pause.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := newPipeFront(t)
@@ -438,7 +546,7 @@ func TestHTTP_SlowStream(t *testing.T) {
 						t.Errorf("line %d", lines)
 					}
 				}
-				if pause < streamWriteTimeout {
+				if pause < most {
 					if !errors.Is(err, io.EOF) || lines != n+1 {
 						t.Errorf("%d lines, then %v", lines, err)
 					}

@@ -17,7 +17,7 @@ import (
 
 // Limits of scans.
 const (
-	scansMax     = 128
+	scansMax     = 132
 	scanPart     = 512      // items that are read without letting writes in
 	scanKeptMin  = 64 << 20 // bytes of old items that all scans may keep, ...
 	scanKeptPart = 2        // ... or the size of the store divided by this, if that is more

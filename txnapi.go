@@ -78,8 +78,7 @@ func (h *httpAPI) postTxn(w http.ResponseWriter, r request) error {
 		if i > 0 {
 			s.buf = append(s.buf, ',')
 		}
-		s.buf = appendOpResult(s.buf, &ops[i], &res.ops[i], res.rv)
-		s.flushLarge()
+		s.appendOpResult(&ops[i], &res.ops[i], res.rv)
 	}
 	s.buf = append(s.buf, "]}\n"...)
 	s.end()
@@ -87,29 +86,30 @@ func (h *httpAPI) postTxn(w http.ResponseWriter, r request) error {
 }
 
 // appendOpResult appends what became of one operation.
-func appendOpResult(buf []byte, c *command, r *opResult, rv uint64) []byte {
-	buf = append(buf, `{"op":"`...)
-	buf = append(buf, opNames[c.op]...)
-	buf = append(buf, `",`...)
-	buf = appendBytesField(buf, "key", c.key)
+func (s *stream) appendOpResult(c *command, r *opResult, rv uint64) {
+	s.buf = append(s.buf, `{"op":"`...)
+	s.buf = append(s.buf, opNames[c.op]...)
+	s.buf = append(s.buf, `",`...)
+	s.buf = appendBytesField(s.buf, "key", c.key)
 	switch c.op {
 	case opPut:
-		buf = append(buf, `,"resourceVersion":`...)
-		buf = strconv.AppendUint(buf, rv, 10)
-		buf = append(buf, `,"created":`...)
-		buf = strconv.AppendBool(buf, r.status == statusCreated)
+		s.buf = append(s.buf, `,"resourceVersion":`...)
+		s.buf = strconv.AppendUint(s.buf, rv, 10)
+		s.buf = append(s.buf, `,"created":`...)
+		s.buf = strconv.AppendBool(s.buf, r.status == statusCreated)
 	case opDelete:
-		buf = append(buf, `,"deleted":`...)
-		buf = strconv.AppendBool(buf, r.status == statusDeleted)
+		s.buf = append(s.buf, `,"deleted":`...)
+		s.buf = strconv.AppendBool(s.buf, r.status == statusDeleted)
 	default:
-		buf = append(buf, `,"item":`...)
+		s.buf = append(s.buf, `,"item":`...)
 		if r.status == statusFound {
-			buf = appendItemJSON(buf, c.key, r.item, false)
+			s.appendItem(c.key, r.item, false)
 		} else {
-			buf = append(buf, "null"...)
+			s.buf = append(s.buf, "null"...)
 		}
 	}
-	return append(buf, '}')
+	s.buf = append(s.buf, '}')
+	s.flushLarge()
 }
 
 var opNames = map[op]string{opPut: "put", opDelete: "delete", opGet: "get"}

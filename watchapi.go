@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"math"
 	"net/http"
 	"slices"
 	"strconv"
@@ -35,10 +36,6 @@ const (
 	// before it is cut off.
 	watchWriteTimeout = 10 * time.Second
 	watchPartSize     = 32 << 10
-
-	// watchListMax is how many items a list may have for which no scan is opened,
-	// of which there can be only so many.
-	watchListMax = 512
 
 	watchTimeoutMax = 24 * time.Hour
 	watchRetry      = "retry: 1000\n\n" // milliseconds until a browser connects again
@@ -89,7 +86,7 @@ func (h *httpAPI) watch(w http.ResponseWriter, r request) error {
 }
 
 // startWatch finds where the watch starts. list is what to send before.
-func (h *httpAPI) startWatch(s *watchStream, r request) (list *watchList, err error) {
+func (h *httpAPI) startWatch(s *watchStream, r request) (list *keyList, err error) {
 	p := &r.params
 	filter, isPrefix := p.prefix, true
 	if p.has(paramKey) {
@@ -143,11 +140,11 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *watchList, err er
 }
 
 // listAndWatch starts a watch with what there is.
-func (h *httpAPI) listAndWatch(s *watchStream, r request, filter string, isPrefix bool) (*watchList, error) {
+func (h *httpAPI) listAndWatch(s *watchStream, r request, filter string, isPrefix bool) (*keyList, error) {
 	if err := h.catchUp(r); err != nil {
 		return nil, err
 	}
-	list, err := h.newWatchList(filter, isPrefix)
+	list, err := h.newWatchList(r, filter, isPrefix)
 	if err != nil {
 		return nil, err
 	}
@@ -176,47 +173,16 @@ func lastEventID(header http.Header) (rv uint64, ok bool, err error) {
 	return rv, true, nil
 }
 
-// watchList reads the items at the start of a watch, all from one version.
-type watchList struct {
-	rv    uint64
-	items []keyItem // if they are few
-	scan  *scan     // otherwise
-}
-
-func (h *httpAPI) newWatchList(filter string, isPrefix bool) (*watchList, error) {
-	l := &watchList{}
-	if !isPrefix {
-		it, rv, ok := h.store.get(filter)
-		l.rv = rv
-		if ok {
-			l.items = []keyItem{{filter, it}}
-		}
-		return l, nil
+func (h *httpAPI) newWatchList(r request, filter string, isPrefix bool) (*keyList, error) {
+	if isPrefix {
+		return h.openList(r, filter, "", math.MaxInt)
 	}
-	if l.items, l.rv = h.store.list(filter, "", watchListMax+1); len(l.items) <= watchListMax {
-		return l, nil
+	it, rv, ok := h.store.get(filter)
+	l := &keyList{rv: rv}
+	if ok {
+		l.items = []keyItem{{filter, it}}
 	}
-	sc, err := h.store.scan(filter, "")
-	if err != nil {
-		return nil, errTooManyRequests.withDetail("%d lists are on their way already, at most that many can be; retry later or at another node", scansMax)
-	}
-	return &watchList{rv: sc.rv, scan: sc}, nil
-}
-
-// read returns the next items, none at the end.
-func (l *watchList) read() ([]keyItem, error) {
-	if l.scan != nil {
-		return l.scan.read()
-	}
-	items := l.items
-	l.items = nil
-	return items, nil
-}
-
-func (l *watchList) close() {
-	if l.scan != nil {
-		l.scan.close()
-	}
+	return l, nil
 }
 
 // watchStream writes one watch. Between two messages it holds no buffer, so that a watch on which nothing happens costs little.
@@ -241,7 +207,7 @@ type watchStream struct {
 var watchBuffers = sync.Pool{New: func() any { return new([]byte) }}
 
 // run writes until the watch ends. An error means that the client is gone.
-func (s *watchStream) run(ctx context.Context, list *watchList) error {
+func (s *watchStream) run(ctx context.Context, list *keyList) error {
 	if err := s.begin(list); err != nil {
 		return s.fail(err)
 	}
@@ -277,7 +243,7 @@ func (s *watchStream) run(ctx context.Context, list *watchList) error {
 }
 
 // begin writes what comes before the first event.
-func (s *watchStream) begin(list *watchList) error {
+func (s *watchStream) begin(list *keyList) error {
 	if s.events {
 		s.append(func(buf []byte) []byte { return append(buf, watchRetry...) })
 	}
@@ -298,7 +264,7 @@ func (s *watchStream) begin(list *watchList) error {
 	return s.flush()
 }
 
-func (s *watchStream) writeList(list *watchList) error {
+func (s *watchStream) writeList(list *keyList) error {
 	s.listing = true
 	for {
 		items, err := list.read()
