@@ -191,7 +191,7 @@ func labRejoin(l *lab) {
 	l.connect(second)
 	l.one(len(l.nodes))
 	for _, op := range lost {
-		if _, applied := l.applied(op); applied || op.outcome == opDone {
+		if _, _, applied := l.applied(op); applied || op.outcome == opDone {
 			l.Fatalf("of a leader that was alone: %v", op)
 		}
 	}
@@ -306,7 +306,7 @@ func labLeaderRestarts(l *lab) {
 	l.connect(stale)
 	l.restart(leader) // only it has all that is committed
 	l.one(2)
-	if _, applied := l.applied(op); !applied || l.holders(op) < 2 {
+	if _, _, applied := l.applied(op); !applied || l.holders(op) < 2 {
 		l.Fatalf("lost: %v", op)
 	}
 	l.restart(follower)

@@ -405,6 +405,9 @@ func (l *loop) propose(ctx context.Context, timeout time.Duration, c command) (r
 	if b.err != nil {
 		return result{}, b.err
 	}
+	if b.results[i].status == statusNone { // it came too late for the proposal that counted
+		return result{}, errUnknown
+	}
 	return b.results[i], nil
 }
 
@@ -432,6 +435,7 @@ func (l *loop) enqueue(c *command, deadline time.Time) (b *batch, i int, err err
 		return nil, 0, errLevel.withDetail("%v", err)
 	}
 	l.inbox.queueSize += len(b.data) - before
+	b.deadlines = append(b.deadlines, deadline)
 	if deadline.After(b.deadline) {
 		b.deadline = deadline
 	}

@@ -75,7 +75,9 @@ type batch struct {
 	offsets  []int              // where in data each command starts
 	change   *raftpb.ConfChange // set if the one command changes the membership
 	deadline time.Time          // of the command that waits longest
-	events   int                // that applying it makes at most
+	// deadlines are those of the commands, if clients wait for them.
+	deadlines []time.Time
+	events    int // that applying it makes at most
 
 	// The driver reads these once the batch was handed back.
 	results []result // one for each command
@@ -106,11 +108,29 @@ func (b *batch) add(c *command) {
 	b.events += c.eventsMax()
 }
 
-// withdraw makes a command one that does nothing. Only before the batch is
-// proposed.
+// withdraw makes a command one that does nothing, from the next proposal on.
 func (b *batch) withdraw(i int) {
-	b.data[b.offsets[i]] = byte(opNop)
+	at := b.offsets[i]
+	if op(b.data[at]) == opNop {
+		return
+	}
+	if b.shared { // the log may be sending them
+		b.data, b.shared = slices.Clone(b.data), false
+	}
+	b.data[at] = byte(opNop)
 	b.withdrawn++
+}
+
+// withdrawLate withdraws the commands that nobody waits for any more, and says
+// whether others are left. The driver withdraws them, too, but may come late when
+// the process was paused.
+func (b *batch) withdrawLate(now time.Time) (left bool) {
+	for i, deadline := range b.deadlines {
+		if now.Sub(deadline) >= waitGrace {
+			b.withdraw(i)
+		}
+	}
+	return b.withdrawn < len(b.offsets)
 }
 
 // changeError says what became of a change of the membership that was handed
@@ -412,7 +432,7 @@ func (r *replica) propose(b *batch) {
 // offer proposes a batch to raft, again if need be: the state machine applies
 // it once.
 func (r *replica) offer(b *batch) {
-	if r.leader == raft.None {
+	if r.leader == raft.None || !b.withdrawLate(r.now) {
 		b.offered = false
 		return
 	}
@@ -461,9 +481,6 @@ func (r *replica) abandon(b *batch, place int) {
 	i := slices.Index(r.pending, b)
 	if i < 0 {
 		return // it was handed back meanwhile
-	}
-	if b.shared { // the log may be sending them
-		b.data, b.shared = slices.Clone(b.data), false
 	}
 	b.withdraw(place)
 	if b.withdrawn == len(b.offsets) {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"hash/maphash"
 	"maps"
-	"math"
 	"reflect"
 	"slices"
 	"strings"
@@ -32,9 +31,10 @@ type checker struct {
 
 	verdicts map[uint64]verdict // of nodes that have found their own state wanting
 
-	refusals map[uint64][]denial // by session
-	clocks   map[uint64]simClock // by session
-	acked    uint64              // highest version that a client was told of
+	refusals    map[uint64][]denial // by session
+	clocks      map[uint64]simClock // by session
+	refusedKeys map[string]bool     // Idempotency-Keys of requests that were said not to have happened
+	acked       uint64              // highest version that a client was told of
 
 	reached    map[string]int // how often something went wrong at a point
 	diskErrors int
@@ -58,15 +58,16 @@ const violationsMax = 5
 
 func newChecker(s *sim) *checker {
 	c := &checker{
-		sim:      s,
-		model:    newModel(),
-		leaders:  map[uint64]uint64{},
-		states:   map[uint64]uint64{},
-		configs:  map[uint64]string{},
-		reached:  map[string]int{},
-		verdicts: map[uint64]verdict{},
-		refusals: map[uint64][]denial{},
-		clocks:   map[uint64]simClock{},
+		sim:         s,
+		model:       newModel(),
+		leaders:     map[uint64]uint64{},
+		states:      map[uint64]uint64{},
+		configs:     map[uint64]string{},
+		reached:     map[string]int{},
+		verdicts:    map[uint64]verdict{},
+		refusals:    map[uint64][]denial{},
+		clocks:      map[uint64]simClock{},
+		refusedKeys: map[string]bool{},
 	}
 	c.model.latest = c.latest
 	return c
@@ -104,8 +105,15 @@ func (c *checker) sent(p *process, m *raftpb.Message) {
 			c.violate("disk error", "node %d sends %v after its disk has failed", p.node.id, m.GetType())
 		}
 	}
-	if m.GetType() == raftpb.MsgSnap {
+	switch m.GetType() {
+	case raftpb.MsgSnap:
 		c.offered(p, m)
+	case raftpb.MsgProp:
+		for _, e := range m.GetEntries() {
+			if e.GetType() == raftpb.EntryNormal {
+				c.wanted(p, e.GetData())
+			}
+		}
 	}
 	c.promised(p, m)
 }
@@ -210,7 +218,13 @@ func (c *checker) entry(p *process, e *raftpb.Entry) bool {
 			return false
 		}
 		if b := m.last; b != nil && b.index == e.GetIndex() {
+			b.at = c.sim.now
 			c.notRefused(m.lastID.session, m.lastID.seq, b)
+			for _, key := range m.keys {
+				if c.refusedKeys[key] {
+					c.violate("retry", "a request with the key %s is applied at entry %d, and its client was told that it was not", key, e.GetIndex())
+				}
+			}
 		}
 		return true
 	}
@@ -408,8 +422,9 @@ func validateEvents(s *sim) error {
 	return nil
 }
 
-// applied returns what became of an operation in the committed log.
-func (s *sim) applied(op *simOp) (result, bool) {
+// applied returns what became of an operation in the committed log, and when a
+// node first applied it.
+func (s *sim) applied(op *simOp) (r result, at time.Duration, applied bool) {
 	for _, a := range op.attempts {
 		if a.batch == nil || a.batch.seq == 0 {
 			continue
@@ -419,10 +434,10 @@ func (s *sim) applied(op *simOp) (result, bool) {
 			continue
 		}
 		if r := b.results[a.place]; r.status != statusNone {
-			return r, true
+			return r, b.at, true
 		}
 	}
-	return result{}, false
+	return result{}, 0, false
 }
 
 // validateOutcomes: what a client was told about a write is what happened.
@@ -431,7 +446,7 @@ func validateOutcomes(s *sim) error {
 		if op.isRead() {
 			continue
 		}
-		r, applied := s.applied(op)
+		r, _, applied := s.applied(op)
 		switch {
 		case op.outcome == opRefused && applied:
 			return fmt.Errorf("%v; but it was applied: %+v", op, r)
@@ -539,13 +554,13 @@ func validateLinearizable(s *sim) error {
 		}
 		o := porcupine.Operation{ClientId: i, Input: op, Call: int64(op.invoked), Output: op, Return: int64(op.returned)}
 		if op.outcome == opOpen {
-			r, applied := s.applied(op)
+			r, at, applied := s.applied(op)
 			if !applied {
 				continue // and the run is over, so it never will be
 			}
 			resolved := *op
 			resolved.result = r
-			o.Input, o.Output, o.Return = &resolved, &resolved, math.MaxInt64
+			o.Input, o.Output, o.Return = &resolved, &resolved, int64(at) // from then on all reads must see it
 		}
 		if group, ok := judgedTogether(op.cmd.key); ok {
 			groups[group] = append(groups[group], o)
@@ -693,17 +708,19 @@ const (
 // soon.
 func validateProgress(s *sim) error {
 	for _, op := range s.history.ops {
-		if len(op.attempts) == 0 {
+		n := len(op.attempts)
+		if n == 0 {
 			continue // the client found its node down
 		}
+		hasty := op.attempts[n-1].timeout < answerMax // it may not have got its turn
 		for _, h := range s.healthy.spans {
 			well := h.from + recoveryMax
-			failed := op.outcome != opDone && op.returned >= well
+			failed := op.outcome != opDone && op.returned >= well && !hasty
 			late := op.returned > max(op.invoked, well)+answerMax
 			if !failed && !late || op.invoked >= h.to || op.returned > h.to {
 				continue
 			}
-			if _, applied := s.applied(op); applied && op.outcome == opOpen {
+			if _, _, applied := s.applied(op); applied && op.outcome == opOpen {
 				continue // its entry came to this node in a snapshot, which does not tell results
 			}
 			if slices.ContainsFunc(op.attempts, func(a attempt) bool { return s.check.model.removed[a.node] }) {

@@ -61,6 +61,7 @@ type attempt struct {
 	session uint64
 	batch   *batch // of a write
 	place   int
+	timeout time.Duration
 }
 
 func (o *simOp) isRead() bool { return o.read != notARead }
@@ -112,7 +113,7 @@ func (p *process) do(op *simOp, timeout time.Duration, done func(simOutcome, err
 	c := &simCall{process: p, op: op, done: done, floor: p.sim.check.acked}
 	p.waiting = append(p.waiting, c)
 	if op.isRead() {
-		c.read()
+		c.read(timeout)
 	} else {
 		c.write(timeout)
 	}
@@ -122,10 +123,13 @@ func (p *process) do(op *simOp, timeout time.Duration, done func(simOutcome, err
 		if c.answered {
 			return
 		}
-		if c.batch != nil {
-			c.fail(p.loop.giveUp(c.batch, c.place))
-		} else {
+		switch plant := p.sim.plant; {
+		case c.batch == nil:
 			c.fail(errNoLeader)
+		case plant != nil && plant.deadlines != nil && c.batch.taken:
+			c.fail(errUnknown)
+		default:
+			c.fail(p.loop.giveUp(c.batch, c.place))
 		}
 	})
 }
@@ -136,13 +140,25 @@ func (c *simCall) write(timeout time.Duration) {
 	if plant := p.sim.plant; plant != nil && plant.request != nil {
 		plant.request(p, &cmd)
 	}
-	b, place, err := p.loop.enqueue(&cmd, p.node.clock().Add(timeout))
+	if c.known() {
+		c.leave(opDone, nil)
+		return
+	}
+	deadline := p.node.clock().Add(timeout)
+	b, place, err := p.loop.enqueue(&cmd, deadline)
 	if err != nil {
 		c.fail(err)
 		return
 	}
 	c.batch, c.place = b, place
-	c.op.attempts = append(c.op.attempts, attempt{node: p.node.id, session: p.replica.session, batch: b, place: place})
+	if p.waits[b] == nil {
+		p.waits[b] = map[int]time.Time{}
+	}
+	p.waits[b][place] = deadline
+	if plant := p.sim.plant; plant != nil && plant.deadlines != nil {
+		plant.deadlines(b, place)
+	}
+	c.op.attempts = append(c.op.attempts, attempt{node: p.node.id, session: p.replica.session, batch: b, place: place, timeout: timeout})
 	if plant := p.sim.plant; plant != nil && plant.answerWrite {
 		c.op.result = result{status: statusReplaced}
 		c.leave(opDone, nil)
@@ -150,9 +166,9 @@ func (c *simCall) write(timeout time.Duration) {
 	p.wake()
 }
 
-func (c *simCall) read() {
+func (c *simCall) read(timeout time.Duration) {
 	p := c.process
-	c.op.attempts = append(c.op.attempts, attempt{node: p.node.id, session: p.replica.session})
+	c.op.attempts = append(c.op.attempts, attempt{node: p.node.id, session: p.replica.session, timeout: timeout})
 	plant := p.sim.plant
 	switch {
 	case c.op.read == readWhatever, plant != nil && plant.answerRead != nil && plant.answerRead(p):
@@ -180,6 +196,8 @@ func (c *simCall) capture() {
 		c.leave(opDone, nil)
 	case c.batch.err != nil:
 		c.fail(c.batch.err)
+	case c.batch.results[c.place].status == statusNone:
+		c.fail(errUnknown)
 	default:
 		c.op.result = c.batch.results[c.place]
 		c.leave(opDone, nil)
@@ -196,8 +214,28 @@ func (c *simCall) look() {
 	}
 }
 
+// known looks whether this node remembers the answer to a request that was made
+// before, as node.propose does.
+func (c *simCall) known() bool {
+	id := c.op.cmd.retry
+	if c.op.isRead() || id.key == "" {
+		return false
+	}
+	first, known := c.process.store.outcome(id)
+	if known {
+		c.op.result = first
+	}
+	return known
+}
+
 // fail answers with an error.
 func (c *simCall) fail(err error) {
+	if c.known() {
+		c.batch = nil
+		c.leave(opDone, nil)
+		return
+	}
+	err = c.asRetry(err)
 	outcome := opRefused
 	plant := c.process.sim.plant
 	if outcomeOf(err) == unknown && !c.op.isRead() && (plant == nil || !plant.refuseUnknown) {
@@ -209,6 +247,16 @@ func (c *simCall) fail(err error) {
 	c.leave(outcome, err)
 }
 
+// asRetry is what an error is as the answer to a request that may have been made
+// before.
+func (c *simCall) asRetry(err error) error {
+	plant := c.process.sim.plant
+	if e, ok := errors.AsType[*apiError](err); ok && c.op.cmd.retry.key != "" && (plant == nil || !plant.refuseRetries) {
+		return e.ofRetry()
+	}
+	return err
+}
+
 // leave sends the answer to the client. It is lost if the process dies at once.
 func (c *simCall) leave(outcome simOutcome, err error) {
 	p := c.process
@@ -216,9 +264,13 @@ func (c *simCall) leave(outcome simOutcome, err error) {
 	if p.disk.broken && outcome == opDone && !c.op.isRead() {
 		p.sim.check.violate("disk error", "node %d answers a write after its disk has failed", p.node.id)
 	}
+	if plant := p.sim.plant; plant != nil && plant.forgetFirsts && c.op.result.replayed {
+		c.op.result.rv = p.store.version()
+	}
 	if outcome == opDone {
 		p.sim.check.answered(c)
 	}
+	p.sim.check.toldOfKey(c.op, outcome)
 	p.after(0, func() {
 		p.forget(c)
 		if outcome == opDone && (c.op.read == notARead || c.op.read == readLatest) {
@@ -231,7 +283,7 @@ func (c *simCall) leave(outcome simOutcome, err error) {
 // lost ends a call whose process has died.
 func (c *simCall) lost() {
 	outcome := opOpen
-	if c.op.isRead() || c.batch == nil {
+	if c.op.isRead() || c.batch == nil && c.op.cmd.retry.key == "" {
 		outcome = opRefused
 	}
 	c.answered = true
@@ -288,11 +340,13 @@ func (c *simCall) settle() {
 	} else {
 		err = c.round.err
 	}
+	err = c.asRetry(err)
 	outcome := opRefused
 	if outcomeOf(err) == unknown {
 		outcome = opOpen
 	}
 	c.answered = true
+	c.process.sim.check.toldOfKey(c.op, outcome)
 	c.done(outcome, err)
 }
 
@@ -388,9 +442,6 @@ func (c *simClient) retry(op *simOp) {
 	}
 	n.process.do(op, pick(s, c.load.timeouts), func(outcome simOutcome, err error) {
 		op.err = err
-		if outcome == opRefused {
-			outcome = opOpen // this attempt was refused, the one before may have happened
-		}
 		c.finish(op, outcome)
 	})
 }

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
 )
@@ -35,6 +36,7 @@ type model struct {
 
 	latest func(h batchHeader, term uint64) int64 // that the clock of a batch's proposer may have shown when it proposed
 
+	keys   []string    // Idempotency-Keys that the present entry carried out
 	kept   int         // bytes of deleted values, by the events of the present entry
 	last   *modelBatch // that was applied
 	lastID batchID
@@ -63,6 +65,7 @@ type batchID struct{ session, seq uint64 }
 
 type modelBatch struct {
 	index   uint64
+	at      time.Duration // when a node applied it first
 	results []result
 }
 
@@ -165,7 +168,7 @@ func (m *model) applyBatch(e *raftpb.Entry, next *modelEntry) error {
 			m.seen = h.time
 		}
 	}
-	m.kept = 0
+	m.kept, m.keys = 0, nil
 	for len(data) > 0 {
 		var c command
 		if c, data, err = decodeCommand(data); err != nil {
@@ -218,6 +221,7 @@ func (m *model) apply(c *command, next *modelEntry) (result, error) {
 		r.key = c.value
 	}
 	if c.retry.key != "" {
+		m.keys = append(m.keys, c.retry.key)
 		kept := r
 		if m.level >= 3 && m.hasRead {
 			kept.ops = nil

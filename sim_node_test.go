@@ -33,6 +33,7 @@ type simNode struct {
 	seeking     *simPlace // the process, while it looks for its place; else nil
 	flags       simFlags
 	identity    identity // of its directory, once it has a place
+	known       bool     // the others know which directory it has
 	pausedUntil time.Duration
 	held        []func() // what waits for the end of the pause
 	retired     bool     // was removed from the cluster
@@ -107,10 +108,11 @@ type process struct {
 
 	trap    trap
 	waiting []*simCall
-	offered map[uint64][]time.Duration // when snapshots were sent lately, by member
-	asked   map[uint64]bool            // attempts to read that somebody else has answered
-	seen    seen                       // what the checker has seen of it
-	ticks   [2]time.Time               // by its clock, the one before the last and the last
+	waits   map[*batch]map[int]time.Time // until when the requests of a batch are waited for, by its clock
+	offered map[uint64][]time.Duration   // when snapshots were sent lately, by member
+	asked   map[uint64]bool              // attempts to read that somebody else has answered
+	seen    seen                         // what the checker has seen of it
+	ticks   [2]time.Time                 // by its clock, the one before the last and the last
 }
 
 // trap makes something go wrong at a named point.
@@ -169,7 +171,7 @@ func (n *simNode) start() {
 // enter makes a process of what seek has found.
 func (n *simNode) enter(files *storage, rec *recovered, number uint64) {
 	s := n.sim
-	p := &process{sim: s, node: n, identity: rec.identity, number: number, asked: map[uint64]bool{}, offered: map[uint64][]time.Duration{}}
+	p := &process{sim: s, node: n, identity: rec.identity, number: number, asked: map[uint64]bool{}, waits: map[*batch]map[int]time.Time{}, offered: map[uint64][]time.Duration{}}
 	defer func() {
 		if v := recover(); v != nil {
 			s.check.violate("panic", "node %d at start: %v\n%s", n.id, v, debug.Stack())
@@ -567,7 +569,11 @@ func (p *process) send(msgs []*raftpb.Message) {
 }
 
 // setMembers implements transport. Everybody can reach everybody.
-func (p *process) setMembers([]member) {}
+func (p *process) setMembers(members []member) {
+	if plant := p.sim.plant; plant != nil && plant.connects != nil && !p.dead {
+		p.wait(plant.connects(p, members))
+	}
+}
 
 // proposed implements driver.
 func (p *process) proposed(b *batch) {

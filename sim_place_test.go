@@ -31,11 +31,12 @@ type simFlags struct {
 // simToken is the right one.
 const simToken = "sim"
 
-// rightFlags are what a node should be started with: the founders, and itself.
+// rightFlags are what a node should be started with: the founders, or if it joins
+// everybody, as some may be gone.
 func (n *simNode) rightFlags() simFlags {
 	f := simFlags{token: simToken, join: n.joins}
 	for _, m := range n.sim.nodes {
-		if !m.joins || m == n {
+		if !m.joins || n.joins {
 			f.list = append(f.list, member{ID: m.id, PeerURL: m.url})
 		}
 	}
@@ -64,7 +65,7 @@ func (n *simNode) wrongFlags() simFlags {
 		if n.identity.Member == 0 {
 			break
 		}
-		if len(f.list) > 1 { // or it has nobody to ask
+		if len(f.list) > 1 && n.known { // or there is nobody to ask, or nobody knows it
 			f.dir = n.dir + "-empty"
 		}
 		if other != n && other.identity.Member != 0 && s.chance(0.5) {
@@ -291,6 +292,7 @@ func (p *process) announce() {
 			p.wake()
 		}
 	case ok && m.Directory == p.identity.Directory:
+		p.node.known = true
 		return
 	case p.announced == nil || isClosed(p.announced.done):
 		update, err := json.Marshal(member{ID: p.node.id, Directory: p.identity.Directory})

@@ -43,14 +43,19 @@ type plant struct {
 	recovered  func(st *state)
 	turned     func(p *process) // after each turn of the loop
 
+	deadlines func(b *batch, place int) // of what was queued; that it was given up nobody is told
+
 	answerRead    func(p *process) bool // whether reads are answered at once, from what the node has
 	answerWrite   bool                  // writes are answered as soon as they are queued
 	refuseUnknown bool                  // what may still happen is said not to
+	refuseRetries bool                  // that an attempt was refused is taken for the answer to all
+	forgetFirsts  bool                  // the answer to a retry is that of a new request
 	noDirSync     bool                  // directories are not synced
 	noStartSync   bool                  // what is read at start is not synced
 	impatient     bool                  // a snapshot that was not taken is sent again at once
 
-	blocks func(p *process, m *raftpb.Message) time.Duration // how long sending takes
+	blocks   func(p *process, m *raftpb.Message) time.Duration // how long sending takes
+	connects func(p *process, members []member) time.Duration  // and to be told of the members
 
 	// prepare makes the bug more likely to show.
 	prepare func(w *weather, l *load)
@@ -109,8 +114,14 @@ func plants() []*plant {
 		{name: "removed ids forgotten at start", recovered: func(st *state) { st.removed = map[uint64]bool{} }, prepare: often(faultMembers, faultCrash)},
 		{name: "version goes back at start", recovered: func(st *state) { st.rv -= min(st.rv, 1) }, prepare: often(faultCrash)},
 		{name: "unknown outcome called refused", refuseUnknown: true, prepare: onlyFaults(faultPause, faultSlow, faultPartition)},
+		{name: "refused retry called not applied", refuseRetries: true, prepare: retriesOnly(faultPartition, faultIsolateLeader, faultCrash)},
+		{name: "retry answered like a new request", forgetFirsts: true, prepare: retriesOnly(faultPartition, faultIsolateLeader, faultCrash)},
+
+		{name: "given up, and proposed again", deadlines: waitForEver, prepare: shortDeadlines(faultIsolateLeader, faultPartition, faultPause)},
+		{name: "given up when all of its batch are", deadlines: waitForLast, prepare: shortDeadlines(faultIsolateLeader, faultPartition, faultPause)},
 		{name: "applied before it is committed", incoming: commitAll},
 		{name: "sending waits for a lost host", blocks: waitForLost, prepare: onlyFaults(faultIsolate)},
+		{name: "a new member is connected at once", connects: waitForNew, prepare: onlyFaults(faultMembers, faultIsolate)},
 		{name: "founded without all of the list", answers: presumeAll},
 		{name: "another list taken for the same", answers: presumeSameList},
 		{name: "snapshot sent again at once", impatient: true, prepare: often(faultFull, faultIsolate, faultCrash)},
@@ -133,6 +144,33 @@ func often(faults ...simFault) func(*weather, *load) {
 func slowLinks(w *weather, l *load) {
 	w.faults, w.mean = []simFault{faultSlow}, 300*time.Millisecond
 	l.makers, l.keys = []opMaker{makePut, makeGet, makeGet}, 2
+}
+
+// retriesOnly lets clients make nothing but writes that they repeat.
+func retriesOnly(faults ...simFault) func(*weather, *load) {
+	return func(w *weather, l *load) {
+		w.faults, w.mean = faults, 300*time.Millisecond
+		l.makers = []opMaker{makeRetried}
+	}
+}
+
+// shortDeadlines makes some clients much more patient than others.
+func shortDeadlines(faults ...simFault) func(*weather, *load) {
+	return func(w *weather, l *load) {
+		w.faults, w.mean = faults, 300*time.Millisecond
+		l.makers, l.timeouts = []opMaker{makePut}, []time.Duration{30 * time.Millisecond, 300 * time.Millisecond, 20 * time.Second}
+	}
+}
+
+func waitForEver(b *batch, place int) {
+	b.deadlines[place] = b.deadlines[place].Add(time.Hour)
+	b.deadline = b.deadlines[place]
+}
+
+func waitForLast(b *batch, _ int) {
+	for i := range b.deadlines {
+		b.deadlines[i] = b.deadline
+	}
 }
 
 // lateDisk saves some time after it has said so.
@@ -612,6 +650,17 @@ func commitAll(p *process, m *raftpb.Message) {
 func waitForLost(p *process, m *raftpb.Message) time.Duration {
 	if p.sim.network.cut[p.node.id][m.GetTo()] {
 		return 5 * time.Second
+	}
+	return 0
+}
+
+// waitForNew connects to a member before it goes on: one that is not there yet
+// does not answer.
+func waitForNew(p *process, members []member) time.Duration {
+	for _, m := range members {
+		if m.ID <= uint64(len(p.sim.nodes)) && p.sim.node(m.ID).process == nil && m.ID != p.node.id {
+			return peerDialTimeout
+		}
 	}
 	return 0
 }

@@ -218,6 +218,7 @@ func (c *checker) answersReads(p *process, does string) {
 // handedBack looks at a batch that a process has done with. What it refuses must
 // never be applied.
 func (c *checker) handedBack(p *process, b *batch) {
+	delete(p.waits, b)
 	if b.err != nil && outcomeOf(b.err) == notApplied && b.change == nil {
 		c.refuse(p.replica.session, b, wholeBatch)
 	}
@@ -265,6 +266,7 @@ func (c *checker) answered(call *simCall) {
 		return
 	case op.read == readAtLeast:
 		floor = op.atLeast
+	case !op.isRead() && call.batch == nil: // it is the answer to a retry, of which toldOfKey knows
 	case !op.isRead():
 		b := c.model.batches[batchID{p.replica.session, call.batch.seq}]
 		if b == nil || call.batch.seq == 0 || call.place >= len(b.results) {
@@ -277,6 +279,50 @@ func (c *checker) answered(call *simCall) {
 	}
 	if op.version() < floor && (op.isRead() || !op.result.replayed) {
 		c.violate("stale", "node %d answers with version %d, and %d was known when it was asked: %v", p.node.id, op.version(), floor, op)
+	}
+}
+
+// toldOfKey looks at what the client of a request with an Idempotency-Key is told:
+// once any attempt was applied, all are told what came of that one.
+func (c *checker) toldOfKey(op *simOp, outcome simOutcome) {
+	id := op.cmd.retry
+	if op.isRead() || id.key == "" || outcome == opOpen {
+		return
+	}
+	first, applied := c.model.retries[id.key]
+	got := op.result
+	if first.first.ops == nil {
+		got.ops = nil // what was read is not remembered
+	}
+	switch {
+	case outcome == opRefused && applied:
+		c.violate("retry", "%v; its client is told that it was not applied", op)
+	case outcome == opRefused:
+		c.refusedKeys[id.key] = true
+	case !applied || !sameResult(first.first, got):
+		c.violate("retry", "%v; but the first attempt came to %+v", op, first.first)
+	}
+}
+
+// proposedLateMax is how long after its deadline a request may still be proposed.
+const proposedLateMax = time.Second
+
+// wanted looks at a batch that a process proposes, maybe not for the first time:
+// nobody may be waiting any more for a request in it.
+func (c *checker) wanted(p *process, data []byte) {
+	h, _, err := decodeBatch(data)
+	if err != nil || h.session != p.replica.session {
+		return
+	}
+	for _, b := range p.replica.pending {
+		if b.seq != h.seq {
+			continue
+		}
+		for place, deadline := range p.waits[b] {
+			if late := p.replica.now.Sub(deadline); late > proposedLateMax && op(data[b.offsets[place]]) != opNop {
+				c.violate("late", "node %d proposes command %d of batch %d, for which nobody waits since %v", p.node.id, place, b.seq, late)
+			}
+		}
 	}
 }
 
@@ -331,6 +377,7 @@ func (c *checker) stamped(p *process, ents []*raftpb.Entry) {
 		if e.GetTerm() != p.replica.term || e.GetType() != raftpb.EntryNormal || len(e.GetData()) == 0 {
 			continue
 		}
+		c.wanted(p, e.GetData())
 		h, _, err := decodeBatch(e.GetData())
 		at, now := time.UnixMilli(h.time), p.node.clock()
 		// It may have come in the turn before, which goes by the tick before that.

@@ -163,7 +163,7 @@ func (s *sim) drawLoad() *load {
 	return &load{
 		think:    s.between(50*time.Millisecond, 200*time.Millisecond),
 		keys:     3 + s.rand.IntN(20),
-		timeouts: []time.Duration{time.Second, 2 * time.Second, 5 * time.Second},
+		timeouts: []time.Duration{3 * time.Millisecond, 100 * time.Millisecond, time.Second, 2 * time.Second, 5 * time.Second, 5 * time.Second, 20 * time.Second, time.Minute},
 		makers:   makers,
 	}
 }

@@ -665,3 +665,34 @@ func TestReplica_AbandonedBatch(t *testing.T) {
 	s.network.heal()
 	s.judge(t)
 }
+
+// A node that was paused proposes nothing that nobody waits for any more, even if those who gave up have not got to say
+// so yet, and somebody waits for the rest of the batch.
+func TestReplica_LateCommands(t *testing.T) {
+	for _, offered := range []bool{false, true} {
+		s, leader := newScenario(t, defaultSimConfig(1, 3))
+		follower := s.node(leader.id%3 + 1)
+		s.network.isolate(follower.id, true)
+		if !offered {
+			s.run(time.Second) // it has no leader then
+		}
+		p := follower.process
+		enqueue := func(value string, timeout time.Duration) (*batch, int) {
+			b, i, err := p.loop.enqueue(&command{op: opPut, key: "k", value: value}, follower.clock().Add(timeout))
+			must(t, err)
+			return b, i
+		}
+		b, early := enqueue("early", 10*time.Second)
+		_, late := enqueue("late", 100*time.Millisecond)
+		p.wake()
+		s.run(3 * time.Second)
+		s.network.heal()
+		if !s.runUntil(3*time.Second, func() bool { return isClosed(b.done) }) || b.err != nil {
+			t.Fatalf("no answer: %v", b.err)
+		}
+		if b.results[early].status != statusCreated || b.results[late].status != statusNone {
+			t.Errorf("offered before: %v; came to %+v", offered, b.results)
+		}
+		s.judge(t)
+	}
+}
