@@ -75,6 +75,8 @@ var outputRules = []struct {
 	{regexp.MustCompile(`"(term|committedIndex|appliedIndex|diskFreeBytes)":\d+`), `"$1":0`},
 	{regexp.MustCompile(`"stateSum":"[^"]*"`), `"stateSum":"8f1d3c5b7a9e2046"`},
 	{regexp.MustCompile(`Cluster-Id: [0-9a-f]+`), `Cluster-Id: 5d0c9b8a7f6e4d3b`},
+	{regexp.MustCompile(`this is cluster [0-9a-f]+`), "this is cluster 5d0c9b8a7f6e4d3b"},
+	{regexp.MustCompile(`(?m)^id: [0-9a-f]+-`), "id: 5d0c9b8a7f6e4d3b-"},
 	{regexp.MustCompile(`Raft-(Index|Term): \d+`), `Raft-$1: 0`},
 	{regexp.MustCompile(`Repr-Digest: sha-256=:[^:]+:`), `Repr-Digest: sha-256=:UGphulEVTTE3qxYkK+EzuKVwYuZo9ZQRrk8FYUPZfKI=:`},
 	{regexp.MustCompile(`"goVersion":"[^"]*"`), `"goVersion":"go1.26"`},

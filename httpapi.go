@@ -109,6 +109,7 @@ type nodeStatus struct {
 // httpConfig is what the HTTP front is built from. All of it is needed.
 type httpConfig struct {
 	id           uint64 // of this node; the first part of a key that it makes up
+	cluster      string // as in the status
 	store        *kvstore
 	hub          *hub // of the store
 	backend      backend

@@ -252,6 +252,7 @@ func serveFront(t *testing.T, l net.Listener, dial func() (net.Conn, error), opt
 	backend := &fakeBackend{store: store, applied: hub.notify}
 	cfg := httpConfig{
 		id:           1,
+		cluster:      "abc",
 		store:        store,
 		hub:          hub,
 		backend:      backend,

@@ -82,6 +82,9 @@ func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 	if !asStream && p.limit > listLimitMax {
 		return errInvalid.withDetail("limit must be at most %d; with Accept: %s there is no limit", listLimitMax, typeNDJSON[0])
 	}
+	if p.exact && p.resourceVersion == 0 {
+		return errInvalid.withDetail("resourceVersionMatch needs a resourceVersion, that of the first page")
+	}
 	if err := h.catchUp(r); err != nil {
 		return err
 	}
@@ -96,7 +99,11 @@ func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 		return err
 	}
 	defer list.close()
+	if err := h.asOf(p, list); err != nil {
+		return err
+	}
 	setResourceVersion(w.Header(), list.rv)
+	h.setCluster(w.Header())
 	w.Header()["Vary"] = h.browsers.varyAccept
 	s := newStream(w, r, typeJSON)
 	defer s.free()
@@ -197,6 +204,20 @@ func (l *keyList) close() {
 	}
 }
 
+// asOf makes a list one at exactly the version that was asked for, if nothing that it is about has
+// changed since.
+func (h *httpAPI) asOf(p *params, list *keyList) error {
+	if !p.exact || p.resourceVersion == list.rv {
+		return nil
+	}
+	if !h.store.unchanged(p.prefix, p.after, p.resourceVersion, list.rv) {
+		return errExpired.withDetail("keys of the list have changed after resource version %d, or too much has changed since for the node to know: "+
+			"begin again with the first page, or take the stream (Accept: %s), which is of one version", p.resourceVersion, typeNDJSON[0])
+	}
+	list.rv = p.resourceVersion
+	return nil
+}
+
 // streamKeys answers any number of items, one a line, all as they were at one
 // version. The last line is no item but says how many there were:
 //
@@ -211,7 +232,11 @@ func (h *httpAPI) streamKeys(w http.ResponseWriter, r request) error {
 		return err
 	}
 	defer list.close()
+	if err := h.asOf(&r.params, list); err != nil {
+		return err
+	}
 	setResourceVersion(w.Header(), list.rv)
+	h.setCluster(w.Header())
 	w.Header()["Vary"] = h.browsers.varyAccept
 	s := newStream(w, r, typeNDJSON)
 	defer s.free()

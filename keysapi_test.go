@@ -314,6 +314,54 @@ func TestHTTP_LongList(t *testing.T) {
 }
 
 // TestTurns: a long read rests twice as long as it has worked, but only while there are writes.
+// Pages at an exact version are of that one, or they are refused.
+func TestHTTP_ExactPages(t *testing.T) {
+	f := newFront(t)
+	for i := range 10 {
+		f.put(fmt.Sprint("k/", i), "v")
+	}
+	f.put("other", "v")
+	page := func(after string, rv uint64) answer {
+		return f.do("GET", fmt.Sprintf("/-/v1/keys?prefix=k/&limit=3&resourceVersionMatch=exact&resourceVersion=%d&after=%s", rv, after), "")
+	}
+	rv := f.store.version()
+	f.put("other", "another")
+	f.put("l", "not of the list, nor before it")
+	f.put("k", "nor this")
+	want := func(a answer, keys int) {
+		t.Helper()
+		a.want(t, 200)
+		list := mustDecode[jsonList](t, a)
+		if len(list.Items) != keys || list.ResourceVersion != rv || a.header.Get("Resource-Version") != fmt.Sprint(rv) || a.header.Get("Cluster-Id") != "abc" {
+			t.Errorf("%s %v", a.body, a.header)
+		}
+	}
+	want(page("", rv), 3)
+	f.put("k/1", "changed") // on a page that the client has
+	want(page("k/2", rv), 3)
+	f.put("k/50", "new")
+	want(page("k/50", rv), 3)
+	for _, query := range []string{"k/4", ""} {
+		a := page(query, rv)
+		a.want(t, 410)
+		if p := mustProblem(t, a); p.Code != "expired" || !strings.Contains(p.Detail, "have changed after resource version 11") {
+			t.Errorf("%+v", p)
+		}
+	}
+	a := f.do("GET", fmt.Sprintf("/-/v1/keys?prefix=k/&resourceVersionMatch=exact&resourceVersion=%d&after=k/6", rv), "", "Accept: application/x-ndjson")
+	a.want(t, 200)
+	if !strings.HasSuffix(a.body, fmt.Sprintf(`{"resourceVersion":%d,"count":3}`+"\n", rv)) {
+		t.Errorf("%s", a.body)
+	}
+	f.do("GET", fmt.Sprintf("/-/v1/keys?prefix=k/&resourceVersionMatch=exact&resourceVersion=%d", rv), "", "Accept: application/x-ndjson").want(t, 410)
+	rv = f.store.version()
+	f.fillWindow()
+	page("", rv).want(t, 410) // nobody knows
+	for _, query := range []string{"resourceVersionMatch=exact", "resourceVersionMatch=exact&resourceVersion=0", "resourceVersionMatch=Exact&resourceVersion=1"} {
+		f.do("GET", "/-/v1/keys?"+query, "").want(t, 400)
+	}
+}
+
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := newKVStore()

@@ -727,6 +727,28 @@ func (s *kvstore) expired(now int64, n, bytes int) []command {
 	return due
 }
 
+// unchanged says whether no key with a prefix and above another key has changed after version from, up
+// to version to. If the window no longer tells, it says no.
+func (s *kvstore) unchanged(prefix, after string, from, to uint64) bool {
+	n, ok := s.seekEvent(from)
+	for ok {
+		var events []event
+		if events, _, ok = s.eventsFrom(n); ok && len(events) == 0 {
+			return true
+		}
+		for i := range events {
+			switch e := &events[i]; {
+			case e.rv > to:
+				return true
+			case e.key > after && strings.HasPrefix(e.key, prefix):
+				return false
+			}
+		}
+		n += uint64(len(events))
+	}
+	return false
+}
+
 // windowStrained says whether the window has waited for its reader for so long that it soon
 // goes on without him.
 func (s *kvstore) windowStrained() bool {

@@ -420,6 +420,7 @@ func openAPIRequests() []openAPIRequest {
 		{200, "GET", "/-/v1/watch?timeout=1ms", "", nil, nil},
 		{200, "GET", "/-/v1/watch?timeout=1ms&initial=true", "", []string{"Accept: text/event-stream"}, nil},
 		{410, "GET", "/-/v1/watch?resourceVersion=1", "", nil, nil},
+		{410, "GET", "/-/v1/keys?resourceVersion=1&resourceVersionMatch=exact", "", nil, nil},
 		{504, "GET", "/-/v1/watch?initial=true&resourceVersion=9999999", "", nil, nil},
 		{200, "GET", "/-/v1/snapshot", "", nil, nil},
 		{200, "GET", "/-/v1/status", "", nil, nil},

@@ -33,6 +33,8 @@ const (
 type params struct {
 	timeout         time.Duration
 	resourceVersion uint64
+	cluster         string        // of which it is a version; empty = not said
+	exact           bool          // nothing newer either
 	ttl             time.Duration // 0 = none
 	prefix          string
 	after           string
@@ -52,6 +54,8 @@ type paramSet uint
 const (
 	paramTimeout paramSet = 1 << iota
 	paramResourceVersion
+	paramResume // the same of a watch, which may say of which cluster
+	paramExact
 	paramTTL
 	paramPrefix
 	paramAfter
@@ -67,7 +71,7 @@ const (
 )
 
 // paramNames has the name of bit i at i.
-var paramNames = [...]string{"timeout", "resourceVersion", "ttl", "prefix", "after", "limit", "keysOnly", "key", "initial", "timeout", "all", "verbose", "seconds", "debug"}
+var paramNames = [...]string{"timeout", "resourceVersion", "resourceVersion", "resourceVersionMatch", "ttl", "prefix", "after", "limit", "keysOnly", "key", "initial", "timeout", "all", "verbose", "seconds", "debug"}
 
 // named returns the parameter of a name in the set, or the empty set.
 func (s paramSet) named(name string) paramSet {
@@ -143,6 +147,15 @@ func (p *params) set(param paramSet, value string) (err error) {
 		if err != nil {
 			return errInvalid.withDetail("resourceVersion must be a decimal number; 0 reads whatever this node has")
 		}
+	case paramResume:
+		p.seen |= paramResourceVersion
+		if p.cluster, p.resourceVersion, err = parseResume(value); err != nil {
+			return errInvalid.withDetail("resourceVersion must be a decimal number, or the id of a server-sent event")
+		}
+	case paramExact:
+		if p.exact = value == "exact"; !p.exact {
+			return errInvalid.withDetail("resourceVersionMatch must be exact")
+		}
 	case paramTTL:
 		p.ttl, err = parseTTL(value)
 		return err
@@ -190,6 +203,20 @@ func parseBool(name, value string) (bool, error) {
 		return false, errInvalid.withDetail("%s must be true or false", name)
 	}
 	return value == "true", nil
+}
+
+// parseResume reads where a watch goes on: a version, and the cluster of which it
+// is one, unless a person has typed it.
+func parseResume(s string) (cluster string, rv uint64, err error) {
+	number := s
+	if before, after, ok := strings.Cut(s, "-"); ok {
+		cluster, number = before, after
+		if _, err := strconv.ParseUint(cluster, 16, 64); err != nil {
+			return "", 0, err
+		}
+	}
+	rv, err = strconv.ParseUint(number, 10, 64)
+	return cluster, rv, err
 }
 
 // parseTTL reads how long a key is to live.

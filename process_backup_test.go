@@ -1,8 +1,10 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -271,5 +273,60 @@ func TestProcess_RestoreTwice(t *testing.T) {
 	err := again.Wait(c.context())
 	if err == nil || !strings.Contains(again.LogTail(), "with another data directory") {
 		t.Errorf("it ended with %v\n%s", err, again.LogTail())
+	}
+}
+
+// TestProcess_RestoredIsAnother: what clients of a restored cluster have, versions, ETags and ids of events, means
+// nothing to a cluster that is restored from the same file later.
+func TestProcess_RestoredIsAnother(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{Nodes: 1})
+	n := c.Nodes[0]
+	l := c.client(n)
+	l.mustPut("k", "v")
+	backup := filepath.Join(c.dir, "backup")
+	c.command("snapshot", "save", "--from", n.URL(), backup)
+	type client struct{ id, etag, version string }
+	var old []client
+	for i := range 3 {
+		var now client
+		for j := range 3 + 5*i { // so that a number alone would be one that the next cluster has reached
+			now.version = fmt.Sprint(l.mustPut("k", fmt.Sprint(i, j)).rv)
+		}
+		w := &liveWatch{c: c, node: n, query: url.Values{"initial": {"true"}, "timeout": {"1s"}}, events: true}
+		must(t, w.open())
+		for w.lastID == "" {
+			_, err := w.next()
+			must(t, err)
+		}
+		now.id = w.lastID
+		w.close()
+		now.etag = l.raw(http.MethodGet, "k", "", "").header.Get("ETag")
+		for _, o := range old {
+			if o.id == now.id || o.etag == now.etag || o.version == now.version {
+				t.Errorf("restore %d has %v, one before had %v", i, now, o)
+			}
+			for _, how := range []*liveWatch{{lastID: o.id}, {query: url.Values{"resourceVersion": {o.id}}}, {query: url.Values{"resourceVersion": {o.version}}}} {
+				how.c, how.node = c, n
+				err := how.open()
+				how.close()
+				if refused, ok := errors.AsType[*errWatchRefused](err); !ok || refused.status != http.StatusGone {
+					t.Errorf("%v of a cluster before, in restore %d: %v", o, i, err)
+				}
+			}
+			req, err := http.NewRequest(http.MethodPut, n.URL()+"/k", strings.NewReader("wrong"))
+			must(t, err)
+			req.Header.Set("If-Match", o.etag)
+			res, err := http.DefaultClient.Do(req)
+			must(t, err)
+			res.Body.Close()
+			if res.StatusCode != http.StatusPreconditionFailed {
+				t.Errorf("ETag %s of a cluster before, in restore %d: %d", o.etag, i, res.StatusCode)
+			}
+		}
+		old = append(old, now)
+		c.stop(n)
+		c.restore(n, backup)
+		c.start()
+		l = c.client(n)
 	}
 }

@@ -434,7 +434,8 @@ func (w *liveWatch) next() (watchMessage, error) {
 				continue // after retry
 			}
 			m, err := parseWatchMessage([]byte(data))
-			wantID := strconv.FormatUint(m.rv, 10)
+			cluster, _, _ := strings.Cut(id, "-")
+			wantID := cluster + "-" + strconv.FormatUint(m.rv, 10)
 			if m.more || m.kind == "ERROR" && id == "" { // within the list at the start
 				wantID = ""
 			}
@@ -674,6 +675,9 @@ func (s *watchScenario) follow(w *liveWatch, v *watchValidator, random *rand.Ran
 		return err
 	}
 	messages := 1 + random.IntN(20_000)
+	if cluster := w.res.Header.Get(headerCluster); cluster != "" && strings.Contains(w.lastID, "-") && !strings.HasPrefix(w.lastID, cluster) {
+		v.violation("resumed after %s in cluster %s", w.lastID, cluster)
+	}
 	for range messages {
 		m, err := w.next()
 		switch {

@@ -73,7 +73,7 @@ var (
 // reservedRoutes are the paths under /-/. The first one that matches counts.
 var reservedRoutes = newRoutes(
 	route{path: "/-/v1/keys", calls: []call{
-		{method: http.MethodGet, serve: (*httpAPI).listKeys, params: readParams | paramPrefix | paramAfter | paramLimit | paramKeysOnly},
+		{method: http.MethodGet, serve: (*httpAPI).listKeys, params: readParams | paramExact | paramPrefix | paramAfter | paramLimit | paramKeysOnly},
 		{method: http.MethodDelete, serve: (*httpAPI).deletePrefix, params: paramTimeout | paramPrefix, headers: headerIdempotencyKey},
 	}},
 	route{path: "/-/v1/keys/{key}", calls: []call{
@@ -83,7 +83,7 @@ var reservedRoutes = newRoutes(
 		{method: http.MethodPost, serve: (*httpAPI).postTxn, params: paramTimeout, headers: headerIdempotencyKey},
 	}},
 	route{path: "/-/v1/watch", calls: []call{
-		{method: http.MethodGet, serve: (*httpAPI).watch, params: paramResourceVersion | paramPrefix | paramKey | paramInitial | paramDuration, headers: headerLastEventID},
+		{method: http.MethodGet, serve: (*httpAPI).watch, params: paramResume | paramPrefix | paramKey | paramInitial | paramDuration, headers: headerLastEventID},
 	}},
 	route{path: "/-/v1/snapshot", calls: []call{
 		{method: http.MethodGet, serve: (*httpAPI).getSnapshot, params: readParams},

@@ -321,6 +321,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 	checks := append(clusterChecks(n), check{"not-stopping", front.check})
 	p.clients.set(newHTTPAPI(httpConfig{
 		id:           n.config.id,
+		cluster:      fmt.Sprintf("%x", n.cluster),
 		store:        n.store,
 		hub:          n.hub,
 		backend:      n,

@@ -24,7 +24,8 @@ import (
 // or the same as server-sent events. A message with "more":true is followed by
 // others that belong to it: those of the same version, or the rest of the list
 // that initial=true asks for. So the version to resume from is that of the last
-// message without it, and it is also the id of the server-sent event. Who has to
+// message without it, and the id of the server-sent event is that version with the cluster's
+// ID before it, since a version of a cluster means nothing to another one. Who has to
 // stop at one with it finds the version before its own in "resumeFrom"; from
 // half a list there is nothing to resume.
 //
@@ -53,6 +54,7 @@ func (h *httpAPI) watch(w http.ResponseWriter, r request) error {
 	s := &watchStream{
 		w:        w,
 		control:  http.NewResponseController(w),
+		cluster:  h.cluster,
 		events:   prefers(r.Header, typeEvents[0], typeNDJSON[0]),
 		bookmark: h.bookmark * 4 / 5, // so that the promise holds on a busy node, too
 	}
@@ -75,6 +77,7 @@ func (h *httpAPI) watch(w http.ResponseWriter, r request) error {
 	header["Vary"] = h.browsers.varyAccept
 	header["X-Accel-Buffering"] = noBuffering // asks a proxy to pass on each part at once
 	setResourceVersion(header, s.rv)
+	h.setCluster(header)
 	if r.Method == http.MethodHead {
 		return nil
 	}
@@ -98,13 +101,18 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *keyList, err erro
 	case n > keySizeMax || n == 0 && !isPrefix:
 		return nil, errInvalid.withDetail("the key or prefix has %d bytes; a key has 1 to %d", n, keySizeMax)
 	}
-	rv, resumed, err := lastEventID(r.Header)
+	resumed, err := p.setLastEventID(r.Header)
 	if err != nil {
 		return nil, err
 	}
-	known := resumed || p.has(paramResourceVersion)
-	if !resumed {
-		rv = p.resourceVersion
+	rv, known := p.resourceVersion, resumed || p.has(paramResourceVersion)
+	if p.cluster != "" && p.cluster != h.cluster {
+		if !p.initial {
+			return nil, errExpired.withDetail("that is a version of cluster %s, and this is cluster %s, whose versions stand for something else: list again, or watch with initial=true", p.cluster, h.cluster)
+		}
+		s.relist = true
+		p.seen &^= paramResourceVersion // which does not say how new a list is
+		return h.listAndWatch(s, r, filter, isPrefix)
 	}
 	switch {
 	case p.initial && !resumed:
@@ -161,17 +169,20 @@ func expired(now uint64) error {
 	return errExpired.withDetail("events after the resource version have left the window of this node, which is now at %d: list again, or watch with initial=true", now)
 }
 
-// lastEventID reads where a server-sent stream was interrupted.
-func lastEventID(header http.Header) (rv uint64, ok bool, err error) {
+// setLastEventID reads where a server-sent stream was interrupted, which counts more than the query.
+func (p *params) setLastEventID(header http.Header) (resumed bool, err error) {
 	values := header["Last-Event-Id"]
 	if len(values) == 0 || values[0] == "" {
-		return 0, false, nil
+		return false, nil
 	}
-	if rv, err = strconv.ParseUint(values[0], 10, 64); err != nil {
-		return 0, false, errInvalid.withDetail("Last-Event-ID must be the id of an event, a decimal number")
+	if p.cluster, p.resourceVersion, err = parseResume(values[0]); err != nil {
+		return false, errInvalid.withDetail("Last-Event-ID must be the id of an event, or a decimal number")
 	}
-	return rv, true, nil
+	return true, nil
 }
+
+// setCluster says of which cluster the resource versions of an answer are.
+func (h *httpAPI) setCluster(header http.Header) { header[headerCluster] = []string{h.cluster} }
 
 func (h *httpAPI) newWatchList(r request, filter string, isPrefix bool) (*keyList, error) {
 	if isPrefix {
@@ -190,6 +201,7 @@ type watchStream struct {
 	w        http.ResponseWriter
 	control  *http.ResponseController
 	watcher  *watcher
+	cluster  string
 	events   bool // server-sent events
 	hello    bool // the client does not know where the watch starts
 	relist   bool // nor that it starts with a list, since it asked for later events
@@ -394,6 +406,8 @@ func (s *watchStream) appendHead(buf []byte, kind string, id uint64, hasID bool)
 		buf = append(buf, kind...)
 		if hasID {
 			buf = append(buf, "\nid: "...)
+			buf = append(buf, s.cluster...)
+			buf = append(buf, '-')
 			buf = strconv.AppendUint(buf, id, 10)
 		}
 		buf = append(buf, "\ndata: "...)

@@ -132,26 +132,26 @@ func TestWatch_ServerSentEvents(t *testing.T) {
 	}
 	w.want(
 		"retry: 1000", "",
-		"event: DELETED", "id: 3",
+		"event: DELETED", "id: abc-3",
 		`data: {"type":"DELETED","object":{"key":"a","value":"2","resourceVersion":3,"createdResourceVersion":1,"expiresAt":"2026-01-02T03:04:05.678Z","previousResourceVersion":2,"reason":"expired"}}`, "",
 		"event: ADDED",
 		`data: {"type":"ADDED","object":{"keyBase64":"YSIv/w==","valueBase64":"AAr/","resourceVersion":4,"createdResourceVersion":4},"more":true,"resumeFrom":3}`, "",
-		"event: ADDED", "id: 4",
+		"event: ADDED", "id: abc-4",
 		"data: {\"type\":\"ADDED\",\"object\":{\"key\":\"b\",\"value\":\"é<\u2028\",\"resourceVersion\":4,\"createdResourceVersion\":4}}", "",
 	)
 	// The header wins: a browser repeats the URL that it began with.
 	w = f.watch("resourceVersion=0&initial=true", "Accept: text/event-stream", "Last-Event-ID: 4")
-	w.want("retry: 1000", "", "event: DELETED", "id: 5")
+	w.want("retry: 1000", "", "event: DELETED", "id: abc-5")
 	// From now: the first message says where that is.
 	f.watch("", "Accept: text/event-stream", "Last-Event-ID:").want(
-		"retry: 1000", "", "event: BOOKMARK", "id: 5", "data: "+bookmarkLine(5), "")
+		"retry: 1000", "", "event: BOOKMARK", "id: abc-5", "data: "+bookmarkLine(5), "")
 	// So does an empty store, or else a browser would not know where to resume.
-	newFront(t).watch("", "Accept: text/event-stream").want("retry: 1000", "", "event: BOOKMARK", "id: 0")
+	newFront(t).watch("", "Accept: text/event-stream").want("retry: 1000", "", "event: BOOKMARK", "id: abc-0")
 	// A list has no id before its end.
 	f.watch("initial=true", "Accept: text/event-stream").want(
 		"retry: 1000", "", "event: ADDED",
 		`data: {"type":"ADDED","object":{"keyBase64":"YSIv/w==","valueBase64":"AAr/","resourceVersion":4,"createdResourceVersion":4},"more":true}`, "",
-		"event: BOOKMARK", "id: 5", "data: "+bookmarkLine(5), "")
+		"event: BOOKMARK", "id: abc-5", "data: "+bookmarkLine(5), "")
 }
 
 func TestWatch_Start(t *testing.T) {
@@ -283,6 +283,41 @@ func TestWatch_ListsAgain(t *testing.T) {
 	f.put("a", "new")
 	f.watch("prefix=a&initial=true", fmt.Sprint("Last-Event-ID: ", rv)).want(
 		fmt.Sprintf(`{"type":"ADDED","object":{"key":"a","value":"new","resourceVersion":%d,"createdResourceVersion":%[1]d}}`, rv+1))
+}
+
+// What a watch of another cluster was told says nothing about this one, whatever the number is. A number alone
+// is what a person has typed.
+func TestWatch_AnotherCluster(t *testing.T) {
+	f := newFront(t)
+	f.watchStory()
+	event := `{"type":"DELETED","object":{"key":"b","value":"é<` + "\u2028" + `","resourceVersion":5,"createdResourceVersion":4,"previousResourceVersion":4}}`
+	for _, own := range []string{"4", "abc-4"} {
+		f.watch("resourceVersion=" + own).want(event)
+		f.watch("", "Last-Event-ID: "+own).want(event)
+		f.watch("initial=true", "Last-Event-ID: "+own).want(event)
+	}
+	if got := f.watch("resourceVersion=4").res.Header.Get("Cluster-Id"); got != "abc" {
+		t.Errorf("Cluster-Id %s", got)
+	}
+	for _, rv := range []string{"4", "5", "6", "1000000000000"} {
+		for _, how := range [][2]string{{"resourceVersion=abd-" + rv, "X: y"}, {"resourceVersion=4", "Last-Event-ID: abd-" + rv}} {
+			w := f.watch(how[0], how[1])
+			if p := w.problem(); w.status != 410 || p.Code != "expired" || !strings.Contains(p.Detail, "of cluster abd, and this is cluster abc") {
+				t.Errorf("%v: %d %+v", how, w.status, p)
+			}
+		}
+		for _, how := range [][2]string{{"key=b&initial=true&resourceVersion=abd-" + rv, "X: y"}, {"key=b&initial=true", "Last-Event-ID: abd-" + rv}} {
+			f.watch(how[0], how[1]).want(`{"type":"RELIST","object":{"resourceVersion":5},"more":true}`, bookmarkLine(5))
+		}
+	}
+	for _, id := range []string{"abc-", "-4", "xyz-4", "abc-x", "abc-4-4", "abc 4"} {
+		if w := f.watch("", "Last-Event-ID: "+id); w.status != 400 {
+			t.Errorf("Last-Event-ID %s: %d", id, w.status)
+		}
+		if w := f.watch("resourceVersion=" + strings.ReplaceAll(id, " ", "+")); w.status != 400 {
+			t.Errorf("resourceVersion %s: %d", id, w.status)
+		}
+	}
 }
 
 // The last message of a watch is no outcome of a write, and of one that expired no
@@ -509,13 +544,13 @@ func TestWatch_Shutdown(t *testing.T) {
 		f.put("a", "1")
 		lines, events := f.watch("resourceVersion=0"), f.watch("", "Accept: text/event-stream")
 		lines.next()
-		events.want("retry: 1000", "", "event: BOOKMARK", "id: 1", "data: "+bookmarkLine(1), "")
+		events.want("retry: 1000", "", "event: BOOKMARK", "id: abc-1", "data: "+bookmarkLine(1), "")
 		f.hub.close(errShuttingDown)
 		if m := lines.next(); m.kind != "ERROR" || m.code != "shutting-down" || m.rv != 1 {
 			t.Errorf("%v", m)
 		}
 		lines.wantEnd()
-		events.want("event: ERROR", "id: 1")
+		events.want("event: ERROR", "id: abc-1")
 		m, err := parseWatchMessage([]byte(strings.TrimPrefix(events.line(), "data: ")))
 		if err != nil || m.code != "shutting-down" || m.rv != 1 {
 			t.Errorf("%v %v", m, err)
