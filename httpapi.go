@@ -318,7 +318,7 @@ func noKey(key string) error {
 		call = "/-/" + key
 	case strings.HasPrefix(key, "v2/keys"):
 		call = "/-/v1/keys" + strings.TrimPrefix(key, "v2/keys")
-	case first == "health" || first == "healthz" || first == "livez":
+	case strings.HasPrefix(first, "health") || first == "livez":
 		call = "/-/livez or /-/readyz"
 	case key == "metrics" || key == "readyz" || key == "version" || key == "openapi.json" || strings.HasPrefix(key, "debug/pprof"):
 		call = "/-/" + key

@@ -487,7 +487,7 @@ func TestHTTP_RefusedHeaders(t *testing.T) {
 func TestHTTP_MeantAsACall(t *testing.T) {
 	f := newFront(t)
 	for path, call := range map[string]string{
-		"/metrics": "/-/metrics", "/health": "/-/livez or /-/readyz", "/healthz": "/-/livez or /-/readyz", "/health/live": "/-/livez or /-/readyz", "/livez": "/-/livez or /-/readyz",
+		"/metrics": "/-/metrics", "/health": "/-/livez or /-/readyz", "/healthz": "/-/livez or /-/readyz", "/health/live": "/-/livez or /-/readyz", "/healthcheck": "/-/livez or /-/readyz", "/livez": "/-/livez or /-/readyz",
 		"/readyz": "/-/readyz", "/v1/keys": "/-/v1/keys", "/v1/status": "/-/v1/status", "/v2/keys": "/-/v1/keys", "/v2/keys/foo": "/-/v1/keys/foo", "/version": "/-/version",
 		"/v1": "/-/v1", "/v10": "", "/metric": "", "/a": "",
 	} {
