@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -68,6 +69,10 @@ var errSilent = errors.New("nobody answers there yet")
 // recognize says whether an answer is that of a member of this cluster: nil,
 // errSilent, or why not.
 func recognize(id, cluster uint64, info *peerInfo, err error) error {
+	who := id
+	if err == nil {
+		who = cmp.Or(info.Node, info.Health.Member, id) // there are versions that do not say
+	}
 	switch {
 	case err != nil && isSilence(err):
 		return errSilent
@@ -75,12 +80,10 @@ func recognize(id, cluster uint64, info *peerInfo, err error) error {
 		return errors.New("what answers there is no peer port of a raftrv node")
 	case info.Cluster != "" && info.Cluster != fmt.Sprintf("%x", cluster):
 		return fmt.Errorf("a node of another cluster, %s, answers there", info.Cluster)
-	case info.Node == id && info.Cluster != "":
+	case who != id:
+		return fmt.Errorf("node %d answers there", who)
+	case info.Cluster != "":
 		return nil
-	case info.Node == 0 && info.Cluster != "" && (info.Health.Member == 0 || info.Health.Member == id): // of versions that do not say
-		return nil
-	case info.Node != id && info.Node != 0:
-		return fmt.Errorf("node %d answers there", info.Node)
 	case info.Founding != nil:
 		return errors.New("the node that answers there waits to found a cluster: start it with --join")
 	default:
@@ -250,9 +253,8 @@ func (n *peerNetwork) found(members []member) (found []member) {
 // checkAddress refuses to give a member an address where somebody else answers.
 // That nobody does is fine: members are added before they are started.
 func (n *node) checkAddress(ctx context.Context, m member) error {
-	now, known := n.store.member(m.ID)
-	if m.PeerURL == "" || known && now.PeerURL == m.PeerURL {
-		return nil
+	if m.PeerURL == "" || slices.ContainsFunc(n.store.members(), func(o member) bool { return o.PeerURL == m.PeerURL }) {
+		return nil // nothing new, or refused as that of another
 	}
 	info, err := askPeer(ctx, m.PeerURL)
 	is := recognize(m.ID, n.cluster, info, err)
@@ -263,12 +265,16 @@ func (n *node) checkAddress(ctx context.Context, m member) error {
 		return nil // it is about to end
 	case is != nil:
 		return errMember.withDetail("%s is not the peer URL of node %d of this cluster: %v", m.PeerURL, m.ID, is)
-	case !known:
-		return nil
 	}
-	// It may be the same one, at two addresses.
-	if old, err := askPeer(ctx, now.PeerURL); recognize(m.ID, n.cluster, old, err) == nil && old.Process != info.Process {
-		return errMember.withDetail("node %d still runs at %s, and another process at %s says that it is node %d, too: stop one of them first", m.ID, now.PeerURL, m.PeerURL, m.ID)
+	// It may be the same process, at two addresses.
+	twice := m.ID == n.config.id && info.Process != n.process
+	for _, now := range n.network.found([]member{{ID: m.ID}}) {
+		old, err := askPeer(ctx, now.PeerURL)
+		twice = recognize(m.ID, n.cluster, old, err) == nil && old.Process != info.Process
+	}
+	if twice {
+		return errMember.withDetail("node %d still runs at another address, and what answers at %s is another process that says that it is node %d, too: stop one of them first",
+			m.ID, m.PeerURL, m.ID)
 	}
 	return nil
 }

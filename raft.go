@@ -961,16 +961,14 @@ func (r *replica) refuseChange(c memberChange) error {
 	if _, ok := r.store.member(c.member.ID); !ok && c.kind == promoteLearner {
 		return nil // applying it says that there is none
 	}
-	voters, learners, active := 0, 0, 0 // after the change
-	if c.kind == addLearner {
-		learners++
+	if err := r.refuseSize(c); err != nil {
+		return err
 	}
+	voters, active := 0, 0 // after the change
 	for _, m := range r.store.members() {
 		votes := !m.Learner
 		if m.ID == c.member.ID {
 			votes = c.kind == promoteLearner
-		} else if m.Learner {
-			learners++
 		}
 		if !votes {
 			continue
@@ -981,16 +979,32 @@ func (r *replica) refuseChange(c memberChange) error {
 		}
 	}
 	switch {
-	case c.kind == addLearner && learners > learnersMax:
-		return fmt.Errorf("a cluster has at most %d learners, and this one has as many: remove one first", learnersMax)
 	case c.kind == addLearner:
 		return nil // it has no vote
-	case c.kind == promoteLearner && voters > votersMax:
-		return fmt.Errorf("a cluster has at most %d voters, and this one has %d: remove one first", votersMax, voters-1)
 	case c.kind == promoteLearner && !r.caughtUp(c.member.ID):
 		return fmt.Errorf("member %d %s", c.member.ID, refusedUntilThen)
 	case voters > 0 && active <= voters/2:
 		return fmt.Errorf("of %d voters after the change only %d would be reachable, which is no majority: first bring the others back, or remove one that is down", voters, active)
+	}
+	return nil
+}
+
+// refuseSize says whether a change would make the cluster too large.
+func (r *replica) refuseSize(c memberChange) error {
+	voters, learners := 0, 0
+	for _, m := range r.store.members() {
+		if m.Learner {
+			learners++
+		} else {
+			voters++
+		}
+	}
+	_, exists := r.store.member(c.member.ID)
+	switch {
+	case c.kind == addLearner && !exists && learners >= learnersMax:
+		return fmt.Errorf("a cluster has at most %d learners, and this one has %d: remove one first", learnersMax, learners)
+	case c.kind == promoteLearner && voters >= votersMax:
+		return fmt.Errorf("a cluster has at most %d voters, and this one has %d: remove one first", votersMax, voters)
 	}
 	return nil
 }
