@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -273,7 +274,9 @@ func (n *node) askOthers(ctx context.Context, heard func(map[uint64]health)) map
 			continue
 		}
 		asking.Go(func() {
+			asked := time.Now()
 			info, err := fetchPeerInfo(ctx, m.PeerURL)
+			took := time.Since(asked)
 			if err != nil || info.Cluster != fmt.Sprintf("%x", n.cluster) {
 				return
 			}
@@ -281,6 +284,7 @@ func (n *node) askOthers(ctx context.Context, heard func(map[uint64]health)) map
 				info.Health.Member = m.ID // of an older program
 			}
 			if info.Health.Member == m.ID { // another one may answer at its address
+				n.guard.roundTrips.WithLabelValues(strconv.FormatUint(m.ID, 10)).Observe(took.Seconds())
 				answers <- info.Health
 			}
 		})

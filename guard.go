@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 )
 
@@ -49,6 +50,8 @@ type guard struct {
 	lastReleased time.Time // owned by the goroutine that watches the disk
 
 	*opinion // of its own state, see consistency.go
+
+	roundTrips *prometheus.HistogramVec // to the other members, by ID
 }
 
 // space is what a node saw of its disk.
@@ -76,6 +79,8 @@ func newGuard(cfg *config, store *kvstore, waiting func() int, logger *zap.Logge
 		waiting: waiting,
 		logger:  logger,
 		opinion: newOpinion(cfg.dataDir),
+
+		roundTrips: newRoundTrips(),
 	}
 	g.left.Store(math.MaxInt64 / 2) // until the first look
 	g.space.Store(&space{})

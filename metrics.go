@@ -37,6 +37,15 @@ func newCounter(name, help string) prometheus.Counter {
 	return prometheus.NewCounter(prometheus.CounterOpts{Name: metricName(name), Help: help})
 }
 
+// newRoundTrips is what the exchange between the members measures, see askOthers.
+func newRoundTrips() *prometheus.HistogramVec {
+	return prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name:    metricName("peer_round_trip_seconds"),
+		Help:    "Round trips to another member, which is asked how it is every half a second.",
+		Buckets: prometheus.ExponentialBuckets(0.0002, 2, 14),
+	}, []string{"peer"})
+}
+
 // loopMetrics is what the loop measures.
 type loopMetrics struct {
 	batchCommands prometheus.Histogram
@@ -285,48 +294,6 @@ func directorySize(path string) (size int64) {
 	return size
 }
 
-// peerRoundTrips passes on the round trip times that rafthttp measures every
-// 30 s. It keeps them with the process' own metrics, under its own name and
-// with IDs in hexadecimal. It implements prometheus.Collector.
-type peerRoundTrips struct {
-	from prometheus.Gatherer
-}
-
-var descRoundTrip = newDesc("peer_round_trip_seconds", "Round trips to another member, as probed now and then.", "peer")
-
-const roundTripsOfEtcd = "etcd_network_peer_round_trip_time_seconds"
-
-// Describe implements prometheus.Collector.
-func (peerRoundTrips) Describe(ch chan<- *prometheus.Desc) { ch <- descRoundTrip }
-
-// Collect implements prometheus.Collector.
-func (p peerRoundTrips) Collect(ch chan<- prometheus.Metric) {
-	families, err := p.from.Gather()
-	if err != nil && len(families) == 0 {
-		return
-	}
-	for _, family := range families {
-		if family.GetName() != roundTripsOfEtcd {
-			continue
-		}
-		for _, metric := range family.GetMetric() {
-			labels, h := metric.GetLabel(), metric.GetHistogram()
-			if len(labels) != 1 || h == nil {
-				continue
-			}
-			id, err := strconv.ParseUint(labels[0].GetValue(), 16, 64)
-			if err != nil {
-				continue
-			}
-			buckets := map[float64]uint64{}
-			for _, b := range h.GetBucket() {
-				buckets[b.GetUpperBound()] = b.GetCumulativeCount()
-			}
-			ch <- prometheus.MustNewConstHistogram(descRoundTrip, h.GetSampleCount(), h.GetSampleSum(), buckets, strconv.FormatUint(id, 10))
-		}
-	}
-}
-
 // newRegistry returns the metrics of a node, all but those of its HTTP front.
 func newRegistry(n *node, clients *listener, checks []check) *prometheus.Registry {
 	r := prometheus.NewRegistry()
@@ -334,7 +301,7 @@ func newRegistry(n *node, clients *listener, checks []check) *prometheus.Registr
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		&nodeMetrics{node: n, clients: clients, checks: checks},
-		peerRoundTrips{prometheus.DefaultGatherer},
+		n.guard.roundTrips,
 	)
 	r.MustRegister(n.loop.metrics.collectors()...)
 	r.MustRegister(n.disk.collectors()...)

@@ -98,26 +98,3 @@ func TestMetrics_Disk(t *testing.T) {
 		t.Errorf("%v", got)
 	}
 }
-
-func TestMetrics_RoundTrips(t *testing.T) {
-	from, registry := prometheus.NewRegistry(), prometheus.NewRegistry()
-	h := prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: roundTripsOfEtcd, Buckets: []float64{0.1, 1}}, []string{"To"})
-	from.MustRegister(h)
-	registry.MustRegister(peerRoundTrips{from})
-	h.WithLabelValues("1f").Observe(0.5)
-	h.WithLabelValues("no id").Observe(0.5)
-	got := gather(t, registry)
-	for series, want := range map[string]float64{
-		`raftrv_peer_round_trip_seconds_count{peer="31"}`:           1,
-		`raftrv_peer_round_trip_seconds_sum{peer="31"}`:             0.5,
-		`raftrv_peer_round_trip_seconds_bucket{peer="31",le="0.1"}`: 0,
-		`raftrv_peer_round_trip_seconds_bucket{peer="31",le="1"}`:   1,
-	} {
-		if got[series] != want {
-			t.Errorf("%s is %v, want %v", series, got[series], want)
-		}
-	}
-	if got.sum("raftrv_peer_round_trip_seconds_count") != 1 {
-		t.Errorf("%v", got)
-	}
-}

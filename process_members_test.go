@@ -101,10 +101,10 @@ func (c *liveCluster) leave(at, n *proc.Node) {
 func (c *liveCluster) wantRemoved(n *proc.Node) {
 	c.t.Helper()
 	var exit *exec.ExitError
-	if err := n.Wait(c.context()); !errors.As(err, &exit) || exit.ExitCode() != exitRemoved {
-		c.t.Errorf("node %d, which was removed: %v, want status %d\n%s", n.ID, err, exitRemoved, n.LogTail())
+	if err := n.Wait(c.context()); !errors.As(err, &exit) || exit.ExitCode() != 3 {
+		c.t.Errorf("node %d, which was removed: %v, want status %d\n%s", n.ID, err, 3, n.LogTail())
 	}
-	if !strings.Contains(n.LogTail(), errRemoved.Error()) {
+	if !strings.Contains(n.LogTail(), "was removed from the cluster") {
 		c.t.Errorf("node %d does not say that it was removed:\n%s", n.ID, n.LogTail())
 	}
 }

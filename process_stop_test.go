@@ -32,12 +32,12 @@ func TestProcess_StopDuringSnapshot(t *testing.T) {
 		}
 	}
 	list := func(pattern string) []string {
-		paths, err := filepath.Glob(filepath.Join(n.DataDir, snapDir, pattern))
+		paths, err := filepath.Glob(filepath.Join(n.DataDir, "snap", pattern))
 		must(t, err)
 		return paths
 	}
-	before := len(list("*" + bodySuffix))
-	for i := 0; len(list(tempPrefix+"*")) == 0; i++ {
+	before := len(list("*.snap.db"))
+	for i := 0; len(list("tmp*")) == 0; i++ {
 		if i == 1000 {
 			t.Fatal("no snapshot is written")
 		}
@@ -50,10 +50,10 @@ func TestProcess_StopDuringSnapshot(t *testing.T) {
 	if took > stopMax {
 		t.Errorf("the stop took %v", took)
 	}
-	if now := len(list("*" + bodySuffix)); now != before {
+	if now := len(list("*.snap.db")); now != before {
 		t.Errorf("the snapshot was written to its end: %d bodies, then %d", before, now)
 	}
-	if left := list(tempPrefix + "*"); len(left) > 0 {
+	if left := list("tmp*"); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
 	}
 	c.start()
@@ -69,7 +69,7 @@ func TestProcess_FatalError(t *testing.T) {
 	n := c.Nodes[0]
 	const clients = 8
 	last := make(chan *liveReply, clients)
-	must(t, os.RemoveAll(filepath.Join(n.DataDir, snapDir)))
+	must(t, os.RemoveAll(filepath.Join(n.DataDir, "snap")))
 	var first time.Time
 	for i := range clients {
 		go func() {
@@ -107,7 +107,7 @@ func TestProcess_FatalError(t *testing.T) {
 	}](err); !ok || e.ExitCode() != 1 {
 		t.Errorf("it ended with %v, want status 1", err)
 	}
-	if log := n.LogTail(); !strings.Contains(log, "snapshot") || !strings.Contains(log, snapDir) {
+	if log := n.LogTail(); !strings.Contains(log, "snapshot") || !strings.Contains(log, "snap") {
 		t.Errorf("the log does not say what failed:\n%s", log)
 	}
 }

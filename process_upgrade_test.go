@@ -189,7 +189,7 @@ func (m *mixedCluster) snapshotTo(behind, leader *proc.Node) {
 		}
 		return fmt.Errorf("node %d does not lead: %d", leader.ID, l.do("POST", fmt.Sprintf("%s/-/v1/leader/%d", leader.URL(), leader.ID), "").status)
 	})
-	m.fillKeyed(2*catchUpBytesMax, 64<<10, 64)
+	m.fillKeyed(2*logKeptMax, 64<<10, 64)
 	// The leader still has all of that, until it takes a snapshot. That needs its
 	// time: all events of the window are in it.
 	written := m.metric(l, "snapshot_index", "applied_index")[1]
@@ -214,7 +214,7 @@ func (m *mixedCluster) metric(l *liveClient, names ...string) (values []float64)
 	}
 	samples := parseSamples(m.t, string(r.body))
 	for _, name := range names {
-		v, ok := samples[metricName(name)]
+		v, ok := samples["raftrv_"+name]
 		if !ok {
 			m.t.Fatalf("no metric %s", name)
 		}
