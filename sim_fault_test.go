@@ -61,6 +61,10 @@ func drawConfig(seed uint64) simConfig {
 	if r.IntN(4) == 0 {
 		cfg.learners = 1
 	}
+	if r.IntN(2) == 0 {
+		cfg.readEvents = 1 + r.IntN(3)
+	}
+	cfg.eventsMax = []uint64{1, 64, 1024}[r.IntN(3)]
 	cfg.largeValues = r.IntN(8) == 0
 	cfg.snapshotEntries = 3 + r.Uint64N(48)
 	cfg.catchUpEntries = 5 + r.IntN(15)

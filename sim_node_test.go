@@ -88,6 +88,7 @@ type process struct {
 	loop    *loop
 	replica *replica
 	store   *kvstore
+	hub     *hub
 	disk    *simDisk
 
 	identity  identity
@@ -210,7 +211,9 @@ func (p *process) boot(files *storage, rec *recovered) (err error) {
 		p.store.levelMax = levelFirst
 	}
 	p.store.setWindow(s.eventsMax, eventBytesMaxDefault)
-	p.loop = newLoop(s.tick, func() {}, logger)
+	p.hub = newHub(p.store)
+	p.hub.readEvents = s.readEvents
+	p.loop = newLoop(s.tick, p.applied, logger)
 	p.loop.clock = n.clock
 	cfg := replicaConfig{
 		id:              n.id,
@@ -448,6 +451,11 @@ func (p *process) die(t tail) {
 		c.lost()
 	}
 	p.waiting = nil
+	for _, w := range s.watchers {
+		if w.process == p {
+			w.disconnect()
+		}
+	}
 	if s.died != nil {
 		s.died(p.node)
 	}

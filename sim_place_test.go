@@ -62,8 +62,8 @@ func (n *simNode) wrongFlags() simFlags {
 	case 5:
 		f.join = !f.join
 	case 6: // the directory of another, or an empty one, instead of one with data
-		if n.identity.Member == 0 {
-			break
+		if n.identity.Member == 0 || slices.ContainsFunc(s.nodes, func(o *simNode) bool { return o.flags.dir != "" }) {
+			break // two of two with empty ones would be right to found another cluster
 		}
 		if len(f.list) > 1 && n.known { // or there is nobody to ask, or nobody knows it
 			f.dir = n.dir + "-empty"

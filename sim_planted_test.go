@@ -45,6 +45,9 @@ type plant struct {
 
 	deadlines func(b *batch, place int) // of what was queued; that it was given up nobody is told
 
+	watched func(p *process, w *watchStream) // after each turn of a watch
+	deaf    bool                             // the hub is not told that something was applied
+
 	answerRead    func(p *process) bool // whether reads are answered at once, from what the node has
 	answerWrite   bool                  // writes are answered as soon as they are queued
 	refuseUnknown bool                  // what may still happen is said not to
@@ -119,6 +122,9 @@ func plants() []*plant {
 
 		{name: "given up, and proposed again", deadlines: waitForEver, prepare: shortDeadlines(faultIsolateLeader, faultPartition, faultPause)},
 		{name: "given up when all of its batch are", deadlines: waitForLast, prepare: shortDeadlines(faultIsolateLeader, faultPartition, faultPause)},
+		{name: "bookmark within a version", watched: bookmarkNow},
+		{name: "bookmark ahead of the events", watched: bookmarkAhead},
+		{name: "watcher not woken", deaf: true},
 		{name: "applied before it is committed", incoming: commitAll},
 		{name: "sending waits for a lost host", blocks: waitForLost, prepare: onlyFaults(faultIsolate)},
 		{name: "a new member is connected at once", connects: waitForNew, prepare: onlyFaults(faultMembers, faultIsolate)},
@@ -159,6 +165,21 @@ func shortDeadlines(faults ...simFault) func(*weather, *load) {
 	return func(w *weather, l *load) {
 		w.faults, w.mean = faults, 300*time.Millisecond
 		l.makers, l.timeouts = []opMaker{makePut}, []time.Duration{30 * time.Millisecond, 300 * time.Millisecond, 20 * time.Second}
+	}
+}
+
+// bookmarkNow writes a bookmark whether or not more of a version follows.
+func bookmarkNow(_ *process, w *watchStream) {
+	if w.part {
+		_ = w.writeBookmark() // the writer takes everything
+	}
+}
+
+// bookmarkAhead writes one with what the store has, not what was passed on.
+func bookmarkAhead(p *process, w *watchStream) {
+	if rv := p.store.version(); rv > w.rv && !w.part {
+		w.rv = rv
+		_ = w.writeBookmark() // as above
 	}
 }
 

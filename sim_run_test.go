@@ -143,7 +143,7 @@ func runOnce(t *testing.T, seed uint64, d time.Duration, bug *plant) (r simResul
 			bug.prepare(w, l)
 		}
 		s.addClients(4+s.rand.IntN(9), l)
-		s.addWatchers(2)
+		s.addWatchers(3)
 		s.addLearners()
 		s.live(w, d)
 		l.stopped = true

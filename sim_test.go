@@ -50,6 +50,7 @@ type simConfig struct {
 	snapshotEntries uint64
 	catchUpEntries  int // of the log that stay in memory behind a snapshot
 	eventsMax       uint64
+	readEvents      int // that a watcher is passed at once
 
 	net         netConfig
 	disk        diskConfig
@@ -83,6 +84,7 @@ func defaultSimConfig(seed uint64, nodes int) simConfig {
 		snapshotEntries: 1000,
 		catchUpEntries:  100,
 		eventsMax:       1,
+		readEvents:      readEventsMax,
 		net:             netConfig{delayMin: 100 * time.Microsecond, delayMax: time.Millisecond},
 		disk:            diskConfig{syncMin: 100 * time.Microsecond, syncMax: 500 * time.Microsecond},
 	}

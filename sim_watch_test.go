@@ -1,96 +1,296 @@
 package main
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
+	"net/http"
+	"strconv"
+	"strings"
 	"time"
 )
 
-// simWatcher follows all events from some version on, as a client does whose
-// connections break: it reads the window of a node, and goes on at another one.
-// How the hub wakes watchers is tested elsewhere, with real goroutines.
+// simWatcher is a client that watches over HTTP: it reads what the product writes,
+// and goes on at another node when its connection breaks, as its protocol says. Of
+// the product run the hub, without its goroutine, and what writes a watch.
 type simWatcher struct {
-	sim   *sim
-	from  uint64 // version
-	seen  []event
-	count int // of events, ever
+	sim      *sim
+	key      string
+	isPrefix bool
+	events   bool // server-sent events
+	bookmark time.Duration
+
+	process *process // it is connected to; nil = to none
+	stream  *watchStream
+	out     bytes.Buffer // what it has not read
+	idle    bool         // it has got all, until it is woken
+
+	cursor uint64 // version to resume from
+	next   int    // of the model's events: the first that it has not seen
+	part   bool   // more of the last version follows
+	count  int    // of events, ever
 }
 
 // watchEvery is the mean time between two looks.
 const watchEvery = 100 * time.Millisecond
 
 func (s *sim) addWatchers(n int) {
-	for range n {
-		w := &simWatcher{sim: s}
+	for i := range n {
+		w := &simWatcher{sim: s, isPrefix: true, events: s.chance(0.5), bookmark: s.between(50*time.Millisecond, 2*time.Second)}
+		if i > 0 { // the first one gets everything
+			w.key = pick(s, []string{"k", "k0", txnGroup, prefixGroup + "/", expiringGroup})
+			w.isPrefix = s.chance(0.8)
+		}
 		s.watchers = append(s.watchers, w)
 		s.after(s.around(watchEvery), w.look)
 	}
 }
 
-// cursor is the version after which the watcher goes on.
-func (w *simWatcher) cursor() uint64 {
-	if n := len(w.seen); n > 0 {
-		return w.seen[n-1].rv
-	}
-	return w.from
-}
-
-// look reads what any node has after the cursor.
+// look gives the watch some turns, and the client what they have written.
 func (w *simWatcher) look() {
 	s := w.sim
 	defer s.after(s.around(watchEvery), w.look)
-	p := pick(s, s.nodes).process
-	if p == nil || p.store.version() < w.cursor() {
-		return // it would wait
-	}
-	at, ok := p.store.seekEvent(w.cursor())
-	if !ok {
-		// Told that it is too late: it would list everything and go on from there.
-		w.check()
-		w.from, w.seen = p.store.version(), nil
+	if w.process == nil {
+		w.connect(pick(s, s.nodes).process)
 		return
 	}
-	for {
-		events, _, ok := p.store.eventsFrom(at)
-		if !ok {
-			s.check.violate("watch", "node %d loses event %d that it has just found", p.node.id, at)
-		}
-		if !ok || len(events) == 0 {
-			return
-		}
-		w.seen = append(w.seen, events...)
-		w.count += len(events)
-		at += uint64(len(events))
+	if w.process.node.paused() {
+		return
+	}
+	for range 1 + s.rand.IntN(8) {
+		w.turn()
+	}
+	w.read(w.out.Len())
+	if s.chance(0.1) {
+		w.disconnect()
 	}
 }
 
-// check compares what the watcher has seen with all that happened.
-func (w *simWatcher) check() {
-	if err := w.sim.check.model.sameEvents(w.from, w.seen); err != nil {
+// connect starts to watch at a node.
+func (w *simWatcher) connect(p *process) {
+	if p == nil || p.store.version() < w.cursor {
+		return // it would wait
+	}
+	watcher, err := p.hub.watch(w.key, w.isPrefix, w.cursor)
+	if err != nil {
+		w.start(p.store.version()) // it would list everything and go on from there
+		return
+	}
+	w.start(w.cursor)
+	w.process = p
+	w.stream = &watchStream{
+		w: w, control: http.NewResponseController(w), watcher: watcher, events: w.events, bookmark: w.bookmark, now: w.sim.watchClock, rv: w.cursor,
+	}
+	if err := w.stream.begin(nil); err != nil {
 		w.sim.check.violate("watch", "%v", err)
 	}
 }
 
-// sameEvents wants events to be those after a version, without a gap.
-func (m *model) sameEvents(from uint64, events []event) error {
-	at := 0
-	for at < len(m.events) && m.events[at].rv <= from {
-		at++
+func (s *sim) watchClock() time.Time { return simEpoch.Add(s.now) }
+
+// start makes it resume after a version.
+func (w *simWatcher) start(rv uint64) {
+	w.cursor, w.part, w.idle = rv, false, false
+	all := w.sim.check.model.events
+	for w.next = min(w.next, len(all)); w.next > 0 && all[w.next-1].rv > rv; {
+		w.next--
 	}
-	for i, e := range events {
-		if at+i >= len(m.events) {
-			return fmt.Errorf("a watch from version %d saw %+v, which nobody has applied", from, e)
+	for w.next < len(all) && all[w.next].rv <= rv {
+		w.next++
+	}
+}
+
+// turn is one of watchStream.run: it does nothing before it is woken or a bookmark
+// is due.
+func (w *simWatcher) turn() {
+	st := w.stream
+	if st == nil {
+		return
+	}
+	select {
+	case <-st.watcher.wake:
+		w.idle = false
+	default:
+	}
+	if w.idle && st.now().Sub(st.bookmarks) < st.bookmark {
+		return
+	}
+	idle, _, err := st.turn()
+	if plant := w.sim.plant; plant != nil && plant.watched != nil && err == nil {
+		plant.watched(w.process, st)
+	}
+	w.process.wakeHub() // it may be armed now
+	w.idle = idle
+	if err != nil {
+		_ = st.fail(err) // returns it
+		w.read(w.out.Len())
+		w.disconnect()
+	}
+}
+
+// disconnect breaks the connection: of what is on its way only a part arrives.
+func (w *simWatcher) disconnect() {
+	if w.process == nil {
+		return
+	}
+	w.read(w.sim.rand.IntN(w.out.Len() + 1))
+	w.out.Reset()
+	w.stream.watcher.close()
+	w.process, w.stream = nil, nil
+}
+
+// It implements http.ResponseWriter.
+func (w *simWatcher) Header() http.Header         { return http.Header{} }
+func (w *simWatcher) WriteHeader(int)             {}
+func (w *simWatcher) Flush()                      {}
+func (w *simWatcher) Write(b []byte) (int, error) { return w.out.Write(b) }
+
+// read reads the messages that n bytes hold.
+func (w *simWatcher) read(n int) {
+	end := []byte("\n")
+	if w.events {
+		end = []byte("\n\n")
+	}
+	part := w.out.Bytes()[:n]
+	for !w.sim.check.failed() {
+		text, rest, whole := bytes.Cut(part, end)
+		if !whole {
+			break
 		}
-		if want := m.events[at+i]; e != want {
-			return fmt.Errorf("a watch from version %d saw %+v instead of %+v", from, e, want)
+		part = rest
+		if err := w.take(string(text)); err != nil {
+			w.sim.check.violate("watch", "a watch of %q, prefix %v, resumed at version %d, at node %d: %v in %s",
+				w.key, w.isPrefix, w.cursor, w.process.node.id, err, text)
+		}
+	}
+	w.out.Next(n - len(part))
+}
+
+// take reads a message.
+func (w *simWatcher) take(text string) error {
+	id, hasID := uint64(0), false
+	if w.events {
+		for line := range strings.Lines(text) {
+			switch name, value, _ := strings.Cut(strings.TrimSpace(line), ": "); name {
+			case "id":
+				id, _ = strconv.ParseUint(value, 10, 64) // 0 is no version of an event
+				hasID = true
+			case "data":
+				text = value
+			}
+		}
+	}
+	if strings.HasPrefix(text, "retry") {
+		return nil
+	}
+	m, err := parseWatchMessage([]byte(text))
+	switch {
+	case err != nil:
+		return err
+	case m.kind == "ERROR" && m.rv == 0:
+		return nil // there is nothing to resume from
+	case m.kind == "ERROR":
+		return w.reached(m.rv)
+	case w.events && (hasID == m.more || hasID && id != m.rv):
+		return fmt.Errorf("id %d", id)
+	case m.more && !strings.Contains(text, fmt.Sprintf(`"resumeFrom":%d}`, m.rv-1)):
+		return errors.New("no version to resume from")
+	case m.kind == "BOOKMARK" && w.part:
+		return errors.New("a bookmark within a version")
+	case m.kind == "BOOKMARK":
+		return w.reached(m.rv)
+	}
+	return w.event(m)
+}
+
+// wanted returns the next event that the watcher has not seen and wants, nil if
+// there is none.
+func (w *simWatcher) wanted() *event {
+	for all := w.sim.check.model.events; w.next < len(all); w.next++ {
+		if e := &all[w.next]; e.key == w.key || w.isPrefix && strings.HasPrefix(e.key, w.key) {
+			return e
 		}
 	}
 	return nil
 }
 
-// validateWatchers: every watcher has seen everything once, in order.
+// reached: the watcher is told that it knows all up to a version.
+func (w *simWatcher) reached(rv uint64) error {
+	if e := w.wanted(); e != nil && e.rv <= rv {
+		return fmt.Errorf("%+v comes before that", *e)
+	}
+	if now := w.sim.check.model.rv; rv > now || rv < w.cursor {
+		return fmt.Errorf("the watcher was at %d, and the store is at %d", w.cursor, now)
+	}
+	w.cursor, w.part = rv, false
+	return nil
+}
+
+func (w *simWatcher) event(m watchMessage) error {
+	e := w.wanted()
+	if e == nil {
+		return errors.New("an event that nobody has applied")
+	}
+	want := messageOf(*e)
+	w.next++
+	w.count++
+	next := w.wanted()
+	if want.more = next != nil && next.rv == want.rv; m != want {
+		return fmt.Errorf("instead of %v", want)
+	}
+	if w.part = m.more; !w.part {
+		w.cursor = m.rv
+	}
+	return nil
+}
+
+// applied tells the hub that there is something to look at.
+func (p *process) applied() {
+	if plant := p.sim.plant; plant != nil && plant.deaf {
+		return
+	}
+	p.hub.notify()
+	p.wakeHub()
+}
+
+// wakeHub gives the hub a turn, if it waits for one.
+func (p *process) wakeHub() {
+	if len(p.hub.wake) == 0 {
+		return
+	}
+	p.after(p.sim.around(time.Millisecond), func() {
+		select {
+		case <-p.hub.wake:
+			p.hub.distribute()
+		default:
+		}
+	})
+}
+
+// validateWatchers: every watcher has seen everything once, in order, and those
+// that wait have nothing to wait for.
 func validateWatchers(s *sim) error {
 	for _, w := range s.watchers {
-		w.check()
+		if w.process == nil {
+			continue
+		}
+		select {
+		case <-w.process.hub.wake:
+			w.process.hub.distribute()
+		default:
+		}
+		for len(w.stream.watcher.wake) > 0 || !w.idle {
+			if w.turn(); w.process == nil {
+				break
+			}
+		}
+		if w.process == nil {
+			continue
+		}
+		w.read(w.out.Len())
+		if e := w.wanted(); e != nil && !s.check.failed() {
+			return fmt.Errorf("a watch of %q at node %d was not woken for %+v", w.key, w.process.node.id, *e)
+		}
 	}
 	return nil
 }

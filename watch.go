@@ -31,6 +31,8 @@ type hub struct {
 	wake  chan struct{} // holds one token: something was applied
 	busy  atomic.Bool   // a watcher is armed
 
+	readEvents int // that one read passes on at most
+
 	closed atomic.Pointer[apiError] // why nobody is told of anything; nil = all are
 	stats  watchStats
 
@@ -67,7 +69,7 @@ func (s *watchStats) note(n int, err error) {
 }
 
 func newHub(store *kvstore) *hub {
-	return &hub{store: store, wake: make(chan struct{}, 1), keys: map[string]*watchNode{}}
+	return &hub{store: store, wake: make(chan struct{}, 1), readEvents: readEventsMax, keys: map[string]*watchNode{}}
 }
 
 // notify says that something was applied. It does not block.
@@ -332,7 +334,7 @@ func (w *watcher) scan(take func(e *event, last bool)) (n int, err error) {
 		n++
 		size += found.size()
 		found = nil
-		return n >= readEventsMax || size >= readBytesMax
+		return n >= w.hub.readEvents || size >= readBytesMax
 	}
 	for {
 		chunk, aging, ok := w.hub.store.eventsFrom(w.next)

@@ -57,6 +57,7 @@ func (h *httpAPI) watch(w http.ResponseWriter, r request) error {
 		cluster:  h.cluster,
 		events:   prefers(r.Header, typeEvents[0], typeNDJSON[0]),
 		bookmark: h.bookmark * 4 / 5, // so that the promise holds on a busy node, too
+		now:      time.Now,
 	}
 	if r.params.duration > 0 {
 		s.end = time.Now().Add(r.params.duration)
@@ -207,6 +208,7 @@ type watchStream struct {
 	relist   bool // nor that it starts with a list, since it asked for later events
 	bookmark time.Duration
 	end      time.Time // zero = never
+	now      func() time.Time
 
 	rv        uint64 // the client was told of all events up to it
 	bookmarks time.Time
@@ -226,20 +228,17 @@ func (s *watchStream) run(ctx context.Context, list *keyList) error {
 	timer := time.NewTimer(s.bookmark)
 	defer timer.Stop()
 	for {
-		idle, err := s.step()
+		idle, ended, err := s.turn()
 		if err != nil {
 			return s.fail(err)
 		}
-		now := time.Now()
-		ended := !s.end.IsZero() && !now.Before(s.end)
-		if !s.part && (ended || now.Sub(s.bookmarks) >= s.bookmark) {
-			if err := s.writeBookmark(); err != nil || ended {
-				return err
-			}
+		if ended {
+			return nil
 		}
 		if !idle {
 			continue
 		}
+		now := s.now()
 		wait := s.bookmark - now.Sub(s.bookmarks)
 		if left := s.end.Sub(now); !s.end.IsZero() && left < wait {
 			wait = left
@@ -269,7 +268,7 @@ func (s *watchStream) begin(list *keyList) error {
 			return err
 		}
 	}
-	s.bookmarks = time.Now()
+	s.bookmarks = s.now()
 	if s.hello || list != nil {
 		return s.writeBookmark()
 	}
@@ -300,6 +299,20 @@ func (s *watchStream) writeList(list *keyList) error {
 			}
 		}
 	}
+}
+
+// turn writes the next events, and a bookmark if it is time for one, but never
+// within a version.
+func (s *watchStream) turn() (idle, ended bool, err error) {
+	if idle, err = s.step(); err != nil || s.part {
+		return idle, false, err
+	}
+	now := s.now()
+	ended = !s.end.IsZero() && !now.Before(s.end)
+	if ended || now.Sub(s.bookmarks) >= s.bookmark {
+		err = s.writeBookmark()
+	}
+	return idle, ended, err
 }
 
 // step writes the next events. idle says that there are none.
@@ -346,7 +359,7 @@ func (s *watchStream) writeBookmark() error {
 	s.append(func(buf []byte) []byte {
 		return s.appendTail(s.appendVersion(buf, "BOOKMARK", true), noMore)
 	})
-	s.bookmarks = time.Now()
+	s.bookmarks = s.now()
 	return s.flush()
 }
 
