@@ -134,6 +134,9 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 	if rec.state.removed[cfg.id] {
 		return errRemoved
 	}
+	if err := rec.checkReadable(); err != nil {
+		return err
+	}
 
 	store := &kvstore{state: rec.state, levelMax: cfg.levelMax}
 	if err := store.checkLevel(rec.state.level); err != nil {

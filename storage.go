@@ -391,6 +391,47 @@ func (r *recovered) replay() error {
 	return nil
 }
 
+// checkReadable refuses a log with an entry that this program cannot apply, whether
+// or not it is committed: a leader could not get it to any follower.
+func (r *recovered) checkReadable() error {
+	last, err := r.log.LastIndex()
+	if err != nil || last <= r.state.index {
+		return err
+	}
+	ents, err := r.log.Entries(r.state.index+1, last+1, noLimit)
+	if err != nil {
+		return err
+	}
+	for _, e := range ents {
+		if err := readable(e); err != nil {
+			return errUnreadable(e, err)
+		}
+	}
+	return nil
+}
+
+// readable says whether all of an entry is known, as applying it would find out. What
+// is put into a log now is also checked for what is of use, see checkEntry.
+func readable(e *raftpb.Entry) error {
+	if e.GetType() == raftpb.EntryConfChange {
+		_, _, _, err := decodeMemberChange(e)
+		return err
+	}
+	if len(e.GetData()) == 0 {
+		return nil
+	}
+	_, commands, err := decodeBatch(e.GetData())
+	if err != nil {
+		return err
+	}
+	for d := (fields{data: commands}); len(d.data) > 0; {
+		if d.command(false); d.err != nil {
+			return d.err
+		}
+	}
+	return nil
+}
+
 // applyEntry applies an entry that nobody waits for, outside of a replica.
 func (s *kvstore) applyEntry(e *raftpb.Entry) error {
 	switch {

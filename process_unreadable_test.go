@@ -1,0 +1,91 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"go.etcd.io/raft/v3/raftpb"
+	"go.uber.org/zap"
+	"raftrv/internal/proc"
+)
+
+// spoil appends an entry to the log of a node that is down, which may seem committed, and returns its index.
+func spoil(t *testing.T, n *proc.Node, committed bool, commands []byte) uint64 {
+	t.Helper()
+	s, err := openStorage(n.DataDir, zap.NewNop())
+	must(t, err)
+	rec, err := s.load()
+	must(t, err)
+	hs, _, err := rec.log.InitialState()
+	must(t, err)
+	last, err := rec.log.LastIndex()
+	must(t, err)
+	if committed {
+		hs.Commit = new(last + 1)
+	}
+	must(t, errors.Join(s.save(hs, []*raftpb.Entry{entryOf(last+1, hs.GetTerm(), commands)}), s.sync(), s.close()))
+	return last + 1
+}
+
+// wantStopped starts a node whose log has an entry that nobody can apply.
+func (c *liveCluster) wantStopped(n *proc.Node, entry uint64) {
+	c.t.Helper()
+	must(c.t, n.Start())
+	var exit *exec.ExitError
+	if err := n.Wait(c.context()); !errors.As(err, &exit) || exit.ExitCode() != 1 {
+		c.t.Errorf("node %d ended with %v, want status 1\n%s", n.ID, err, n.LogTail())
+	}
+	for _, words := range []string{fmt.Sprintf("apply entry %d of term", entry), "raftrv recover"} {
+		if err := c.says(n, words); err != nil {
+			c.t.Error(err)
+		}
+	}
+}
+
+// TestProcess_Unreadable: a log with an entry that cannot be applied, as older versions let strangers write. The
+// nodes say which it is and what to do, and that leaves the entry behind and nothing else.
+func TestProcess_Unreadable(t *testing.T) {
+	for name, commands := range map[string]string{
+		"garbage":     "\x01\x00garbage",
+		"a new kind":  "\x4d\x00\x00\x00",
+		"a bad txn":   string((&command{op: opTxn, value: "\xff\xff"}).appendTo(nil)),
+		"a bad level": string((&command{op: opLevel, value: "\xff"}).appendTo(nil)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newLiveCluster(t, proc.Options{Args: []string{"--wal-segment-bytes", "1048576"}})
+			one, two, three := c.Nodes[0], c.Nodes[1], c.Nodes[2]
+			c.write(one, "k", "v")
+			for _, n := range c.Nodes { // so that all have the same log
+				c.wantValue(n, "k", "v")
+			}
+			c.kill(c.Nodes...)
+
+			// Only one node has it, and nobody can tell whether it is committed: the others go on.
+			c.wantStopped(three, spoil(t, three, false, []byte(commands)))
+			must(t, errors.Join(one.Start(), two.Start()))
+			must(t, errors.Join(one.WaitReady(c.context()), two.WaitReady(c.context())))
+			c.write(two, "without", "it")
+			c.wantValue(one, "without", "it")
+			c.kill(one, two)
+
+			// All have it.
+			for _, n := range []*proc.Node{one, two} {
+				c.wantStopped(n, spoil(t, n, true, []byte(commands)))
+			}
+			out := c.command("recover", "--data-dir", two.DataDir)
+			if !strings.Contains(out, "The last 1 entries of its log are left behind, since this program") {
+				t.Errorf("recover says:\n%s", out)
+			}
+			two.DataDir += "-recovered"
+			must(t, two.Start())
+			must(t, two.WaitReady(c.context()))
+			c.wantValue(two, "k", "v")
+			c.wantValue(two, "without", "it")
+			c.write(two, "after", "it")
+			c.Nodes = []*proc.Node{two}
+		})
+	}
+}
