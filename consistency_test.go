@@ -125,6 +125,7 @@ func newExchangeRig(t *testing.T) *exchangeRig {
 			if h := p.health.Load(); h == nil {
 				w.WriteHeader(http.StatusServiceUnavailable)
 			} else {
+				w.Header().Set("Content-Type", "application/json")
 				_ = json.NewEncoder(w).Encode(peerInfo{Cluster: "7", Health: *h}) // the client may be gone
 			}
 		}))
