@@ -54,8 +54,8 @@ func newBrowser(t *testing.T) context.Context {
 		chromedp.Flag("disable-component-update", true),
 		chromedp.Flag("disable-dev-shm-usage", true),
 		chromedp.Flag("disable-sync", true),
-		// A name that leads to a node although it is none of its names.
-		chromedp.Flag("host-resolver-rules", "MAP evil.example 127.0.0.1"),
+		// A name that leads to a node although it is none of its names, and one that may be.
+		chromedp.Flag("host-resolver-rules", "MAP evil.example 127.0.0.1, MAP node1 127.0.0.1"),
 	)
 	t.Cleanup(cancel)
 	ctx, cancel = chromedp.NewContext(ctx)

@@ -1,6 +1,7 @@
 package browser
 
 import (
+	"encoding/base64"
 	"fmt"
 	"io"
 	"net/http"
@@ -24,8 +25,18 @@ func newPage(t *testing.T) string {
 // request sends a request as a program does.
 func request(t *testing.T, method, url, body string) (status int, text string) {
 	t.Helper()
+	return requestTo(t, "", method, url, body, "")
+}
+
+// requestTo is request to a node by another name, of a body with a type.
+func requestTo(t *testing.T, host, method, url, body, contentType string) (status int, text string) {
+	t.Helper()
 	req, err := http.NewRequest(method, url, strings.NewReader(body))
 	must(t, err)
+	req.Host = host
+	if contentType != "" {
+		req.Header.Set("Content-Type", contentType)
+	}
 	res, err := http.DefaultClient.Do(req)
 	must(t, err)
 	defer res.Body.Close()
@@ -58,6 +69,7 @@ const attacks = `
 	request("member", "/66", {method: "POST", mode: "no-cors", body: "http://10.0.0.66:1"});
 	request("transaction", "/-/v1/txn", {method: "POST", mode: "no-cors", body: txn});
 	request("leader", "/-/v1/leader/1", {method: "POST", mode: "no-cors"});
+	attempt("beacon", end => end(navigator.sendBeacon(node + "/-/v1/txn", txn) ? "sent" : "refused"));
 	function element(name, tag, attributes) {
 		attempt(name, end => {
 			const e = document.createElement(tag);
@@ -105,22 +117,42 @@ func attack(t *testing.T, page, node string) map[string]string {
 	waitFor(t, ctx, "waiting == 0")
 	results, err := chromedp.Run(ctx, chromedp.Evaluate[map[string]string]("results"))
 	must(t, err)
-	if len(results) != 17 {
+	if len(results) != 18 {
 		t.Errorf("%d attempts: %v", len(results), results)
 	}
 	return results
 }
 
-// fill writes what pages try to read, and returns the version then.
+// pixel is an image.
+var pixel = mustDecode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg==")
+
+func mustDecode(s string) string {
+	b, err := base64.StdEncoding.DecodeString(s)
+	if err != nil {
+		panic(err)
+	}
+	return string(b)
+}
+
+// steal is a page that writes as soon as it is run.
+const steal = `<!doctype html><title>run</title><body>this is <script>document.title = "stolen"; fetch("/stolen", {method: "PUT", body: "v"})</script>`
+
+// fill writes what pages try to read, each as what it is, and returns the version then.
 func fill(t *testing.T, node string) string {
-	for key, value := range map[string]string{
-		"secret": "the secret",
-		"image":  `<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>`,
-		"script": "var stolen = 1",
-		"style":  "body { color: red }",
+	t.Helper()
+	for key, value := range map[string][2]string{
+		"secret": {"the secret", "text/plain"},
+		"image":  {pixel, "image/png"},
+		"script": {"var stolen = 1", "text/javascript"},
+		"style":  {"body { color: red }", "text/css"},
+		"html":   {steal, "text/html"},
+		"xhtml":  {`<html xmlns="http://www.w3.org/1999/xhtml"><script>fetch("/stolen", {method: "PUT", body: "v"})</script></html>`, "application/xhtml+xml"},
+		"svg":    {`<svg xmlns="http://www.w3.org/2000/svg"><script>fetch("/stolen", {method: "PUT", body: "v"})</script></svg>`, "image/svg+xml"},
+		"plain":  {steal, "text/plain; charset=utf-8"},
+		"untold": {steal, ""},
 	} {
-		if status, text := request(t, http.MethodPut, node+"/"+key, value); status != http.StatusCreated {
-			t.Fatalf("%d %s", status, text)
+		if status, text := requestTo(t, "", http.MethodPut, node+"/"+key, value[0], value[1]); status != http.StatusCreated {
+			t.Fatalf("%s: %d %s", key, status, text)
 		}
 	}
 	_, version := request(t, http.MethodGet, node+"/", "")
@@ -150,6 +182,67 @@ func TestOrigin_Other(t *testing.T) {
 		}
 	}
 	wantUntouched(t, node, version)
+}
+
+// TestOrigin_Values: a value that is opened in a browser is not run, whatever its writer said that it is.
+func TestOrigin_Values(t *testing.T) {
+	findBrowser(t)
+	c := newCluster(t, 1)
+	node := c.Nodes[0].URL()
+	version := fill(t, node)
+	for _, key := range []string{"html", "xhtml", "svg", "untold", "script", "plain"} {
+		ctx := newBrowser(t)
+		err := chromedp.Do(ctx, chromedp.Navigate(node+"/"+key))
+		if key != "plain" {
+			if err == nil || !strings.Contains(err.Error(), "ERR_ABORTED") { // it is a download
+				t.Errorf("%s: %v", key, err)
+			}
+			continue
+		}
+		must(t, err)
+		text, err := chromedp.Run(ctx, chromedp.Evaluate[string]("document.title + document.documentElement.innerText"))
+		must(t, err)
+		if text != steal {
+			t.Errorf("text is shown as %q", text)
+		}
+	}
+	wantUntouched(t, node, version)
+}
+
+// TestOrigin_AllowedHost: programs that know a node by a name which it was told go on, and pages gain nothing by it.
+func TestOrigin_AllowedHost(t *testing.T) {
+	findBrowser(t)
+	c := newCluster(t, 1, "--allowed-host", "node1")
+	node := c.Nodes[0].URL()
+	version := fill(t, node)
+	named := strings.Replace(node, "127.0.0.1", "node1", 1)
+	for name, result := range attack(t, newPage(t), named) {
+		if result != "refused" && result != "sent" || result == "sent" && strings.HasPrefix(name, "read") {
+			t.Errorf("%s: %.200s", name, result)
+		}
+	}
+	wantUntouched(t, node, version)
+	for _, call := range []struct {
+		method, path, body string
+		status             int
+	}{
+		{http.MethodPut, "/composed", "v", 201}, {http.MethodGet, "/composed", "", 200}, {http.MethodDelete, "/composed", "", 204}, {http.MethodPost, "/", "v", 201}, {http.MethodPatch, "/", "{}", 204},
+		{http.MethodPost, "/-/v1/txn", `{"then":[{"op":"put","key":"composed","value":"v"}]}`, 200}, {http.MethodGet, "/-/v1/keys?prefix=c", "", 200}, {http.MethodGet, "/-/v1/watch?timeout=1ms", "", 200},
+		{http.MethodGet, "/-/readyz", "", 200}, {http.MethodGet, "/-/metrics", "", 200},
+	} {
+		for _, host := range []string{strings.TrimPrefix(named, "http://"), strings.TrimPrefix(node, "http://"), "localhost"} {
+			status, text := requestTo(t, host, call.method, node+call.path, call.body, "")
+			if status != call.status {
+				t.Errorf("%s %s of %s: %d %.200s", call.method, call.path, host, status, text)
+			}
+			if call.method == http.MethodPut || call.method == http.MethodDelete {
+				break // it is another answer the second time
+			}
+		}
+	}
+	if status, text := requestTo(t, "node2:12380", http.MethodGet, node+"/secret", "", ""); status != http.StatusMisdirectedRequest {
+		t.Errorf("by a name that is not its own: %d %s", status, text)
+	}
 }
 
 // TestOrigin_Rebound: a page whose name leads to the node, so that the two are of
