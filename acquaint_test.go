@@ -30,7 +30,8 @@ type decoy struct {
 	others atomic.Int64 // other requests: those that only a member should get
 
 	mu   sync.Mutex
-	info func() *peerInfo // nil: it says 404
+	info *peerInfo        // nil: it says 404
+	who  http.HandlerFunc // takes the place of info
 	raft http.HandlerFunc // what else it answers
 }
 
@@ -43,7 +44,7 @@ func newDecoy(t *testing.T) *decoy {
 
 func (tr *decoy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	tr.mu.Lock()
-	info, raft := tr.info, tr.raft
+	info, who, raft := tr.info, tr.who, tr.raft
 	tr.mu.Unlock()
 	if r.URL.Path != peerInfoPath {
 		tr.others.Add(1)
@@ -53,26 +54,26 @@ func (tr *decoy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	tr.asked.Add(1)
+	if who != nil {
+		who(w, r)
+		return
+	}
 	if info == nil {
 		http.NotFound(w, r)
 		return
 	}
-	answer := info()
 	w.Header().Set("Content-Type", "application/json")
-	if answer.Cluster == "" {
+	if info.Cluster == "" {
 		w.WriteHeader(http.StatusServiceUnavailable)
 	}
-	_ = json.NewEncoder(w).Encode(answer) // fails if who asked has left
+	_ = json.NewEncoder(w).Encode(info) // fails if who asked has left
 }
 
 // says changes what it answers.
 func (tr *decoy) says(info *peerInfo, raft http.HandlerFunc) {
 	tr.mu.Lock()
 	defer tr.mu.Unlock()
-	tr.raft, tr.info = raft, nil
-	if info != nil {
-		tr.info = func() *peerInfo { return info }
-	}
+	tr.raft, tr.info = raft, info
 }
 
 // TestRecognize: who is taken for a member, for somebody else, and for nobody yet.
@@ -386,6 +387,45 @@ func TestProcess_Decoys(t *testing.T) {
 	}
 	c.wantMembers(c.Nodes...)
 
+	// Who keeps others waiting, or talks without end, is asked now and then, and that is all.
+	id := uint64(66)
+	piece := []byte(strings.Repeat(`{"id":1},`, 1<<10))
+	for name, d := range map[string]*decoy{
+		"silence": {who: func(http.ResponseWriter, *http.Request) { <-t.Context().Done() }},
+		"a drip": {who: func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			for t.Context().Err() == nil && r.Context().Err() == nil {
+				_, _ = w.Write([]byte(" ")) // fails when the other one has left
+				w.(http.Flusher).Flush()
+				time.Sleep(50 * time.Millisecond)
+			}
+		}},
+		"no end": {who: func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			_, err := io.WriteString(w, `{"cluster":"1","members":[`)
+			for err == nil && t.Context().Err() == nil {
+				_, err = w.Write(piece)
+			}
+		}},
+	} {
+		d.Server = httptest.NewServer(d)
+		t.Cleanup(func() { d.CloseClientConnections(); d.Close() })
+		start := time.Now()
+		id--
+		r := post(c.Nodes[0], id, d.URL)
+		if took := time.Since(start); r.status != http.StatusConflict && r.status != http.StatusNoContent || took > 3*time.Second {
+			t.Errorf("%s: %d %s %v after %v", name, r.status, r.body, r.err, took)
+		}
+		if r.status == http.StatusNoContent {
+			waitFor(t, func() bool { return d.asked.Load() > 4 })
+			must(t, changed(c.memberCall(c.Nodes[0], http.MethodDelete, fmt.Sprintf("/-/v1/members/%d", id), "")))
+		}
+		if d.others.Load() != 0 {
+			t.Errorf("%s: %d requests beside the question", name, d.others.Load())
+		}
+		healthy(name)
+	}
+
 	// Who is silent and then says the right thing is a member, and can be as hostile as it likes.
 	big := binary.BigEndian.AppendUint64([]byte{1}, 1<<62)
 	junk := append(binary.BigEndian.AppendUint64(nil, 3), 0xff, 0xff, 0xff)
@@ -395,7 +435,7 @@ func TestProcess_Decoys(t *testing.T) {
 			http.Error(w, "the member has been permanently removed from the cluster", status)
 		}
 	}
-	id := uint64(70)
+	id = 70
 	for name, raft := range map[string]http.HandlerFunc{
 		"a version that is none": streamOf(t, http.Header{"X-Server-Version": {"x"}}),
 		"2^62 entries":           streamOf(t, nil, big),

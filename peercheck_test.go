@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
@@ -247,6 +248,31 @@ func TestNetwork_LargeMessages(t *testing.T) {
 	n.arriving.Store(true)
 	if status, _ := n.request("POST", rafthttp.RaftSnapshotPrefix, 2, snapshotRequest(t, 30, nil)); status != http.StatusServiceUnavailable {
 		t.Errorf("two snapshots: %d", status)
+	}
+}
+
+// TestNetwork_StrangersLeaveNothing: rafthttp counts what it is given by who sent it, and from where, and forgets nobody.
+func TestNetwork_StrangersLeaveNothing(t *testing.T) {
+	series := func() (n int) {
+		families, err := prometheus.DefaultGatherer.Gather()
+		must(t, err)
+		for _, f := range families {
+			n += len(f.GetMetric())
+		}
+		return n
+	}
+	n := newTestNetwork(t, "http://127.0.0.1:1", false)
+	ok, err := proto.Marshal(&raftpb.Message{Type: raftpb.MsgHeartbeatResp.Enum(), From: new(uint64(2)), To: new(uint64(1)), Term: new(uint64(1))})
+	must(t, err)
+	n.request("POST", rafthttp.RaftPrefix, 2, bytes.NewReader(ok))
+	before := series()
+	for i := range uint64(50) {
+		n.request("POST", rafthttp.RaftPrefix, 1000+i, bytes.NewReader(ok))
+		n.request("GET", fmt.Sprintf("/raft/stream/message/%x", 1000+i), 1000+i, nil)
+		n.request("POST", rafthttp.RaftSnapshotPrefix, 1000+i, snapshotRequest(t, 30, nil))
+	}
+	if after := series(); after != before {
+		t.Errorf("%d series of metrics, were %d", after, before)
 	}
 }
 

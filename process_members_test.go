@@ -414,4 +414,16 @@ func TestProcess_OneChangeAtATime(t *testing.T) {
 	if members := c.members(c.Nodes[0]); made == 0 || len(members) != 3+made {
 		t.Errorf("%d changes were made: %+v", made, members)
 	}
+	// However they come, there are no more than a cluster may have.
+	c.eventually(func() error {
+		id := 100 + len(c.members(c.Nodes[0]))
+		r := c.memberCall(c.Nodes[id%3], http.MethodPost, fmt.Sprintf("/-/v1/members/%d", id), fmt.Sprintf(`{"peerURL":"http://127.0.0.1:%d","learner":true}`, 900+id))
+		if !strings.Contains(string(r.body), "at most 4 learners") {
+			return fmt.Errorf("%d %s %w", r.status, r.body, r.err)
+		}
+		return nil
+	})
+	if members := c.members(c.Nodes[0]); len(members) != 7 {
+		t.Errorf("members %+v", members)
+	}
 }
