@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"strconv"
 	"strings"
@@ -260,5 +261,46 @@ func (s *stubborn) createTwice(i int64) {
 		first.header.Get("Location") != second.header.Get("Location") || first.etag() != second.etag() || first.etag() == 0 ||
 		second.header.Get("Idempotency-Replayed") != "true" {
 		s.c.t.Errorf("write %d: first %d %v\nthen %d %v", i, first.status, first.header, second.status, second.header)
+	}
+}
+
+// TestProcess_RetriesOfOthers: who sends much with an Idempotency-Key, or reads much, makes the nodes forget
+// nobody else's requests, and is not told what others have read.
+func TestProcess_RetriesOfOthers(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{})
+	c.eventually(func() error {
+		for _, n := range c.Nodes {
+			if text := liveText(t, n, "/-/v1/status", http.StatusOK); !strings.Contains(text, fmt.Sprintf(`"featureLevel":%d,`, levelNewest)) {
+				return fmt.Errorf("node %d is at another level: %s", n.ID, text)
+			}
+		}
+		return nil
+	})
+	from := func(addr string) *stubborn {
+		s := c.stubborn()
+		s.http.Transport.(*http.Transport).DialContext = (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(addr)}}).DialContext
+		t.Cleanup(s.http.CloseIdleConnections)
+		return s
+	}
+	victim, greedy := from("127.0.0.1"), from("127.0.0.2")
+	pay := func() *liveReply {
+		return victim.do(http.MethodPut, "/paid", "once", map[string]string{"Idempotency-Key": "pay"})
+	}
+	first := pay()
+	for i := range 3 {
+		greedy.do(http.MethodPut, fmt.Sprint("/large/", i), strings.Repeat("secret", 170_000), nil)
+	}
+	const read = `{"then":[{"op":"get","key":"large/0"},{"op":"get","key":"large/1"},{"op":"get","key":"large/2"}]}`
+	for i := range 25 { // 75 MiB
+		if r := greedy.do(http.MethodPost, "/-/v1/txn", read, map[string]string{"Idempotency-Key": fmt.Sprint("read-", i)}); r.status != http.StatusOK || len(r.body) < 3_000_000 {
+			t.Fatalf("%d, %d bytes", r.status, len(r.body))
+		}
+	}
+	if again := pay(); again.status != first.status || again.etag() != first.etag() || again.header.Get("Idempotency-Replayed") != "true" {
+		t.Errorf("first %d %v\nthen %d %v", first.status, first.header, again.status, again.header)
+	}
+	r := victim.do(http.MethodPost, "/-/v1/txn", read, map[string]string{"Idempotency-Key": "read-0"})
+	if p := mustProblem(t, answer{code: r.status, header: r.header, body: string(r.body)}); r.status != http.StatusConflict || p.Code != "result-not-kept" || p.Outcome != applied {
+		t.Errorf("%d %.300s", r.status, r.body)
 	}
 }

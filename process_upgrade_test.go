@@ -148,7 +148,7 @@ func (m *mixedCluster) probeNode(n, next *proc.Node, k string) (err error) {
 	begin := call(l, 201, "PUT", "/"+k+"/a", "1").rv()
 	call(l, 201, "PUT", "/"+k+"/brief?ttl=1s", "1")
 	call(l, 412, "PUT", "/"+k+"/a", "x", "If-None-Match", "*")
-	call(other, 204, "PUT", "/"+k+"/a", "2", "If-Match", "*")
+	call(other, 204, "PUT", "/"+k+"/a", "2", "If-Match", "*", "Content-Type", "text/plain") // which is kept once all know it
 	once := call(l, 201, "PUT", "/"+k+"/once", "1", "Idempotency-Key", k)
 	if again := call(other, 201, "PUT", "/"+k+"/once", "1", "Idempotency-Key", k); again.rv() != once.rv() {
 		err = errors.Join(err, fmt.Errorf("a request was carried out twice: versions %d and %d", once.rv(), again.rv()))
@@ -374,6 +374,15 @@ func upgradeFrom(t *testing.T, old int) {
 		_ = m.levelAt(n)
 	}
 	t.Logf("too old: %v", time.Since(start).Round(10*time.Millisecond))
+	for _, n := range m.Nodes {
+		l := m.client(n)
+		key := fmt.Sprint("/typed/", n.ID)
+		l.do("PUT", n.URL()+key, "v", "Content-Type", "text/plain")
+		if r := l.do("GET", n.URL()+key, ""); r.err != nil || r.header.Get("Content-Type") != "text/plain" {
+			t.Errorf("node %d: a value of a type comes back as %q, %v", n.ID, r.header.Get("Content-Type"), r.err)
+		}
+		l.close()
+	}
 	m.judge()
 	t.Log(m.history.count())
 }
