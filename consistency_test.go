@@ -4,12 +4,15 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/zap"
@@ -102,7 +105,8 @@ type peerAnswers struct {
 	delay  atomic.Int64
 }
 
-// exchangeRig is a node of which only the exchange with two other members runs.
+// exchangeRig is a node of which only the exchange with two other members runs, in
+// virtual time. It is the network that leads to them.
 type exchangeRig struct {
 	*node
 	peers map[uint64]*peerAnswers
@@ -117,22 +121,12 @@ func newExchangeRig(t *testing.T) *exchangeRig {
 	r := &exchangeRig{node: n, peers: map[uint64]*peerAnswers{}}
 	for _, id := range []uint64{2, 3} {
 		p := new(peerAnswers)
-		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			select {
-			case <-time.After(time.Duration(p.delay.Load())):
-			case <-r.Context().Done():
-			}
-			if h := p.health.Load(); h == nil {
-				w.WriteHeader(http.StatusServiceUnavailable)
-			} else {
-				w.Header().Set("Content-Type", "application/json")
-				_ = json.NewEncoder(w).Encode(peerInfo{Cluster: "7", Health: *h}) // the client may be gone
-			}
-		}))
-		t.Cleanup(server.Close)
 		r.peers[id] = p
-		n.store.state.members[id] = member{ID: id, PeerURL: server.URL}
+		n.store.state.members[id] = member{ID: id, PeerURL: fmt.Sprintf("http://%d", id)}
 	}
+	before := peerClient.Transport
+	peerClient.Transport = r
+	t.Cleanup(func() { peerClient.Transport = before })
 	applyTo(t, n.store, somePut)
 	n.guard.gate = n.hub.gate
 	must(t, n.guard.begin())
@@ -144,6 +138,28 @@ func newExchangeRig(t *testing.T) *exchangeRig {
 		must(t, <-ended)
 	})
 	return r
+}
+
+// RoundTrip asks the member whose host is its ID.
+func (r *exchangeRig) RoundTrip(req *http.Request) (*http.Response, error) {
+	id, err := strconv.ParseUint(req.URL.Host, 10, 64)
+	p := r.peers[id]
+	if err != nil || p == nil {
+		return nil, errors.New("nobody there")
+	}
+	select {
+	case <-time.After(time.Duration(p.delay.Load())):
+	case <-req.Context().Done():
+		return nil, req.Context().Err()
+	}
+	answer := httptest.NewRecorder()
+	answer.Header().Set("Content-Type", "application/json")
+	if h := p.health.Load(); h == nil {
+		answer.WriteHeader(http.StatusServiceUnavailable)
+	} else if err := json.NewEncoder(answer).Encode(peerInfo{Cluster: "7", Health: *h}); err != nil {
+		return nil, err
+	}
+	return answer.Result(), nil
 }
 
 // say makes a member answer with the state of the node, or with another one.
@@ -170,98 +186,104 @@ func (r *exchangeRig) wait(t *testing.T, want verdict) {
 
 // TestExchange: what the others answer decides what the node serves, watches included.
 func TestExchange(t *testing.T) {
-	r := newExchangeRig(t)
-	r.wait(t, unchecked)
-	served := make(chan error, 1)
-	go func() { served <- r.serving(t.Context(), time.Minute) }()
+	synctest.Test(t, func(t *testing.T) {
+		r := newExchangeRig(t)
+		r.wait(t, unchecked)
+		served := make(chan error, 1)
+		go func() { served <- r.serving(t.Context(), time.Minute) }()
 
-	// Agreement counts only when the node knows who has a vote.
-	r.say(2, true)
-	r.loop.status.Store(&replicaStatus{leader: 2})
-	time.Sleep(5 * firstExchangeEvery)
-	r.wait(t, unchecked)
-	// One member that needs long does not hold up the first comparison.
-	r.peers[3].delay.Store(int64(time.Minute))
-	start := time.Now()
-	r.informed.Store(true)
-	r.wait(t, sound)
-	if took := time.Since(start); took > peerDialTimeout/2 {
-		t.Errorf("it took %v, waiting for a member that does not answer", took)
-	}
-	must(t, <-served)
-	r.peers[3].delay.Store(0)
+		// Agreement counts only when the node knows who has a vote.
+		r.say(2, true)
+		r.loop.status.Store(&replicaStatus{leader: 2})
+		time.Sleep(5 * exchangeEvery)
+		r.wait(t, unchecked)
+		// One member that needs long does not hold up the first comparison.
+		r.peers[3].delay.Store(int64(time.Minute))
+		start := time.Now()
+		r.informed.Store(true)
+		r.wait(t, sound)
+		if took := time.Since(start); took > peerDialTimeout/2 {
+			t.Errorf("it took %v, waiting for a member that does not answer", took)
+		}
+		must(t, <-served)
+		r.peers[3].delay.Store(0)
 
-	w, err := r.hub.watch("", true, r.store.version())
-	must(t, err)
-	defer w.close()
-	r.say(2, false)
-	r.wait(t, doubtful)
-	if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, errDiverged) {
-		t.Errorf("watch of a node in doubt: %v", err)
-	}
-	if err := r.serving(t.Context(), time.Minute); !errors.Is(err, errDiverged) {
-		t.Errorf("serving in doubt: %v", err)
-	}
-	// Another member at its address is nobody's voice.
-	h := health{Member: 2, Sums: r.store.sums()}
-	r.peers[3].health.Store(&h)
-	time.Sleep(2 * exchangeEvery)
-	r.wait(t, doubtful)
+		w, err := r.hub.watch("", true, r.store.version())
+		must(t, err)
+		defer w.close()
+		r.say(2, false)
+		r.wait(t, doubtful)
+		if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, errDiverged) {
+			t.Errorf("watch of a node in doubt: %v", err)
+		}
+		if err := r.serving(t.Context(), time.Minute); !errors.Is(err, errDiverged) {
+			t.Errorf("serving in doubt: %v", err)
+		}
+		// Another member at its address is nobody's voice.
+		h := health{Member: 2, Sums: r.store.sums()}
+		r.peers[3].health.Store(&h)
+		time.Sleep(5 * exchangeEvery)
+		r.wait(t, doubtful)
 
-	r.say(3, true)
-	r.wait(t, sound)
-	again, err := r.hub.watch("", true, r.store.version())
-	must(t, err)
-	defer again.close()
-	applyTo(t, r.store, somePut)
-	r.hub.distribute()
-	if n, _, err := again.read(func(*event, bool) {}); n != 1 || err != nil {
-		t.Errorf("watch after the doubt: %d events, %v", n, err)
-	}
+		r.say(3, true)
+		r.wait(t, sound)
+		again, err := r.hub.watch("", true, r.store.version())
+		must(t, err)
+		defer again.close()
+		applyTo(t, r.store, somePut)
+		r.hub.distribute()
+		if n, _, err := again.read(func(*event, bool) {}); n != 1 || err != nil {
+			t.Errorf("watch after the doubt: %d events, %v", n, err)
+		}
+	})
 }
 
 // TestExchange_Waits: who asks a node that was not compared yet waits until his deadline or until the node stops.
 func TestExchange_Waits(t *testing.T) {
-	r := newExchangeRig(t)
-	r.loop.status.Store(&replicaStatus{leader: 2})
-	for name, call := range map[string]func(time.Duration) error{
-		"serving":     func(d time.Duration) error { return r.serving(t.Context(), d) },
-		"linearize":   func(d time.Duration) error { return r.linearize(t.Context(), d) },
-		"waitVersion": func(d time.Duration) error { return r.waitVersion(t.Context(), d, 1) },
-		"propose": func(d time.Duration) error {
-			_, err := r.propose(t.Context(), d, somePut)
-			return err
-		},
-	} {
-		start := time.Now()
-		err := call(50 * time.Millisecond)
-		if took := time.Since(start); !errors.Is(err, errUnchecked) || took < 50*time.Millisecond || took > 5*time.Second {
-			t.Errorf("%s: %v after %v", name, err, took)
+	synctest.Test(t, func(t *testing.T) {
+		r := newExchangeRig(t)
+		r.loop.status.Store(&replicaStatus{leader: 2})
+		for name, call := range map[string]func(time.Duration) error{
+			"serving":     func(d time.Duration) error { return r.serving(t.Context(), d) },
+			"linearize":   func(d time.Duration) error { return r.linearize(t.Context(), d) },
+			"waitVersion": func(d time.Duration) error { return r.waitVersion(t.Context(), d, 1) },
+			"propose": func(d time.Duration) error {
+				_, err := r.propose(t.Context(), d, somePut)
+				return err
+			},
+		} {
+			start := time.Now()
+			err := call(50 * time.Millisecond)
+			if took := time.Since(start); !errors.Is(err, errUnchecked) || took < 50*time.Millisecond || took > 5*time.Second {
+				t.Errorf("%s: %v after %v", name, err, took)
+			}
 		}
-	}
-	r.loop.status.Store(&replicaStatus{})
-	if err := r.linearize(t.Context(), time.Millisecond); !errors.Is(err, errNoLeader) {
-		t.Errorf("without a leader: %v", err)
-	}
-	if err := r.serving(t.Context(), time.Millisecond); err != nil {
-		t.Errorf("what the node has, without a leader: %v", err)
-	}
-	r.loop.status.Store(&replicaStatus{leader: 2})
-	released := make(chan error, 1)
-	go func() { released <- r.serving(t.Context(), time.Hour) }()
-	r.guard.release() // as exchange does when it ends
-	if err := <-released; err == nil {
-		t.Error("a node that stops serves without a comparison")
-	}
+		r.loop.status.Store(&replicaStatus{})
+		if err := r.linearize(t.Context(), time.Millisecond); !errors.Is(err, errNoLeader) {
+			t.Errorf("without a leader: %v", err)
+		}
+		if err := r.serving(t.Context(), time.Millisecond); err != nil {
+			t.Errorf("what the node has, without a leader: %v", err)
+		}
+		r.loop.status.Store(&replicaStatus{leader: 2})
+		released := make(chan error, 1)
+		go func() { released <- r.serving(t.Context(), time.Hour) }()
+		r.guard.release() // as exchange does when it ends
+		if err := <-released; err == nil {
+			t.Error("a node that stops serves without a comparison")
+		}
+	})
 }
 
 // TestAskOthers_OnlyTheExchangeJudges: others ask too, at the same time, and must not change the verdict.
 func TestAskOthers_OnlyTheExchangeJudges(t *testing.T) {
-	r := newExchangeRig(t)
-	r.informed.Store(true) // and there is no leader, so the exchange asks nobody
-	r.say(2, true)
-	r.say(3, true)
-	if got := r.askOthers(t.Context(), nil); len(got) != 2 || r.guard.current() != unchecked {
-		t.Errorf("%d have answered, and the node is %v, want 2, unchecked", len(got), r.guard.current())
-	}
+	synctest.Test(t, func(t *testing.T) {
+		r := newExchangeRig(t)
+		r.informed.Store(true) // and there is no leader, so the exchange asks nobody
+		r.say(2, true)
+		r.say(3, true)
+		if got := r.askOthers(t.Context(), nil); len(got) != 2 || r.guard.current() != unchecked {
+			t.Errorf("%d have answered, and the node is %v, want 2, unchecked", len(got), r.guard.current())
+		}
+	})
 }

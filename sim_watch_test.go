@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -80,6 +79,7 @@ func (w *simWatcher) connect(p *process) {
 	w.process = p
 	w.stream = &watchStream{
 		w: w, control: http.NewResponseController(w), watcher: watcher, events: w.events, bookmark: w.bookmark, now: w.sim.watchClock, rv: w.cursor,
+		cluster: fmt.Sprintf("%x", p.identity.Cluster),
 	}
 	if err := w.stream.begin(nil); err != nil {
 		w.sim.check.violate("watch", "%v", err)
@@ -173,8 +173,11 @@ func (w *simWatcher) take(text string) error {
 		for line := range strings.Lines(text) {
 			switch name, value, _ := strings.Cut(strings.TrimSpace(line), ": "); name {
 			case "id":
-				id, _ = strconv.ParseUint(value, 10, 64) // 0 is no version of an event
-				hasID = true
+				cluster, rv, err := parseResume(value)
+				if err != nil || cluster != w.stream.cluster {
+					return fmt.Errorf("id %q: %w", value, err)
+				}
+				id, hasID = rv, true
 			case "data":
 				text = value
 			}
