@@ -86,7 +86,7 @@ var (
 	errBodyTimeout = &apiError{code: "request-timeout", status: http.StatusRequestTimeout, outcome: notApplied, retry: true,
 		title: "Request body timed out", detail: "the body did not arrive in time; send it again"}
 	errConnections = &apiError{code: "too-many-connections", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
-		title: "Too many connections", detail: "this node has as many connections as it may have; retry later or at another node"}
+		title: "Too many connections", detail: "this node has as many connections as it may have, and has not read the request, so this attempt was not applied; retry later or at another node"}
 	errNotReady = &apiError{code: "not-ready", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
 		title: "Not ready", detail: "a linearizable read did not succeed in time; is a majority of the members up?"}
 	errMember = &apiError{code: "member-conflict", status: http.StatusConflict, outcome: notApplied,
@@ -107,6 +107,14 @@ var (
 		title: "Not compared yet", detail: "this node has not found a majority that has its state since it started, which takes a moment; retry later or at another node"}
 	errNoLeader = &apiError{code: "no-leader", status: http.StatusServiceUnavailable, outcome: notApplied, retry: true,
 		title: "No leader", detail: "no leader was reachable before the deadline; is a majority of the members up?"}
+)
+
+// The deadline passed although there was a leader.
+var (
+	errReadTimeout = &apiError{code: "timeout", status: http.StatusGatewayTimeout, outcome: notApplied, retry: true,
+		title: "Timed out", detail: "this node did not reach the asked resource version before the deadline; retry here or at another node"}
+	errUnconfirmed = errReadTimeout.withDetail("no majority confirmed before the deadline what there is to read; retry, here or at another node, or give it longer")
+	errNotProposed = errReadTimeout.withDetail("the write waited until its deadline and was not proposed: it was not applied; retry, here or at another node, or give it longer")
 )
 
 // Applied with a negative answer: nothing changed.
@@ -158,8 +166,6 @@ var (
 		detail: "the write was proposed but not confirmed before the deadline; it may still be applied: send it again with the same Idempotency-Key"}
 	errTransfer = &apiError{code: "transfer-failed", status: http.StatusGatewayTimeout, outcome: unknown, retry: true,
 		title: "Transfer failed"}
-	errReadTimeout = &apiError{code: "timeout", status: http.StatusGatewayTimeout, outcome: notApplied, retry: true,
-		title: "Timed out", detail: "this node did not reach the asked resource version before the deadline; retry here or at another node"}
 )
 
 // Of watches: before one starts, or as its last event.

@@ -400,7 +400,7 @@ func (h *httpAPI) propose(w http.ResponseWriter, r request, c command, body stri
 	}
 	res, err = h.backend.propose(r.Context(), r.params.timeout, c)
 	if err != nil {
-		if c.retry.key != "" && errors.Is(err, errUnknown) {
+		if e, ok := errors.AsType[*apiError](err); ok && c.retry.key != "" && e.code == errUnknown.code && e.outcome == unknown {
 			err = errUnknownRetry
 		}
 		return result{}, err
@@ -826,6 +826,19 @@ func (p problem) encode() []byte {
 	return append(body, '\n')
 }
 
+// problemOf is an error as the answer to a request.
+func problemOf(r *http.Request, e *apiError) problem {
+	if !isWrite(r.Method) {
+		p := newProblem(e)
+		p.Outcome = ""
+		return p
+	}
+	if _, ok := r.Header["Idempotency-Key"]; ok {
+		e = e.ofRetry()
+	}
+	return newProblem(e)
+}
+
 func (h *httpAPI) writeError(w http.ResponseWriter, r *http.Request, err error) {
 	e, ok := errors.AsType[*apiError](err)
 	if !ok {
@@ -834,12 +847,8 @@ func (h *httpAPI) writeError(w http.ResponseWriter, r *http.Request, err error) 
 			h.logger.Error("request failed", zap.String("method", r.Method), zap.Error(err))
 		}
 	}
-	if _, ok := r.Header["Idempotency-Key"]; ok && isWrite(r.Method) {
-		e = e.ofRetry()
-	}
-	p := newProblem(e)
+	p := problemOf(r, e)
 	if !isWrite(r.Method) {
-		p.Outcome = ""
 		if _, ok := w.Header()["Cache-Control"]; !ok { // no call was found
 			w.Header()["Cache-Control"] = noStore
 		}
@@ -876,7 +885,9 @@ func isWrite(method string) bool {
 // httpRefusal is the response to a connection that the listener has no room
 // for. No request was read, so it must suit every one.
 func httpRefusal() []byte {
-	body := newProblem(errConnections).encode()
+	p := newProblem(errConnections)
+	p.Outcome = "" // nobody has read whether it is a write, or a retry
+	body := p.encode()
 	return fmt.Appendf(nil, "HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nRetry-After: %s\r\n%sConnection: close\r\n\r\n%s",
 		errConnections.status, http.StatusText(errConnections.status), typeProblem[0], len(body), retryAfter[0], browserHeader, body)
 }

@@ -490,10 +490,16 @@ func (l *loop) giveUp(b *batch, i int) error {
 	}
 	b.withdraw(i)
 	l.dropEmpty(b)
-	if l.status.Load().leader != 0 {
-		return errOverloaded
+	return l.timeout(errNotProposed)
+}
+
+// timeout is the answer when a deadline has passed: err if there is a leader, so that
+// it is not for want of one.
+func (l *loop) timeout(err *apiError) error {
+	if l.status.Load().leader == 0 {
+		return errNoLeader
 	}
-	return errNoLeader
+	return err
 }
 
 // dropEmpty takes a batch from the queue that holds nothing, so that it is not
@@ -610,7 +616,7 @@ func (l *loop) linearize(ctx context.Context, timeout time.Duration) error {
 		return err
 	}
 	if err := l.await(ctx, q.done, timeout); err != nil {
-		return errNoLeader
+		return l.timeout(errUnconfirmed)
 	}
 	return q.err
 }

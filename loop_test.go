@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -181,4 +182,34 @@ func TestLoop_TimeOfBatch(t *testing.T) {
 	third := put("third")
 	must(t, l.turn(false)) // for the request, before the next tick
 	lives("third", third, now)
+}
+
+// TestLoop_DeadlineSaysWhy: what waits until its deadline is told that there is no leader only if there is none, and
+// nothing of a load that it has not seen.
+func TestLoop_DeadlineSaysWhy(t *testing.T) {
+	for _, tt := range []struct {
+		leader uint64
+		code   string
+		status int
+	}{{0, "no-leader", 503}, {2, "timeout", 504}} {
+		l := newLoop(10*time.Millisecond, func() {}, zap.NewNop()) // which does not run
+		l.status.Store(&replicaStatus{leader: tt.leader})
+		calls := map[string]func() error{
+			"read": func() error { return l.linearize(t.Context(), time.Millisecond) },
+			"write": func() error {
+				_, err := l.propose(t.Context(), time.Millisecond, somePut)
+				return err
+			},
+			"member": func() error { return l.removeMember(t.Context(), time.Millisecond, 3) },
+		}
+		for name, call := range calls {
+			e, ok := errors.AsType[*apiError](call())
+			if !ok || e.code != tt.code || e.status != tt.status || e.outcome != notApplied || !e.retry {
+				t.Errorf("%s with leader %d: %+v", name, tt.leader, e)
+			}
+			if retry := e.ofRetry(); name == "write" && (retry.outcome != unknown || !strings.Contains(retry.detail, "this attempt was not applied")) {
+				t.Errorf("with an Idempotency-Key: %+v", retry)
+			}
+		}
+	}
 }

@@ -465,7 +465,10 @@ func (r *replica) giveUp() {
 		}
 		b.err = errUnknown
 		if b.offers == 0 {
-			b.err = errNoLeader
+			b.err = errNotProposed
+			if r.leader == 0 {
+				b.err = errNoLeader
+			}
 		}
 		r.handBack(b)
 		return true

@@ -310,10 +310,7 @@ func (p *ports) serveWaiting(w http.ResponseWriter, r *http.Request) {
 		e = errNotReady
 	}
 	e = e.withDetail("this node is not in a cluster yet, it waits for others; %s", strings.Join(*p.waitsFor.Load(), "; "))
-	problem := newProblem(e)
-	if !isWrite(r.Method) {
-		problem.Outcome = ""
-	}
+	problem := problemOf(r, e)
 	setErrorHeaders(w.Header(), e)
 	writeBody(w, r, e.status, typeProblem, problem.encode())
 }

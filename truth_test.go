@@ -2,6 +2,7 @@ package main
 
 import (
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -53,4 +54,24 @@ func TestVirtual_RetryIsToldTheTruth(t *testing.T) {
 		}
 		want("no leader", alone, http.StatusServiceUnavailable)
 	})
+}
+
+// TestServeWaiting_Outcome: a node that is not in its cluster yet does not know what became of an earlier attempt.
+func TestServeWaiting_Outcome(t *testing.T) {
+	p := &ports{}
+	p.waiting([]string{"nobody"})
+	for _, tt := range []struct {
+		method, key string
+		want        outcome
+	}{{"PUT", "", notApplied}, {"PUT", "k", unknown}, {"GET", "", ""}, {"GET", "k", ""}} {
+		w, r := httptest.NewRecorder(), httptest.NewRequest(tt.method, "/a", nil)
+		if tt.key != "" {
+			r.Header.Set("Idempotency-Key", tt.key)
+		}
+		p.serveWaiting(w, r)
+		got := mustProblem(t, answer{code: w.Code, header: w.Header(), body: w.Body.String()})
+		if got.Code != "no-leader" || got.Outcome != tt.want || (tt.want == unknown) != strings.Contains(got.Detail, "this attempt was not applied") {
+			t.Errorf("%v: %+v", tt, got)
+		}
+	}
 }
