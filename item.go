@@ -30,6 +30,24 @@ func appendItemJSON(buf []byte, key string, it item, keysOnly bool) []byte {
 	return appendItemEnd(buf, it)
 }
 
+// appendItemStart appends what comes before the text of a value.
+func appendItemStart(buf []byte, key string, isText bool) []byte {
+	buf = appendBytesField(append(buf, '{'), "key", key)
+	if isText {
+		return append(buf, `,"value":"`...)
+	}
+	return append(buf, `,"valueBase64":"`...)
+}
+
+// appendPiece appends a piece of a value. The size of all but the last can be divided
+// by three.
+func appendPiece(buf []byte, piece string, isText bool) []byte {
+	if isText {
+		return appendJSONText(buf, piece)
+	}
+	return base64.StdEncoding.AppendEncode(buf, []byte(piece))
+}
+
 // appendItemEnd appends what comes after the value.
 func appendItemEnd(buf []byte, it item) []byte {
 	buf = append(buf, `,"resourceVersion":`...)

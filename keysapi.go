@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/base64"
 	"net/http"
 	"slices"
 	"strconv"
@@ -365,21 +364,12 @@ func (s *stream) appendItem(key string, it item, keysOnly bool) {
 		s.flushLarge()
 		return
 	}
-	s.buf = appendBytesField(append(s.buf, '{'), "key", key)
 	isText := utf8.ValidString(it.value)
-	s.buf = append(s.buf, `,"value`...)
-	if !isText {
-		s.buf = append(s.buf, "Base64"...)
-	}
-	s.buf = append(s.buf, `":"`...)
+	s.buf = appendItemStart(s.buf, key, isText)
 	for rest := it.value; rest != ""; {
 		piece := rest[:min(len(rest), streamPieceSize)]
 		rest = rest[len(piece):]
-		if isText {
-			s.buf = appendJSONText(s.buf, piece)
-		} else {
-			s.buf = base64.StdEncoding.AppendEncode(s.buf, []byte(piece))
-		}
+		s.buf = appendPiece(s.buf, piece, isText)
 		s.flushLarge()
 	}
 	s.buf = appendItemEnd(append(s.buf, '"'), it)

@@ -171,10 +171,13 @@ func fanout(tb testing.TB, c *proc.Cluster, size int, rounds func(crowd *watchCr
 	return (max(before, after) - empty) / size
 }
 
+// oneAddressArgs let all clients come from one machine, however many they are.
+var oneAddressArgs = []string{"--max-connections-per-address", strconv.Itoa(connectionsMaxDefault)}
+
 // TestProcess_WatchFanout: one write reaches all watchers of its prefix in time, and those that wait cost little.
 func TestProcess_WatchFanout(t *testing.T) {
 	size := sized(1000, 10_000)
-	c := newLiveCluster(t, proc.Options{Nodes: 1})
+	c := newLiveCluster(t, proc.Options{Nodes: 1, Args: oneAddressArgs})
 	var took []time.Duration
 	cost := fanout(t, c.Cluster, size, func(crowd *watchCrowd, n *proc.Node) {
 		for i := range 10 {
@@ -201,7 +204,7 @@ func TestProcess_WatchFanout(t *testing.T) {
 func BenchmarkWatchFanout(b *testing.B) {
 	for _, size := range []int{100, 1000, 10_000} {
 		b.Run(fmt.Sprintf("watchers=%d", size), func(b *testing.B) {
-			c, err := proc.NewCluster(proc.Options{Binary: buildLiveBinary(b), Nodes: 1, Dir: b.TempDir()})
+			c, err := proc.NewCluster(proc.Options{Binary: buildLiveBinary(b), Nodes: 1, Dir: b.TempDir(), Args: oneAddressArgs})
 			must(b, err)
 			b.Cleanup(func() { must(b, c.Stop()) })
 			ctx, cancel := context.WithTimeout(b.Context(), liveTimeout)

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"sync"
 	"time"
+	"unicode/utf8"
 )
 
 // This file is the HTTP front's watch: a response that does not end. It is a
@@ -216,6 +217,10 @@ type watchStream struct {
 	part      bool // the last version is not complete
 
 	buf *[]byte // what is to be written; nil = nothing
+	// large is a value whose text goes where buf is split. It is not copied, since
+	// thousands of watchers may be about to write it. "" = none
+	large string
+	split int
 }
 
 var watchBuffers = sync.Pool{New: func() any { return new([]byte) }}
@@ -292,7 +297,7 @@ func (s *watchStream) writeList(list *keyList) error {
 		for i := range items {
 			e := event{rv: items[i].rv, kind: eventAdded, key: items[i].key, item: items[i].item}
 			s.appendEvent(&e, false)
-			if len(*s.buf) >= watchPartSize {
+			if len(*s.buf) >= watchPartSize || s.large != "" {
 				if err := s.write(); err != nil {
 					return err
 				}
@@ -383,7 +388,7 @@ func (s *watchStream) appendEvent(e *event, last bool) {
 		buf = s.appendHead(buf, eventTypes[e.kind], e.rv, last)
 		it := e.item
 		it.rv = e.rv // of a deletion: its own
-		buf = appendItemJSON(buf, e.key, it, e.cut)
+		buf = s.appendItem(buf, e.key, it, e.cut)
 		if e.prev != 0 {
 			buf = append(buf[:len(buf)-1], `,"previousResourceVersion":`...)
 			buf = strconv.AppendUint(buf, e.prev, 10)
@@ -402,6 +407,16 @@ func (s *watchStream) appendEvent(e *event, last bool) {
 		}
 		return s.appendTail(buf, more)
 	})
+}
+
+// appendItem appends an item. One that makes a read of its own is written in pieces.
+func (s *watchStream) appendItem(buf []byte, key string, it item, cut bool) []byte {
+	if cut || len(it.value) < readBytesMax {
+		return appendItemJSON(buf, key, it, cut)
+	}
+	buf = appendItemStart(buf, key, utf8.ValidString(it.value))
+	s.large, s.split = it.value, len(buf)
+	return appendItemEnd(append(buf, '"'), it)
 }
 
 // append adds to what is to be written.
@@ -453,23 +468,59 @@ func (s *watchStream) appendTail(buf []byte, more int64) []byte {
 	return buf
 }
 
-// write gives the client time for each part, so that it may be slow but must not
-// stand still.
 func (s *watchStream) write() error {
 	if s.buf == nil {
 		return nil
 	}
-	for part := range slices.Chunk(*s.buf, watchPartSize) {
-		_ = s.control.SetWriteDeadline(time.Now().Add(watchWriteTimeout)) // as above
-		if _, err := s.w.Write(part); err != nil {
+	rest := *s.buf
+	if s.large != "" {
+		if err := s.writeParts(rest[:s.split]); err != nil {
 			return err
 		}
+		if err := s.writeLarge(); err != nil {
+			return err
+		}
+		rest, s.large = rest[s.split:], ""
+	}
+	if err := s.writeParts(rest); err != nil {
+		return err
 	}
 	if cap(*s.buf) <= 4*watchPartSize { // not one that an extraordinary value has grown
 		*s.buf = (*s.buf)[:0]
 		watchBuffers.Put(s.buf)
 	}
 	s.buf = nil
+	return nil
+}
+
+// writeLarge writes the text of the large value.
+func (s *watchStream) writeLarge() error {
+	buf := watchBuffers.Get().(*[]byte)
+	defer func() {
+		*buf = (*buf)[:0]
+		watchBuffers.Put(buf)
+	}()
+	isText := utf8.ValidString(s.large)
+	for rest := s.large; rest != ""; {
+		piece := rest[:min(len(rest), streamPieceSize)]
+		rest = rest[len(piece):]
+		*buf = appendPiece((*buf)[:0], piece, isText)
+		if err := s.writeParts(*buf); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeParts gives the client time for each part, so that it may be slow but must not
+// stand still.
+func (s *watchStream) writeParts(b []byte) error {
+	for part := range slices.Chunk(b, watchPartSize) {
+		_ = s.control.SetWriteDeadline(time.Now().Add(watchWriteTimeout)) // as above
+		if _, err := s.w.Write(part); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 

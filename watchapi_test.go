@@ -690,6 +690,39 @@ func TestWatch_ManyParts(t *testing.T) {
 	}
 }
 
+// TestWatch_LargeValues: what is written in pieces is the same as in one, between small ones, in lists and as events.
+func TestWatch_LargeValues(t *testing.T) {
+	f := newFront(t)
+	values := []string{
+		strings.Repeat("v\n\"é", 15<<10), "small", strings.Repeat("\x00\xff", 25<<10) + "x", strings.Repeat("é", 40<<10), "", strings.Repeat("v", readBytesMax),
+	}
+	for i, v := range values {
+		f.put(fmt.Sprint("k", i), v)
+	}
+	for _, query := range []string{"initial=true", "resourceVersion=0"} {
+		w := f.watch(query)
+		for i, v := range values {
+			if m := w.next(); m.value != v || m.rv != uint64(i+1) {
+				t.Errorf("%s: item %d: %d bytes at %d, want %d", query, i, len(m.value), m.rv, len(v))
+			}
+		}
+	}
+	w := f.watch(fmt.Sprint("resourceVersion=", len(values)))
+	f.put("k1", values[0])
+	f.put("k1", values[2])
+	f.put("k1", "small")
+	for _, want := range []string{values[0], values[2], "small"} {
+		if m := w.next(); m.value != want || m.kind != "MODIFIED" {
+			t.Errorf("%s with %d bytes, want %d", m.kind, len(m.value), len(want))
+		}
+	}
+	s := &watchStream{} // however many there are, they do not copy it
+	s.appendEvent(&event{kind: eventAdded, key: "k", rv: 2, item: item{value: values[0], rv: 2}}, true)
+	if n := len(*s.buf); n > 200 {
+		t.Errorf("%d bytes are copied", n)
+	}
+}
+
 // A deletion tells the value that was deleted unless that was too large to be kept.
 func TestWatch_DeletedValue(t *testing.T) {
 	for _, cut := range []bool{false, true} {
