@@ -11,8 +11,11 @@ import (
 )
 
 // smallState has something of everything.
-func smallState(t tester) state {
+func smallState(t tester) state { return smallStateAt(t, levelFirst) }
+
+func smallStateAt(t tester, level int) state {
 	w := &writer{t: t, store: newKVStore(), now: 1_700_000_000_000}
+	w.store.state.setLevel(level)
 	w.store.state.members[1] = member{ID: 1, PeerURL: "http://a:1"}
 	w.store.state.members[2] = member{ID: 2, PeerURL: "http://b:1", Learner: true}
 	w.store.state.removed[3] = true
@@ -21,11 +24,14 @@ func smallState(t tester) state {
 	w.apply(command{op: opTxn, value: codecTxns[1].encode(), retry: retryID{key: "s", digest: [16]byte{1}}})
 	w.apply(command{op: opDelete, key: "a", condition: condition{ifMatch, 9}, retry: retryID{key: "t"}})
 	w.apply(command{op: opDelete, key: "a"})
+	if level >= 3 {
+		w.apply(command{op: opPut, key: "typed", value: "v", contentType: "text/plain", retry: retryID{key: "u", client: 7}})
+	}
 	return w.store.snapshot()
 }
 
 func TestSnapshot_RoundTrip(t *testing.T) {
-	for _, st := range []state{newState(), smallState(t)} {
+	for _, st := range []state{newState(), smallState(t), smallStateAt(t, levelNewest)} {
 		b := stateBytes(t, st)
 		for name, r := range map[string]io.Reader{
 			"whole": bytes.NewReader(b), "byte by byte": iotest.OneByteReader(bytes.NewReader(b)), "with its end": iotest.DataErrReader(bytes.NewReader(b)),
@@ -96,18 +102,15 @@ func (w *limitedWriter) Write(p []byte) (int, error) {
 // that no checksum notices: an error or a state, but no panic and no endless
 // memory.
 func FuzzSnapshotRead(f *testing.F) {
-	b := stateBytes(f, smallState(f))
-	payload, err := io.ReadAll(&frameReader{r: bytes.NewReader(b)})
-	if err != nil {
-		f.Fatal(err)
+	states := []state{newState()}
+	for level := levelFirst; level <= levelNewest; level++ {
+		states = append(states, smallStateAt(f, level))
 	}
-	f.Add(payload)
-	empty := newState()
-	payload, err = io.ReadAll(&frameReader{r: bytes.NewReader(stateBytes(f, empty))})
-	if err != nil {
-		f.Fatal(err)
+	for _, st := range states {
+		payload, err := io.ReadAll(&frameReader{r: bytes.NewReader(stateBytes(f, st))})
+		must(f, err)
+		f.Add(payload)
 	}
-	f.Add(payload)
 	f.Fuzz(func(t *testing.T, payload []byte) {
 		var framed bytes.Buffer
 		if _, err := (&frameWriter{w: &framed}).Write(payload); err != nil {
@@ -123,6 +126,11 @@ func FuzzSnapshotRead(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		// Whatever outcomes it has, another one finds room.
+		rules := *again.retries.rules
+		rules.retriesMax = 1
+		again.retries.rules = &rules
+		again.retries.add(retryID{key: "another", client: 9}, result{}, 0)
 		if again.rv != st.rv || again.items.Len() != st.items.Len() {
 			t.Fatalf("version %d, %d items; then %d, %d", st.rv, st.items.Len(), again.rv, again.items.Len())
 		}
