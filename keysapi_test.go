@@ -789,3 +789,95 @@ func TestHTTP_StreamThatFailsOverHTTP10(t *testing.T) {
 		}
 	})
 }
+
+// TestHTTP_StreamsThroughProxies: the same over HTTP/1.1 behind a proxy that takes what it has for the whole when
+// the connection to the node breaks, whether it buffers all of it or passes on pieces of its own.
+func TestHTTP_StreamsThroughProxies(t *testing.T) {
+	f := newFront(t)
+	for i := range 100 {
+		f.put(fmt.Sprintf("k%03d", i), strings.Repeat("v", 1000))
+	}
+	for path, whole := range streamed {
+		target, accept := path, "application/x-ndjson"
+		if path == "/-/v1/watch" {
+			target += "?resourceVersion=0&timeout=100ms"
+		}
+		for _, accept := range []string{accept, "application/json", "text/event-stream"} {
+			if accept == "text/event-stream" && path != "/-/v1/watch" {
+				continue
+			}
+			for _, buffers := range []bool{true, false} {
+				size, most := 0, -1 // of the first answer: all
+				for try := range 20 {
+					proxy := httptest.NewServer(cuttingProxy(t, f, accept, most, buffers))
+					res, err := http.Get(proxy.URL + target)
+					must(t, err)
+					b, err := io.ReadAll(res.Body)
+					must(t, errors.Join(err, res.Body.Close())) // the client notices nothing
+					proxy.Close()
+					body := string(b)
+					if res.StatusCode != http.StatusOK || most >= 0 && len(body) != most {
+						t.Fatalf("%s: %d, %d bytes", target, res.StatusCode, len(body))
+					}
+					err = whole(body)
+					if accept == "text/event-stream" { // an event counts when the blank line after it has come
+						err = nil
+						if !strings.HasSuffix(body, "\n\n") {
+							err = errors.New("half an event")
+						}
+					}
+					switch {
+					case most < 0 && err != nil:
+						t.Errorf("%s: not whole: %v", target, err)
+					case most >= 0 && err == nil && (path != "/-/v1/watch" || body[len(body)-1] != '\n'):
+						t.Errorf("%s as %s: %d of %d bytes pass for all", target, accept, most, size)
+					}
+					if most < 0 {
+						size = len(body)
+					}
+					most = 1 + size*try/20
+					if try%2 == 0 { // the end of a line is where it is hardest to see
+						if i := strings.IndexByte(body[min(most, len(body)):], '\n'); i >= 0 && most+i+1 < size-1 {
+							most += i + 1
+						}
+					}
+				}
+			}
+		}
+	}
+}
+
+// cuttingProxy passes on the first bytes of an answer, all of them if most is negative, as if they were the whole.
+func cuttingProxy(t *testing.T, f *front, accept string, most int, buffers bool) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c := f.mustDial()
+		defer c.Close() // within the answer
+		go func() {
+			_, _ = fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\nAccept: %s\r\n\r\n", r.URL.RequestURI(), accept)
+		}()
+		res, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		body := io.Reader(res.Body)
+		if most >= 0 {
+			body = io.LimitReader(body, int64(most))
+		}
+		w.Header().Set("Content-Type", res.Header.Get("Content-Type"))
+		if buffers {
+			b, _ := io.ReadAll(body)
+			w.Header().Set("Content-Length", strconv.Itoa(len(b)))
+			_, _ = w.Write(b)
+			return
+		}
+		for buf := make([]byte, 777); ; {
+			n, err := body.Read(buf)
+			_, _ = w.Write(buf[:n])
+			_ = http.NewResponseController(w).Flush()
+			if err != nil {
+				return
+			}
+		}
+	})
+}
