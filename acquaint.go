@@ -222,7 +222,7 @@ func (n *peerNetwork) publish(known map[uint64]*acquaintance) {
 	}
 	if !maps.Equal(proven, *n.proven.Load()) {
 		n.proven.Store(&proven)
-		wakeUp(n.changed)
+		wake(n.changed)
 	}
 }
 

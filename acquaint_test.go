@@ -19,8 +19,9 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/zap"
 	"raftrv/internal/proc"
+
+	"go.uber.org/zap"
 )
 
 // decoy is a server at an address that somebody gives to a cluster.

@@ -243,6 +243,22 @@ func (c *rewritingConn) CloseWrite() error {
 	return nil
 }
 
+// keptListener gives every connection a place that is kept.
+type keptListener struct{ net.Listener }
+
+func (l keptListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return &keptConn{&rewritingConn{Conn: c}}, nil
+}
+
+type keptConn struct{ *rewritingConn }
+
+func (c *keptConn) isKept() bool   { return true }
+func (c *keptConn) deserve() error { return nil }
+
 func serveFront(t *testing.T, l net.Listener, dial func() (net.Conn, error), options ...func(*httpConfig)) *front {
 	core, logs := observer.New(zap.DebugLevel)
 	logger := zap.New(core)
@@ -1493,5 +1509,77 @@ func BenchmarkHTTP_Get(b *testing.B) {
 				h.ServeHTTP(w, r)
 			}
 		})
+	}
+}
+
+// TestHTTP_KeptPlaces: a node without room for connections still answers those who look after it.
+func TestHTTP_KeptPlaces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		pipes := newPipeListener()
+		f := serveFront(t, keptListener{pipes}, pipes.dial)
+		for target, want := range map[string]int{
+			"/-/livez": 200, "/-/readyz": 200, "/-/metrics": 200, "/-/v1/members": 200, "/-/v1/status": 200,
+			"/k": 503, "/": 503, "/-/v1/keys": 503, "/-/v1/watch": 503, "/-/v1/snapshot": 503, "/-/none": 404,
+		} {
+			a := f.do("GET", target, "")
+			a.want(t, want)
+			if want != 404 && !a.last {
+				t.Errorf("%s: the connection stays open", target)
+			}
+			if want == 503 && mustProblem(t, a).Code != errConnections.code {
+				t.Errorf("%s: %s", target, a.body)
+			}
+		}
+		f.do("POST", "/-/v1/members/4", `{"peerURL":"http://127.0.0.4:4"}`).want(t, 204)
+		if rv := f.store.version(); rv != 0 {
+			t.Error("something was written")
+		}
+	})
+}
+
+// TestHTTP_AnnouncedBodies: what clients only announce takes nothing from others.
+func TestHTTP_AnnouncedBodies(t *testing.T) {
+	f := newFront(t, func(cfg *httpConfig) { cfg.valueSizeMax = 1 << 20 })
+	for i := range 90 {
+		c := f.mustDial()
+		header, part := "Content-Length: 1048576", "v"
+		if i%2 == 1 {
+			header, part = "Transfer-Encoding: chunked", "1\r\nv\r\n"
+		}
+		if _, err := fmt.Fprintf(c, "PUT /slow HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n%s", header, part); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.do("PUT", "/k", strings.Repeat("v", 20<<10)).want(t, 201)
+	if got := f.api.bodies.taken; got != 0 {
+		t.Errorf("%d bytes are held for bodies that did not come", got)
+	}
+}
+
+// TestHTTP_BodiesCount: a body counts with what it takes, whatever call it is for and however large values may be.
+func TestHTTP_BodiesCount(t *testing.T) {
+	for _, chunks := range []bool{false, true} {
+		f := newFront(t, func(cfg *httpConfig) { cfg.valueSizeMax = 1 << 10 })
+		c := f.mustDial()
+		body := `{"then":[{"op":"put","key":"k","value":"` + strings.Repeat("v", txnBodySizeMax-100)
+		header := fmt.Sprint("Content-Length: ", txnBodySizeMax)
+		if chunks {
+			header, body = "Transfer-Encoding: chunked", fmt.Sprintf("%x\r\n%s\r\n", len(body), body)
+		}
+		if _, err := fmt.Fprintf(c, "POST /-/v1/txn HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n%s", header, body); err != nil {
+			t.Fatal(err)
+		}
+		for held := int64(0); held < txnBodySizeMax-100; {
+			f.api.bodies.mu.Lock()
+			held = f.api.bodies.taken
+			f.api.bodies.mu.Unlock()
+			time.Sleep(time.Millisecond)
+		}
+		_ = c.(*net.TCPConn).CloseWrite()
+		readAnswer(t, bufio.NewReader(c), "POST").want(t, 400)
+		f.do("PUT", "/k", "v").want(t, 201)
+		if f.api.bodies.taken != 0 {
+			t.Errorf("%d bytes are held", f.api.bodies.taken)
+		}
 	}
 }

@@ -169,16 +169,3 @@ func TestLevel_SnapshotFormats(t *testing.T) {
 		}
 	}
 }
-
-// TestLevel_RaisedInThisTurn: from the moment that the store is at a level, what needs it is taken.
-func TestLevel_RaisedInThisTurn(t *testing.T) {
-	l := newLoneLoop(t, nil, nil)
-	c := command{op: opPut, key: "k", contentType: "text/plain"}
-	if _, _, err := l.enqueue(&c, time.Now().Add(time.Second)); !errors.Is(err, errLevel) {
-		t.Errorf("before: %v", err)
-	}
-	l.replica.store.state.setLevel(3) // which the loop has not published yet
-	if _, _, err := l.enqueue(&c, time.Now().Add(time.Second)); err != nil {
-		t.Errorf("after: %v", err)
-	}
-}

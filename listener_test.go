@@ -294,3 +294,111 @@ func TestListener_GracefulShutdown(t *testing.T) {
 		}
 	})
 }
+
+// dialFrom connects from a loopback address.
+func dialFrom(t *testing.T, from string, l *listener) net.Conn {
+	t.Helper()
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+	c, err := d.DialContext(t.Context(), "tcp", l.Addr().String())
+	if err != nil {
+		t.Skipf("this machine has no address %s: %v", from, err)
+	}
+	t.Cleanup(func() { _ = c.Close() }) // may be closed already
+	return c
+}
+
+// TestListener_Addresses: an address that has its share leaves room for the others.
+func TestListener_Addresses(t *testing.T) {
+	l := newTestListener(t, listenerConfig{connectionsMax: 3, addressMax: 2})
+	for range 2 {
+		dialFrom(t, "127.0.0.1", l)
+		mustAccept(t, l)
+	}
+	greedy := dialFrom(t, "127.0.0.1", l)
+	dialFrom(t, "127.0.0.2", l)
+	if got := addressOf(mustAccept(t, l).RemoteAddr().String()).String(); got != "127.0.0.2" {
+		t.Errorf("accepted %s", got)
+	}
+	if n, err := greedy.Read(make([]byte, 1)); n > 0 || err == nil {
+		t.Errorf("open: %d, %v", n, err)
+	}
+	if got, want := l.stats(), (connStats{open: 3, accepted: 3, refused: 1}); got != want {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+}
+
+// newFullFront has no room for connections, but for those who look after the node.
+
+// TestHTTP_KeptPlacesAreShort: who has nothing to say, or says it slowly, has a kept place for a moment only.
+func TestListener_KeptPlacesAreShort(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		pipes := newPipeListener()
+		slow := 2 * keptTimeout
+		server := newHTTPServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if place, ok := r.Context().Value(keptPlace{}).(placeholder); ok && r.URL.Path == "/slow" {
+				must(t, place.deserve())
+				time.Sleep(slow)
+			}
+			w.Header().Set("Connection", "close")
+		}), zap.NewNop())
+		defer server.Close()
+		l := newListener(pipes, listenerConfig{keptMax: 4, refusal: httpRefusal()})
+		go func() { _ = server.Serve(l) }() // ends with Close
+		dial := func() net.Conn {
+			c, err := pipes.dial()
+			must(t, err)
+			return c
+		}
+		start := time.Now()
+		for _, begin := range []string{"", "GET / HTTP/1.1\r\nHost: x\r\n"} {
+			c := dial()
+			_, err := io.WriteString(c, begin)
+			must(t, err)
+			_, _ = io.ReadAll(c) // whatever it is told
+			if took := time.Since(start); took > keptTimeout+time.Second {
+				t.Errorf("%q: closed after %v", begin, took)
+			}
+			start = time.Now()
+		}
+		for range 3 { // of four places
+			dial()
+		}
+		if got, err := io.ReadAll(dial()); err != nil || !strings.HasPrefix(string(got), "HTTP/1.1 503") {
+			t.Errorf("one address gets all places: %s, %v", got, err)
+		}
+		time.Sleep(keptTimeout)
+		// A request for which the place is there may take longer.
+		for _, target := range []string{"/", "/slow"} {
+			c := dial()
+			_, err := io.WriteString(c, "GET "+target+" HTTP/1.1\r\nHost: x\r\n\r\n")
+			must(t, err)
+			readAnswer(t, bufio.NewReader(c), "GET").want(t, 200)
+		}
+	})
+}
+
+func TestDivideDescriptors(t *testing.T) {
+	for _, tt := range []struct {
+		limit          uint64
+		want           int
+		clients, peers int
+		fails          bool
+	}{
+		{1 << 20, 16384, 16384, 256, false},
+		{1 << 40, 16384, 16384, 256, false},
+		{20_000, 16384, 16384, 256, false},
+		{1024, 16384, 695, 185, false},
+		{256, 16384, 80, 32, false},
+		{256, 10, 10, 32, false},
+		{160, 16384, 0, 0, true},
+		{64, 16384, 0, 0, true},
+	} {
+		d, err := divideDescriptors(tt.limit, tt.want)
+		if (err != nil) != tt.fails || err == nil && (d.clients != tt.clients || d.peers != tt.peers) {
+			t.Errorf("%d files, %d clients: %+v, %v", tt.limit, tt.want, d, err)
+		}
+		if used := d.clients + d.peers + keptMax + refusalsMax + filesReserved; err == nil && uint64(used) > tt.limit {
+			t.Errorf("%d files: %+v comes to %d", tt.limit, d, used)
+		}
+	}
+}

@@ -258,9 +258,12 @@ func (l *loop) publish() {
 }
 
 // signal wakes the loop. Many signals make one turn.
-func (l *loop) signal() {
+func (l *loop) signal() { wake(l.wake) }
+
+// wake puts the one token into c that it holds, unless it is there.
+func wake(c chan struct{}) {
 	select {
-	case l.wake <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }

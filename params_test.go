@@ -570,3 +570,70 @@ func TestHTTP_UnknownSaysWhatSettlesIt(t *testing.T) {
 		t.Errorf("%+v", p)
 	}
 }
+
+// TestHTTP_ReplayedRead: nobody is told what another has read, and large results
+// do not push out what others need.
+func TestHTTP_ReplayedRead(t *testing.T) {
+	f := newFront(t)
+	f.store.state.setLevel(2)
+	f.put("secret", strings.Repeat("s", 100_000))
+	const body = `{"then":[{"op":"put","key":"k","value":"v"},{"op":"get","key":"secret"}],"else":[]}`
+	f.do("POST", "/-/v1/txn", body, "Idempotency-Key: before").want(t, 200)
+	before := f.store.state.retries.bytes
+	f.apply(raiseLevel(3, 1, 2, 3, 4))
+	if f.store.level() != 3 || f.store.state.retries.bytes != 1024 || before < 100_000 {
+		t.Errorf("level %d: the table takes %d bytes, before %d", f.store.level(), f.store.state.retries.bytes, before)
+	}
+	f.do("POST", "/-/v1/txn", body, "Idempotency-Key: after").want(t, 200)
+	rv := f.store.version()
+	for _, key := range []string{"before", "after"} {
+		a := f.do("POST", "/-/v1/txn", body, "Idempotency-Key: "+key)
+		a.want(t, 409)
+		a.wantHeader(t, "Idempotency-Replayed", "true")
+		if p := mustProblem(t, a); p.Code != "result-not-kept" || p.Outcome != applied || p.Retryable || strings.Contains(a.body, "sss") || len(a.body) > 1000 {
+			t.Errorf("%s: %.1000s", key, a.body)
+		}
+	}
+	if f.store.version() != rv {
+		t.Error("a retry was carried out")
+	}
+	// One that reads nothing is answered as before, and so is one whose other branch would have read.
+	for _, body := range []string{
+		`{"then":[{"op":"put","key":"k","value":"v"},{"op":"delete","key":"none"}]}`,
+		`{"if":[{"key":"k","exists":true}],"then":[{"op":"delete","key":"k"}],"else":[{"op":"get","key":"secret"}]}`,
+	} {
+		first := f.do("POST", "/-/v1/txn", body, "Idempotency-Key: "+fmt.Sprint(len(body)))
+		again := f.do("POST", "/-/v1/txn", body, "Idempotency-Key: "+fmt.Sprint(len(body)))
+		if first.code != 200 || again.code != 200 || first.body != again.body {
+			t.Errorf("%s%s", first.body, again.body)
+		}
+	}
+}
+
+// TestHTTP_Clients: who is told apart by the requests that are remembered.
+func TestHTTP_Clients(t *testing.T) {
+	client := func(addr string) uint64 { return clientOf(&http.Request{RemoteAddr: addr}) }
+	for _, same := range [][2]string{
+		{"10.0.0.1:1", "10.0.0.1:2"}, {"10.0.0.1:1", "[::ffff:10.0.0.1]:1"}, {"[2001:db8::1]:1", "[2001:db8::ffff:1:2]:9"}, {"[fe80::1%eth0]:1", "[fe80::2]:1"}, {"@", ""},
+	} {
+		if client(same[0]) != client(same[1]) {
+			t.Errorf("%q are two", same)
+		}
+	}
+	seen := map[uint64]string{0: "nobody"}
+	for _, addr := range []string{"10.0.0.1:1", "10.0.0.2:1", "[2001:db8::1]:1", "[2001:db8:0:1::1]:1", "[::1]:1"} {
+		if other, twice := seen[client(addr)]; twice {
+			t.Errorf("%s is %s", addr, other)
+		}
+		seen[client(addr)] = addr
+	}
+	f := newFront(t)
+	f.do("PUT", "/k", "v", "Idempotency-Key: one").want(t, 201) // at level 1
+	f.store.state.setLevel(3)
+	f.do("PUT", "/k", "v", "Idempotency-Key: two").want(t, 204)
+	for n, named := range []bool{false, true} {
+		if r, _ := f.store.state.retries.records.Get(uint64(n)); (r.id.client != 0) != named {
+			t.Errorf("record %d is of client %x", n, r.id.client)
+		}
+	}
+}

@@ -168,8 +168,8 @@ func (n *peerNetwork) ask(ctx context.Context, hints []member) {
 		}
 	}
 	n.reported.Store(&reported)
-	wakeUp(n.renamed)
-	wakeUp(n.changed)
+	wake(n.renamed)
+	wake(n.changed)
 }
 
 // fetchPeerInfo asks the member at peerURL which cluster it is in, and who else.

@@ -5,10 +5,9 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
-	"slices"
-	"strings"
 	"syscall"
+
+	"go.etcd.io/etcd/client/pkg/v3/fileutil"
 )
 
 // This file refuses files that other users of the machine could have put there,
@@ -28,6 +27,12 @@ func isNotPrivate(err error) bool {
 	_, ok := errors.AsType[notPrivateError](err)
 	return ok
 }
+
+// Modes of what a node makes.
+const (
+	dirMode  = 0o700
+	fileMode = 0o600
+)
 
 const (
 	othersWrite fs.FileMode = 0o022
@@ -55,44 +60,6 @@ func checkOwner(path string, info fs.FileInfo, mode fs.FileMode) error {
 
 func errSymlink(path string) error {
 	return notPrivate("%s is a symbolic link, and other users may have a hand in where it leads: put a file or directory in its place", path)
-}
-
-// checkPrivateDir refuses a data directory that is not this user's, or that others
-// can write to, and anything in it that was put there by others or leads
-// elsewhere. The directory itself may be behind a link: who named it knows.
-func checkPrivateDir(dir string) error {
-	info, err := os.Stat(dir)
-	if err != nil {
-		return err
-	}
-	if err := checkOwner(dir, info, othersWrite); err != nil {
-		return fmt.Errorf("data directory %w; or choose a --data-dir inside of it, which the node makes by itself", err)
-	}
-	for _, part := range []string{"", walDir, snapDir} {
-		part = filepath.Join(dir, part)
-		names, err := os.ReadDir(part)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		for _, name := range names {
-			if part == filepath.Clean(dir) && !isOurs(name.Name()) {
-				continue // lost+found, say
-			}
-			if err := checkPrivate(filepath.Join(part, name.Name())); err != nil {
-				return fmt.Errorf("data directory %s: %w", dir, err)
-			}
-		}
-	}
-	return nil
-}
-
-// isOurs says whether a node uses this name in its data directory.
-func isOurs(name string) bool {
-	name = strings.TrimSuffix(name, ".tmp")
-	return slices.Contains([]string{lockName, unfinishedName, foundingName, divergedName, watermarkName, secretName, journalPositionName, walDir, snapDir}, name)
 }
 
 func checkPrivate(path string) error {
@@ -156,4 +123,14 @@ func checkReplaceable(path string) error {
 		return fmt.Errorf("%s is no file, and is not replaced by one", path)
 	}
 	return nil
+}
+
+// syncDir makes the names in a directory durable.
+var syncDir = func(path string) error {
+	d, err := fileutil.OpenDir(path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return fileutil.Fsync(d)
 }

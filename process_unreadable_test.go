@@ -7,9 +7,10 @@ import (
 	"strings"
 	"testing"
 
+	"raftrv/internal/proc"
+
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
-	"raftrv/internal/proc"
 )
 
 // spoil appends an entry to the log of a node that is down, which may seem committed, and returns its index.

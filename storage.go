@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -52,9 +53,6 @@ const (
 	bodySuffix = ".snap.db"
 	metaSuffix = ".snap"
 	tempPrefix = "tmp" // as snap.SaveDBFrom names the files that it is writing
-
-	dirMode  = 0o700
-	fileMode = 0o600
 
 	// snapshotsKept: the second one is there in case the newest is damaged.
 	snapshotsKept = 2
@@ -877,16 +875,6 @@ var syncFile = func(path string) error {
 	return errors.Join(fileutil.Fdatasync(f), f.Close())
 }
 
-// syncDir makes the names in a directory durable.
-var syncDir = func(path string) error {
-	d, err := fileutil.OpenDir(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return fileutil.Fsync(d)
-}
-
 func (s *storage) commitSnapshot(meta *raftpb.Snapshot) error {
 	m := meta.GetMetadata()
 	record := &walpb.Snapshot{Index: new(m.GetIndex()), Term: new(m.GetTerm()), ConfState: m.GetConfState()}
@@ -1012,4 +1000,42 @@ func (s *storage) close() error {
 		err = errors.Join(err, s.mark.file.Close())
 	}
 	return errors.Join(err, s.lock.Close())
+}
+
+// checkPrivateDir refuses a data directory that is not this user's, or that others
+// can write to, and anything in it that was put there by others or leads
+// elsewhere. The directory itself may be behind a link: who named it knows.
+func checkPrivateDir(dir string) error {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if err := checkOwner(dir, info, othersWrite); err != nil {
+		return fmt.Errorf("data directory %w; or choose a --data-dir inside of it, which the node makes by itself", err)
+	}
+	for _, part := range []string{"", walDir, snapDir} {
+		part = filepath.Join(dir, part)
+		names, err := os.ReadDir(part)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		for _, name := range names {
+			if part == filepath.Clean(dir) && !isOurs(name.Name()) {
+				continue // lost+found, say
+			}
+			if err := checkPrivate(filepath.Join(part, name.Name())); err != nil {
+				return fmt.Errorf("data directory %s: %w", dir, err)
+			}
+		}
+	}
+	return nil
+}
+
+// isOurs says whether a node uses this name in its data directory.
+func isOurs(name string) bool {
+	name = strings.TrimSuffix(name, ".tmp")
+	return slices.Contains([]string{lockName, unfinishedName, foundingName, divergedName, watermarkName, secretName, journalPositionName, walDir, snapDir}, name)
 }

@@ -182,7 +182,7 @@ func (n *peerNetwork) serveRaft(w http.ResponseWriter, r *http.Request) {
 		n.refusals.add(uint64(from), refuse(refusedStranger, "the sender is no member, as far as this one knows, or not found at its address yet"))
 		refusePeer(w, "the sender is no member, as far as this one knows, or not found at its address yet", http.StatusNotFound)
 		n.knock(uint64(from))
-		wakeUp(n.knocked)
+		wake(n.knocked)
 	case versions != nil:
 		n.refusals.add(uint64(from), versions)
 		refusePeer(w, versions.Error(), http.StatusBadRequest)
@@ -227,16 +227,8 @@ func (n *peerNetwork) send(msgs []*raftpb.Message) {
 // setMembers implements transport.
 func (n *peerNetwork) setMembers(members []member) {
 	n.members.Store(&members)
-	wakeUp(n.renamed)
-	wakeUp(n.changed)
-}
-
-// wakeUp puts the one token into c that it holds, unless it is there.
-func wakeUp(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
+	wake(n.renamed)
+	wake(n.changed)
 }
 
 // run opens and closes links until ctx ends, and gives members that are silent

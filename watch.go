@@ -561,3 +561,11 @@ func (h *versionHeap) Pop() any {
 	v.place = -1
 	return v
 }
+
+// wakeUp puts the one token into c that it holds, unless it is there.
+func wakeUp(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
