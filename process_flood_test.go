@@ -6,6 +6,8 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -206,4 +208,46 @@ func TestProcess_Floods(t *testing.T) {
 		})
 	}
 	c.nothingLost()
+}
+
+// TestProcess_FewFiles: a node that may open few files takes fewer connections, says so, and always finds a
+// descriptor for its log.
+func TestProcess_FewFiles(t *testing.T) {
+	script := filepath.Join(t.TempDir(), "raftrv")
+	must(t, os.WriteFile(script, []byte("#!/bin/sh\nulimit -n 256 && exec "+buildLiveBinary(t)+" \"$@\"\n"), 0o700))
+	c := newLiveCluster(t, proc.Options{Binary: script, Args: smallDiskArgs})
+	n := c.leader()
+	if !c.logHas(n, "the limit of open files bounds the connections") {
+		t.Error("the log does not say so")
+	}
+	f := &flood{t: t, node: n}
+	defer f.close()
+	for _, say := range []string{"", "GET / HTTP/1.1\r\n", "GET /-/v1/watch HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"} {
+		f.open(n.HTTPPort, 400, say)
+		f.open(n.RaftPort, 400, say)
+	}
+	v := newFloodVictim(t, n)
+	for i := range 200 { // files of the log and snapshots come and go
+		v.do(http.MethodPut, fmt.Sprint("/k", i%10), strings.Repeat("v", 20<<10), 0)
+	}
+	v.do(http.MethodGet, "/-/livez", "", 0)
+	if files := resourcesOf(t, n).files; files > 256 || !n.Running() {
+		t.Errorf("%d files", files)
+	}
+	f.close()
+	c.eventually(func() error {
+		if files := resourcesOf(t, n).files; files > 60 {
+			return fmt.Errorf("%d files are left", files)
+		}
+		return nil
+	})
+	c.nothingLost()
+}
+
+// logHas says whether a node has logged something.
+func (c *liveCluster) logHas(n *proc.Node, text string) bool {
+	c.t.Helper()
+	log, err := os.ReadFile(n.LogFile)
+	must(c.t, err)
+	return strings.Contains(string(log), text)
 }
