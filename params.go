@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"math"
+	"mime"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -294,32 +295,49 @@ func parseContentType(header http.Header) (string, error) {
 		return "", nil
 	}
 	contentType := strings.TrimSpace(values[0])
-	if len(values) > 1 || !isContentType(contentType) {
+	switch {
+	case len(values) > 1 || servedTypes[contentType] == nil && !isMediaType(contentType):
 		return "", errInvalid.withDetail("Content-Type must be given once and be a media type such as text/plain; charset=utf-8, of at most %d bytes", contentTypeSizeMax)
-	}
-	if strings.EqualFold(contentType, formType) {
+	case strings.EqualFold(contentType, formType):
 		return "", nil
 	}
 	return contentType, nil
 }
 
+// isMediaType says whether a value may have this content type.
+func isMediaType(s string) bool {
+	if !isContentType(s) {
+		return false
+	}
+	_, _, err := mime.ParseMediaType(s)
+	return err == nil
+}
+
 // servedTypes are what values are served as, if they have that type. A list of
 // what browsers only show: whatever is not known to be harmless is
 // application/octet-stream, so a new kind of script is, too.
-var servedTypes = map[string]bool{
-	"application/cbor": true, "application/json": true, "application/msgpack": true, "application/protobuf": true,
-	"application/toml": true, "application/x-ndjson": true, "application/yaml": true,
-	"image/avif": true, "image/gif": true, "image/jpeg": true, "image/png": true, "image/webp": true,
-	"text/csv": true, "text/markdown": true, "text/plain": true,
-}
+var servedTypes = func() map[string][]string {
+	all := map[string][]string{} // with what the header is then
+	for _, t := range []string{
+		"application/cbor", "application/json", "application/msgpack", "application/protobuf", "application/toml", "application/x-ndjson", "application/yaml",
+		"image/avif", "image/gif", "image/jpeg", "image/png", "image/webp",
+		"text/csv", "text/markdown", "text/plain",
+	} {
+		all[t] = []string{t}
+	}
+	return all
+}()
 
 // servedType is the Content-Type of the answer to who reads a value.
 func servedType(contentType string) []string {
 	if contentType == "" {
 		return typeBytes
 	}
+	if header := servedTypes[contentType]; header != nil {
+		return header
+	}
 	kind, _, _ := strings.Cut(contentType, ";")
-	if !servedTypes[strings.ToLower(strings.TrimSpace(kind))] {
+	if servedTypes[strings.ToLower(strings.TrimSpace(kind))] == nil {
 		return typeBytes
 	}
 	return []string{contentType}

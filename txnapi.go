@@ -223,7 +223,7 @@ func (p *txnParser) operation(place string, part json.RawMessage) command {
 		c.value = p.value(place, b.Value, b.ValueBase64)
 		c.setTTL(p.ttl(place+".ttl", b.TTL), p.level)
 		if b.ContentType != nil {
-			if !isContentType(*b.ContentType) {
+			if !isMediaType(*b.ContentType) {
 				p.fail(place+".contentType", "must be a media type such as text/plain; charset=utf-8, of at most %d bytes", contentTypeSizeMax)
 			}
 			c.setContentType(*b.ContentType, p.level)
