@@ -63,8 +63,16 @@ type introduction struct {
 	moved bool
 }
 
-// errSilent is of an address where nobody answers, or who is there has no cluster yet.
-var errSilent = errors.New("nobody answers there yet")
+var (
+	// errSilent is of an address where nobody answers, or who is there has no cluster yet.
+	errSilent = errors.New("nobody answers there yet")
+	// errFounds is of who waits to found a cluster. The members of one found it
+	// one after the other.
+	errFounds = errors.New("the node that answers there waits to found a cluster: start it with --join")
+)
+
+// nobodyYet says that there may be a member soon.
+func nobodyYet(is error) bool { return errors.Is(is, errSilent) || errors.Is(is, errFounds) }
 
 // recognize says whether an answer is that of a member of this cluster: nil,
 // errSilent, or why not.
@@ -85,7 +93,7 @@ func recognize(id, cluster uint64, info *peerInfo, err error) error {
 	case info.Cluster != "":
 		return nil
 	case info.Founding != nil:
-		return errors.New("the node that answers there waits to found a cluster: start it with --join")
+		return errFounds
 	default:
 		return errSilent // it will join
 	}
@@ -174,7 +182,7 @@ func (n *peerNetwork) introduce(ctx context.Context, id uint64, url, before stri
 	switch {
 	case was == nil && in.is == nil && old.Process != info.Process:
 		in.is = fmt.Errorf("the member still runs at %s, and another process says there that it is this member", before)
-	case was != nil && !errors.Is(was, errSilent):
+	case was != nil && !nobodyYet(was):
 		in.moved = true
 	}
 	return in
@@ -196,7 +204,7 @@ func (n *peerNetwork) hear(a *acquaintance, in introduction) {
 	}
 	a.pause = min(max(2*a.pause, askPauseMin), askPauseMax)
 	a.next = now.Add(a.pause)
-	if errors.Is(in.is, errSilent) {
+	if nobodyYet(in.is) {
 		if a.proven == a.url {
 			a.next = now.Add(askAgainEvery) // a member may be down for a while
 		}

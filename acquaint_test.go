@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -520,4 +521,22 @@ func TestProcess_Decoys(t *testing.T) {
 		t.Errorf("what was written is %v", r)
 	}
 	c.verdict()
+}
+
+// TestPeerClients: what goes to a member asks nobody on the way, and reads no more headers than a member sends.
+func TestPeerClients(t *testing.T) {
+	n := newTestNetwork(t, "http://127.0.0.1:1", false)
+	transports := map[string]*http.Transport{"questions": peerClient.Transport.(*http.Transport), "snapshots": snapshotClient}
+	for _, name := range []string{"streamRt", "pipelineRt"} {
+		rt := *(*http.RoundTripper)(reflect.ValueOf((*n.links.Load())[2].http).Elem().FieldByName(name).Addr().UnsafePointer())
+		transports[name] = rt.(*peerTransport).next.(*http.Transport)
+	}
+	for name, tr := range transports {
+		if tr.Proxy != nil {
+			t.Errorf("%s may go to a proxy", name)
+		}
+		if tr.MaxResponseHeaderBytes != peerHeaderMax {
+			t.Errorf("%s: headers of %d bytes", name, tr.MaxResponseHeaderBytes)
+		}
+	}
 }

@@ -46,10 +46,11 @@ const (
 
 // snapshotClient sends snapshots. It follows no redirect and asks no proxy.
 var snapshotClient = &http.Transport{
-	DialContext:           (&net.Dialer{Timeout: peerDialTimeout}).DialContext,
-	DisableKeepAlives:     true,
-	ExpectContinueTimeout: snapshotAskTimeout,
-	ResponseHeaderTimeout: snapshotAnswerTimeout,
+	DialContext:            (&net.Dialer{Timeout: peerDialTimeout}).DialContext,
+	DisableKeepAlives:      true,
+	ExpectContinueTimeout:  snapshotAskTimeout,
+	ResponseHeaderTimeout:  snapshotAnswerTimeout,
+	MaxResponseHeaderBytes: peerHeaderMax,
 }
 
 // snapshotOutbox is what a link knows of the snapshots that it sent. The next
