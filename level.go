@@ -72,6 +72,9 @@ type rules struct {
 	// versionsPerMilli is how fast the versions of restored clusters begin to grow with
 	// time, see state.leap.
 	versionsPerMilli uint64
+	// leapMin is the part of versionJump that comes with the first batch only, and only
+	// if time alone does not take the versions further.
+	leapMin uint64
 
 	// Events are kept and dropped in chunks. A chunk is full at this many events or
 	// bytes, whichever comes first.
@@ -100,9 +103,9 @@ const (
 
 // rulesOf has the rules of each level.
 var rulesOf = [levelNewest + 1]rules{
-	1: {deletePrefixMax, unlimited, unlimited, unlimited, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, 0, 0, 0, chunkEventsMax, chunkBytesMax},
-	2: {deletePrefixMax, deletePrefixBytesMax, deletedValueMax, deletedBytesMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, 0, ageStepMillis, versionsPerMilli, chunkEventsMax, chunkBytesMax},
-	3: {deletePrefixMax, deletePrefixBytesMax, deletedValueMax, deletedBytesMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, retrySizeMin, ageStepMillis, versionsPerMilli, chunkEventsMax, chunkBytesMax},
+	1: {deletePrefixMax, unlimited, unlimited, unlimited, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, 0, 0, 0, 0, chunkEventsMax, chunkBytesMax},
+	2: {deletePrefixMax, deletePrefixBytesMax, deletedValueMax, deletedBytesMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, 0, ageStepMillis, versionsPerMilli, 0, chunkEventsMax, chunkBytesMax},
+	3: {deletePrefixMax, deletePrefixBytesMax, deletedValueMax, deletedBytesMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, retrySizeMin, ageStepMillis, versionsPerMilli, versionJump - 1, chunkEventsMax, chunkBytesMax},
 }
 
 // rules are those of the state's level.

@@ -18,7 +18,7 @@ const (
 // have written meanwhile: at 10,000 writes a second a day and more. And one can restore
 // nine million times before versions leave what a double holds exactly, which
 // is what JSON's numbers are to many programs. What was made from the same before
-// is above that as well; see leap.
+// is above that as well; see leap, with which most of it comes from level 3 on.
 const versionJump = 1_000_000_000
 
 // begin makes the state the first one of a new cluster with these members.
@@ -29,7 +29,7 @@ const versionJump = 1_000_000_000
 // Idempotency-Key stay: what they stand for is in the state.
 func (s *state) begin(members []member, removed []uint64) {
 	s.index, s.term = firstIndex, firstTerm
-	s.rv += versionJump
+	s.rv += versionJump - s.rules().leapMin
 	s.sessions, s.sessionsDigest = sessions{}, 0
 	s.events = newEventLog()
 	s.setLevel(s.level)
@@ -52,14 +52,18 @@ const leapEpoch = 1_577_836_800_000 // 2020-01-01, in unix milliseconds
 // is known here. That one was above what the time was then, too, and has written
 // less than a hundred times a millisecond since. What is read before the first
 // batch is in the file, and the same in all of these clusters.
+//
+// At level 2 versionJump comes before, so that time had no say for three hours after
+// a restore: two clusters from a backup of that time have the same versions.
 func (s *state) leap(now int64) {
 	if len(s.sessions) > 0 || s.rv == 0 { // it was written to, or nothing was restored
 		return
 	}
-	if to := uint64(max(0, now-leapEpoch)) * s.rules().versionsPerMilli; s.rv < to {
-		s.rv = to
-		s.events.dropped = to
+	to := uint64(max(0, now-leapEpoch)) * s.rules().versionsPerMilli
+	if s.rv >= to { // the clock is wrong, or a person knew better
+		to = s.rv + s.rules().leapMin
 	}
+	s.rv, s.events.dropped = to, max(s.events.dropped, to)
 }
 
 // versionsAboveMax is as far as a person may send the versions: it leaves room

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"go.uber.org/zap"
+	"pgregory.net/rapid"
 )
 
 // TestRestore_VersionsAbove: a person may know better how high the versions are.
@@ -30,4 +31,59 @@ func TestRestore_VersionsAbove(t *testing.T) {
 			t.Errorf("%s", got)
 		}
 	}
+}
+
+// lineage is a cluster, in a family in which all are made from backups and directories of others.
+type lineage struct {
+	store *kvstore
+	index uint64
+	kept  []state // backups, and directories of nodes that were lost
+}
+
+// put writes, and returns the version.
+func (l *lineage) put(t *rapid.T, now int64) uint64 {
+	l.index++
+	c := command{op: opPut, key: "k", value: "v"}
+	h := batchHeader{session: 1, seq: l.index, time: now}
+	if _, err := l.store.apply(l.index, 1, h, c.appendTo(nil), nil); err != nil {
+		t.Fatal(err)
+	}
+	return l.store.version()
+}
+
+// TestRestore_Family: whatever is restored or recovered from whatever, also again, and while the others go on, no
+// version is given out by two clusters. (The simulator has one cluster; a second one would need a second model.)
+func TestRestore_Family(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		now := int64(leapEpoch + 200_000_000_000)
+		first := &lineage{store: newKVStore()}
+		first.store.state.setLevel(3)
+		family, givenBy := []*lineage{first}, map[uint64]*lineage{}
+		for range rapid.IntRange(1, 60).Draw(t, "steps") {
+			now += rapid.Int64Range(1, 1000).Draw(t, "ms")
+			l := rapid.SampledFrom(family).Draw(t, "cluster")
+			switch rapid.IntRange(0, 3).Draw(t, "step") {
+			case 0, 1:
+				for range rapid.IntRange(1, 50).Draw(t, "writes") {
+					rv := l.put(t, now)
+					if other := givenBy[rv]; other != nil {
+						t.Fatalf("version %d was given out twice", rv)
+					}
+					givenBy[rv] = l
+				}
+			case 2:
+				l.kept = append(l.kept, l.store.snapshot())
+			case 3: // both restore and recover begin like this
+				if len(l.kept) == 0 {
+					break
+				}
+				made := &lineage{store: newKVStore(), index: firstIndex}
+				kept := rapid.SampledFrom(l.kept).Draw(t, "kept")
+				st := kept.copy()
+				st.begin([]member{{ID: 1}}, nil)
+				made.store.restore(st)
+				family = append(family, made)
+			}
+		}
+	})
 }
