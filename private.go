@@ -6,8 +6,6 @@ import (
 	"io/fs"
 	"os"
 	"syscall"
-
-	"go.etcd.io/etcd/client/pkg/v3/fileutil"
 )
 
 // This file refuses files that other users of the machine could have put there,
@@ -127,10 +125,9 @@ func checkReplaceable(path string) error {
 
 // syncDir makes the names in a directory durable.
 var syncDir = func(path string) error {
-	d, err := fileutil.OpenDir(path)
+	d, err := os.Open(path)
 	if err != nil {
 		return err
 	}
-	defer d.Close()
-	return fileutil.Fsync(d)
+	return errors.Join(d.Sync(), d.Close())
 }
