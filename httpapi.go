@@ -15,7 +15,6 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -148,7 +147,7 @@ type httpAPI struct {
 	browsers   *browsers
 	metrics    *httpMetrics
 	exposition http.Handler // of all metrics
-	scrapes    atomic.Int64 // of the metrics, under way
+	scrapes    shares       // of the metrics, under way
 	bodies     shares       // bytes of large ones
 	lists      shares       // that are read, and streams
 	backups    shares
@@ -156,6 +155,7 @@ type httpAPI struct {
 
 func newHTTPAPI(cfg httpConfig) http.Handler {
 	h := &httpAPI{httpConfig: cfg, browsers: newBrowsers(cfg.store, cfg.hosts, cfg.origins), metrics: newHTTPMetrics(), exposition: newExposition(cfg)}
+	h.scrapes = cfg.share(metricsInFlight)
 	h.bodies, h.lists, h.backups = cfg.share(bodiesSizeMax), cfg.share(listsMax), cfg.share(backupsMax)
 	cfg.registry.MustRegister(h.metrics)
 	return h

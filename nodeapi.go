@@ -28,7 +28,8 @@ const (
 	statusTimeout   = time.Second // for another member to tell its status
 	statusSizeMax   = 1 << 20     // bytes of that
 	logLevelSizeMax = 1 << 10     // bytes of a body
-	metricsInFlight = 4           // answers at /-/metrics at a time; more are refused
+	metricsInFlight = 4           // answers at /-/metrics at a time; more are refused, and one address does not get all
+	scrapeTimeout   = 10 * time.Second
 )
 
 func (h *httpAPI) getStatus(w http.ResponseWriter, r request) error {
@@ -140,10 +141,12 @@ func (h *httpAPI) getReady(w http.ResponseWriter, r request) error {
 
 // getMetrics answers in Prometheus' text format.
 func (h *httpAPI) getMetrics(w http.ResponseWriter, r request) error {
-	defer h.scrapes.Add(-1)
-	if h.scrapes.Add(1) > metricsInFlight {
+	address := addressOf(r.RemoteAddr)
+	if !h.scrapes.take(address, 1) {
 		return errTooManyRequests.withDetail("%d others are getting the metrics, at most that many can; retry later", metricsInFlight)
 	}
+	defer h.scrapes.give(address, 1)
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(scrapeTimeout)) // not supported by a test's writer
 	w.Header()["Vary"] = append(slices.Clone(h.browsers.varyAccept), "Accept-Encoding")
 	whole := wholeAnswer{ResponseWriter: w, code: http.StatusOK}
 	h.exposition.ServeHTTP(&whole, r.Request)

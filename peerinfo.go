@@ -187,6 +187,7 @@ var peerClient = &http.Client{
 	Transport: &http.Transport{
 		DialContext:            (&net.Dialer{Timeout: peerDialTimeout}).DialContext,
 		MaxIdleConnsPerHost:    2,
+		MaxConnsPerHost:        peerConnsMax,
 		IdleConnTimeout:        peerIdleTimeout,
 		MaxResponseHeaderBytes: peerHeaderMax,
 	},
@@ -195,6 +196,7 @@ var peerClient = &http.Client{
 
 const (
 	peerIdleTimeout = 30 * time.Second
+	peerConnsMax    = 8 // to one member, however many clients want to know all that members say
 	peerHeaderMax   = 64 << 10 // bytes
 )
 
