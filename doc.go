@@ -52,6 +52,6 @@
 //	metrics.go    what a node tells Prometheus: the loop, and what is there anyway;
 //	              httpmetrics.go has the requests, diskmetrics.go the disk
 //	memory.go     how much garbage may lie beside a large state
-//	listener.go   tracked, capped TCP
+//	listener.go   tracked, capped TCP; shares.go divides among addresses
 //	errors.go     what can go wrong, in every front's words
 package main

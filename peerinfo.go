@@ -196,7 +196,7 @@ var peerClient = &http.Client{
 
 const (
 	peerIdleTimeout = 30 * time.Second
-	peerConnsMax    = 8 // to one member, however many clients want to know all that members say
+	peerConnsMax    = 8        // to one member, however many clients want to know all that members say
 	peerHeaderMax   = 64 << 10 // bytes
 )
 
