@@ -160,6 +160,11 @@ func (s *sim) beginCalm() {
 	s.network.netConfig, s.disk.slow = s.net, 0
 	s.network.heal()
 	for _, n := range s.nodes {
+		if n.flags.wrong && n.seeking != nil {
+			n.seeking.die()
+		}
+	}
+	for _, n := range s.nodes {
 		n.full = false
 		n.pausedUntil = s.now
 		n.resume()

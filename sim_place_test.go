@@ -220,6 +220,7 @@ func (n *simNode) refused(err error) {
 	case s.check.cluster != 0 && !isMember && !n.joins:
 		n.retired = true // founded without it
 		return
+	case n.borrowed():
 	case conflict && s.wrongStarts > 0 && !s.healthy.on:
 	default:
 		s.check.violate("start", "node %d does not start: %v", n.id, err)
@@ -229,6 +230,12 @@ func (n *simNode) refused(err error) {
 	} else {
 		s.after(time.Second, n.startRight)
 	}
+}
+
+// borrowed says whether another node, which is started wrongly, has the directory of
+// this one open: it was paused on its way to see that.
+func (n *simNode) borrowed() bool {
+	return slices.ContainsFunc(n.sim.nodes, func(o *simNode) bool { return o != n && o.seeking != nil && o.flags.dir == n.dir })
 }
 
 func (f *simPlace) tell(info peerInfo) { f.info = info }
