@@ -310,18 +310,22 @@ func (n *node) isRemoved(ctx context.Context) (removed bool, by, of []uint64) {
 // awaitRemoval ends this node when it was removed. That is looked at when
 // somebody refuses to talk to it for that reason.
 func (n *node) awaitRemoval(ctx context.Context, told <-chan error) error {
-	var warned time.Time
+	var since, warned time.Time
 	for {
 		select {
 		case <-told:
 		case <-ctx.Done():
 			return nil
 		}
+		if since.IsZero() {
+			since = time.Now()
+		}
 		removed, by, of := n.isRemoved(ctx)
 		if removed {
 			return errRemoved
 		}
-		if now := time.Now(); now.Sub(warned) >= strangerWarnEvery && ctx.Err() == nil {
+		// The others apply it one after the other.
+		if now := time.Now(); now.Sub(since) >= leftOutMax && now.Sub(warned) >= strangerWarnEvery && ctx.Err() == nil {
 			warned = now
 			n.logger.Warn("somebody says that this node was removed from the cluster, and no majority of the voters that it knows confirms that: it goes on; "+
 				"if it is true, stop this node, and keep its data directory until you know that the cluster has all that you need",
