@@ -119,6 +119,10 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 	if err != nil {
 		return err
 	}
+	known, err := disk.loadSecret() // before anybody waits for an answer
+	if err != nil {
+		return err
+	}
 	p, err := openPorts(ctx, &cfg, rec, logger)
 	if err != nil {
 		return err
@@ -155,15 +159,13 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		level:   level,
 
 		directory: rec.identity.Directory,
+		secret:    known,
 		process:   p.process,
 		founders:  rec.identity.Founders,
 		fresh:     !rec.identity.Joined && len(rec.identity.Founders) == 0 && rec.untouched(),
 		informed:  new(atomic.Bool),
 	}
 	n.loop.interrupt = disk.interrupt
-	if n.secret, err = disk.loadSecret(); err != nil {
-		return err
-	}
 	if cfg.journal != "" {
 		if n.journal, err = openJournal(cfg.journal, cfg.dataDir, n.cluster, logger.Named("journal")); err != nil {
 			return err
