@@ -6,6 +6,7 @@ import (
 	"iter"
 	"math"
 	"runtime/debug"
+	"syscall"
 	"time"
 
 	"go.etcd.io/raft/v3"
@@ -424,6 +425,10 @@ func (p *process) runTurn(ticked bool) (err error) {
 func (p *process) exit(err error) {
 	switch {
 	case errors.Is(err, errDisk), errors.Is(err, errCrashed):
+	case errors.Is(err, syscall.EFBIG):
+		// Etcd's log prepares its next segment on a goroutine of its own, which can meet
+		// the limit that was meant for a write before. The log says so later.
+		p.disk.broken = true
 	case errors.Is(err, errPeerRemoved):
 		p.node.retired = true
 	default:
