@@ -66,7 +66,7 @@ func hostileMessages(from, to, term, last uint64) map[string]*raftpb.Message {
 		"propose no batch":                 prop(&raftpb.Entry{Data: []byte("x")}),
 		"propose a change of another kind": prop(&raftpb.Entry{Type: raftpb.EntryConfChangeV2.Enum()}),
 		"heartbeat of the last term":       of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.Term = new(uint64(huge)) }),
-		"heartbeat far ahead":              of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.Term = new(term + termStepMax + 1) }),
+		"heartbeat far ahead":              of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.Term = new(term + 1_000_001) }),
 		"heartbeat beyond the log":         of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.Commit = new(uint64(1 << 40)) }),
 		"heartbeat without a term":         of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.Term, m.Commit = nil, new(uint64(1<<40)) }),
 		"heartbeat with a context":         of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.Context = []byte("abc") }),

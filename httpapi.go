@@ -119,6 +119,7 @@ type httpConfig struct {
 	version      string        // of the program
 	newID        func() string // the second part of a key that this node makes up
 	hosts        []string      // names that this node answers to, beside those of the members' client URLs
+	client       *http.Client  // to ask other members
 	origins      []string      // of web pages that may read and write; see checkOrigin
 	oneAddress   bool          // all clients may come from one address, as behind a proxy: it may take everything
 

@@ -259,6 +259,9 @@ type keptConn struct{ *rewritingConn }
 func (c *keptConn) isKept() bool   { return true }
 func (c *keptConn) deserve() error { return nil }
 
+// testClient follows no redirects, like that of a node.
+var testClient = &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+
 func serveFront(t *testing.T, l net.Listener, dial func() (net.Conn, error), options ...func(*httpConfig)) *front {
 	core, logs := observer.New(zap.DebugLevel)
 	logger := zap.New(core)
@@ -278,6 +281,7 @@ func serveFront(t *testing.T, l net.Listener, dial func() (net.Conn, error), opt
 		valueSizeMax: testValueSizeMax,
 		version:      "v0",
 		newID:        newUUID,
+		client:       testClient,
 		hosts:        []string{"x", "other"}, // the Host of these tests
 		registry:     prometheus.NewRegistry(),
 		checks:       clusterChecks(backend),

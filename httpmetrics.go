@@ -189,8 +189,10 @@ func newHTTPMetrics() *httpMetrics {
 }
 
 var (
-	descRequests = newDesc("http_requests_total", "Requests that were answered.", "method", "route", "code")
-	descLatency  = newDesc("http_request_duration_seconds", "Time to answer a request; a watch counts when it ends. Of a call that is asked for more than 1,000 times a second one in 8 is timed and counts for 8.", "method", "route")
+	descRequests = prometheus.NewDesc("raftrv_http_requests_total", "Requests that were answered.", []string{"method", "route", "code"}, nil)
+	descLatency  = prometheus.NewDesc("raftrv_http_request_duration_seconds",
+		"Time to answer a request; a watch counts when it ends. Of a call that is asked for more than 1,000 times a second one in 8 is timed and counts for 8.",
+		[]string{"method", "route"}, nil)
 )
 
 // Describe implements prometheus.Collector.

@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -401,33 +400,6 @@ func (f *rotation) add(r *journalRig, rename bool) {
 	} else {
 		must(r.t, os.Truncate(r.path, 0))
 	}
-}
-
-// readJournals makes one journal of several, as docs/operations.md tells readers to: what an older file has
-// from the first version of a newer one on does not count, and they fit together.
-func readJournals(files []string) (lines []string, err error) {
-	var versions []uint64 // of lines
-	for i, content := range files {
-		for text := range strings.Lines(content) {
-			var line journalLine
-			if err := json.Unmarshal([]byte(text), &line); err != nil {
-				if strings.HasSuffix(text, "\n") || i == len(files)-1 {
-					return nil, fmt.Errorf("file %d: %q: %w", i, text, err)
-				}
-				continue // torn by a crash, and at the start of the next file
-			}
-			if !line.isHead() {
-				lines, versions = append(lines, text), append(versions, line.RV)
-				continue
-			}
-			n, _ := slices.BinarySearch(versions, line.From)
-			lines, versions = lines[:n], versions[:n]
-			if n > 0 && versions[n-1] != line.From-1 || n == 0 && line.From != 1 {
-				return nil, fmt.Errorf("file %d begins with version %d", i, line.From)
-			}
-		}
-	}
-	return lines, nil
 }
 
 // TestJournal_Rotated: whichever way its file is rotated, with or without a signal or a restart, versions are

@@ -34,7 +34,7 @@ const (
 
 func (h *httpAPI) getStatus(w http.ResponseWriter, r request) error {
 	if r.params.all {
-		return writeJSON(w, r, gatherStatus(r.Context(), h.backend.status()))
+		return writeJSON(w, r, gatherStatus(r.Context(), h.client, h.backend.status()))
 	}
 	return writeJSON(w, r, h.backend.status())
 }
@@ -53,8 +53,9 @@ type memberStatus struct {
 	Error     string      `json:"error,omitempty"`
 }
 
-// gatherStatus asks all members at the same time. own is the view of this node.
-func gatherStatus(ctx context.Context, own nodeStatus) clusterStatus {
+// gatherStatus asks all members at the same time, with a client that follows no
+// redirects. own is the view of this node.
+func gatherStatus(ctx context.Context, client *http.Client, own nodeStatus) clusterStatus {
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
 	all := clusterStatus{Members: make([]memberStatus, len(own.Members)), Silent: []uint64{}}
@@ -66,7 +67,7 @@ func gatherStatus(ctx context.Context, own nodeStatus) clusterStatus {
 			continue
 		}
 		asking.Go(func() {
-			st, err := fetchStatus(ctx, m, own.ClusterID)
+			st, err := fetchStatus(ctx, client, m, own.ClusterID)
 			if err != nil {
 				all.Members[i].Error = err.Error()
 				return
@@ -84,7 +85,7 @@ func gatherStatus(ctx context.Context, own nodeStatus) clusterStatus {
 }
 
 // fetchStatus asks a member for its status.
-func fetchStatus(ctx context.Context, m member, cluster string) (*nodeStatus, error) {
+func fetchStatus(ctx context.Context, client *http.Client, m member, cluster string) (*nodeStatus, error) {
 	if m.ClientURL == "" {
 		return nil, errors.New("it has not told its client URL yet; has it ever been up?")
 	}
@@ -92,7 +93,7 @@ func fetchStatus(ctx context.Context, m member, cluster string) (*nodeStatus, er
 	if err != nil {
 		return nil, err
 	}
-	resp, err := peerClient.Do(req)
+	resp, err := client.Do(req)
 	if err != nil {
 		return nil, err
 	}

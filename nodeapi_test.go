@@ -136,14 +136,14 @@ func TestNode_StatusOfAll(t *testing.T) {
 	t.Cleanup(func() { close(release) }) // before the servers close
 	own.Members = append(own.Members, member{ID: 8}, member{ID: 9, ClientURL: "http://127.0.0.1:1"})
 	start := time.Now()
-	all := gatherStatus(t.Context(), own)
+	all := gatherStatus(t.Context(), testClient, own)
 	if took := time.Since(start); took < statusTimeout || took > statusTimeout+5*time.Second {
 		t.Errorf("it took %v; they are to be asked at the same time, and only for so long", took)
 	}
 	if !slices.Equal(all.Silent, []uint64{3, 4, 5, 6, 7, 8, 9}) || len(all.Members) != 9 {
 		t.Errorf("%+v", all)
 	}
-	for i, want := range []string{"", "", "node 4 of cluster c", "cluster other", "deadline", "302", "EOF", "not told", "refused"} {
+	for i, want := range []string{"", "", "node 4 of cluster c", "cluster other", "deadline", "302", "tells no status", "not told", "refused"} {
 		m := all.Members[i]
 		if m.ID != uint64(i+1) || (want == "") != (m.Status != nil) || !strings.Contains(m.Error, want) || (want == "") != (m.Error == "") {
 			t.Errorf("%+v, want %q", m, want)

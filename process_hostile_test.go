@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -27,7 +28,8 @@ func TestProcess_Hostile(t *testing.T) {
 	c := newLiveCluster(t, proc.Options{})
 	client := c.client(c.Nodes[0])
 	written := client.putNew()
-	info, err := fetchPeerInfo(c.context(), c.Nodes[0].RaftURL())
+	var info struct{ Cluster string }
+	err := json.Unmarshal([]byte(bodyOf(t, c.Nodes[0].RaftURL()+"/-/peer", 200)), &info)
 	must(t, err)
 	st, err := c.Nodes[0].Status(c.context())
 	must(t, err)

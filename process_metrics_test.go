@@ -16,13 +16,19 @@ import (
 // liveText returns the body of an answer with this status.
 func liveText(t *testing.T, n *proc.Node, target string, status int) string {
 	t.Helper()
-	res, err := http.Get(n.URL() + target)
+	return bodyOf(t, n.URL()+target, status)
+}
+
+// bodyOf returns what is answered to a GET with this status.
+func bodyOf(t *testing.T, url string, status int) string {
+	t.Helper()
+	res, err := http.Get(url)
 	must(t, err)
 	defer res.Body.Close()
 	body, err := io.ReadAll(res.Body)
 	must(t, err)
 	if res.StatusCode != status {
-		t.Fatalf("GET %s: %s %s, want %d", target, res.Status, body, status)
+		t.Fatalf("GET %s: %s %s, want %d", url, res.Status, body, status)
 	}
 	return string(body)
 }

@@ -4,11 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"raftrv/internal/proc"
 
+	"go.etcd.io/etcd/server/v3/storage/wal"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 )
@@ -16,18 +18,18 @@ import (
 // spoil appends an entry to the log of a node that is down, which may seem committed, and returns its index.
 func spoil(t *testing.T, n *proc.Node, committed bool, commands []byte) uint64 {
 	t.Helper()
-	s, err := openStorage(n.DataDir, zap.NewNop())
+	dir := filepath.Join(n.DataDir, "wal")
+	snapshots, err := wal.ValidSnapshotEntries(zap.NewNop(), dir)
 	must(t, err)
-	rec, err := s.load()
+	w, err := wal.Open(zap.NewNop(), dir, snapshots[len(snapshots)-1])
 	must(t, err)
-	hs, _, err := rec.log.InitialState()
+	_, hs, entries, err := w.ReadAll()
 	must(t, err)
-	last, err := rec.log.LastIndex()
-	must(t, err)
+	last := entries[len(entries)-1].GetIndex()
 	if committed {
 		hs.Commit = new(last + 1)
 	}
-	must(t, errors.Join(s.save(hs, []*raftpb.Entry{entryOf(last+1, hs.GetTerm(), commands)}), s.sync(), s.close()))
+	must(t, errors.Join(w.Save(hs, []*raftpb.Entry{entryOf(last+1, hs.GetTerm(), commands)}), w.Close()))
 	return last + 1
 }
 

@@ -172,7 +172,7 @@ func fanout(tb testing.TB, c *proc.Cluster, size int, rounds func(crowd *watchCr
 }
 
 // oneAddressArgs let all clients come from one machine, however many they are.
-var oneAddressArgs = []string{"--max-connections-per-address", strconv.Itoa(connectionsMaxDefault)}
+var oneAddressArgs = []string{"--max-connections-per-address", "16384"}
 
 // TestProcess_WatchFanout: one write reaches all watchers of its prefix in time, and those that wait cost little.
 func TestProcess_WatchFanout(t *testing.T) {

@@ -333,6 +333,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 		valueSizeMax: n.config.valueSizeMax,
 		version:      version,
 		newID:        newUUID,
+		client:       peerClient,
 		hosts:        n.config.hostNames(),
 		origins:      n.config.allowedOrigins,
 		oneAddress:   p.clientListener.config.addressMax == p.clientListener.config.connectionsMax,

@@ -142,7 +142,8 @@ func (n *virtualNode) start() {
 	}()
 	pipes := newPipeListener()
 	n.server = newHTTPServer(newHTTPAPI(httpConfig{
-		id: n.config.id, store: n.store, backend: n.node, logger: n.logger, timeout: n.config.requestTimeout,
+		client: peerClient,
+		id:     n.config.id, store: n.store, backend: n.node, logger: n.logger, timeout: n.config.requestTimeout,
 		valueSizeMax: n.config.valueSizeMax, version: "test", newID: newUUID, hosts: []string{"virtual"},
 		registry: prometheus.NewRegistry(), checks: clusterChecks(n.node),
 	}), n.logger)

@@ -410,3 +410,33 @@ func TestWatchValidator(t *testing.T) {
 		}
 	})
 }
+
+// readJournals makes one journal of several, as docs/operations.md tells readers to: what an older file has
+// from the first version of a newer one on does not count, and they fit together.
+func readJournals(files []string) (lines []string, err error) {
+	var versions []uint64 // of lines
+	for i, content := range files {
+		for text := range strings.Lines(content) {
+			var line struct {
+				Journal  int // of the head only
+				RV, From uint64
+			}
+			if err := json.Unmarshal([]byte(text), &line); err != nil {
+				if strings.HasSuffix(text, "\n") || i == len(files)-1 {
+					return nil, fmt.Errorf("file %d: %q: %w", i, text, err)
+				}
+				continue // torn by a crash, and at the start of the next file
+			}
+			if line.Journal == 0 {
+				lines, versions = append(lines, text), append(versions, line.RV)
+				continue
+			}
+			n, _ := slices.BinarySearch(versions, line.From)
+			lines, versions = lines[:n], versions[:n]
+			if n > 0 && versions[n-1] != line.From-1 || n == 0 && line.From != 1 {
+				return nil, fmt.Errorf("file %d begins with version %d", i, line.From)
+			}
+		}
+	}
+	return lines, nil
+}

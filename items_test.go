@@ -1,0 +1,82 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"unsafe"
+)
+
+// TestItems: the tree of items and that of their types are as one, through copies and snapshots.
+func TestItems(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	st := newState()
+	st.setLevel(3)
+	m, model := st.items, map[string]item{}
+	check := func(m *itemMap, model map[string]item) {
+		t.Helper()
+		from := fmt.Sprint(random.IntN(100))
+		var got, want []keyItem
+		m.Ascend(from, func(key string, it item) bool {
+			got = append(got, keyItem{key, it})
+			return true
+		})
+		for _, key := range slices.Sorted(maps.Keys(model)) {
+			if key >= from {
+				want = append(want, keyItem{key, model[key]})
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Fatalf("from %s: %v\nwant %v", from, got, want)
+		}
+		typed := 0
+		for key, it := range model {
+			if got, ok := m.Get(key); !ok || got != it {
+				t.Fatalf("%s: %v, want %v", key, got, it)
+			}
+			if it.contentType != "" {
+				typed++
+			}
+		}
+		if m.Len() != len(model) || m.types.Len() != typed {
+			t.Fatalf("%d items, %d of them with a type, want %d, %d", m.Len(), m.types.Len(), len(model), typed)
+		}
+	}
+	types := []string{"", "", "text/plain", "application/json"}
+	for i := range 3000 {
+		key := fmt.Sprint(random.IntN(100))
+		before, existed := model[key]
+		if random.IntN(3) > 0 {
+			it := item{value: fmt.Sprint(i), rv: uint64(i), created: 1, contentType: types[random.IntN(len(types))]}
+			if old, replaced := m.Set(key, it); old != before || replaced != existed {
+				t.Fatalf("%s: replaces %v, %v", key, old, replaced)
+			}
+			model[key] = it
+		} else {
+			if old, deleted := m.Delete(key); old != before || deleted != existed {
+				t.Fatalf("%s: deletes %v, %v", key, old, deleted)
+			}
+			delete(model, key)
+		}
+		if i%100 == 0 {
+			check(m, model)
+			// Who writes to the one does not disturb the other.
+			c, then := m.Copy(), maps.Clone(model)
+			m.Set("x", item{contentType: "x/y"})
+			m.Delete(key)
+			check(c, then)
+			m.Delete("x")
+			delete(model, key)
+		}
+	}
+	again, err := readState(bytes.NewReader(stateBytes(t, st)))
+	must(t, err)
+	check(again.items, model)
+	// What most items do not have costs them nothing.
+	if size := unsafe.Sizeof(storedItem{}); size != 40 {
+		t.Errorf("an item takes %d bytes", size)
+	}
+}
