@@ -128,7 +128,7 @@ func (c *truths) journalOf(n *proc.Node) string {
 var truthPrefixes = []string{"w0", "w1", "w2", "w3", "w4", "w5", "w6", "w7", "1-", "2-", "3-"}
 
 const (
-	truthDisk  = 64 << 20
+	truthDisk  = 256 << 20 // several times what a node keeps in reserve
 	truthQuota = 4 << 20
 )
 
@@ -516,7 +516,7 @@ func (c *truths) restore() {
 	c.epoch++
 	for _, n := range c.Nodes {
 		if c.disks != nil { // the command keeps more in reserve than these nodes
-			c.disks.resize(n.ID, 8*truthDisk)
+			c.disks.resize(n.ID, 4*truthDisk)
 			defer c.disks.resize(n.ID, truthDisk)
 		}
 		c.command("snapshot", "restore", c.backup, "--id", fmt.Sprint(n.ID), "--cluster", strings.Join(urls, ","), "--data-dir", c.dirOf(n))
