@@ -9,10 +9,11 @@ import (
 func TestBatch_Header(t *testing.T) {
 	h := batchHeader{session: 1<<64 - 1, seq: 1 << 63, time: 1<<63 - 1}
 	b := newBatch(nil)
-	b.add(&codecCommands[1])
+	c := command{op: opPut, key: "k", value: "v"}
+	b.add(&c)
 	h.put(b.data)
 	got, commands, err := decodeBatch(b.data)
-	if err != nil || got != h || string(commands) != string(codecCommands[1].appendTo(nil)) {
+	if err != nil || got != h || string(commands) != string(c.appendTo(nil)) {
 		t.Errorf("%+v, %q, %v", got, commands, err)
 	}
 	for n := range batchHeaderSize {

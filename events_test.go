@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"math/rand/v2"
 	"strings"
@@ -199,5 +200,56 @@ func TestEventLog_Holds(t *testing.T) {
 	add(holdEventsMax)
 	if l.dropped <= 5*chunkEventsMax+1 || !l.hold.overtaken.Load() || l.count > holdEventsMax+2*chunkEventsMax {
 		t.Fatalf("dropped up to %d", l.dropped)
+	}
+}
+
+// TestEventLog_Snapshot: a member that restores a snapshot drops the same events
+// at the same time as one that has applied all of them, whatever the bounds.
+func TestEventLog_Snapshot(t *testing.T) {
+	for _, bounds := range [][2]uint64{{eventsMaxDefault, eventBytesMaxDefault}, {2000, 1 << 36}, {1 << 24, 3 << 20}} {
+		whole, restored := newKVStore(), newKVStore()
+		for _, s := range []*kvstore{whole, restored} {
+			s.setWindow(bounds[0], bounds[1])
+			s.trimWindow()
+		}
+		random := rand.New(rand.NewPCG(3, 4))
+		write := func(n int, stores ...*kvstore) {
+			for range n {
+				batch := []command{{op: opPut, key: "large", value: strings.Repeat("x", random.IntN(30_000))}}
+				for range random.IntN(8) {
+					key := fmt.Sprint("k", random.IntN(20))
+					batch = append(batch, command{op: []op{opPut, opDelete}[random.IntN(2)], key: key, value: "v"})
+				}
+				index := stores[0].applied() + 1
+				var data []byte
+				for i := range batch {
+					data = batch[i].appendTo(data)
+				}
+				for _, s := range stores {
+					if _, err := s.apply(index, 1, batchHeader{session: 1, seq: index, time: 1}, data, nil); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+		}
+		bytesOf := func(s *kvstore) []byte {
+			var b bytes.Buffer
+			st := s.snapshot()
+			must(t, st.writeTo(&b))
+			return b.Bytes()
+		}
+		write(300, whole)
+		st, err := readState(bytes.NewReader(bytesOf(whole)))
+		must(t, err)
+		restored.restore(st)
+		for range 4 {
+			if !bytes.Equal(bytesOf(whole), bytesOf(restored)) {
+				t.Fatalf("bounds %v: the snapshots differ", bounds)
+			}
+			write(50, whole, restored)
+			checkWindow(t, &restored.state.events)
+		}
+		t.Logf("bounds %v: %d events, %d bytes, dropped up to version %d of %d", bounds,
+			whole.state.events.count, whole.state.events.bytes, whole.eventsDropped(), whole.version())
 	}
 }

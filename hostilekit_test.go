@@ -3,11 +3,15 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
@@ -179,4 +183,77 @@ func (h hostile) post(t *testing.T, url, cluster string, from, to uint64) int {
 	defer resp.Body.Close()
 	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<10)) // only the status matters
 	return resp.StatusCode
+}
+
+// decoy is a server at an address that somebody gives to a cluster.
+type decoy struct {
+	*httptest.Server
+	asked  atomic.Int64 // who is there
+	others atomic.Int64 // other requests: those that only a member should get
+
+	mu   sync.Mutex
+	info any              // what it says, to be encoded as JSON; nil: it says 404
+	who  http.HandlerFunc // takes the place of info
+	raft http.HandlerFunc // what else it answers
+}
+
+func newDecoy(t *testing.T) *decoy {
+	tr := new(decoy)
+	tr.Server = httptest.NewServer(tr)
+	t.Cleanup(func() { tr.CloseClientConnections(); tr.Close() })
+	return tr
+}
+
+func (tr *decoy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	tr.mu.Lock()
+	info, who, raft := tr.info, tr.who, tr.raft
+	tr.mu.Unlock()
+	if r.URL.Path != "/-/peer" {
+		tr.others.Add(1)
+		if raft != nil {
+			raft(w, r)
+		}
+		return
+	}
+	tr.asked.Add(1)
+	if who != nil {
+		who(w, r)
+		return
+	}
+	if info == nil {
+		http.NotFound(w, r)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	answer, err := json.Marshal(info)
+	if err != nil {
+		panic(err)
+	}
+	if !bytes.Contains(answer, []byte(`"cluster":"`)) || bytes.Contains(answer, []byte(`"cluster":""`)) {
+		w.WriteHeader(http.StatusServiceUnavailable)
+	}
+	_, _ = w.Write(answer) // fails if who asked has left
+}
+
+// says changes what it answers.
+func (tr *decoy) says(info any, raft http.HandlerFunc) {
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	tr.raft, tr.info = raft, info
+}
+
+// streamOf answers those who ask for a stream with what is there, and keeps the connection.
+func streamOf(t *testing.T, header http.Header, parts ...[]byte) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("X-Server-Version", "3.7.0")
+		for name := range header {
+			w.Header().Set(name, header.Get(name))
+		}
+		w.WriteHeader(http.StatusOK)
+		for _, p := range parts {
+			_, _ = w.Write(p) // fails if the other one has left
+		}
+		w.(http.Flusher).Flush()
+		<-t.Context().Done()
+	}
 }

@@ -31,7 +31,7 @@ func TestProcess_WriteGolden(t *testing.T) {
 		t.Skip("needs -golden")
 	}
 	for level := levelFirst; level <= levelNewest; level++ {
-		_, err := os.Stat(goldenPath(level))
+		_, err := os.Stat(goldenFile(level))
 		if err == nil && level != levelNewest {
 			continue
 		}
@@ -113,6 +113,8 @@ func writeGolden(t *testing.T, c *liveCluster, level int) {
 		_, err := archive.Write(content)
 		must(t, err)
 	}
-	must(t, errors.Join(archive.Close(), zip.Close(), os.MkdirAll("testdata", 0o755), os.WriteFile(goldenPath(level), out.Bytes(), 0o644)))
+	must(t, errors.Join(archive.Close(), zip.Close(), os.MkdirAll("testdata", 0o755), os.WriteFile(goldenFile(level), out.Bytes(), 0o644)))
 	t.Logf("level %d: %d files, %d bytes", level, len(files), out.Len())
 }
+
+func goldenFile(level int) string { return fmt.Sprintf("testdata/level-%d.tar.gz", level) }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -300,7 +301,9 @@ func TestProcess_RetriesOfOthers(t *testing.T) {
 		t.Errorf("first %d %v\nthen %d %v", first.status, first.header, again.status, again.header)
 	}
 	r := victim.do(http.MethodPost, "/-/v1/txn", read, map[string]string{"Idempotency-Key": "read-0"})
-	if p := mustProblem(t, answer{code: r.status, header: r.header, body: string(r.body)}); r.status != http.StatusConflict || p.Code != "result-not-kept" || p.Outcome != applied {
+	var p problem
+	must(t, json.Unmarshal(r.body, &p))
+	if r.status != http.StatusConflict || p.Code != "result-not-kept" || p.Outcome != applied {
 		t.Errorf("%d %.300s", r.status, r.body)
 	}
 }

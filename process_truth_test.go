@@ -257,7 +257,7 @@ func (c *truths) fill(n *proc.Node) {
 	if r.err != nil || json.Unmarshal(r.body, &st) != nil {
 		return
 	}
-	free, err := freeBytes(c.disks.dir(n.ID))
+	free, err := freeOnDisk(c.disks.dir(n.ID))
 	must(c.t, err)
 	c.disks.resize(n.ID, int(truthDisk-free+st.DiskReserveBytes*7/8))
 }

@@ -235,3 +235,12 @@ func gather(t *testing.T, r *prometheus.Registry) samples {
 	}
 	return parseSamples(t, w.Body.String())
 }
+
+func waitFor(t *testing.T, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("waited in vain")
+		}
+	}
+}

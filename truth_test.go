@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -69,7 +70,8 @@ func TestServeWaiting_Outcome(t *testing.T) {
 			r.Header.Set("Idempotency-Key", tt.key)
 		}
 		p.serveWaiting(w, r)
-		got := mustProblem(t, answer{code: w.Code, header: w.Header(), body: w.Body.String()})
+		var got problem
+		must(t, json.Unmarshal(w.Body.Bytes(), &got))
 		if got.Code != "no-leader" || got.Outcome != tt.want || (tt.want == unknown) != strings.Contains(got.Detail, "this attempt was not applied") {
 			t.Errorf("%v: %+v", tt, got)
 		}

@@ -904,54 +904,6 @@ func TestHub_CloseRaces(t *testing.T) {
 	}
 }
 
-// TestEventLog_Snapshot: a member that restores a snapshot drops the same events
-// at the same time as one that has applied all of them, whatever the bounds.
-func TestEventLog_Snapshot(t *testing.T) {
-	for _, bounds := range [][2]uint64{{eventsMaxDefault, eventBytesMaxDefault}, {2000, 1 << 36}, {1 << 24, 3 << 20}} {
-		r := newWatchRig(t)
-		r.record = false
-		shrinkWindow(r.store, bounds[0], bounds[1])
-		random := rand.New(rand.NewPCG(3, 4))
-		write := func(n int, stores ...*kvstore) {
-			for range n {
-				batch := randomBatch(random)
-				batch[0] = command{op: opPut, key: "large", value: strings.Repeat("x", random.IntN(30_000))}
-				index := stores[0].applied() + 1
-				var data []byte
-				for i := range batch {
-					data = batch[i].appendTo(data)
-				}
-				for _, s := range stores {
-					if _, err := s.apply(index, 1, batchHeader{session: 1, seq: index, time: 1}, data, nil); err != nil {
-						t.Fatal(err)
-					}
-				}
-			}
-		}
-		bytesOf := func(s *kvstore) []byte {
-			var b bytes.Buffer
-			st := s.snapshot()
-			must(t, st.writeTo(&b))
-			return b.Bytes()
-		}
-		write(300, r.store)
-		restored := newKVStore()
-		shrinkWindow(restored, bounds[0], bounds[1])
-		st, err := readState(bytes.NewReader(bytesOf(r.store)))
-		must(t, err)
-		restored.restore(st)
-		for range 4 {
-			if !bytes.Equal(bytesOf(r.store), bytesOf(restored)) {
-				t.Fatalf("bounds %v: the snapshots differ", bounds)
-			}
-			write(50, r.store, restored)
-			checkWindow(t, &restored.state.events)
-		}
-		t.Logf("bounds %v: %d events, %d bytes, dropped up to version %d of %d", bounds,
-			r.store.state.events.count, r.store.state.events.bytes, r.store.eventsDropped(), r.store.version())
-	}
-}
-
 func TestMetrics_Watches(t *testing.T) {
 	r := newWatchRig(t)
 	r.run()
@@ -1157,7 +1109,9 @@ func TestHub_DeletedValue(t *testing.T) {
 			}
 		}
 		snap := r.store.snapshot()
-		st, err := readState(bytes.NewReader(stateBytes(t, snap)))
+		var written bytes.Buffer
+		must(t, snap.writeTo(&written))
+		st, err := readState(&written)
 		if err != nil {
 			t.Fatal(err)
 		}

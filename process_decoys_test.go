@@ -1,0 +1,238 @@
+package main
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"raftrv/internal/proc"
+	"strings"
+	"testing"
+	"time"
+)
+
+// peerWords is what a node says to another one that asks who it is.
+type peerWords struct {
+	Cluster string          `json:"cluster"`
+	Node    uint64          `json:"node,omitempty"`
+	Process uint64          `json:"process,string,omitempty"`
+	Members json.RawMessage `json:"members"`
+	Removed []uint64        `json:"removed,omitempty"`
+	Health  json.RawMessage `json:"health,omitempty"`
+}
+
+// TestProcess_Decoys: members at addresses of somebody who lies. No node ends, now or at its next start, none takes
+// itself for removed or wrong, and they serve.
+func TestProcess_Decoys(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{})
+	var info peerWords
+	must(t, json.Unmarshal([]byte(bodyOf(t, c.Nodes[0].RaftURL()+"/-/peer", 200)), &info))
+	written := c.client(c.Nodes[1]).putNew()
+	elsewhere := newDecoy(t) // where redirects lead
+	us := func(id uint64) *peerWords {
+		return &peerWords{Cluster: info.Cluster, Node: id, Process: 1, Members: info.Members}
+	}
+	post := func(at *proc.Node, id uint64, address string) *liveReply {
+		return c.memberCall(at, http.MethodPost, fmt.Sprintf("/-/v1/members/%d", id), fmt.Sprintf(`{"peerURL":%q}`, address))
+	}
+	healthy := func(what string) {
+		t.Helper()
+		for _, n := range c.Nodes {
+			if !n.Running() {
+				t.Fatalf("%s: node %d has ended: %s", what, n.ID, n.LogTail())
+			}
+			if o := c.client(n).putNew(); o.outcome != liveDone {
+				t.Errorf("%s: a write at node %d: %v", what, n.ID, o)
+			}
+		}
+	}
+
+	// What says that it is somebody else does not become a member.
+	banner, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	defer banner.Close()
+	go func() {
+		for {
+			conn, err := banner.Accept()
+			if err != nil {
+				return // the end of the test
+			}
+			_, _ = io.WriteString(conn, "SSH-2.0-OpenSSH_9.6\r\n") // so that it is no HTTP
+			_ = conn.Close()
+		}
+	}()
+	wrong := map[string]func(*decoy) string{
+		"another cluster": func(tr *decoy) string { tr.says(&peerWords{Cluster: "1234", Node: 66}, nil); return tr.URL },
+		"another ID":      func(tr *decoy) string { tr.says(us(67), nil); return tr.URL },
+		"a web server":    func(tr *decoy) string { return tr.URL },
+		"no HTTP":         func(*decoy) string { return "http://" + banner.Addr().String() },
+		"a redirect": func(*decoy) string {
+			s := httptest.NewServer(http.RedirectHandler(elsewhere.URL+"/-/peer", http.StatusFound))
+			t.Cleanup(s.Close)
+			return s.URL
+		},
+		"a client port": func(*decoy) string { return c.Nodes[1].URL() },
+	}
+	for name, address := range wrong {
+		for _, body := range []string{"/-/v1/members/66", "/66"} {
+			u := address(newDecoy(t))
+			text := u
+			if strings.HasPrefix(body, "/-/") {
+				text = fmt.Sprintf(`{"peerURL":%q}`, u)
+			}
+			if r := c.memberCall(c.Nodes[0], http.MethodPost, body, text); r.status != http.StatusConflict || !strings.Contains(string(r.body), "is not the peer URL of node 66") {
+				t.Errorf("%s: POST %s: %d %s %v", name, body, r.status, r.body, r.err)
+			}
+		}
+		u := address(newDecoy(t))
+		if r := c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/3", fmt.Sprintf(`{"peerURL":%q}`, u)); r.status != http.StatusConflict {
+			t.Errorf("%s: move node 3 there: %d %s %v", name, r.status, r.body, r.err)
+		}
+	}
+	if elsewhere.asked.Load()+elsewhere.others.Load() != 0 {
+		t.Error("somebody followed a redirect")
+	}
+	// Nor does who says that it is a member that runs.
+	liar := newDecoy(t)
+	liar.says(us(3), nil)
+	if r := c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/3", fmt.Sprintf(`{"peerURL":%q}`, liar.URL)); r.status != http.StatusConflict || !strings.Contains(string(r.body), "still runs at another address") {
+		t.Errorf("move a node that runs: %d %s", r.status, r.body)
+	}
+	c.wantMembers(c.Nodes...)
+
+	// Who keeps others waiting, or talks without end, is asked now and then, and that is all.
+	id := uint64(66)
+	piece := []byte(strings.Repeat(`{"id":1},`, 1<<10))
+	for name, d := range map[string]*decoy{
+		"silence": {who: func(http.ResponseWriter, *http.Request) { <-t.Context().Done() }},
+		"a drip": {who: func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			for t.Context().Err() == nil && r.Context().Err() == nil {
+				_, _ = w.Write([]byte(" ")) // fails when the other one has left
+				w.(http.Flusher).Flush()
+				time.Sleep(50 * time.Millisecond)
+			}
+		}},
+		"no end": {who: func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			_, err := io.WriteString(w, `{"cluster":"1","members":[`)
+			for err == nil && t.Context().Err() == nil {
+				_, err = w.Write(piece)
+			}
+		}},
+	} {
+		d.Server = httptest.NewServer(d)
+		t.Cleanup(func() { d.CloseClientConnections(); d.Close() })
+		start := time.Now()
+		id--
+		r := post(c.Nodes[0], id, d.URL)
+		if took := time.Since(start); r.status != http.StatusConflict && r.status != http.StatusNoContent || took > 3*time.Second {
+			t.Errorf("%s: %d %s %v after %v", name, r.status, r.body, r.err, took)
+		}
+		if r.status == http.StatusNoContent {
+			waitFor(t, func() bool { return d.asked.Load() > 4 })
+			must(t, changed(c.memberCall(c.Nodes[0], http.MethodDelete, fmt.Sprintf("/-/v1/members/%d", id), "")))
+		}
+		if d.others.Load() != 0 {
+			t.Errorf("%s: %d requests beside the question", name, d.others.Load())
+		}
+		healthy(name)
+	}
+
+	// Who is silent and then says the right thing is a member, and can be as hostile as it likes.
+	big := binary.BigEndian.AppendUint64([]byte{1}, 1<<62)
+	junk := append(binary.BigEndian.AppendUint64(nil, 3), 0xff, 0xff, 0xff)
+	gone := func(status int) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("X-Server-Version", "3.7.0")
+			http.Error(w, "the member has been permanently removed from the cluster", status)
+		}
+	}
+	id = 70
+	for name, raft := range map[string]http.HandlerFunc{
+		"a version that is none": streamOf(t, http.Header{"X-Server-Version": {"x"}}),
+		"2^62 entries":           streamOf(t, nil, big),
+		"a message of junk":      streamOf(t, nil, junk),
+		"entries of junk":        streamOf(t, nil, append([]byte{2}, junk...)),
+		"410":                    gone(http.StatusGone),
+		"403":                    gone(http.StatusForbidden),
+		"a redirect": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, elsewhere.URL, http.StatusTemporaryRedirect)
+		},
+		"silence on each request": func(http.ResponseWriter, *http.Request) { <-t.Context().Done() },
+		"headers without end": func(w http.ResponseWriter, _ *http.Request) {
+			for i := range 10_000 {
+				w.Header().Set(fmt.Sprint("X-", i), strings.Repeat("x", 100))
+			}
+		},
+	} {
+		id++
+		tr := newDecoy(t)
+		tr.says(&peerWords{Node: id}, raft) // as one that waits to join
+		if r := post(c.Nodes[id%3], id, tr.URL); r.status != http.StatusNoContent {
+			t.Fatalf("%s: %d %s %v", name, r.status, r.body, r.err)
+		}
+		waitFor(t, func() bool { return tr.asked.Load() > 6 })
+		if tr.others.Load() != 0 {
+			t.Errorf("%s: %d requests before it said who it is", name, tr.others.Load())
+		}
+		lie := us(id)
+		lie.Removed = []uint64{1, 2, 3}
+		lie.Health = json.RawMessage(fmt.Sprintf(`{"member":%d,"sums":{"now":{"index":3,"sum":"1","algorithm":2}},"diskFull":true,"diskClosed":true}`, id))
+		tr.says(lie, raft)
+		waitFor(t, func() bool { return tr.others.Load() > 6 })
+		healthy(name)
+		if name == "410" || name == "2^62 entries" { // also at the next start
+			c.kill(c.Nodes...)
+			seen := tr.others.Load()
+			c.start()
+			waitFor(t, func() bool { return tr.others.Load() > seen+6 })
+			healthy(name + " at the next start")
+		}
+		if name == "410" { // and then becomes another one
+			tr.says(&peerWords{Cluster: "1234", Node: id}, raft)
+			c.eventually(func() error {
+				seen := tr.others.Load()
+				time.Sleep(400 * time.Millisecond) // in which a node would try several times
+				if now := tr.others.Load(); now != seen {
+					return fmt.Errorf("%d requests to who says that it is somebody else", now-seen)
+				}
+				return nil
+			})
+		}
+		must(t, changed(c.memberCall(c.Nodes[0], http.MethodDelete, fmt.Sprintf("/-/v1/members/%d", id), "")))
+	}
+	if elsewhere.asked.Load()+elsewhere.others.Load() != 0 {
+		t.Error("somebody followed a redirect")
+	}
+
+	// An address that was silent when a member that runs was moved there, and then lies.
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	address := silent.Addr().String()
+	must(t, silent.Close())
+	must(t, changed(c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/1", fmt.Sprintf(`{"peerURL":"http://%s"}`, address))))
+	again, err := net.Listen("tcp", address)
+	must(t, err)
+	liar = &decoy{Server: &httptest.Server{Listener: again}}
+	lie := us(1)
+	lie.Removed = []uint64{1, 2, 3}
+	liar.says(lie, gone(http.StatusGone))
+	liar.Config = &http.Server{Handler: liar}
+	liar.Start()
+	t.Cleanup(func() { liar.CloseClientConnections(); liar.Close() })
+	waitFor(t, func() bool { return liar.asked.Load() > 6 })
+	healthy("a member that was moved to a liar")
+	if liar.others.Load() != 0 {
+		t.Errorf("%d requests to who is not the member", liar.others.Load())
+	}
+	must(t, changed(c.memberCall(c.Nodes[1], http.MethodPut, "/-/v1/members/1", fmt.Sprintf(`{"peerURL":%q}`, c.Nodes[0].RaftURL()))))
+	healthy("moved back")
+	if r := c.client(c.Nodes[2]).get(written.key); r.value != written.value {
+		t.Errorf("what was written is %v", r)
+	}
+	c.verdict()
+}
