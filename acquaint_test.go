@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/testkit"
 )
 
 // TestRecognize: who is taken for a member, for somebody else, and for nobody yet.
@@ -59,7 +61,7 @@ func acquainted(t *testing.T, n *testNetwork) {
 	n.proven.Store(&map[uint64]string{})
 	n.relink(nil)
 	go func() { ended <- n.acquaint(ctx) }()
-	t.Cleanup(func() { stop(); must(t, <-ended) })
+	t.Cleanup(func() { stop(); testkit.Must(t, <-ended) })
 }
 
 // wantProven waits until member 2 is known to be at an address, or nowhere.
@@ -88,7 +90,7 @@ func TestAcquaint(t *testing.T) {
 	n := newTestNetwork(t, first.URL, false)
 	first.says(&peerInfo{Cluster: "99", Node: 2, Process: 1}, nil)
 	acquainted(t, n)
-	waitFor(t, func() bool { return first.asked.Load() >= 3 })
+	testkit.WaitFor(t, func() bool { return first.asked.Load() >= 3 })
 	n.wantProven("")
 	if first.others.Load() != 0 {
 		t.Errorf("%d requests went to somebody else", first.others.Load())
@@ -99,7 +101,7 @@ func TestAcquaint(t *testing.T) {
 	// It moves, but still is where it was: another one at the new address is not believed.
 	second.says(&peerInfo{Cluster: cluster, Node: 2, Process: 2}, nil)
 	n.setMembers([]member{{ID: 1}, {ID: 2, PeerURL: second.URL}})
-	waitFor(t, func() bool { return second.asked.Load() >= 3 })
+	testkit.WaitFor(t, func() bool { return second.asked.Load() >= 3 })
 	n.wantProven(first.URL)
 	if second.others.Load() != 0 {
 		t.Errorf("%d requests went to who is not believed", second.others.Load())

@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // The durability audit does not ask the program what it has synced: it watches the system calls of all nodes,
@@ -42,19 +43,19 @@ func TestAudit(t *testing.T) {
 				})
 			}
 			wg.Wait()
-			must(t, c.Stop()) // the traces are complete when the nodes are gone
+			testkit.Must(t, c.Stop()) // the traces are complete when the nodes are gone
 
 			a := newAudit()
 			files, err := filepath.Glob(filepath.Join(traces, "*"))
-			must(t, err)
+			testkit.Must(t, err)
 			if len(files) != nodes {
 				t.Fatalf("%d traces of %d nodes", len(files), nodes)
 			}
 			for node, file := range files {
 				f, err := os.Open(file)
-				must(t, err)
+				testkit.Must(t, err)
 				defer f.Close()
-				must(t, a.read(node, f))
+				testkit.Must(t, a.read(node, f))
 			}
 			acked := map[uint64]string{}
 			for _, o := range c.history.snapshot() {
@@ -81,12 +82,12 @@ func traced(t *testing.T, binary string) (program, traces string) {
 	}
 	dir := t.TempDir()
 	traces = filepath.Join(dir, "traces")
-	must(t, os.Mkdir(traces, 0o700))
+	testkit.Must(t, os.Mkdir(traces, 0o700))
 	// -D leaves the node the child of the test, so that signals reach it and not strace.
 	script := fmt.Sprintf("#!/bin/sh\nexec strace -D -f -ttt -T -y -s 1000000 -e trace=write,writev,pwrite64,fsync,fdatasync -e signal=none -o %s/$$ %s \"$@\"\n",
 		traces, binary)
 	program = filepath.Join(dir, "raftrv")
-	must(t, os.WriteFile(program, []byte(script), 0o700))
+	testkit.Must(t, os.WriteFile(program, []byte(script), 0o700))
 	return program, traces
 }
 
@@ -246,7 +247,7 @@ func TestAudit_FindsEarlyAnswers(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			a := newAudit()
 			for node, trace := range tt.nodes {
-				must(t, a.read(node, strings.NewReader(trace+"\n")))
+				testkit.Must(t, a.read(node, strings.NewReader(trace+"\n")))
 			}
 			answered, err := a.check(map[uint64]string{7: "audit-7."}, tt.quorum)
 			if got := fmt.Sprint(err); answered != 1 || (err == nil) != (tt.want == "") || !strings.Contains(got, tt.want) {

@@ -11,16 +11,18 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+
+	"raftrv/internal/testkit"
 )
 
 // backupBytes returns a backup of a store.
 func backupBytes(t *testing.T, s *kvstore) []byte {
 	t.Helper()
 	b, err := s.backup()
-	must(t, err)
+	testkit.Must(t, err)
 	defer b.close()
 	var out bytes.Buffer
-	must(t, b.writeTo(&out, backupHead{Format: backupFormat, Cluster: "7", Member: 1, Version: "v0"}, func() {}))
+	testkit.Must(t, b.writeTo(&out, backupHead{Format: backupFormat, Cluster: "7", Member: 1, Version: "v0"}, func() {}))
 	return out.Bytes()
 }
 
@@ -51,9 +53,9 @@ func TestBackup_IsOfOneMoment(t *testing.T) {
 	}
 	want := w.store.snapshot()
 	b, err := w.store.backup()
-	must(t, err)
+	testkit.Must(t, err)
 	var out bytes.Buffer
-	must(t, b.writeTo(&out, backupHead{Format: backupFormat}, func() {
+	testkit.Must(t, b.writeTo(&out, backupHead{Format: backupFormat}, func() {
 		for range 50 {
 			w.put(fmt.Sprintf("key-%04d", rand.IntN(6000)), "new")
 			w.apply(command{op: opDelete, key: fmt.Sprintf("key-%04d", rand.IntN(6000))})
@@ -61,7 +63,7 @@ func TestBackup_IsOfOneMoment(t *testing.T) {
 	}))
 	b.close()
 	got, err := parseBackup(out.Bytes())
-	must(t, err)
+	testkit.Must(t, err)
 	sameItems(t, &got.state, &want)
 	if w.store.version() == want.rv || len(w.store.state.scans) != 0 {
 		t.Errorf("version %d, %d scans are left", w.store.version(), len(w.store.state.scans))
@@ -75,11 +77,11 @@ func TestBackup_TakesLittleMemory(t *testing.T) {
 		w.put(fmt.Sprintf("key-%06d", i), strings.Repeat("v", 500))
 	}
 	b, err := w.store.backup()
-	must(t, err)
+	testkit.Must(t, err)
 	defer b.close()
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	must(t, b.writeTo(io.Discard, backupHead{Format: backupFormat}, func() {}))
+	testkit.Must(t, b.writeTo(io.Discard, backupHead{Format: backupFormat}, func() {}))
 	runtime.ReadMemStats(&after)
 	if n := after.TotalAlloc - before.TotalAlloc; n > 2<<20 {
 		t.Errorf("a backup of %d bytes allocated %d", w.store.size(), n)
@@ -90,7 +92,7 @@ func TestBackup_TakesLittleMemory(t *testing.T) {
 func TestBackup_NoticesDamage(t *testing.T) {
 	whole := backupBytes(t, &kvstore{state: smallState(t)})
 	got, err := parseBackup(whole)
-	must(t, err)
+	testkit.Must(t, err)
 	if got.digest != fmt.Sprintf("%x", sha256.Sum256(whole[:len(whole)-sha256.Size])) || got.Cluster != "7" {
 		t.Errorf("%+v", got)
 	}
@@ -116,18 +118,18 @@ func TestBackup_Head(t *testing.T) {
 	w.put("bc", "")
 	write := func(head backupHead) []byte {
 		b, err := w.store.backup()
-		must(t, err)
+		testkit.Must(t, err)
 		defer b.close()
 		var out bytes.Buffer
-		must(t, b.writeTo(&out, head, func() {}))
+		testkit.Must(t, b.writeTo(&out, head, func() {}))
 		return out.Bytes()
 	}
 	head := backupHead{Format: backupFormat, Version: "v0"}
 	empty, err := json.Marshal(head)
-	must(t, err)
+	testkit.Must(t, err)
 	head.Version += strings.Repeat("0", backupHeadMax-len(empty))
 	got, err := parseBackup(write(head))
-	must(t, err)
+	testkit.Must(t, err)
 	if got.Version != head.Version || got.bytes() != 1+5+2 {
 		t.Errorf("version of %d bytes, keys and values of %d", len(got.Version), got.bytes())
 	}
@@ -149,7 +151,7 @@ func TestBackup_Fails(t *testing.T) {
 	size := len(backupBytes(t, s))
 	for n := range size {
 		b, err := s.backup()
-		must(t, err)
+		testkit.Must(t, err)
 		err = b.writeTo(&limitedWriter{left: n, err: io.ErrShortWrite}, backupHead{Format: backupFormat, Cluster: "7", Member: 1, Version: "v0"}, func() {})
 		b.close()
 		if !errors.Is(err, io.ErrShortWrite) {
@@ -158,7 +160,7 @@ func TestBackup_Fails(t *testing.T) {
 	}
 	for range scansMax {
 		_, err := s.scan("", "")
-		must(t, err)
+		testkit.Must(t, err)
 	}
 	if b, err := s.backup(); b != nil || !errors.Is(err, errScans) {
 		t.Errorf("%v, %v", b, err)

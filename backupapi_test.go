@@ -10,6 +10,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"raftrv/internal/testkit"
 )
 
 func TestHTTP_Snapshot(t *testing.T) {
@@ -18,21 +20,21 @@ func TestHTTP_Snapshot(t *testing.T) {
 		f.put(fmt.Sprint("key-", i), strings.Repeat("v", i))
 	}
 	a := f.do("GET", "/-/v1/snapshot", "")
-	a.want(t, 200)
-	a.wantHeader(t, "Resource-Version", "1000")
-	a.wantHeader(t, "Raft-Index", fmt.Sprint(f.store.applied()))
-	a.wantHeader(t, "Content-Type", "application/octet-stream")
-	got := &backupFile{size: int64(len(a.body))}
-	err := got.read(strings.NewReader(a.body))
-	must(t, err)
+	a.Want(t, 200)
+	a.WantHeader(t, "Resource-Version", "1000")
+	a.WantHeader(t, "Raft-Index", fmt.Sprint(f.store.applied()))
+	a.WantHeader(t, "Content-Type", "application/octet-stream")
+	got := &backupFile{size: int64(len(a.Body))}
+	err := got.read(strings.NewReader(a.Body))
+	testkit.Must(t, err)
 	want := f.store.snapshot()
 	wantSameItems(t, &got.state, &want)
-	if a.header.Get("Cluster-Id") != got.Cluster || got.Member != 1 || got.Version != "v0" {
-		t.Errorf("%+v, header %v", got.backupHead, a.header)
+	if a.Header.Get("Cluster-Id") != got.Cluster || got.Member != 1 || got.Version != "v0" {
+		t.Errorf("%+v, header %v", got.backupHead, a.Header)
 	}
-	f.do("HEAD", "/-/v1/snapshot", "").wantHeader(t, "Resource-Version", "1000")
-	f.do("GET", "/-/v1/snapshot?prefix=key", "").want(t, 400)
-	f.do("GET", "/-/v1/snapshot?resourceVersion=1000", "").want(t, 200)
+	f.do("HEAD", "/-/v1/snapshot", "").WantHeader(t, "Resource-Version", "1000")
+	f.do("GET", "/-/v1/snapshot?prefix=key", "").Want(t, 400)
+	f.do("GET", "/-/v1/snapshot?resourceVersion=1000", "").Want(t, 200)
 	if left := len(f.store.state.scans); left != 0 {
 		t.Errorf("%d scans are left", left)
 	}
@@ -50,9 +52,9 @@ func TestHTTP_SlowSnapshot(t *testing.T) {
 				}
 				c := f.mustDial()
 				_, err := io.WriteString(c, "GET /-/v1/snapshot HTTP/1.1\r\nHost: x\r\n\r\n")
-				must(t, err)
+				testkit.Must(t, err)
 				res, err := http.ReadResponse(bufio.NewReader(c), nil)
-				must(t, err)
+				testkit.Must(t, err)
 				digest, part := sha256.New(), make([]byte, 2*frameSize) // a write never waits for two of them
 				for err == nil {
 					time.Sleep(pause)

@@ -16,13 +16,15 @@ import (
 
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
+
+	"raftrv/internal/testkit"
 )
 
 // backupOf writes a backup of a state to a file.
 func backupOf(t *testing.T, st state) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "backup")
-	must(t, os.WriteFile(path, encodeBackup(t, st), fileMode))
+	testkit.Must(t, os.WriteFile(path, encodeBackup(t, st), fileMode))
 	return path
 }
 
@@ -39,14 +41,14 @@ func TestSaveBackup(t *testing.T) {
 	}))
 	defer node.Close()
 	saved, err := saveBackup(t.Context(), node.URL+"/", path)
-	must(t, err)
+	testkit.Must(t, err)
 	got, err := readBackup(path)
-	must(t, err)
+	testkit.Must(t, err)
 	if got.state.rv != old.rv || saved.size != got.size {
 		t.Errorf("%+v", got)
 	}
 	info, err := os.Stat(path)
-	must(t, err)
+	testkit.Must(t, err)
 	if info.Mode().Perm() != fileMode {
 		t.Errorf("mode %v", info.Mode())
 	}
@@ -75,11 +77,11 @@ func TestSaveBackup(t *testing.T) {
 		}
 		server.Close()
 	}
-	if readFile(t, path) != string(whole) {
+	if testkit.ReadFile(t, path) != string(whole) {
 		t.Error("the backup that was there has changed")
 	}
 	entries, err := os.ReadDir(filepath.Dir(path))
-	must(t, err)
+	testkit.Must(t, err)
 	if len(entries) != 1 {
 		t.Errorf("left behind: %v", entries)
 	}
@@ -96,19 +98,19 @@ func runCommand(t *testing.T, args ...string) (string, error) {
 func TestCommand_SnapshotInspect(t *testing.T) {
 	path := backupOf(t, exampleState(t))
 	out, err := runCommand(t, "snapshot", "inspect", path)
-	must(t, err)
+	testkit.Must(t, err)
 	for _, want := range []string{"checksum          ok, SHA-256 ", "format            1\n", "cluster           7\n", "members           1=http://a:1,2=http://b:1\n"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("%q is not in\n%s", want, out)
 		}
 	}
-	b := []byte(readFile(t, path))
+	b := []byte(testkit.ReadFile(t, path))
 	b[len(b)/2] ^= 1
-	must(t, os.WriteFile(path, b, fileMode))
+	testkit.Must(t, os.WriteFile(path, b, fileMode))
 	if out, err := runCommand(t, "snapshot", "inspect", path); err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "byte") {
 		t.Errorf("%v\n%s", err, out)
 	}
-	must(t, os.WriteFile(path, []byte("something else that is longer than a digest"), fileMode))
+	testkit.Must(t, os.WriteFile(path, []byte("something else that is longer than a digest"), fileMode))
 	if _, err := runCommand(t, "snapshot", "inspect", path); err == nil || !strings.Contains(err.Error(), "no backup of raftrv") {
 		t.Error(err)
 	}
@@ -131,7 +133,7 @@ func TestCommand_SnapshotRestore(t *testing.T) {
 			dir := filepath.Join(parent, fmt.Sprint(round), fmt.Sprint(id+1))
 			args := []string{"snapshot", "restore", path, "--data-dir", dir, "--id", fmt.Sprint(id + 1), "--cluster", restoreMembers}
 			out, err := runCommand(t, args...)
-			must(t, err)
+			testkit.Must(t, err)
 			if !strings.Contains(out, fmt.Sprintf("raftrv --id %d --cluster %s --data-dir %s\n", id+1, restoreMembers, dir)) {
 				t.Errorf("it does not say how to start:\n%s", out)
 			}
@@ -143,9 +145,9 @@ func TestCommand_SnapshotRestore(t *testing.T) {
 				t.Error("it is in a cluster already")
 			}
 			own, err := s.loadFounding()
-			must(t, err)
+			testkit.Must(t, err)
 			records = append(records, own)
-			must(t, s.close())
+			testkit.Must(t, s.close())
 		}
 		for i, own := range records {
 			answers := map[uint64]peerAnswer{}
@@ -159,11 +161,11 @@ func TestCommand_SnapshotRestore(t *testing.T) {
 			dir := filepath.Join(parent, fmt.Sprint(round), fmt.Sprint(i+1))
 			s, _ := openRestored(t, dir)
 			_, err := s.found(own, step.cluster, step.founders)
-			must(t, err)
-			must(t, s.close())
+			testkit.Must(t, err)
+			testkit.Must(t, s.close())
 			s, rec := openRestored(t, dir)
 			checkRestored(t, rec, &old)
-			bodies[readFile(t, s.bodyPath(firstIndex))], directories[rec.identity.Directory] = true, true
+			bodies[testkit.ReadFile(t, s.bodyPath(firstIndex))], directories[rec.identity.Directory] = true, true
 			if own, err := s.loadFounding(); own != nil || err != nil || rec.identity.Cluster != step.cluster {
 				t.Errorf("%+v, %v, cluster %x", own, err, rec.identity.Cluster)
 			}
@@ -172,7 +174,7 @@ func TestCommand_SnapshotRestore(t *testing.T) {
 			} else if step.cluster != clusters[len(clusters)-1] {
 				t.Errorf("clusters %x, then %x", clusters, step.cluster)
 			}
-			must(t, s.close())
+			testkit.Must(t, s.close())
 		}
 		if len(bodies) != 1 || len(directories) != 3 {
 			t.Errorf("%d different states, directories %v", len(bodies), directories)
@@ -186,9 +188,9 @@ func TestCommand_SnapshotRestore(t *testing.T) {
 func openRestored(t *testing.T, dir string) (*storage, *recovered) {
 	t.Helper()
 	s, err := openStorage(dir, zap.NewNop())
-	must(t, err)
+	testkit.Must(t, err)
 	rec, err := s.load()
-	must(t, err)
+	testkit.Must(t, err)
 	return s, rec
 }
 
@@ -228,12 +230,12 @@ func TestCommand_Recover(t *testing.T) {
 	st := &kvstore{state: rec.state}
 	snapshotAt(t, s, st, 20)
 	e := putEntry(21, 3, "not known to be committed", "v")
-	must(t, s.save(&raftpb.HardState{Term: new(uint64(3)), Commit: new(uint64(20))}, []*raftpb.Entry{e}))
+	testkit.Must(t, s.save(&raftpb.HardState{Term: new(uint64(3)), Commit: new(uint64(20))}, []*raftpb.Entry{e}))
 	applyEntry(t, st, e)
 	if _, err := runCommand(t, "recover", "--data-dir", from); err == nil || !strings.Contains(err.Error(), "in use by another process") {
 		t.Errorf("recovered from a node that runs: %v", err)
 	}
-	must(t, s.close())
+	testkit.Must(t, s.close())
 	before := readTree(t, from)
 
 	for id, want := range map[string]string{"2": "never used again", "4": "never used again"} {
@@ -248,7 +250,7 @@ func TestCommand_Recover(t *testing.T) {
 		t.Error("recovered from nothing")
 	}
 	out, err := runCommand(t, "recover", "--data-dir", from)
-	must(t, err)
+	testkit.Must(t, err)
 	for _, want := range []string{
 		"entries up to 21 of term 3", "those after 20 were committed", "2 (http://127.0.0.1:2), 3 (http://127.0.0.1:3), are missing",
 		"raftrv --id 1 --cluster 1=http://127.0.0.1:1 --data-dir " + to + "\n",
@@ -280,9 +282,9 @@ func TestCommand_Recover(t *testing.T) {
 func TestMakeDirectory_Fails(t *testing.T) {
 	dir := t.TempDir()
 	cfg := configOf(t, "--id", "1", "--cluster", restoreMembers, "--data-dir", filepath.Join(dir, "file", "data"))
-	must(t, os.WriteFile(filepath.Join(dir, "file"), nil, fileMode))
+	testkit.Must(t, os.WriteFile(filepath.Join(dir, "file"), nil, fileMode))
 	b, err := readBackup(backupOf(t, exampleState(t)))
-	must(t, err)
+	testkit.Must(t, err)
 	if err := restoreBackup(cfg, b, 0, zap.NewNop()); err == nil {
 		t.Error("made a directory in a file")
 	}

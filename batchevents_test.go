@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/testkit"
 )
 
 // eventsRig applies what a loop would have put into batches.
@@ -24,7 +26,7 @@ func (r *eventsRig) apply(commands ...command) (out []result) {
 	}
 	n := r.store.applied() + 1
 	_, err := r.store.apply(n, 1, batchHeader{session: 1, seq: n, time: int64(n)}, data, &out)
-	must(r.t, err)
+	testkit.Must(r.t, err)
 	return out
 }
 

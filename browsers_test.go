@@ -8,10 +8,12 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"raftrv/internal/testkit"
 )
 
 // sendAs sends a request with a Host of its own.
-func (f *front) sendAs(host, method, target, body string, headers ...string) answer {
+func (f *front) sendAs(host, method, target, body string, headers ...string) testkit.Answer {
 	f.t.Helper()
 	c := f.mustDial()
 	defer func() { _ = c.Close() }() // has been read
@@ -19,7 +21,7 @@ func (f *front) sendAs(host, method, target, body string, headers ...string) ans
 	if _, err := io.WriteString(c, strings.Join(lines, "\r\n")+"\r\n\r\n"+body); err != nil {
 		f.t.Fatal(err)
 	}
-	return readAnswer(f.t, bufio.NewReader(c), method)
+	return testkit.ReadAnswer(f.t, bufio.NewReader(c), method)
 }
 
 // A page that has made its own name lead here, by DNS rebinding, has that name in
@@ -44,11 +46,11 @@ func TestBrowsers_Host(t *testing.T) {
 			for _, target := range []string{"/secret", "/-/v1/snapshot", "/-/metrics", "/-/livez"} {
 				a := f.sendAs(tt.host, method, target, "")
 				switch {
-				case tt.ok && a.code == http.StatusMisdirectedRequest:
-					t.Errorf("%q, %s %s: %s", tt.host, method, target, a.body)
-				case !tt.ok && a.code != http.StatusMisdirectedRequest && a.code != http.StatusBadRequest:
-					t.Errorf("%q, %s %s: %d %q", tt.host, method, target, a.code, a.body)
-				case a.code == http.StatusMisdirectedRequest:
+				case tt.ok && a.Code == http.StatusMisdirectedRequest:
+					t.Errorf("%q, %s %s: %s", tt.host, method, target, a.Body)
+				case !tt.ok && a.Code != http.StatusMisdirectedRequest && a.Code != http.StatusBadRequest:
+					t.Errorf("%q, %s %s: %d %q", tt.host, method, target, a.Code, a.Body)
+				case a.Code == http.StatusMisdirectedRequest:
 					if p := mustProblem(t, a); p.Code != "unknown-host" || !strings.Contains(p.Detail, "--allowed-host") {
 						t.Errorf("%+v", p)
 					}
@@ -61,9 +63,9 @@ func TestBrowsers_Host(t *testing.T) {
 	f.store.mu.Lock()
 	f.store.state.members[3] = member{ID: 3, PeerURL: "http://c:1", ClientURL: "http://third.example:3"}
 	f.store.mu.Unlock()
-	f.sendAs("third.example", "GET", "/secret", "").want(t, 200)
+	f.sendAs("third.example", "GET", "/secret", "").Want(t, 200)
 	// The absolute form of a target counts, as it does for net/http.
-	f.sendAs("127.0.0.1", "GET", "http://evil.example/secret", "").want(t, 421)
+	f.sendAs("127.0.0.1", "GET", "http://evil.example/secret", "").Want(t, 421)
 	// A client without a Host is no browser.
 	if got := f.exchange("GET /secret HTTP/1.0\r\n\r\n"); !strings.HasPrefix(got, "HTTP/1.0 200") {
 		t.Errorf("%q", got)
@@ -92,7 +94,7 @@ func TestBrowsers_CrossOriginWrites(t *testing.T) {
 	for _, page := range pages {
 		for _, w := range writes {
 			a := f.sendAs("127.0.0.1:12380", w[0], w[1], w[2], page...)
-			a.want(t, 403)
+			a.Want(t, 403)
 			if p := mustProblem(t, a); p.Code != "cross-origin" || p.Outcome != notApplied || !strings.Contains(p.Detail, "--allowed-origin") {
 				t.Errorf("%+v", p)
 			}
@@ -116,8 +118,8 @@ func TestBrowsers_CrossOriginWrites(t *testing.T) {
 }
 
 // isCORS says whether an answer lets any page do anything.
-func isCORS(a answer) bool {
-	for name := range a.header {
+func isCORS(a testkit.Answer) bool {
+	for name := range a.Header {
 		if strings.HasPrefix(name, "Access-Control-") {
 			return true
 		}
@@ -135,19 +137,19 @@ func TestBrowsers_AllowedOrigin(t *testing.T) {
 		{"POST", "/-/v1/txn", "{}"}, {"PUT", "/k?bad=1", ""}, {"DELETE", "/k", ""}, {"GET", "/-/metrics", ""},
 	} {
 		a := f.sendAs("127.0.0.1", r[0], r[1], r[2], crossSite...)
-		a.wantHeader(t, "Access-Control-Allow-Origin", app)
-		a.wantHeader(t, "Access-Control-Allow-Credentials", "")
-		if a.code == 403 || !strings.Contains(a.header.Get("Access-Control-Expose-Headers"), "Resource-Version") || !strings.Contains(strings.Join(a.header.Values("Vary"), ","), "Origin") {
-			t.Errorf("%s %s: %d %v", r[0], r[1], a.code, a.header)
+		a.WantHeader(t, "Access-Control-Allow-Origin", app)
+		a.WantHeader(t, "Access-Control-Allow-Credentials", "")
+		if a.Code == 403 || !strings.Contains(a.Header.Get("Access-Control-Expose-Headers"), "Resource-Version") || !strings.Contains(strings.Join(a.Header.Values("Vary"), ","), "Origin") {
+			t.Errorf("%s %s: %d %v", r[0], r[1], a.Code, a.Header)
 		}
 	}
 	for _, target := range []string{"/k", "/-/v1/txn", "/-/v1/watch"} {
 		a := f.sendAs("127.0.0.1", "OPTIONS", target, "", "Origin: "+app, "Access-Control-Request-Method: PUT", "Access-Control-Request-Headers: if-match, idempotency-key")
-		a.want(t, 204)
-		a.wantHeader(t, "Access-Control-Allow-Origin", app)
-		a.wantHeader(t, "Access-Control-Allow-Headers", "if-match, idempotency-key")
-		if !strings.Contains(a.header.Get("Access-Control-Allow-Methods"), "PUT") {
-			t.Errorf("%v", a.header)
+		a.Want(t, 204)
+		a.WantHeader(t, "Access-Control-Allow-Origin", app)
+		a.WantHeader(t, "Access-Control-Allow-Headers", "if-match, idempotency-key")
+		if !strings.Contains(a.Header.Get("Access-Control-Allow-Methods"), "PUT") {
+			t.Errorf("%v", a.Header)
 		}
 	}
 	// Nobody else, by no spelling, and no page of a foreign name for this node.
@@ -155,21 +157,21 @@ func TestBrowsers_AllowedOrigin(t *testing.T) {
 	for _, origin := range []string{"https://evil.example", "http://app.example", "https://app.example:8443", "https://app.example.evil.example", "https://APP.example", "null", "*", ""} {
 		for _, r := range [][3]string{{"GET", "/k", ""}, {"PUT", "/k", "w"}, {"OPTIONS", "/k", ""}} {
 			a := f.sendAs("127.0.0.1", r[0], r[1], r[2], "Origin: "+origin, "Sec-Fetch-Site: cross-site", "Access-Control-Request-Method: PUT")
-			if isCORS(a) || r[0] == "PUT" && a.code != 403 {
-				t.Errorf("%q %s: %d %v", origin, r[0], a.code, a.header)
+			if isCORS(a) || r[0] == "PUT" && a.Code != 403 {
+				t.Errorf("%q %s: %d %v", origin, r[0], a.Code, a.Header)
 			}
 		}
 	}
 	a := f.sendAs("evil.example", "GET", "/k", "", crossSite...)
-	if a.want(t, 421); isCORS(a) {
-		t.Errorf("%v", a.header)
+	if a.Want(t, 421); isCORS(a) {
+		t.Errorf("%v", a.Header)
 	}
 	if rv := f.store.version(); rv != before {
 		t.Errorf("version %d", rv)
 	}
 	// Where no origin is allowed there is not a word of CORS.
-	if a := newFront(t).sendAs("127.0.0.1", "GET", "/", "", crossSite...); isCORS(a) || a.header.Get("Vary") != "" {
-		t.Errorf("%v", a.header)
+	if a := newFront(t).sendAs("127.0.0.1", "GET", "/", "", crossSite...); isCORS(a) || a.Header.Get("Vary") != "" {
+		t.Errorf("%v", a.Header)
 	}
 }
 
@@ -237,9 +239,9 @@ func TestBrowsers_EveryAnswer(t *testing.T) {
 		for _, method := range []string{r.method, "HEAD", "OPTIONS"} {
 			a := f.do(method, r.target, r.body, r.headers...)
 			for name, want := range map[string]string{"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin", "Content-Security-Policy": contentSecurityPolicy} {
-				a.wantHeader(t, name, want)
+				a.WantHeader(t, name, want)
 			}
-			if slices.Contains([]string{"text/html", "image/svg+xml"}, a.header.Get("Content-Type")) && !strings.HasPrefix(r.target, "/-/debug/") {
+			if slices.Contains([]string{"text/html", "image/svg+xml"}, a.Header.Get("Content-Type")) && !strings.HasPrefix(r.target, "/-/debug/") {
 				t.Errorf("%s %s is a page", method, r.target)
 			}
 		}

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // fault is a bad thing that can happen to a cluster.
@@ -171,7 +172,7 @@ func (c *chaos) pause(nodes ...*proc.Node) {
 	for _, n := range nodes {
 		if n.Running() {
 			c.disturb(n)
-			must(c.t, n.Pause())
+			testkit.Must(c.t, n.Pause())
 		}
 	}
 }

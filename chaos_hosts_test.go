@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // Here every node is a host of its own: a network namespace with an address, joined to the others by a switch.
@@ -29,7 +30,7 @@ func TestChaosHosts(t *testing.T) {
 // TestChaosHosts_LongCut: after a cut that was long enough for TCP to lose hope, everybody is back as soon as
 // after a short one. Nodes must not wait for connections that are dead: TCP would take as long again as the cut.
 func TestChaosHosts_LongCut(t *testing.T) {
-	if !*heavy && *chaosTime == 0 {
+	if !*testkit.Heavy && *chaosTime == 0 {
 		t.Skip("needs -heavy or -chaos")
 	}
 	const nodes = 3

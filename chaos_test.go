@@ -14,6 +14,7 @@ import (
 
 	"raftrv/internal/linkproxy"
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // These tests let real nodes work while one bad thing after the other happens to them, and then judge what
@@ -93,8 +94,8 @@ func newChaos(t *testing.T, nodes int) *chaos {
 	}
 	var err error
 	proxies, err = linkproxy.New(targets)
-	must(t, err)
-	t.Cleanup(func() { must(t, proxies.Close()) })
+	testkit.Must(t, err)
+	t.Cleanup(func() { testkit.Must(t, proxies.Close()) })
 	c.network = proxies
 	c.start()
 	return c
@@ -223,7 +224,7 @@ func (c *chaos) heal() {
 	}
 	for _, n := range c.Nodes {
 		if n.Running() {
-			must(c.t, n.Resume())
+			testkit.Must(c.t, n.Resume())
 		}
 	}
 	c.start()

@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"github.com/spf13/pflag"
+
+	"raftrv/internal/testkit"
 )
 
 func TestConfig_Browsers(t *testing.T) {
@@ -73,7 +75,7 @@ func checkConfigError(t *testing.T, args []string, want string) {
 	var cfg config
 	f := pflag.NewFlagSet("", pflag.ContinueOnError)
 	cfg.flags(f)
-	must(t, f.Parse(args))
+	testkit.Must(t, f.Parse(args))
 	err := cfg.validate()
 	if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
 		t.Errorf("%q: %v, want %q", args, err, want)

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/testkit"
 )
 
 // TestOpinion: a verdict by a majority lasts, a doubt goes only when a majority has this node's state, and silence
@@ -23,7 +25,7 @@ import (
 func TestOpinion(t *testing.T) {
 	free := uint64(1 << 40)
 	g := newTestGuard(t, &free)
-	must(t, g.begin())
+	testkit.Must(t, g.begin())
 	applyTo(t, g.store, somePut)
 	own := health{Sums: g.store.sums()}
 	other := health{Sums: sums{Now: checkpoint{Index: own.Sums.Now.Index, Sum: own.Sums.Now.Sum + 1}}}
@@ -64,7 +66,7 @@ func TestOpinion_Lasts(t *testing.T) {
 		}
 		applyTo(t, s, somePut)
 		g := newGuard(&config{id: 1, dataDir: dir}, s, func() int { return 0 }, zap.NewNop())
-		must(t, g.begin())
+		testkit.Must(t, g.begin())
 		if v := g.current(); v != want {
 			t.Errorf("started %v, want %v", v, want)
 		}
@@ -79,23 +81,23 @@ func TestOpinion_Lasts(t *testing.T) {
 	g = start(unchecked)
 	// A disk that cannot take the note gets it later.
 	path := filepath.Join(dir, divergedName)
-	must(t, os.Mkdir(path+".tmp", 0o700))
+	testkit.Must(t, os.Mkdir(path+".tmp", 0o700))
 	g.hear(map[uint64]health{2: other, 3: other}, 2)
 	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) || g.current() != diverged {
 		t.Fatalf("%v: %v", g.current(), err)
 	}
-	must(t, os.Remove(path+".tmp"))
+	testkit.Must(t, os.Remove(path+".tmp"))
 	g.hear(nil, 2)
 	var note divergedNote
 	text, err := os.ReadFile(path)
-	must(t, err)
+	testkit.Must(t, err)
 	if err := json.Unmarshal(text, &note); err != nil || note.Member != 1 || note.Index != own.Sums.Now.Index {
 		t.Errorf("%s: %v", text, err)
 	}
 	g = start(diverged)
 	g.hear(map[uint64]health{2: own, 3: own}, 2)
 	start(diverged)
-	must(t, os.Remove(path)) // by a person
+	testkit.Must(t, os.Remove(path)) // by a person
 	start(unchecked)
 }
 
@@ -129,13 +131,13 @@ func newExchangeRig(t *testing.T) *exchangeRig {
 	t.Cleanup(func() { peerClient.Transport = before })
 	applyTo(t, n.store, somePut)
 	n.guard.gate = n.hub.gate
-	must(t, n.guard.begin())
+	testkit.Must(t, n.guard.begin())
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- n.exchange(ctx) }()
 	t.Cleanup(func() {
 		cancel()
-		must(t, <-ended)
+		testkit.Must(t, <-ended)
 	})
 	return r
 }
@@ -205,11 +207,11 @@ func TestExchange(t *testing.T) {
 		if took := time.Since(start); took > peerDialTimeout/2 {
 			t.Errorf("it took %v, waiting for a member that does not answer", took)
 		}
-		must(t, <-served)
+		testkit.Must(t, <-served)
 		r.peers[3].delay.Store(0)
 
 		w, err := r.hub.watch("", true, r.store.version())
-		must(t, err)
+		testkit.Must(t, err)
 		defer w.close()
 		r.say(2, false)
 		r.wait(t, doubtful)
@@ -228,7 +230,7 @@ func TestExchange(t *testing.T) {
 		r.say(3, true)
 		r.wait(t, sound)
 		again, err := r.hub.watch("", true, r.store.version())
-		must(t, err)
+		testkit.Must(t, err)
 		defer again.close()
 		applyTo(t, r.store, somePut)
 		r.hub.distribute()

@@ -39,24 +39,24 @@ func TestHTTP_ContentType(t *testing.T) {
 		{"new/kind", "new/kind", none},
 	} {
 		a := f.do("PUT", "/k", "<b>", "Content-Type: "+tt.sent)
-		if a.code/100 != 2 {
-			t.Errorf("%q: %d %s", tt.sent, a.code, a.body)
+		if a.Code/100 != 2 {
+			t.Errorf("%q: %d %s", tt.sent, a.Code, a.Body)
 			continue
 		}
 		for _, method := range []string{"GET", "HEAD"} {
 			a = f.do(method, "/k", "")
-			a.want(t, 200)
-			a.wantHeader(t, "Content-Type", tt.served)
-			a.wantHeader(t, "X-Content-Type-Options", "nosniff")
-			a.wantHeader(t, "Content-Security-Policy", contentSecurityPolicy)
+			a.Want(t, 200)
+			a.WantHeader(t, "Content-Type", tt.served)
+			a.WantHeader(t, "X-Content-Type-Options", "nosniff")
+			a.WantHeader(t, "Content-Security-Policy", contentSecurityPolicy)
 		}
 		field := ""
 		if tt.kept != "" {
 			field = fmt.Sprintf(`,"contentType":%q`, tt.kept)
 		}
 		for _, target := range []string{"/-/v1/keys/k", "/-/v1/keys", "/-/v1/watch?initial=true&timeout=1ms"} {
-			if a := f.do("GET", target, ""); !strings.Contains(a.body, `"createdResourceVersion":1`+field+`}`) && !strings.Contains(a.body, `"createdResourceVersion":1`+field+`,"prev`) {
-				t.Errorf("%q: %s: %s", tt.sent, target, a.body)
+			if a := f.do("GET", target, ""); !strings.Contains(a.Body, `"createdResourceVersion":1`+field+`}`) && !strings.Contains(a.Body, `"createdResourceVersion":1`+field+`,"prev`) {
+				t.Errorf("%q: %s: %s", tt.sent, target, a.Body)
 			}
 		}
 	}
@@ -69,43 +69,43 @@ func TestHTTP_ContentType(t *testing.T) {
 			headers = append(headers, "Content-Type: "+v)
 		}
 		for method, target := range map[string]string{"PUT": "/bad", "POST": "/", "PATCH": "/"} {
-			if a := f.do(method, target, "1", headers...); a.code != 400 {
-				t.Errorf("%s %q: %d %s", method, bad, a.code, a.body)
+			if a := f.do(method, target, "1", headers...); a.Code != 400 {
+				t.Errorf("%s %q: %d %s", method, bad, a.Code, a.Body)
 			}
 		}
 	}
 	// A write without a type is one of a value without a type, and no other version than before.
-	f.do("PUT", "/k", "1", "Content-Type: text/csv").want(t, 204)
+	f.do("PUT", "/k", "1", "Content-Type: text/csv").Want(t, 204)
 	rv := f.store.version()
 	a := f.do("PUT", "/k", "2")
-	a.wantHeader(t, "ETag", fmt.Sprintf("%q", fmt.Sprint(rv+1)))
-	f.do("GET", "/k", "").wantHeader(t, "Content-Type", none)
+	a.WantHeader(t, "ETag", fmt.Sprintf("%q", fmt.Sprint(rv+1)))
+	f.do("GET", "/k", "").WantHeader(t, "Content-Type", none)
 	// The other ways to write.
 	created := f.do("POST", "/", "{}", "Content-Type: application/json")
-	f.do("GET", created.header.Get("Location"), "").wantHeader(t, "Content-Type", "application/json")
+	f.do("GET", created.Header.Get("Location"), "").WantHeader(t, "Content-Type", "application/json")
 	created = f.do("PATCH", "/", "{}", "Content-Type: application/json")
-	f.do("GET", created.header.Get("Location"), "").wantHeader(t, "Content-Type", "application/json")
+	f.do("GET", created.Header.Get("Location"), "").WantHeader(t, "Content-Type", "application/json")
 	a = f.do("POST", "/-/v1/txn", `{"then":[{"op":"put","key":"t","value":"x","contentType":"text/csv"},{"op":"get","key":"t"}]}`)
-	if !strings.Contains(a.body, `"contentType":"text/csv"`) {
-		t.Error(a.body)
+	if !strings.Contains(a.Body, `"contentType":"text/csv"`) {
+		t.Error(a.Body)
 	}
-	f.do("GET", "/t", "").wantHeader(t, "Content-Type", "text/csv")
-	f.do("POST", "/-/v1/txn", `{"then":[{"op":"put","key":"t","value":"x","contentType":"csv"}]}`).want(t, 400)
-	f.do("POST", "/-/v1/txn", `{"then":[{"op":"delete","key":"t","contentType":"text/csv"}]}`).want(t, 400)
+	f.do("GET", "/t", "").WantHeader(t, "Content-Type", "text/csv")
+	f.do("POST", "/-/v1/txn", `{"then":[{"op":"put","key":"t","value":"x","contentType":"csv"}]}`).Want(t, 400)
+	f.do("POST", "/-/v1/txn", `{"then":[{"op":"delete","key":"t","contentType":"text/csv"}]}`).Want(t, 400)
 	// It is part of what a request is.
-	f.do("PUT", "/once", "x", "Idempotency-Key: once", "Content-Type: text/csv").want(t, 201)
-	f.do("PUT", "/once", "x", "Idempotency-Key: once", "Content-Type: text/csv").want(t, 201)
-	f.do("PUT", "/once", "x", "Idempotency-Key: once", "Content-Type: text/plain").want(t, 422)
+	f.do("PUT", "/once", "x", "Idempotency-Key: once", "Content-Type: text/csv").Want(t, 201)
+	f.do("PUT", "/once", "x", "Idempotency-Key: once", "Content-Type: text/csv").Want(t, 201)
+	f.do("PUT", "/once", "x", "Idempotency-Key: once", "Content-Type: text/plain").Want(t, 422)
 }
 
 // TestHTTP_ContentTypeBefore: while a member does not know content types nobody keeps them.
 func TestHTTP_ContentTypeBefore(t *testing.T) {
 	f := newFront(t)
 	f.store.state.setLevel(2)
-	f.do("PUT", "/k", "1", "Content-Type: application/json").want(t, 201)
-	f.do("POST", "/-/v1/txn", `{"then":[{"op":"put","key":"t","value":"x","contentType":"text/csv"}]}`).want(t, 200)
+	f.do("PUT", "/k", "1", "Content-Type: application/json").Want(t, 201)
+	f.do("POST", "/-/v1/txn", `{"then":[{"op":"put","key":"t","value":"x","contentType":"text/csv"}]}`).Want(t, 200)
 	for _, key := range []string{"k", "t"} {
-		f.do("GET", "/"+key, "").wantHeader(t, "Content-Type", "application/octet-stream")
+		f.do("GET", "/"+key, "").WantHeader(t, "Content-Type", "application/octet-stream")
 	}
 	for _, c := range []command{{op: opPut, key: "k", contentType: "a/b"}, {op: opPut, key: "k", retry: retryID{key: "r", client: 1}}} {
 		if err := checkCommands(c.appendTo(nil), 2); err == nil || !strings.Contains(err.Error(), "this needs 3") {

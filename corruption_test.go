@@ -18,6 +18,8 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 	"google.golang.org/protobuf/proto"
+
+	"raftrv/internal/testkit"
 )
 
 // This file damages data directories in every way that it can think of, and
@@ -54,12 +56,12 @@ func newLogWriter(t *testing.T, value func(n int) string) *logWriter {
 func (r *logWriter) save(ents ...*raftpb.Entry) {
 	r.t.Helper()
 	for _, e := range ents {
-		must(r.t, r.store.applyEntry(e))
+		testkit.Must(r.t, r.store.applyEntry(e))
 		r.made.last = e.GetIndex()
 		r.made.states[r.made.last] = encodeState(r.t, &r.store.state)
 	}
 	r.made.hard = &raftpb.HardState{Term: new(r.term), Vote: new(uint64(1)), Commit: new(r.made.last)}
-	must(r.t, r.disk.save(r.made.hard, ents))
+	testkit.Must(r.t, r.disk.save(r.made.hard, ents))
 }
 
 // put appends n entries, each of its own size.
@@ -75,11 +77,11 @@ func (r *logWriter) put(n int) {
 func (r *logWriter) addLearner(id uint64) {
 	r.t.Helper()
 	b, err := newMemberChange(memberChange{kind: addLearner, member: member{ID: id, PeerURL: fmt.Sprint("http://l:", id)}}, time.Time{})
-	must(r.t, err)
+	testkit.Must(r.t, err)
 	batchHeader{session: 9, seq: 500 + id}.put(b.data)
 	b.change.Context = b.data
 	data, err := proto.Marshal(b.change)
-	must(r.t, err)
+	testkit.Must(r.t, err)
 	r.save(&raftpb.Entry{Type: raftpb.EntryConfChange.Enum(), Term: new(r.term), Index: new(r.store.applied() + 1), Data: data})
 }
 
@@ -87,16 +89,16 @@ func (r *logWriter) snapshot() {
 	r.t.Helper()
 	view := r.store.snapshot()
 	snap := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(view.index), Term: new(view.term), ConfState: &raftpb.ConfState{Voters: []uint64{1}}}}
-	must(r.t, r.disk.writeSnapshot(snap, &view))
-	must(r.t, r.disk.commitSnapshot(snap))
-	must(r.t, r.disk.purge())
+	testkit.Must(r.t, r.disk.writeSnapshot(snap, &view))
+	testkit.Must(r.t, r.disk.commitSnapshot(snap))
+	testkit.Must(r.t, r.disk.purge())
 }
 
 // stopped returns the directory after a clean stop.
 func (r *logWriter) stopped() *directory {
 	r.t.Helper()
 	r.made.marked = r.made.last
-	must(r.t, r.disk.close())
+	testkit.Must(r.t, r.disk.close())
 	r.made.files = readTree(r.t, r.disk.dir)
 	return r.made
 }
@@ -104,7 +106,7 @@ func (r *logWriter) stopped() *directory {
 func readTree(t *testing.T, dir string) map[string][]byte {
 	t.Helper()
 	files := map[string][]byte{}
-	must(t, filepath.WalkDir(dir, func(path string, e os.DirEntry, err error) error {
+	testkit.Must(t, filepath.WalkDir(dir, func(path string, e os.DirEntry, err error) error {
 		if err != nil || e.IsDir() {
 			return err
 		}
@@ -121,12 +123,12 @@ func readTree(t *testing.T, dir string) map[string][]byte {
 // writeTree makes dir hold these files and no others.
 func writeTree(t *testing.T, dir string, files map[string][]byte) {
 	t.Helper()
-	must(t, os.RemoveAll(dir))
+	testkit.Must(t, os.RemoveAll(dir))
 	for _, sub := range []string{walDir, snapDir} {
-		must(t, os.MkdirAll(filepath.Join(dir, sub), dirMode))
+		testkit.Must(t, os.MkdirAll(filepath.Join(dir, sub), dirMode))
 	}
 	for name, b := range files {
-		must(t, os.WriteFile(filepath.Join(dir, name), b, fileMode))
+		testkit.Must(t, os.WriteFile(filepath.Join(dir, name), b, fileMode))
 	}
 }
 
@@ -181,7 +183,7 @@ var outcomeNames = []string{"all", "all, older", "cut", "refused", "LOST", "UNEX
 // start starts from a directory as serve does, as far as the disk goes.
 func (d *directory) start(t *testing.T, dir string) (outcome startOutcome, why error) {
 	s, err := openStorage(dir, zap.NewNop())
-	must(t, err)
+	testkit.Must(t, err)
 	defer func() {
 		if s.wal == nil {
 			_ = s.close() // there is only the lock
@@ -195,7 +197,7 @@ func (d *directory) start(t *testing.T, dir string) (outcome startOutcome, why e
 		return judgeRefusal(dir, err), err
 	}
 	from := rec.state.index
-	must(t, rec.replay())
+	testkit.Must(t, rec.replay())
 	outcome, why = d.judge(rec, from)
 	if outcome != lostSilently {
 		why = goesOn(t, s, rec.state.index, from)
@@ -258,16 +260,16 @@ func (d *directory) newestSnapshot() (newest uint64) {
 // there after the next start.
 func goesOn(t *testing.T, s *storage, index, from uint64) error {
 	e := putEntry(index+1, 9, "new", "value")
-	must(t, s.save(&raftpb.HardState{Term: new(uint64(9)), Commit: new(index + 1)}, []*raftpb.Entry{e}))
-	must(t, s.close())
+	testkit.Must(t, s.save(&raftpb.HardState{Term: new(uint64(9)), Commit: new(index + 1)}, []*raftpb.Entry{e}))
+	testkit.Must(t, s.close())
 	again, err := openStorage(s.dir, zap.NewNop())
-	must(t, err)
+	testkit.Must(t, err)
 	rec, err := again.load()
 	if err != nil {
 		return fmt.Errorf("after another write: %w", err)
 	}
 	last, err := rec.log.LastIndex()
-	must(t, err)
+	testkit.Must(t, err)
 	if last != index+1 || rec.state.index != from {
 		return fmt.Errorf("after another write: the log ends at %d, want %d", last, index+1)
 	}
@@ -481,13 +483,13 @@ func TestCorruption(t *testing.T) {
 	for name, value := range values {
 		m := &matrix{directory: exampleDirectory(t, value), t: t, values: name, damages: &table, dir: filepath.Join(memoryDir(t), "data")}
 		m.tryAll("none, values "+name, "", m.files)
-		m.flip("log", sized(150, 4000))
-		m.flip("snapshot body", sized(60, 2000))
-		m.flip("snapshot meta", sized(20, 1000))
-		m.flip("watermark", sized(40, 4000))
-		m.flipHeads(sized(80, 1))
-		m.zero(sized(5, 1))
-		m.truncate(sized(4, 64))
+		m.flip("log", testkit.Sized(150, 4000))
+		m.flip("snapshot body", testkit.Sized(60, 2000))
+		m.flip("snapshot meta", testkit.Sized(20, 1000))
+		m.flip("watermark", testkit.Sized(40, 4000))
+		m.flipHeads(testkit.Sized(80, 1))
+		m.zero(testkit.Sized(5, 1))
+		m.truncate(testkit.Sized(4, 64))
 		m.takeAway()
 	}
 	t.Log(table.String())
@@ -499,13 +501,13 @@ func crashDirectory(t *testing.T, value func(n int) string) (before, after *dire
 	r.put(30)
 	r.snapshot()
 	r.put(20)
-	must(t, r.disk.writeMark())
+	testkit.Must(t, r.disk.writeMark())
 	r.made.marked = r.made.last
 	image := func() *directory {
 		d := *r.made
 		d.files = readTree(t, r.disk.dir)
 		end, err := scanLog(filepath.Join(r.disk.dir, walDir), watermark{})
-		must(t, err)
+		testkit.Must(t, err)
 		d.pending = end.offset
 		return &d
 	}
@@ -518,7 +520,7 @@ func crashDirectory(t *testing.T, value func(n int) string) (before, after *dire
 	}
 	r.save(ents...)
 	after = image()
-	must(t, r.disk.close())
+	testkit.Must(t, r.disk.close())
 	return before, after
 }
 
@@ -552,7 +554,7 @@ func TestCorruption_TornTail(t *testing.T) {
 		m := &matrix{directory: after, t: t, values: name, damages: &table, dir: filepath.Join(memoryDir(t), "data")}
 		row := fmt.Sprintf("log: torn write of %d sectors, values %s", len(dirty), name)
 		for kept := range 1 << len(dirty) {
-			if !*heavy && bits.OnesCount(uint(kept))%3 != 1 {
+			if !*testkit.Heavy && bits.OnesCount(uint(kept))%3 != 1 {
 				continue
 			}
 			b := bytes.Clone(before.files[segment])
@@ -584,7 +586,7 @@ func TestCorruption_PastTheWatermark(t *testing.T) {
 		before, after := crashDirectory(t, value)
 		segment := lastSegment(after)
 		m := &matrix{directory: after, t: t, values: name, damages: &table, dir: filepath.Join(memoryDir(t), "data")}
-		for at := int(before.pending); at < int(after.pending); at += sized(97, 3) {
+		for at := int(before.pending); at < int(after.pending); at += testkit.Sized(97, 3) {
 			b := bytes.Clone(after.files[segment])
 			b[at] ^= 1 << (at % 8)
 			m.try("a flipped bit past the watermark", segment, b)
@@ -635,13 +637,13 @@ func TestCommand_RecoverDamaged(t *testing.T) {
 		}
 		var index uint64
 		_, err = fmt.Sscanf(out[strings.Index(out, "entries up to"):], "entries up to %d", &index)
-		must(t, err)
+		testkit.Must(t, err)
 		want, err := readState(bytes.NewReader(made.states[index]))
-		must(t, err)
+		testkit.Must(t, err)
 		s, rec := openRestored(t, to)
 		rec.state.rv -= versionJump
 		wantSameItems(t, &rec.state, &want)
-		must(t, s.close())
+		testkit.Must(t, s.close())
 		t.Logf("%s: up to entry %d of %d", what, index, made.last)
 	}
 	if left, _ := filepath.Glob(filepath.Join(parent, "raftrv-reading-*")); len(left) > 0 {
@@ -653,9 +655,9 @@ func TestCommand_RecoverDamaged(t *testing.T) {
 // the empty member of a new cluster.
 func TestStorage_RefusesAnUnfinishedDirectory(t *testing.T) {
 	dir := t.TempDir()
-	must(t, os.WriteFile(filepath.Join(dir, unfinishedName), nil, fileMode))
+	testkit.Must(t, os.WriteFile(filepath.Join(dir, unfinishedName), nil, fileMode))
 	s, err := openStorage(dir, zap.NewNop())
-	must(t, err)
+	testkit.Must(t, err)
 	defer s.close()
 	if _, err := s.load(); err == nil || !strings.Contains(err.Error(), "restore") {
 		t.Errorf("load: %v", err)
@@ -665,7 +667,7 @@ func TestStorage_RefusesAnUnfinishedDirectory(t *testing.T) {
 // TestStorage_IdentityIsStable: what old versions have written is read.
 func TestStorage_IdentityIsStable(t *testing.T) {
 	var id identity
-	must(t, json.Unmarshal([]byte(`{"format":1,"member":3,"cluster":7,"directory":9,"joined":true}`), &id))
+	testkit.Must(t, json.Unmarshal([]byte(`{"format":1,"member":3,"cluster":7,"directory":9,"joined":true}`), &id))
 	if !reflect.DeepEqual(id, identity{Format: 1, Member: 3, Cluster: 7, Directory: 9, Joined: true}) {
 		t.Errorf("%+v", id)
 	}

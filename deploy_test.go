@@ -15,6 +15,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v2"
+
+	"raftrv/internal/testkit"
 )
 
 // What deploy/ has is only read here: neither Prometheus nor Grafana nor Docker
@@ -26,7 +28,7 @@ const deployDir = "deploy"
 func readYAML(t *testing.T, name string, into any) {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join(deployDir, name))
-	must(t, err)
+	testkit.Must(t, err)
 	if err := yaml.UnmarshalStrict(b, into); err != nil {
 		t.Fatalf("%s: %v", name, err)
 	}
@@ -86,7 +88,7 @@ type dashboard struct {
 
 func readDashboard(t *testing.T) dashboard {
 	var d dashboard
-	must(t, json.Unmarshal([]byte(readFile(t, filepath.Join(deployDir, "dashboard.json"))), &d))
+	testkit.Must(t, json.Unmarshal([]byte(testkit.ReadFile(t, filepath.Join(deployDir, "dashboard.json"))), &d))
 	return d
 }
 
@@ -127,7 +129,7 @@ func newMetricCatalog(t *testing.T) metricCatalog {
 		}
 	}
 	families, err := registry.Gather()
-	must(t, err)
+	testkit.Must(t, err)
 	for _, f := range families {
 		c.types[f.GetName()] = strings.ToLower(f.GetType().String())
 	}
@@ -143,9 +145,9 @@ func (c metricCatalog) check(query string) error {
 	for _, name := range names {
 		kind, ok := c.types[name]
 		if !ok {
-			kind, ok = c.types[baseName(name)]
+			kind, ok = c.types[testkit.BaseName(name)]
 			if ok && kind != "histogram" && kind != "" {
-				return fmt.Errorf("%s is no histogram", baseName(name))
+				return fmt.Errorf("%s is no histogram", testkit.BaseName(name))
 			}
 		} else if kind == "histogram" {
 			return fmt.Errorf("%s is a histogram, which has _bucket, _sum and _count only", name)
@@ -221,7 +223,7 @@ func TestDeploy_Alerts(t *testing.T) {
 	c := newMetricCatalog(t)
 	rules := readAlerts(t)
 	seen := map[string]bool{}
-	page := readFile(t, "docs/operations.md")
+	page := testkit.ReadFile(t, "docs/operations.md")
 	for _, r := range rules {
 		if !strings.HasPrefix(r.Alert, "Raftrv") || seen[r.Alert] {
 			t.Errorf("%q is no name, or there twice", r.Alert)
@@ -286,7 +288,7 @@ func TestDeploy_Dashboard(t *testing.T) {
 
 // Of all our metrics the dashboard shows those that change.
 func TestDeploy_DashboardIsComplete(t *testing.T) {
-	used := readFile(t, filepath.Join(deployDir, "dashboard.json")) + readFile(t, filepath.Join(deployDir, "alerts.yml"))
+	used := testkit.ReadFile(t, filepath.Join(deployDir, "dashboard.json")) + testkit.ReadFile(t, filepath.Join(deployDir, "alerts.yml"))
 	for name := range describedNames(t) {
 		switch name {
 		case "raftrv_member_id", "raftrv_term", "raftrv_committed_index", "raftrv_applied_index", "raftrv_batch_bytes", "raftrv_proposal_queue_batches",
@@ -303,8 +305,8 @@ func TestDeploy_DashboardIsComplete(t *testing.T) {
 func TestDeploy_PagesNameMetricsThatExist(t *testing.T) {
 	c := newMetricCatalog(t)
 	for _, page := range []string{"docs/operations.md", "docs/api.md", "README.md"} {
-		for _, name := range regexp.MustCompile(`\braftrv_[a-z_]+[a-z]\b`).FindAllString(readFile(t, page), -1) {
-			if _, ok := c.types[baseName(name)]; !ok {
+		for _, name := range regexp.MustCompile(`\braftrv_[a-z_]+[a-z]\b`).FindAllString(testkit.ReadFile(t, page), -1) {
+			if _, ok := c.types[testkit.BaseName(name)]; !ok {
 				t.Errorf("%s: there is no metric %s", page, name)
 			}
 		}
@@ -326,8 +328,8 @@ type composeFile struct {
 func TestDeploy_Compose(t *testing.T) {
 	var compose composeFile
 	b, err := os.ReadFile(filepath.Join(deployDir, "compose.yml"))
-	must(t, err)
-	must(t, yaml.Unmarshal(b, &compose))
+	testkit.Must(t, err)
+	testkit.Must(t, yaml.Unmarshal(b, &compose))
 	var nodes, clusters []string
 	for name, service := range compose.Services {
 		if service.Image != "raftrv" {
@@ -336,14 +338,14 @@ func TestDeploy_Compose(t *testing.T) {
 		var cfg config
 		flags := pflag.NewFlagSet(name, pflag.ContinueOnError)
 		cfg.flags(flags)
-		must(t, flags.Parse(service.Command))
-		must(t, cfg.validate())
+		testkit.Must(t, flags.Parse(service.Command))
+		testkit.Must(t, cfg.validate())
 		clusters = append(clusters, cfg.cluster)
 		client, err := url.Parse(cfg.clientURL)
-		must(t, err)
+		testkit.Must(t, err)
 		nodes = append(nodes, client.Host)
 		peer, err := url.Parse(cfg.self().PeerURL)
-		must(t, err)
+		testkit.Must(t, err)
 		if name != fmt.Sprintf("raftrv%d", cfg.id) || client.Hostname() != name || peer.Hostname() != name {
 			t.Errorf("%s has the ID %d and the URLs %s and %s", name, cfg.id, client, peer)
 		}
@@ -396,8 +398,8 @@ func TestDeploy_Compose(t *testing.T) {
 
 // The Dockerfile builds with the language that go.mod asks for.
 func TestDeploy_Dockerfile(t *testing.T) {
-	docker := readFile(t, filepath.Join(deployDir, "Dockerfile"))
-	language := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(readFile(t, "go.mod"))[1]
+	docker := testkit.ReadFile(t, filepath.Join(deployDir, "Dockerfile"))
+	language := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(testkit.ReadFile(t, "go.mod"))[1]
 	for _, line := range []string{"FROM golang:" + language + ".", "CGO_ENABLED=0 ", "-X main.version=", "FROM scratch\n", `ENTRYPOINT ["/raftrv"]`} {
 		if !strings.Contains(docker, line) {
 			t.Errorf("it has no %s", line)
@@ -411,7 +413,7 @@ func TestDeploy_Pinned(t *testing.T) {
 	pinned := regexp.MustCompile(`@(sha256:[0-9a-f]{64}|[0-9a-f]{40})$`)
 	ours := []string{"scratch", "raftrv"}
 	for _, path := range []string{"deploy/Dockerfile", "deploy/compose.yml", ".github/workflows/check.yml"} {
-		found := foreign.FindAllStringSubmatch(readFile(t, path), -1)
+		found := foreign.FindAllStringSubmatch(testkit.ReadFile(t, path), -1)
 		if len(found) == 0 {
 			t.Errorf("%s names nothing", path)
 		}

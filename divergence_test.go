@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"strings"
 	"testing"
+
+	"raftrv/internal/testkit"
 )
 
 // at returns sums of a member at an index, with checkpoints before it.
@@ -82,12 +84,12 @@ func TestSums_Kept(t *testing.T) {
 	s, other := newKVStore(), newKVStore()
 	const behind = 100
 	for i := range uint64(2*checkpointEvery*checkpointsKept + 300) {
-		must(t, s.skip(i+1, 1))
-		must(t, other.skip(i+1, 1))
+		testkit.Must(t, s.skip(i+1, 1))
+		testkit.Must(t, other.skip(i+1, 1))
 	}
 	lagging := other.sums()
 	for range behind {
-		must(t, s.skip(s.applied()+1, 1))
+		testkit.Must(t, s.skip(s.applied()+1, 1))
 	}
 	own := s.ownSums()
 	if known, same := own.compare(&lagging); !known || !same {
@@ -113,7 +115,7 @@ func applyAll(t *testing.T, s *kvstore, commands ...command) {
 	for i := range commands {
 		n := s.applied() + 1
 		_, err := s.apply(n, 1, batchHeader{session: 1, seq: n, time: 1}, commands[i].appendTo(nil), nil)
-		must(t, err)
+		testkit.Must(t, err)
 	}
 }
 
@@ -134,9 +136,9 @@ func TestSum(t *testing.T) {
 	if got := base(func(s *kvstore) { // through a snapshot
 		var b strings.Builder
 		st := s.snapshot()
-		must(t, st.writeTo(&b))
+		testkit.Must(t, st.writeTo(&b))
 		st, err := readState(strings.NewReader(b.String()))
-		must(t, err)
+		testkit.Must(t, err)
 		s.restore(st)
 	}, again); got != want {
 		t.Error("a snapshot changes the sum")
@@ -144,7 +146,7 @@ func TestSum(t *testing.T) {
 	different := map[string]uint64{
 		"another value":  base(nil, command{op: opPut, key: "k", value: "x"}),
 		"another key":    base(nil, command{op: opPut, key: "l", value: "w"}),
-		"an empty entry": base(func(s *kvstore) { must(t, s.skip(2, 1)) }, again),
+		"an empty entry": base(func(s *kvstore) { testkit.Must(t, s.skip(2, 1)) }, again),
 		"an item that is damaged in memory": base(func(s *kvstore) {
 			s.state.items.Set("k", item{value: "V", rv: 1, created: 1})
 		}, again),
@@ -166,7 +168,7 @@ func TestCheckpoints(t *testing.T) {
 	s := newKVStore()
 	const entries = checkpointEvery*(checkpointsKept+3) + 5
 	for i := uint64(1); i <= entries; i++ {
-		must(t, s.skip(i, 1))
+		testkit.Must(t, s.skip(i, 1))
 	}
 	kept := map[uint64]bool{}
 	for _, c := range s.sums().Earlier {
@@ -192,7 +194,7 @@ func TestSum_SeesAllOfTheState(t *testing.T) {
 		applyAll(t, s, command{op: opPut, key: "k", value: "v", expires: 99, retry: retryID{key: "r"}})
 		change(&s.state)
 		st, err := readState(bytes.NewReader(stateBytes(t, s.snapshot()))) // digests are made anew
-		must(t, err)
+		testkit.Must(t, err)
 		s.restore(st)
 		applyAll(t, s, command{op: opDelete, key: "none"})
 		return s.sums().Now.Sum

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 var rewrite = flag.Bool("rewrite", false, "write what came back into the files that are compared with it")
@@ -154,7 +155,7 @@ func TestDocs_APIIsComplete(t *testing.T) {
 		t.Fatal(err)
 	}
 	var document struct{ Paths map[string]map[string]any }
-	must(t, json.Unmarshal([]byte(readFile(t, "openapi.json")), &document)) // of which a test of the front says that it is whole
+	testkit.Must(t, json.Unmarshal([]byte(testkit.ReadFile(t, "openapi.json")), &document)) // of which a test of the front says that it is whole
 	shown := map[string]bool{}
 	_, blocks := splitExamples(string(b))
 	for _, block := range blocks {

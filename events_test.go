@@ -6,6 +6,8 @@ import (
 	"math/rand/v2"
 	"strings"
 	"testing"
+
+	"raftrv/internal/testkit"
 )
 
 // checkWindow holds a window against what is true of every one.
@@ -235,12 +237,12 @@ func TestEventLog_Snapshot(t *testing.T) {
 		bytesOf := func(s *kvstore) []byte {
 			var b bytes.Buffer
 			st := s.snapshot()
-			must(t, st.writeTo(&b))
+			testkit.Must(t, st.writeTo(&b))
 			return b.Bytes()
 		}
 		write(300, whole)
 		st, err := readState(bytes.NewReader(bytesOf(whole)))
-		must(t, err)
+		testkit.Must(t, err)
 		restored.restore(st)
 		for range 4 {
 			if !bytes.Equal(bytesOf(whole), bytesOf(restored)) {

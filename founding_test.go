@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/testkit"
 )
 
 // foundingOf returns the record of node id, with a list of nodes a, b, c and so on.
@@ -134,36 +136,36 @@ func TestFounding_BreaksOff(t *testing.T) {
 				dir := filepath.Join(t.TempDir(), "data")
 				cfg := configOf(t, "--id", "1", "--cluster", "http://127.0.0.1:1", "--data-dir", dir)
 				s, err := openStorage(dir, zap.NewNop())
-				must(t, err)
+				testkit.Must(t, err)
 				own := newFounding(&cfg)
 				if restored {
 					own.Backup = "b"
 					backup.begin(cfg.members, nil)
-					must(t, s.saveFirstState(&backup))
+					testkit.Must(t, s.saveFirstState(&backup))
 				}
-				must(t, s.saveFounding(own))
+				testkit.Must(t, s.saveFounding(own))
 				founders := own.decide(0, nil).founders
 				cluster := own.clusterID(founders)
 				if point != "record" {
 					rec, err := s.create(identity{Member: 1, Cluster: cluster, Directory: own.Directory, Backup: own.Backup, Founders: founders})
-					must(t, err)
+					testkit.Must(t, err)
 					if point != "log" {
-						must(t, s.writeFirstState(rec, founders))
+						testkit.Must(t, s.writeFirstState(rec, founders))
 					}
 					if point == "first state" {
-						must(t, s.saveFounding(own)) // its deletion got lost
+						testkit.Must(t, s.saveFounding(own)) // its deletion got lost
 					}
 				}
-				must(t, s.close())
+				testkit.Must(t, s.close())
 
 				s, err = openStorage(dir, zap.NewNop())
-				must(t, err)
+				testkit.Must(t, err)
 				defer s.close()
 				rec, err := s.load()
-				must(t, err)
+				testkit.Must(t, err)
 				ports := &ports{}
 				rec, err = (&place{cfg: cfg, disk: s, around: ports, logger: zap.NewNop()}).find(t.Context(), rec)
-				must(t, err)
+				testkit.Must(t, err)
 				if rec.identity.Directory != own.Directory || rec.identity.Cluster != cluster || !slices.Equal(rec.identity.Founders, founders) || !rec.untouched() {
 					t.Errorf("%+v, want cluster %x", rec.identity, cluster)
 				}
@@ -246,19 +248,19 @@ func TestFounding_NoRoom(t *testing.T) {
 	own := newFounding(&cfg)
 	founders := own.decide(0, nil).founders
 	s, err := openStorage(dir, zap.NewNop())
-	must(t, err)
-	must(t, s.saveFounding(own))
+	testkit.Must(t, err)
+	testkit.Must(t, s.saveFounding(own))
 	s.free = func() (uint64, error) { return 1, nil }
 	if _, err := s.found(own, 7, founders); !errors.Is(err, errNoSpace) || !strings.Contains(err.Error(), "keep the data directory") {
 		t.Errorf("without room: %v", err)
 	}
-	must(t, s.close())
+	testkit.Must(t, s.close())
 
 	s, err = openStorage(dir, zap.NewNop())
-	must(t, err)
+	testkit.Must(t, err)
 	defer s.close()
 	rec, err := s.load()
-	must(t, err)
+	testkit.Must(t, err)
 	rec, err = (&place{cfg: cfg, disk: s, around: &ports{}, logger: zap.NewNop()}).find(t.Context(), rec)
 	if err != nil || rec.empty() || rec.identity.Directory != own.Directory {
 		t.Errorf("with room: %+v, %v", rec, err)

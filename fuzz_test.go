@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"google.golang.org/protobuf/proto"
+
+	"raftrv/internal/testkit"
 )
 
 // These targets are the decoders that a stranger reaches and that stand in no test
@@ -18,7 +20,7 @@ import (
 func FuzzStream(f *testing.F) {
 	for _, m := range hostileMessages(2, 1, 5, 10) {
 		data, err := proto.Marshal(m)
-		must(f, err)
+		testkit.Must(f, err)
 		framed := append(binary.BigEndian.AppendUint64(nil, uint64(len(data))), data...)
 		f.Add(false, framed)
 		f.Add(true, append([]byte{frameMessage}, framed...))
@@ -51,7 +53,7 @@ func FuzzStream(f *testing.F) {
 func FuzzEnvelope(f *testing.F) {
 	for _, m := range hostileSnapshots(2, 1, 5, 10) {
 		data, err := proto.Marshal(m)
-		must(f, err)
+		testkit.Must(f, err)
 		f.Add(append(binary.BigEndian.AppendUint64(nil, uint64(len(data))), data...))
 	}
 	f.Add([]byte("\x00\x00\x00\x00\x04\x00\x00\x00"))

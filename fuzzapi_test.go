@@ -14,6 +14,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
+
+	"raftrv/internal/testkit"
 )
 
 // fuzzFront is a front without a server.
@@ -107,7 +109,7 @@ func FuzzContentType(f *testing.F) {
 			t.Errorf("%q is served as %q, %v", s, kind, err)
 		}
 		var header strings.Builder
-		must(t, (http.Header{"Content-Type": servedType(kept)}).Write(&header))
+		testkit.Must(t, (http.Header{"Content-Type": servedType(kept)}).Write(&header))
 		if strings.Count(header.String(), "\n") != 1 {
 			t.Errorf("%q is %q", s, header.String())
 		}

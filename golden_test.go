@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"raftrv/internal/testkit"
 )
 
 func goldenPath(level int) string { return fmt.Sprintf("testdata/level-%d.tar.gz", level) }
@@ -21,22 +23,22 @@ func goldenPath(level int) string { return fmt.Sprintf("testdata/level-%d.tar.gz
 func unpackGolden(t *testing.T, level int) string {
 	t.Helper()
 	f, err := os.Open(goldenPath(level))
-	must(t, err)
+	testkit.Must(t, err)
 	defer f.Close()
 	unzip, err := gzip.NewReader(f)
-	must(t, err)
+	testkit.Must(t, err)
 	dir := t.TempDir()
 	for archive := tar.NewReader(unzip); ; {
 		h, err := archive.Next()
 		if errors.Is(err, io.EOF) {
 			return dir
 		}
-		must(t, err)
+		testkit.Must(t, err)
 		content, err := io.ReadAll(archive)
-		must(t, err)
+		testkit.Must(t, err)
 		path := filepath.Join(dir, filepath.FromSlash(h.Name))
-		must(t, os.MkdirAll(filepath.Dir(path), dirMode))
-		must(t, os.WriteFile(path, content, fileMode))
+		testkit.Must(t, os.MkdirAll(filepath.Dir(path), dirMode))
+		testkit.Must(t, os.WriteFile(path, content, fileMode))
 	}
 }
 
@@ -48,7 +50,7 @@ func TestGolden_DataDirectory(t *testing.T) {
 		dir := unpackGolden(t, level)
 		s, rec := openRestored(t, filepath.Join(dir, "data"))
 		began := rec.state.index
-		must(t, rec.replay())
+		testkit.Must(t, rec.replay())
 		st := &rec.state
 		if began == 0 || st.index <= began {
 			t.Errorf("level %d: a snapshot at entry %d, and a log up to %d", level, began, st.index)
@@ -72,7 +74,7 @@ func TestGolden_DataDirectory(t *testing.T) {
 		if err != nil || again.level != level || again.sum != st.sum || again.retries.digest != st.retries.digest || again.sessionsDigest != st.sessionsDigest {
 			t.Errorf("level %d: written and read: %v", level, err)
 		}
-		must(t, s.close())
+		testkit.Must(t, s.close())
 	}
 }
 
@@ -83,16 +85,16 @@ func wantSameAfresh(t *testing.T, level int, want *state) {
 	dir := filepath.Join(unpackGolden(t, level), "data")
 	for _, kind := range []string{"*.snap", "*.snap.db"} {
 		names, err := filepath.Glob(filepath.Join(dir, "snap", kind))
-		must(t, err)
-		must(t, os.Remove(slices.Max(names)))
+		testkit.Must(t, err)
+		testkit.Must(t, os.Remove(slices.Max(names)))
 	}
 	s, rec := openRestored(t, dir)
 	began := rec.state.index
-	must(t, rec.replay())
+	testkit.Must(t, rec.replay())
 	if st := &rec.state; began >= want.index-10 || st.index != want.index || st.sum != want.sum {
 		t.Errorf("level %d: from entry %d on, state %x at entry %d, want %x at entry %d", level, began, st.sum, st.index, want.sum, want.index)
 	}
-	must(t, s.close())
+	testkit.Must(t, s.close())
 }
 
 // TestGolden_Backup: a backup of any level is inspected, and restored at its level.
@@ -106,15 +108,15 @@ func TestGolden_Backup(t *testing.T) {
 		}
 		to := filepath.Join(dir, "restored")
 		_, err = runCommand(t, "snapshot", "restore", filepath.Join(dir, "backup"), "--data-dir", to, "--id", "1", "--cluster", restoreMembers)
-		must(t, err)
+		testkit.Must(t, err)
 		s, _ := openRestored(t, to)
 		st, err := s.readBody(firstIndex, firstTerm)
-		must(t, err)
+		testkit.Must(t, err)
 		if st.level != level || len(st.members) != 3 {
 			t.Errorf("level %d: level %d, members %v", level, st.level, st.members)
 		}
 		wantGoldenItems(t, dir, &st)
-		must(t, s.close())
+		testkit.Must(t, s.close())
 	}
 }
 
@@ -127,7 +129,7 @@ func wantGoldenItems(t *testing.T, dir string, st *state) {
 		return true
 	})
 	var want []string
-	for line := range strings.Lines(readFile(t, filepath.Join(dir, "items"))) {
+	for line := range strings.Lines(testkit.ReadFile(t, filepath.Join(dir, "items"))) {
 		if strings.Contains(line, `"key`) { // else it is the end of the list
 			want = append(want, strings.TrimSpace(line))
 		}
@@ -153,7 +155,7 @@ func wantGoldenItems(t *testing.T, dir string, st *state) {
 func wantGoldenEvents(t *testing.T, dir string, st *state) {
 	t.Helper()
 	var want, got []string
-	for line := range strings.Lines(readFile(t, filepath.Join(dir, "events"))) {
+	for line := range strings.Lines(testkit.ReadFile(t, filepath.Join(dir, "events"))) {
 		var e struct {
 			Type   string
 			Object struct {
@@ -162,7 +164,7 @@ func wantGoldenEvents(t *testing.T, dir string, st *state) {
 				ResourceVersion uint64
 			}
 		}
-		must(t, json.Unmarshal([]byte(line), &e))
+		testkit.Must(t, json.Unmarshal([]byte(line), &e))
 		if e.Object.Key+e.Object.KeyBase64 != "" {
 			want = append(want, fmt.Sprint(e.Type, " ", e.Object.KeyBase64 != "" || e.Object.Key == "", " ", e.Object.ResourceVersion))
 		}

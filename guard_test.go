@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/testkit"
 )
 
 // newTestGuard returns the guard of member 1 of three, whose disk has room for so many bytes.
@@ -17,7 +19,7 @@ func newTestGuard(t *testing.T, free *uint64) *guard {
 	}
 	g := newGuard(&config{id: 1, diskReserve: 1000, quota: 10_000}, s, func() int { return 0 }, zap.NewNop())
 	g.free = func() (uint64, error) { return *free, nil }
-	must(t, g.lookAtDisk())
+	testkit.Must(t, g.lookAtDisk())
 	return g
 }
 
@@ -31,15 +33,15 @@ var (
 func TestGuard_Disk(t *testing.T) {
 	free := uint64(math.MaxUint64 / 4)
 	g := newTestGuard(t, &free)
-	must(t, g.admit(&somePut, 5000))
+	testkit.Must(t, g.admit(&somePut, 5000))
 
 	free = 1000 + 299
-	must(t, g.lookAtDisk())
-	must(t, g.admit(&somePut, 30)) // costs 270
+	testkit.Must(t, g.lookAtDisk())
+	testkit.Must(t, g.admit(&somePut, 30)) // costs 270
 	if err := g.admit(&somePut, 30); !errors.Is(err, errDiskFull) {
 		t.Errorf("more than there is room for: %v", err)
 	}
-	must(t, g.admit(&someDelete, 50)) // from the reserve
+	testkit.Must(t, g.admit(&someDelete, 50)) // from the reserve
 	if !g.receive(300) {
 		t.Error("entries that there is room for are refused")
 	}
@@ -55,7 +57,7 @@ func TestGuard_Disk(t *testing.T) {
 		full, closed bool
 	}{{999, true, false}, {1010, true, false}, {1200, false, false}, {1010, false, false}, {499, true, true}, {510, true, false}, {math.MaxUint64, false, false}} {
 		free = step.free
-		must(t, g.lookAtDisk())
+		testkit.Must(t, g.lookAtDisk())
 		if s := g.space.Load(); s.full != step.full || s.closed != step.closed {
 			t.Errorf("%d bytes free: %+v, want %+v", free, *s, step)
 		}
@@ -89,7 +91,7 @@ func TestGuard_OthersFull(t *testing.T) {
 		if err := g.admit(&somePut, 1); errors.Is(err, errDiskFull) != tt.want {
 			t.Errorf("%s: %v", tt.name, err)
 		}
-		must(t, g.admit(&someDelete, 1))
+		testkit.Must(t, g.admit(&someDelete, 1))
 	}
 }
 
@@ -98,7 +100,7 @@ func TestGuard_Quota(t *testing.T) {
 	free := uint64(math.MaxUint64 / 4)
 	g := newTestGuard(t, &free)
 	big := command{op: opPut, key: "big", value: string(make([]byte, 9_900))}
-	must(t, g.admit(&big, 9_900))
+	testkit.Must(t, g.admit(&big, 9_900))
 	applyTo(t, g.store, big)
 	txn := func(ops ...command) *command {
 		t := txn{then: ops}
@@ -118,13 +120,13 @@ func TestGuard_Quota(t *testing.T) {
 		t.Error(err)
 	}
 	applyTo(t, g.store, command{op: opDelete, key: "big"})
-	must(t, g.admit(&somePut, 10))
-	must(t, g.writable())
+	testkit.Must(t, g.admit(&somePut, 10))
+	testkit.Must(t, g.writable())
 
 	// What waits to be written counts as written.
 	waits := 10_000 - int(g.store.size()) - itemOverhead - 100
 	g.waiting = func() int { return waits }
-	must(t, g.admit(&somePut, 100))
+	testkit.Must(t, g.admit(&somePut, 100))
 	if err := g.admit(&somePut, 101); !errors.Is(err, errQuota) {
 		t.Errorf("with %d bytes that wait: %v", waits, err)
 	}

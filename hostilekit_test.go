@@ -17,6 +17,8 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
+
+	"raftrv/internal/testkit"
 )
 
 // hostile is a request that no member sends.
@@ -133,7 +135,7 @@ func hostileRequests(t *testing.T, from, to, term, last uint64) []hostile {
 	t.Helper()
 	marshal := func(m *raftpb.Message) []byte {
 		data, err := proto.Marshal(m)
-		must(t, err)
+		testkit.Must(t, err)
 		return data
 	}
 	var all []hostile
@@ -166,7 +168,7 @@ func hostileRequests(t *testing.T, from, to, term, last uint64) []hostile {
 func (h hostile) post(t *testing.T, url, cluster string, from, to uint64) int {
 	t.Helper()
 	req, err := http.NewRequest(h.method, url+h.path, bytes.NewReader(h.body))
-	must(t, err)
+	testkit.Must(t, err)
 	for name, value := range map[string]string{
 		"X-Server-From": fmt.Sprintf("%x", from), "X-Raft-To": fmt.Sprintf("%x", to), "X-Etcd-Cluster-ID": cluster,
 		"X-Server-Version": "3.7.0", "X-Min-Cluster-Version": "3.0.0",

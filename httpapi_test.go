@@ -24,6 +24,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
+
+	"raftrv/internal/testkit"
 )
 
 const testValueSizeMax = 100 << 10 // more than bodyFree
@@ -203,8 +205,8 @@ func newFront(t *testing.T, options ...func(*httpConfig)) *front {
 
 // newPipeFront serves on pipes, for virtual time.
 func newPipeFront(t *testing.T) *front {
-	pipes := newPipeListener()
-	return serveFront(t, pipes, pipes.dial)
+	pipes := testkit.NewPipeListener()
+	return serveFront(t, pipes, pipes.Dial)
 }
 
 // rewritingListener does for its connections what the node's listener does.
@@ -338,19 +340,19 @@ func (f *front) exchange(raw string) string {
 }
 
 // do sends one request, its target as it is, and reads the response.
-func (f *front) do(method, target, body string, headers ...string) answer {
+func (f *front) do(method, target, body string, headers ...string) testkit.Answer {
 	f.t.Helper()
 	headers = append(headers, "Content-Length: "+strconv.Itoa(len(body)))
 	return f.send(method, target, headers, body)
 }
 
-func (f *front) send(method, target string, headers []string, body string) answer {
+func (f *front) send(method, target string, headers []string, body string) testkit.Answer {
 	f.t.Helper()
 	c := f.mustDial()
 	defer func() { _ = c.Close() }() // has been read
 	raw := method + " " + target + " HTTP/1.1\r\nHost: x\r\n" + strings.Join(headers, "\r\n") + "\r\n\r\n" + body
 	go func() { _, _ = io.WriteString(c, raw) }() // fails when the server does not want all of it
-	a := readAnswer(f.t, bufio.NewReader(c), method)
+	a := testkit.ReadAnswer(f.t, bufio.NewReader(c), method)
 	checkDocumented(f.t, method, target, a)
 	return a
 }
@@ -363,19 +365,19 @@ func (f *front) put(key, value string) {
 }
 
 // mustProblem returns the problem of an answer after checking what all share.
-func mustProblem(t *testing.T, a answer) problem {
+func mustProblem(t *testing.T, a testkit.Answer) problem {
 	t.Helper()
 	var p problem
-	d := json.NewDecoder(strings.NewReader(a.body))
+	d := json.NewDecoder(strings.NewReader(a.Body))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&p); err != nil {
-		t.Fatalf("%d %q: %v", a.code, a.body, err)
+		t.Fatalf("%d %q: %v", a.Code, a.Body, err)
 	}
-	if got := a.header.Get("Content-Type"); got != "application/problem+json" {
+	if got := a.Header.Get("Content-Type"); got != "application/problem+json" {
 		t.Errorf("Content-Type %q", got)
 	}
-	if p.Status != a.code || p.Title == "" || p.Code == "" || p.Type != "urn:raftrv:error:"+p.Code {
-		t.Errorf("%d: %+v", a.code, p)
+	if p.Status != a.Code || p.Title == "" || p.Code == "" || p.Type != "urn:raftrv:error:"+p.Code {
+		t.Errorf("%d: %+v", a.Code, p)
 	}
 	if p.Message != p.Title+": "+p.Detail && p.Message != p.Title || strings.Contains(p.Message, "\n") {
 		t.Errorf("message %q", p.Message)
@@ -440,15 +442,15 @@ func TestHTTP_KeysAreTheirBytes(t *testing.T) {
 	f := newFront(t)
 	for i, tt := range tests {
 		value := strconv.Itoa(i)
-		if a := f.do("PUT", tt.path, value); a.code != http.StatusCreated && a.code != http.StatusNoContent {
-			t.Errorf("PUT %q: %d %s", tt.path, a.code, a.body)
+		if a := f.do("PUT", tt.path, value); a.Code != http.StatusCreated && a.Code != http.StatusNoContent {
+			t.Errorf("PUT %q: %d %s", tt.path, a.Code, a.Body)
 		}
 		if it, _, _ := f.store.get(tt.key); it.value != value {
 			t.Errorf("PUT %q did not write the key %q", tt.path, tt.key)
 		}
 		for _, path := range []string{tt.path, keyPath(tt.key)} {
-			if a := f.do("GET", path, ""); a.code != http.StatusOK || a.body != value {
-				t.Errorf("GET %q: %d %q, want %q", path, a.code, a.body, value)
+			if a := f.do("GET", path, ""); a.Code != http.StatusOK || a.Body != value {
+				t.Errorf("GET %q: %d %q, want %q", path, a.Code, a.Body, value)
 			}
 		}
 	}
@@ -488,34 +490,36 @@ func TestHTTP_RefusesTargets(t *testing.T) {
 	}
 	f := newFront(t)
 	for _, tt := range tests {
-		if a := f.do(tt.method, tt.target, ""); a.code != tt.code {
-			t.Errorf("%s %.80q: %d %q, want %d", tt.method, tt.target, a.code, a.body, tt.code)
+		if a := f.do(tt.method, tt.target, ""); a.Code != tt.code {
+			t.Errorf("%s %.80q: %d %q, want %d", tt.method, tt.target, a.Code, a.Body, tt.code)
 		}
 	}
 	if rv := f.store.version(); rv != 0 {
 		t.Errorf("%d writes got through", rv)
 	}
-	f.do("GET", "/a", "", "X: "+strings.Repeat("v", headerSizeMax+8<<10)).want(t, 431)
+	f.do("GET", "/a", "", "X: "+strings.Repeat("v", headerSizeMax+8<<10)).Want(t, 431)
 }
 
 func TestHTTP_Values(t *testing.T) {
 	f := newFront(t)
 	for _, size := range []int{0, 1, 4096, bodyAllocMin + 1, bodyFree, bodyFree + 1, testValueSizeMax} {
 		value := strings.Repeat("\x00\xff\r\n", size/4+1)[:size]
-		for _, put := range []func() answer{
-			func() answer { return f.do("PUT", "/k", value) },
-			func() answer { return f.send("PUT", "/k", []string{"Transfer-Encoding: chunked"}, chunked(value)) },
+		for _, put := range []func() testkit.Answer{
+			func() testkit.Answer { return f.do("PUT", "/k", value) },
+			func() testkit.Answer {
+				return f.send("PUT", "/k", []string{"Transfer-Encoding: chunked"}, chunked(value))
+			},
 		} {
-			if a := put(); a.code != 201 && a.code != 204 {
-				t.Errorf("PUT of %d bytes: %d %s", size, a.code, a.body)
+			if a := put(); a.Code != 201 && a.Code != 204 {
+				t.Errorf("PUT of %d bytes: %d %s", size, a.Code, a.Body)
 			}
 			a := f.do("GET", "/k", "")
-			a.want(t, 200)
-			a.wantHeader(t, "Content-Length", strconv.Itoa(size))
-			if a.body != value {
-				t.Errorf("GET: %d bytes that differ from the %d of PUT", len(a.body), size)
+			a.Want(t, 200)
+			a.WantHeader(t, "Content-Length", strconv.Itoa(size))
+			if a.Body != value {
+				t.Errorf("GET: %d bytes that differ from the %d of PUT", len(a.Body), size)
 			}
-			f.do("DELETE", "/k", "").want(t, 204)
+			f.do("DELETE", "/k", "").Want(t, 204)
 		}
 	}
 }
@@ -523,7 +527,7 @@ func TestHTTP_Values(t *testing.T) {
 func TestHTTP_RefusesLargeValues(t *testing.T) {
 	f := newFront(t)
 	value := strings.Repeat("v", testValueSizeMax+1)
-	for name, a := range map[string]answer{
+	for name, a := range map[string]testkit.Answer{
 		"announced": f.do("PUT", "/k", value),
 		"chunked":   f.send("PUT", "/k", []string{"Transfer-Encoding: chunked"}, chunked(value)),
 		// Nothing of the body is sent: the length alone must do.
@@ -534,8 +538,8 @@ func TestHTTP_RefusesLargeValues(t *testing.T) {
 		"a peerURL": f.do("POST", "/4", value[:peerURLSizeMax+1]),
 	} {
 		t.Run(name, func(t *testing.T) {
-			a.want(t, 413)
-			if !a.last {
+			a.Want(t, 413)
+			if !a.Last {
 				t.Error("the connection stays open")
 			}
 			if p := mustProblem(t, a); p.Code != "value-too-large" || p.Outcome != notApplied {
@@ -561,16 +565,16 @@ func TestHTTP_BodiesAreGivenBack(t *testing.T) {
 	}
 	for range 3 {
 		a := f.do("PUT", "/k", large)
-		if a.want(t, 503); mustProblem(t, a).Code != errOverloaded.code {
-			t.Errorf("%s", a.body)
+		if a.Want(t, 503); mustProblem(t, a).Code != errOverloaded.code {
+			t.Errorf("%s", a.Body)
 		}
 	}
-	f.do("PUT", "/k", "small").want(t, 201)
+	f.do("PUT", "/k", "small").Want(t, 201)
 	if got := f.api.bodies.taken; got != held {
 		t.Errorf("%d bytes are held, want %d", got, held)
 	}
 	f.api.bodies.give(other, 1) // it just fits
-	f.do("PUT", "/k", large).want(t, 204)
+	f.do("PUT", "/k", large).Want(t, 204)
 	if got := f.api.bodies.taken; got != held-1 {
 		t.Errorf("%d bytes are held, want %d", got, held-1)
 	}
@@ -590,97 +594,97 @@ func TestHTTP_Answers(t *testing.T) {
 	f := newFront(t)
 
 	a := f.do("PUT", "/a", "1")
-	a.want(t, 201)
-	a.wantHeader(t, "ETag", `"1"`)
-	a.wantHeader(t, "Resource-Version", "1")
-	a.wantHeader(t, "Content-Type", "")
+	a.Want(t, 201)
+	a.WantHeader(t, "ETag", `"1"`)
+	a.WantHeader(t, "Resource-Version", "1")
+	a.WantHeader(t, "Content-Type", "")
 
 	a = f.do("PUT", "/a", "22")
-	a.want(t, 204)
-	a.wantHeader(t, "ETag", `"2"`)
-	a.wantHeader(t, "Resource-Version", "2")
-	f.do("PUT", "/b", "").want(t, 201)
+	a.Want(t, 204)
+	a.WantHeader(t, "ETag", `"2"`)
+	a.WantHeader(t, "Resource-Version", "2")
+	f.do("PUT", "/b", "").Want(t, 201)
 
 	for _, method := range []string{"GET", "HEAD"} {
 		a = f.do(method, "/a", "")
-		a.want(t, 200)
-		a.wantHeader(t, "ETag", `"2"`)
-		a.wantHeader(t, "Resource-Version", "3")
-		a.wantHeader(t, "Content-Type", "application/octet-stream")
-		a.wantHeader(t, "Content-Length", "2")
-		a.wantHeader(t, "X-Content-Type-Options", "nosniff")
-		if want := map[string]string{"GET": "22"}[method]; a.body != want {
-			t.Errorf("%s: %q, want %q", method, a.body, want)
+		a.Want(t, 200)
+		a.WantHeader(t, "ETag", `"2"`)
+		a.WantHeader(t, "Resource-Version", "3")
+		a.WantHeader(t, "Content-Type", "application/octet-stream")
+		a.WantHeader(t, "Content-Length", "2")
+		a.WantHeader(t, "X-Content-Type-Options", "nosniff")
+		if want := map[string]string{"GET": "22"}[method]; a.Body != want {
+			t.Errorf("%s: %q, want %q", method, a.Body, want)
 		}
 	}
 
 	a = f.do("DELETE", "/a", "")
-	a.want(t, 204)
-	a.wantHeader(t, "ETag", "")
-	a.wantHeader(t, "Resource-Version", "4")
+	a.Want(t, 204)
+	a.WantHeader(t, "ETag", "")
+	a.WantHeader(t, "Resource-Version", "4")
 	a = f.do("DELETE", "/a", "")
-	a.want(t, 404)
-	a.wantHeader(t, "Resource-Version", "4")
+	a.Want(t, 404)
+	a.WantHeader(t, "Resource-Version", "4")
 	if p := mustProblem(t, a); p.Code != "not-found" || p.Outcome != notApplied {
 		t.Errorf("%+v", p)
 	}
 	a = f.do("GET", "/a", "")
-	a.want(t, 404)
-	a.wantHeader(t, "Resource-Version", "4")
+	a.Want(t, 404)
+	a.WantHeader(t, "Resource-Version", "4")
 	if p := mustProblem(t, a); p.Code != "not-found" || p.Outcome != "" || p.LeaderID != 0 {
 		t.Errorf("%+v", p)
 	}
 	a = f.do("HEAD", "/a", "")
-	a.want(t, 404)
-	if length, _ := strconv.Atoi(a.header.Get("Content-Length")); length == 0 || a.body != "" {
-		t.Errorf("HEAD of nothing: Content-Length %d, body %q", length, a.body)
+	a.Want(t, 404)
+	if length, _ := strconv.Atoi(a.Header.Get("Content-Length")); length == 0 || a.Body != "" {
+		t.Errorf("HEAD of nothing: Content-Length %d, body %q", length, a.Body)
 	}
 }
 
 func TestHTTP_Root(t *testing.T) {
 	f := newFront(t)
 	a := f.do("GET", "/", "")
-	a.want(t, 200)
-	a.wantHeader(t, "Content-Type", "text/plain; charset=utf-8")
-	a.wantHeader(t, "Resource-Version", "0")
-	if a.body != "0\n" {
-		t.Errorf("%q", a.body)
+	a.Want(t, 200)
+	a.WantHeader(t, "Content-Type", "text/plain; charset=utf-8")
+	a.WantHeader(t, "Resource-Version", "0")
+	if a.Body != "0\n" {
+		t.Errorf("%q", a.Body)
 	}
 
 	a = f.do("POST", "/", "v\x00")
-	a.want(t, 201)
-	a.wantHeader(t, "ETag", `"1"`)
-	a.wantHeader(t, "Resource-Version", "1")
+	a.Want(t, 201)
+	a.WantHeader(t, "ETag", `"1"`)
+	a.WantHeader(t, "Resource-Version", "1")
 	f.wantCreated(a, "v\x00", 1)
 
 	a = f.do("PATCH", "/", ` {"node":1} `)
-	a.want(t, 204)
-	a.wantHeader(t, "ETag", `"2"`)
-	a.wantHeader(t, "Resource-Version", "2")
+	a.Want(t, 204)
+	a.WantHeader(t, "ETag", `"2"`)
+	a.WantHeader(t, "Resource-Version", "2")
 	f.wantCreated(a, ` {"node":1} `, 2)
 
 	for _, body := range []string{"", "{", "{}{}", "\xff", strings.Repeat("[", 20000)} {
 		a = f.do("PATCH", "/", body)
-		a.want(t, 400)
+		a.Want(t, 400)
 		if p := mustProblem(t, a); p.Outcome != notApplied {
 			t.Errorf("%+v", p)
 		}
 	}
-	if a = f.do("GET", "/", ""); a.body != "2\n" {
-		t.Errorf("%q", a.body)
+	if a = f.do("GET", "/", ""); a.Body != "2\n" {
+		t.Errorf("%q", a.Body)
 	}
 	a = f.do("HEAD", "/", "")
-	a.want(t, 200)
-	a.wantHeader(t, "Content-Length", "2")
-	if a.body != "" {
-		t.Errorf("%q", a.body)
+	a.Want(t, 200)
+	a.WantHeader(t, "Content-Length", "2")
+	if a.Body != "" {
+		t.Errorf("%q", a.Body)
 	}
 }
 
 // wantCreated checks that Location leads to the value.
-func (f *front) wantCreated(a answer, value string, rv uint64) {
+func (f *front) wantCreated(a testkit.Answer, value string, rv uint64) {
 	f.t.Helper()
-	location := a.header.Get("Location")
+	location := a.Header.Get("Location")
 	if len(location) != len("/1-019ab0c1-0000-7000-8000-000000000000") || location[:3] != "/1-" || location[17] != '7' {
 		f.t.Errorf("Location %q", location)
 	}
@@ -688,8 +692,8 @@ func (f *front) wantCreated(a answer, value string, rv uint64) {
 	if it.value != value || it.rv != rv {
 		f.t.Errorf("%q holds %+v, want %q", location, it, value)
 	}
-	if got := f.do("GET", location, ""); got.body != value {
-		f.t.Errorf("GET %s: %q, want %q", location, got.body, value)
+	if got := f.do("GET", location, ""); got.Body != value {
+		f.t.Errorf("GET %s: %q, want %q", location, got.Body, value)
 	}
 }
 
@@ -735,8 +739,8 @@ func TestHTTP_AddMember(t *testing.T) {
 	}
 	f := newFront(t)
 	for _, tt := range tests {
-		if a := f.do("POST", "/"+tt.id, tt.body); a.code != tt.code {
-			t.Errorf("POST /%s %q: %d %s, want %d", tt.id, tt.body, a.code, a.body, tt.code)
+		if a := f.do("POST", "/"+tt.id, tt.body); a.Code != tt.code {
+			t.Errorf("POST /%s %q: %d %s, want %d", tt.id, tt.body, a.Code, a.Body, tt.code)
 		}
 	}
 	want := []memberCall{
@@ -750,7 +754,7 @@ func TestHTTP_AddMember(t *testing.T) {
 
 	f.backend.fail(fmt.Errorf("add: %w", errMember.withDetail("member 4 exists already")))
 	a := f.do("POST", "/4", "http://a:1")
-	a.want(t, 409)
+	a.Want(t, 409)
 	if p := mustProblem(t, a); p.Code != "member-conflict" || p.Detail != "member 4 exists already" || p.LeaderID != 2 {
 		t.Errorf("%+v", p)
 	}
@@ -770,19 +774,19 @@ func TestHTTP_Methods(t *testing.T) {
 	}
 	for target, allow := range targets {
 		a := f.do("OPTIONS", target, "")
-		a.want(t, 204)
-		a.wantHeader(t, "Allow", allow)
+		a.Want(t, 204)
+		a.WantHeader(t, "Allow", allow)
 		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "PROPFIND", "get"} {
 			if target == "*" {
 				continue
 			}
 			a := f.do(method, strings.Replace(target, "/watch", "/watch?timeout=1ms", 1), "")
 			allowed := slices.Contains(strings.Split(allow, ", "), method)
-			if refused := a.code == 405; refused == allowed {
-				t.Errorf("%s %s: %d", method, target, a.code)
+			if refused := a.Code == 405; refused == allowed {
+				t.Errorf("%s %s: %d", method, target, a.Code)
 			}
-			if a.code == 405 {
-				a.wantHeader(t, "Allow", allow)
+			if a.Code == 405 {
+				a.WantHeader(t, "Allow", allow)
 			}
 		}
 	}
@@ -860,8 +864,8 @@ func TestHTTP_Parameters(t *testing.T) {
 	}
 	for _, tt := range tests {
 		a := f.do(tt.method, tt.target, "")
-		if a.code != tt.code {
-			t.Errorf("%s %s: %d %s, want %d", tt.method, tt.target, a.code, a.body, tt.code)
+		if a.Code != tt.code {
+			t.Errorf("%s %s: %d %s, want %d", tt.method, tt.target, a.Code, a.Body, tt.code)
 			continue
 		}
 		if tt.detail == "" {
@@ -920,26 +924,26 @@ func TestHTTP_ReadFreshness(t *testing.T) {
 		for _, path := range []string{"/k", "/", "/-/v1/keys", "/-/v1/keys/k"} {
 			rounds, waits := f.backend.linearizations(), len(f.backend.waited)
 			a := f.do("GET", path+tt.query, "")
-			a.want(t, tt.code)
+			a.Want(t, tt.code)
 			if got := f.backend.linearizations() - rounds; got != tt.rounds {
 				t.Errorf("GET %s%s: %d rounds, want %d", path, tt.query, got, tt.rounds)
 			}
 			if got := len(f.backend.waited) - waits; got != tt.waits {
 				t.Errorf("GET %s%s: %d waits, want %d", path, tt.query, got, tt.waits)
 			}
-			if a.code == 200 {
+			if a.Code == 200 {
 				continue
 			}
-			a.wantHeader(t, "Retry-After", "1")
+			a.WantHeader(t, "Retry-After", "1")
 			if p := mustProblem(t, a); p.Code != "timeout" || !p.Retryable || p.Outcome != "" {
 				t.Errorf("%+v", p)
 			}
 		}
 	}
 	f.backend.fail(errNoLeader)
-	f.do("GET", "/k", "").want(t, 503)
-	f.do("GET", "/k?resourceVersion=2", "").want(t, 503)
-	f.do("GET", "/k?resourceVersion=1", "").want(t, 200)
+	f.do("GET", "/k", "").Want(t, 503)
+	f.do("GET", "/k?resourceVersion=2", "").Want(t, 503)
+	f.do("GET", "/k?resourceVersion=1", "").Want(t, 200)
 }
 
 func TestHTTP_BackendErrors(t *testing.T) {
@@ -969,8 +973,8 @@ func TestHTTP_BackendErrors(t *testing.T) {
 		}
 		for _, method := range methods {
 			a := f.do(method, "/k", "")
-			a.want(t, tt.code)
-			a.wantHeader(t, "Retry-After", tt.retryAfter)
+			a.Want(t, tt.code)
+			a.WantHeader(t, "Retry-After", tt.retryAfter)
 			p := mustProblem(t, a)
 			want := tt.outcome
 			if method == "GET" {
@@ -982,8 +986,8 @@ func TestHTTP_BackendErrors(t *testing.T) {
 			if hasLeader := p.LeaderID == 2; hasLeader != (tt.code >= 500) {
 				t.Errorf("%s, %v: leader %d", method, tt.err, p.LeaderID)
 			}
-			if strings.Contains(a.body, "secret") {
-				t.Errorf("%s, %v: %s", method, tt.err, a.body)
+			if strings.Contains(a.Body, "secret") {
+				t.Errorf("%s, %v: %s", method, tt.err, a.Body)
 			}
 		}
 		if logged := f.logs.FilterMessage("request failed").Len(); (logged > 0) != (tt.name == "internal") {
@@ -1000,10 +1004,10 @@ func TestHTTP_ProblemShape(t *testing.T) {
 		`"detail":"no leader was reachable before the deadline; is a majority of the members up?","code":"no-leader",` +
 		`"message":"No leader: no leader was reachable before the deadline; is a majority of the members up?",` +
 		`"outcome":"not_applied","retryable":true,"leaderId":2}` + "\n"
-	if a.body != want {
-		t.Errorf("%s\nwant\n%s", a.body, want)
+	if a.Body != want {
+		t.Errorf("%s\nwant\n%s", a.Body, want)
 	}
-	a.wantHeader(t, "Content-Length", strconv.Itoa(len(want)))
+	a.WantHeader(t, "Content-Length", strconv.Itoa(len(want)))
 }
 
 // A write with a header that would change what it does, if the call knew it, is
@@ -1027,7 +1031,7 @@ func TestHTTP_NoConditionIsIgnored(t *testing.T) {
 				for _, value := range []string{`"1"`, "*", ""} {
 					a := f.do(c.method, target, "1", name+": "+value)
 					refused++
-					a.want(t, 400)
+					a.Want(t, 400)
 					if p := mustProblem(t, a); p.Code != "invalid-request" || p.Outcome != notApplied || !strings.HasPrefix(p.Detail, name+" is not supported here") {
 						t.Errorf("%s %s, %s: %+v", c.method, target, name, p)
 					}
@@ -1051,38 +1055,38 @@ func TestHTTP_Node(t *testing.T) {
 		"/-/version": `{"version":"v0","goVersion":"` + runtime.Version() + `"}` + "\n",
 	} {
 		a := f.do("GET", target, "")
-		a.want(t, 200)
-		if a.body != want {
-			t.Errorf("GET %s: %s, want %s", target, a.body, want)
+		a.Want(t, 200)
+		if a.Body != want {
+			t.Errorf("GET %s: %s, want %s", target, a.Body, want)
 		}
 		a = f.do("HEAD", target, "")
-		a.want(t, 200)
-		a.wantHeader(t, "Content-Length", strconv.Itoa(len(want)))
+		a.Want(t, 200)
+		a.WantHeader(t, "Content-Length", strconv.Itoa(len(want)))
 	}
 	// A node that takes no writes is ready: it serves reads. One that diverged is not.
 	f.backend.fail(errDiskFull)
 	f.backend.linearizeErr = nil
-	if a := f.do("GET", "/-/readyz", ""); a.code != 200 || a.body != "ok\nread-only: "+errDiskFull.Error()+"\n" {
-		t.Errorf("readyz of a node whose disk is full: %d %s", a.code, a.body)
+	if a := f.do("GET", "/-/readyz", ""); a.Code != 200 || a.Body != "ok\nread-only: "+errDiskFull.Error()+"\n" {
+		t.Errorf("readyz of a node whose disk is full: %d %s", a.Code, a.Body)
 	}
 	f.backend.fail(errDiverged)
-	if a := f.do("GET", "/-/readyz", ""); a.code != 503 || !strings.Contains(mustProblem(t, a).Detail, errDiverged.Error()) {
-		t.Errorf("readyz of a node that has diverged: %d %s", a.code, a.body)
+	if a := f.do("GET", "/-/readyz", ""); a.Code != 503 || !strings.Contains(mustProblem(t, a).Detail, errDiverged.Error()) {
+		t.Errorf("readyz of a node that has diverged: %d %s", a.Code, a.Body)
 	}
 	for _, target := range []string{"/k", "/k?resourceVersion=0", "/", "/-/v1/keys?resourceVersion=0", "/-/v1/keys/k?resourceVersion=0", "/-/v1/watch", "/-/v1/watch?resourceVersion=0"} {
 		a := f.do("GET", target, "")
-		a.want(t, 503)
+		a.Want(t, 503)
 		if p := mustProblem(t, a); p.Code != "diverged" {
 			t.Errorf("GET %s of a node that has diverged: %+v", target, p)
 		}
 	}
-	f.do("GET", "/-/v1/status", "").want(t, 200)
+	f.do("GET", "/-/v1/status", "").Want(t, 200)
 	f.backend.fail(errReadTimeout)
-	f.do("GET", "/-/livez", "").want(t, 200)
-	f.do("GET", "/-/v1/status", "").want(t, 200)
+	f.do("GET", "/-/livez", "").Want(t, 200)
+	f.do("GET", "/-/v1/status", "").Want(t, 200)
 	a := f.do("GET", "/-/readyz", "")
-	a.want(t, 503)
-	a.wantHeader(t, "Retry-After", "1")
+	a.Want(t, 503)
+	a.WantHeader(t, "Retry-After", "1")
 	if p := mustProblem(t, a); p.Code != "not-ready" || p.Outcome != "" || p.LeaderID != 2 {
 		t.Errorf("%+v", p)
 	}
@@ -1105,7 +1109,7 @@ func TestHTTP_KeepsConnections(t *testing.T) {
 		method string
 		code   int
 	}{{"PUT", 201}, {"PUT", 400}, {"GET", 200}, {"HEAD", 200}, {"DELETE", 204}} {
-		readAnswer(t, r, want.method).want(t, want.code)
+		testkit.ReadAnswer(t, r, want.method).Want(t, want.code)
 	}
 }
 
@@ -1155,8 +1159,8 @@ func TestHTTP_Smuggling(t *testing.T) {
 func TestHTTP_NoHeaderInjection(t *testing.T) {
 	f := newFront(t)
 	for _, target := range []string{"/k?%0d%0aX-Evil:1", "/%0d%0aX-Evil:1", "/k?timeout=%0d%0aX-Evil:1"} {
-		if a := f.do("GET", target, ""); a.header.Get("X-Evil") != "" {
-			t.Errorf("GET %s: %v", target, a.header)
+		if a := f.do("GET", target, ""); a.Header.Get("X-Evil") != "" {
+			t.Errorf("GET %s: %v", target, a.Header)
 		}
 	}
 }
@@ -1198,9 +1202,9 @@ func TestHTTP_SlowBodyIsCut(t *testing.T) {
 				}
 			}
 		})
-		a := readAnswer(t, bufio.NewReader(c), "PUT")
-		a.want(t, 408)
-		if !a.last {
+		a := testkit.ReadAnswer(t, bufio.NewReader(c), "PUT")
+		a.Want(t, 408)
+		if !a.Last {
 			t.Error("the connection stays open")
 		}
 		if p := mustProblem(t, a); p.Code != "request-timeout" || p.Outcome != notApplied || !p.Retryable {
@@ -1230,8 +1234,8 @@ func TestHTTP_BrokenBody(t *testing.T) {
 		if err := c.(*net.TCPConn).CloseWrite(); err != nil {
 			t.Fatal(err)
 		}
-		a := readAnswer(t, bufio.NewReader(c), "PUT")
-		a.want(t, 400)
+		a := testkit.ReadAnswer(t, bufio.NewReader(c), "PUT")
+		a.Want(t, 400)
 		if p := mustProblem(t, a); p.Code != "invalid-request" || p.Outcome != notApplied {
 			t.Errorf("%+v", p)
 		}
@@ -1249,7 +1253,7 @@ func TestHTTP_IdleConnectionIsCut(t *testing.T) {
 		if _, err := io.WriteString(c, "GET /-/livez HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
 			t.Fatal(err)
 		}
-		readAnswer(t, r, "GET").want(t, 200)
+		testkit.ReadAnswer(t, r, "GET").Want(t, 200)
 		start := time.Now()
 		if _, err := r.ReadByte(); err != io.EOF {
 			t.Errorf("%v, want EOF", err)
@@ -1292,8 +1296,8 @@ func TestHTTP_WaitOutlivesBodyTimeout(t *testing.T) {
 			if _, err := io.WriteString(c, request); err != nil {
 				t.Fatal(err)
 			}
-			if a := readAnswer(t, r, "PUT"); a.code/100 != 2 {
-				t.Errorf("%d %s", a.code, a.body)
+			if a := testkit.ReadAnswer(t, r, "PUT"); a.Code/100 != 2 {
+				t.Errorf("%d %s", a.Code, a.Body)
 			}
 		}
 	})
@@ -1519,22 +1523,22 @@ func BenchmarkHTTP_Get(b *testing.B) {
 // TestHTTP_KeptPlaces: a node without room for connections still answers those who look after it.
 func TestHTTP_KeptPlaces(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		pipes := newPipeListener()
-		f := serveFront(t, keptListener{pipes}, pipes.dial)
+		pipes := testkit.NewPipeListener()
+		f := serveFront(t, keptListener{pipes}, pipes.Dial)
 		for target, want := range map[string]int{
 			"/-/livez": 200, "/-/readyz": 200, "/-/metrics": 200, "/-/v1/members": 200, "/-/v1/status": 200,
 			"/k": 503, "/": 503, "/-/v1/keys": 503, "/-/v1/watch": 503, "/-/v1/snapshot": 503, "/-/none": 404,
 		} {
 			a := f.do("GET", target, "")
-			a.want(t, want)
-			if want != 404 && !a.last {
+			a.Want(t, want)
+			if want != 404 && !a.Last {
 				t.Errorf("%s: the connection stays open", target)
 			}
 			if want == 503 && mustProblem(t, a).Code != errConnections.code {
-				t.Errorf("%s: %s", target, a.body)
+				t.Errorf("%s: %s", target, a.Body)
 			}
 		}
-		f.do("POST", "/-/v1/members/4", `{"peerURL":"http://127.0.0.4:4"}`).want(t, 204)
+		f.do("POST", "/-/v1/members/4", `{"peerURL":"http://127.0.0.4:4"}`).Want(t, 204)
 		if rv := f.store.version(); rv != 0 {
 			t.Error("something was written")
 		}
@@ -1554,7 +1558,7 @@ func TestHTTP_AnnouncedBodies(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	f.do("PUT", "/k", strings.Repeat("v", 20<<10)).want(t, 201)
+	f.do("PUT", "/k", strings.Repeat("v", 20<<10)).Want(t, 201)
 	if got := f.api.bodies.taken; got != 0 {
 		t.Errorf("%d bytes are held for bodies that did not come", got)
 	}
@@ -1580,8 +1584,8 @@ func TestHTTP_BodiesCount(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		}
 		_ = c.(*net.TCPConn).CloseWrite()
-		readAnswer(t, bufio.NewReader(c), "POST").want(t, 400)
-		f.do("PUT", "/k", "v").want(t, 201)
+		testkit.ReadAnswer(t, bufio.NewReader(c), "POST").Want(t, 400)
+		f.do("PUT", "/k", "v").Want(t, 201)
 		if f.api.bodies.taken != 0 {
 			t.Errorf("%d bytes are held", f.api.bodies.taken)
 		}

@@ -11,24 +11,26 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
+
+	"raftrv/internal/testkit"
 )
 
 func TestMetrics_CountRequestsByRouteAndCode(t *testing.T) {
 	f := newFront(t)
-	f.do("PUT", "/secret/key", "v").want(t, 201)
-	f.do("PUT", "/secret/key", "v").want(t, 204)
-	f.do("PUT", "/secret/key", "v").want(t, 204)
-	f.do("GET", "/secret/key", "").want(t, 200)
-	f.do("HEAD", "/secret/key", "").want(t, 200)
-	f.do("GET", "/secret/key?no=1", "").want(t, 400)
-	f.do("GET", "/none", "").want(t, 404)
-	f.do("GET", "/-/v1/keys/secret%2Fkey", "").want(t, 200)
-	f.do("GET", "/-/none", "").want(t, 404)
-	f.do("PATCH", "/secret/key", "").want(t, 405)
-	f.do("OPTIONS", "/secret/key", "").want(t, 204)
+	f.do("PUT", "/secret/key", "v").Want(t, 201)
+	f.do("PUT", "/secret/key", "v").Want(t, 204)
+	f.do("PUT", "/secret/key", "v").Want(t, 204)
+	f.do("GET", "/secret/key", "").Want(t, 200)
+	f.do("HEAD", "/secret/key", "").Want(t, 200)
+	f.do("GET", "/secret/key?no=1", "").Want(t, 400)
+	f.do("GET", "/none", "").Want(t, 404)
+	f.do("GET", "/-/v1/keys/secret%2Fkey", "").Want(t, 200)
+	f.do("GET", "/-/none", "").Want(t, 404)
+	f.do("PATCH", "/secret/key", "").Want(t, 405)
+	f.do("OPTIONS", "/secret/key", "").Want(t, 204)
 	a := f.do("GET", "/-/metrics", "")
-	a.want(t, 200)
-	got := parseSamples(t, a.body)
+	a.Want(t, 200)
+	got := testkit.ParseSamples(t, a.Body)
 	for series, want := range map[string]float64{
 		`raftrv_http_requests_total{code="201",method="PUT",route="/{key}"}`:                            1,
 		`raftrv_http_requests_total{code="204",method="PUT",route="/{key}"}`:                            2,
@@ -55,7 +57,7 @@ func TestMetrics_CountRequestsByRouteAndCode(t *testing.T) {
 	if s := got[`raftrv_http_request_duration_seconds_sum{method="PUT",route="/{key}"}`]; s <= 0 || s > 10 {
 		t.Errorf("3 requests took %v s", s)
 	}
-	if strings.Contains(a.body, "secret") {
+	if strings.Contains(a.Body, "secret") {
 		t.Error("a key is in a label")
 	}
 }
@@ -69,7 +71,7 @@ func TestMetrics_CountClientsThatLeft(t *testing.T) {
 	r := httptest.NewRequest("GET", "/k", nil).WithContext(ctx)
 	r.RequestURI, r.Host = "/k", "localhost"
 	h.ServeHTTP(httptest.NewRecorder(), r)
-	if got := gather(t, h.registry)[`raftrv_http_requests_total{code="499",method="GET",route="/{key}"}`]; got != 1 {
+	if got := testkit.Gather(t, h.registry)[`raftrv_http_requests_total{code="499",method="GET",route="/{key}"}`]; got != 1 {
 		t.Errorf("%v requests", got)
 	}
 }
@@ -105,7 +107,7 @@ func TestMetrics_BusyCalls(t *testing.T) {
 	if timed+untimed == 10_000 && timed > untimed/2 { // fewer: this process was held up
 		t.Errorf("%d requests were timed, %d not", timed, untimed)
 	}
-	got := gather(t, h.registry)
+	got := testkit.Gather(t, h.registry)
 	if n := got[`raftrv_http_requests_total{code="200",method="GET",route="/"}`]; n != float64(total) {
 		t.Errorf("%v requests counted, want %d", n, total)
 	}

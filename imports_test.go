@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"raftrv/internal/testkit"
 )
 
 // The imports are the architecture: whoever needs one of these packages in
@@ -67,7 +69,7 @@ func TestImports(t *testing.T) {
 // TestReplicaReadsNoClock: time is an input of the step machine, see
 // replica.tick. Only the type and durations may be used there.
 func TestReplicaReadsNoClock(t *testing.T) {
-	source := readFile(t, "raft.go")
+	source := testkit.ReadFile(t, "raft.go")
 	for _, call := range []string{"time.Now", "time.Since", "time.After", "time.NewTimer", "time.NewTicker", "time.Sleep", "go func", "make(chan int"} {
 		if strings.Contains(source, call) {
 			t.Errorf("raft.go uses %s", call)

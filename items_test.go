@@ -8,6 +8,8 @@ import (
 	"slices"
 	"testing"
 	"unsafe"
+
+	"raftrv/internal/testkit"
 )
 
 // TestItems: the tree of items and that of their types are as one, through copies and snapshots.
@@ -73,7 +75,7 @@ func TestItems(t *testing.T) {
 		}
 	}
 	again, err := readState(bytes.NewReader(stateBytes(t, st)))
-	must(t, err)
+	testkit.Must(t, err)
 	check(again.items, model)
 	// What most items do not have costs them nothing.
 	if size := unsafe.Sizeof(storedItem{}); size != 40 {

@@ -20,6 +20,8 @@ import (
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
+
+	"raftrv/internal/testkit"
 )
 
 // journalRig is a watchRig with a journal.
@@ -329,8 +331,8 @@ func TestJournal_Refused(t *testing.T) {
 		if _, err := r.open(); err == nil || !strings.Contains(err.Error(), "another process") {
 			t.Errorf("opened twice: %v", err)
 		}
-		must(t, j.close())
-		must(t, r.mustOpen().close())
+		testkit.Must(t, j.close())
+		testkit.Must(t, r.mustOpen().close())
 	})
 	t.Run("no file", func(t *testing.T) {
 		for _, path := range []string{"/dev/null", t.TempDir(), filepath.Join(t.TempDir(), "no/directory")} {
@@ -366,7 +368,7 @@ func TestJournal_Refused(t *testing.T) {
 	t.Run("write fails", func(t *testing.T) {
 		r := newJournalRig(t)
 		j := r.mustOpen()
-		must(t, j.close())
+		testkit.Must(t, j.close())
 		r.put("a", "1")
 		r.run()
 		src := journalSource{store: r.store, hub: r.hub}
@@ -396,9 +398,9 @@ type rotation []string
 func (f *rotation) add(r *journalRig, rename bool) {
 	*f = append(*f, r.content())
 	if rename {
-		must(r.t, os.Rename(r.path, fmt.Sprint(r.path, ".", len(*f))))
+		testkit.Must(r.t, os.Rename(r.path, fmt.Sprint(r.path, ".", len(*f))))
 	} else {
-		must(r.t, os.Truncate(r.path, 0))
+		testkit.Must(r.t, os.Truncate(r.path, 0))
 	}
 }
 
@@ -420,8 +422,8 @@ func TestJournal_Rotated(t *testing.T) {
 					rename, failing := strings.HasPrefix(way, "rename"), strings.HasPrefix(way, "a directory")
 					switch {
 					case failing:
-						must(t, os.Rename(r.path, r.path+".1"))
-						must(t, os.Mkdir(r.path, 0o700))
+						testkit.Must(t, os.Rename(r.path, r.path+".1"))
+						testkit.Must(t, os.Mkdir(r.path, 0o700))
 					case !strings.HasPrefix(way, "nothing"):
 						files.add(r, rename)
 					}
@@ -437,20 +439,20 @@ func TestJournal_Rotated(t *testing.T) {
 					if failing { // it goes on where it was, and later in the right place
 						r.put("b", "1")
 						synctest.Wait()
-						must(t, os.Remove(r.path))
-						must(t, os.Rename(r.path+".1", r.path))
+						testkit.Must(t, os.Remove(r.path))
+						testkit.Must(t, os.Rename(r.path+".1", r.path))
 					}
 					if strings.HasSuffix(way, "restart") {
-						must(t, stop())
+						testkit.Must(t, stop())
 						stop = r.start()
 					}
 				}
 				r.put("z", "v")
-				must(t, stop())
+				testkit.Must(t, stop())
 				files = append(files, r.content())
 				whole := strings.Join(files, "")
 				lines, err := readJournals(files)
-				must(t, err)
+				testkit.Must(t, err)
 				r.checkJournal(strings.Join(lines, ""), 0)
 				raw := 0 // nobody was killed, so there is nothing that does not count
 				for text := range strings.Lines(whole) {
@@ -474,12 +476,12 @@ func TestJournal_KilledAndRotated(t *testing.T) {
 	for cut := len(storyHead); cut <= len(storyJournal); cut += 3 {
 		for behind := range 2 { // the mark is written after the file
 			rv, _, err := findJournalEnd(strings.NewReader(storyJournal), int64(cut))
-			must(t, err)
+			testkit.Must(t, err)
 			if rv < uint64(behind) {
 				continue
 			}
 			r.setMark(rv - uint64(behind))
-			must(t, os.RemoveAll(r.path))
+			testkit.Must(t, os.RemoveAll(r.path))
 			r.cycle()
 			lines, err := readJournals([]string{storyJournal[:cut], r.content()})
 			if got := storyHead + strings.Join(lines, ""); err != nil || got != storyJournal {
@@ -496,7 +498,7 @@ func TestJournal_Lease(t *testing.T) {
 	j := r.mustOpen()
 	defer j.close()
 	j.lease = takeLease
-	must(t, j.begin())
+	testkit.Must(t, j.begin())
 	r.run()
 	if err := j.claim(t.Context(), r.store); err != nil {
 		t.Fatal(err)
@@ -505,7 +507,7 @@ func TestJournal_Lease(t *testing.T) {
 		t.Skip("SKIPPED: this file system has no leases")
 	}
 	j.appendEvent(&event{rv: 1, key: "a"}, false)
-	must(t, j.append(t.Context(), r.store))
+	testkit.Must(t, j.append(t.Context(), r.store))
 	opened := make(chan *os.File)
 	go func() {
 		f, err := os.Open(r.path)
@@ -518,7 +520,7 @@ func TestJournal_Lease(t *testing.T) {
 		runtime.Gosched()
 	}
 	j.appendEvent(&event{rv: 1, key: "b"}, true)
-	must(t, j.append(t.Context(), r.store)) // the rest of the version, and nobody has opened it
+	testkit.Must(t, j.append(t.Context(), r.store)) // the rest of the version, and nobody has opened it
 	select {
 	case <-opened:
 		t.Error("opened within a version")
@@ -532,26 +534,26 @@ func TestJournal_Lease(t *testing.T) {
 	}
 	f := <-opened
 	start := time.Now()
-	must(t, j.append(t.Context(), r.store)) // he follows the file
+	testkit.Must(t, j.append(t.Context(), r.store)) // he follows the file
 	if took := time.Since(start); took < journalShareMin/2 {
 		t.Errorf("written after %v", took)
 	}
-	must(t, f.Close())
+	testkit.Must(t, f.Close())
 	j.appendEvent(&event{rv: 3, key: "a"}, true)
-	must(t, j.append(t.Context(), r.store))
+	testkit.Must(t, j.append(t.Context(), r.store))
 	if !j.leased {
 		t.Error("no lease, although nobody else has the file open")
 	}
 	dropLease(j.file)
 	j.leased = false
-	must(t, j.file.Truncate(0))
+	testkit.Must(t, j.file.Truncate(0))
 	j.lease = func(*os.File) error { return errors.ErrUnsupported }
 	j.appendEvent(&event{rv: 4, key: "a"}, true)
 	if err := j.append(t.Context(), r.store); !errors.Is(err, errJournalCut) {
 		t.Errorf("cut: %v", err)
 	}
-	must(t, j.resumeCut())
-	must(t, j.begin())
+	testkit.Must(t, j.resumeCut())
+	testkit.Must(t, j.begin())
 	if got, want := r.content(), `{"journal":1,"cluster":"abc","from":4}`+"\n"; got != want {
 		t.Errorf("it begins with %q, want %q", got, want)
 	}
@@ -588,8 +590,8 @@ func TestJournal_WaitsForStore(t *testing.T) {
 		again.hub.close(errShuttingDown)
 		again.put("b", "3") // the last request that was answered
 		close(stopped)
-		must(t, <-done)
-		must(t, j.close())
+		testkit.Must(t, <-done)
+		testkit.Must(t, j.close())
 		again.want(storyJournal + `{"rv":10,"key":"b","timestamp":5000000,"obj":2}` + "\n" + `{"rv":11,"key":"b","timestamp":6000000,"obj":3}` + "\n")
 	})
 }
@@ -607,8 +609,8 @@ func TestJournal_StopsWhileItWaits(t *testing.T) {
 		time.Sleep(time.Minute)
 		r.hub.close(errShuttingDown)
 		close(stopped)
-		must(t, <-done)
-		must(t, j.close())
+		testkit.Must(t, <-done)
+		testkit.Must(t, j.close())
 		r.want(storyJournal)
 	})
 }
@@ -652,7 +654,7 @@ func (r *journalRig) follow(j *journal) {
 		cancel()
 		close(stopped)
 		wg.Wait()
-		must(r.t, j.close())
+		testkit.Must(r.t, j.close())
 	})
 }
 
@@ -775,7 +777,7 @@ func TestJournal_WaitsForSound(t *testing.T) {
 			r.hub.close(why)
 			r.put("d", "4")
 			want(3)
-			must(t, stop()) // without an error, and without what was applied in doubt
+			testkit.Must(t, stop()) // without an error, and without what was applied in doubt
 			want(3)
 			r.cycle()
 			want(4)
@@ -797,7 +799,7 @@ func TestJournal_Overtaken(t *testing.T) {
 			for range n { // the journal does not read before it is told to
 				index := r.store.applied() + 1
 				_, err := r.store.apply(index, 1, batchHeader{session: 1, seq: index}, put.appendTo(nil), nil)
-				must(t, err)
+				testkit.Must(t, err)
 			}
 			r.hub.notify()
 			synctest.Wait()

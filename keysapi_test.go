@@ -18,6 +18,8 @@ import (
 	"testing/synctest"
 	"time"
 	"unicode/utf8"
+
+	"raftrv/internal/testkit"
 )
 
 var itemTests = []struct {
@@ -52,13 +54,13 @@ func FuzzItemJSON(f *testing.F) {
 	f.Fuzz(func(t *testing.T, key, value string, rv uint64, expires int64) {
 		expires &= 1<<47 - 1 // RFC 3339 has years of four digits
 		b := appendItemJSON(nil, key, item{value: value, rv: rv, created: rv / 2, expires: expires}, false)
-		var got jsonItem
+		var got testkit.JSONItem
 		d := json.NewDecoder(strings.NewReader(string(b)))
 		d.DisallowUnknownFields()
 		if err := d.Decode(&got); err != nil {
 			t.Fatalf("%q: %v", b, err)
 		}
-		if got.key() != key || got.value() != value || got.ResourceVersion != rv || got.CreatedResourceVersion != rv/2 {
+		if got.RawKey() != key || got.RawValue() != value || got.ResourceVersion != rv || got.CreatedResourceVersion != rv/2 {
 			t.Fatalf("%q", b)
 		}
 		if (got.Key != nil) != utf8.ValidString(key) || (got.Value != nil) != utf8.ValidString(value) {
@@ -93,36 +95,36 @@ func TestHTTP_GetItem(t *testing.T) {
 	for i, key := range []string{"a", "1", "a/b//c", "a/", "/", "..", "../keys", "", "-", "-/v1/txn", "\x00\xff", "é", "%", "?a=b", " ", strings.Repeat("\xff", keySizeMax)} {
 		target := "/-/v1/keys/" + keyPath(key)[1:]
 		if key == "" {
-			f.do("GET", target, "").want(t, 404)
+			f.do("GET", target, "").Want(t, 404)
 			continue
 		}
 		value := strconv.Itoa(i) + "\xff"[:i%2]
 		f.put(key, value)
 		a := f.do("GET", target, "")
-		it := mustDecode[jsonItem](t, a)
+		it := testkit.MustDecode[testkit.JSONItem](t, a)
 		rv := f.store.version()
-		if it.key() != key || it.value() != value || it.ResourceVersion != rv {
-			t.Errorf("GET %s: %s", target, a.body)
+		if it.RawKey() != key || it.RawValue() != value || it.ResourceVersion != rv {
+			t.Errorf("GET %s: %s", target, a.Body)
 		}
-		a.wantHeader(t, "ETag", fmt.Sprintf("%q", fmt.Sprint(rv)))
-		a.wantHeader(t, "Resource-Version", fmt.Sprint(rv))
-		a.wantHeader(t, "Content-Type", "application/json")
-		f.do("GET", target, "", "If-None-Match: "+a.header.Get("ETag")).want(t, 304)
-		f.do("GET", target, "", `If-Match: "0"`).want(t, 412)
-		if b := f.do("HEAD", target, ""); b.code != 200 || b.body != "" || b.header.Get("Content-Length") != fmt.Sprint(len(a.body)) {
+		a.WantHeader(t, "ETag", fmt.Sprintf("%q", fmt.Sprint(rv)))
+		a.WantHeader(t, "Resource-Version", fmt.Sprint(rv))
+		a.WantHeader(t, "Content-Type", "application/json")
+		f.do("GET", target, "", "If-None-Match: "+a.Header.Get("ETag")).Want(t, 304)
+		f.do("GET", target, "", `If-Match: "0"`).Want(t, 412)
+		if b := f.do("HEAD", target, ""); b.Code != 200 || b.Body != "" || b.Header.Get("Content-Length") != fmt.Sprint(len(a.Body)) {
 			t.Errorf("HEAD %s: %+v", target, b)
 		}
 	}
 	a := f.do("GET", "/-/v1/keys/none", "")
-	a.want(t, 404)
+	a.Want(t, 404)
 	if p := mustProblem(t, a); p.Code != "not-found" {
 		t.Errorf("%+v", p)
 	}
-	f.do("GET", "/-/v1/keys/a%zz", "").want(t, 400)
-	f.do("GET", "/-/v1/keys/"+strings.Repeat("a", keySizeMax+1), "").want(t, 400)
+	f.do("GET", "/-/v1/keys/a%zz", "").Want(t, 400)
+	f.do("GET", "/-/v1/keys/"+strings.Repeat("a", keySizeMax+1), "").Want(t, 400)
 	// A key of many slashes, unescaped.
-	if it := mustDecode[jsonItem](t, f.do("GET", "/-/v1/keys/a/b//c", "")); it.key() != "a/b//c" {
-		t.Error(it.key())
+	if it := testkit.MustDecode[testkit.JSONItem](t, f.do("GET", "/-/v1/keys/a/b//c", "")); it.RawKey() != "a/b//c" {
+		t.Error(it.RawKey())
 	}
 }
 
@@ -162,44 +164,44 @@ func TestHTTP_List(t *testing.T) {
 				target += map[bool]string{true: "?", false: "&"}[tt.query == ""] + "keysOnly=true"
 			}
 			a := f.do("GET", target, "")
-			list := mustDecode[jsonList](t, a)
+			list := testkit.MustDecode[testkit.JSONList](t, a)
 			wantItems(t, target, list.Items, tt.want, keysOnly)
-			if got := textOrBytes(list.After, list.AfterBase64); got != tt.after || (list.After != nil || list.AfterBase64 != nil) != (tt.after != "") {
+			if got := testkit.TextOrBytes(list.After, list.AfterBase64); got != tt.after || (list.After != nil || list.AfterBase64 != nil) != (tt.after != "") {
 				t.Errorf("%s: after %q, want %q", target, got, tt.after)
 			}
-			if list.ResourceVersion != 8 || !strings.Contains(a.body, `"items":[`) {
-				t.Errorf("%s: %s", target, a.body)
+			if list.ResourceVersion != 8 || !strings.Contains(a.Body, `"items":[`) {
+				t.Errorf("%s: %s", target, a.Body)
 			}
-			a.wantHeader(t, "Resource-Version", "8")
-			a.wantHeader(t, "Content-Type", "application/json")
-			a.wantHeader(t, "Vary", "Accept")
-			a.wantHeader(t, "X-Content-Type-Options", "nosniff")
-			a.wantHeader(t, "Content-Length", fmt.Sprint(len(a.body)))
+			a.WantHeader(t, "Resource-Version", "8")
+			a.WantHeader(t, "Content-Type", "application/json")
+			a.WantHeader(t, "Vary", "Accept")
+			a.WantHeader(t, "X-Content-Type-Options", "nosniff")
+			a.WantHeader(t, "Content-Length", fmt.Sprint(len(a.Body)))
 
 			stream := f.do("GET", target, "", "Accept: text/html;q=0.5, Application/X-NDJSON;q=0.9")
-			stream.want(t, 200)
-			stream.wantHeader(t, "Resource-Version", "8")
-			stream.wantHeader(t, "Content-Type", "application/x-ndjson")
-			stream.wantHeader(t, "Vary", "Accept")
-			stream.wantHeader(t, "X-Content-Type-Options", "nosniff")
-			wantItems(t, target, decodeLines(t, stream.body), tt.want, keysOnly)
-			if strings.Count(stream.body, "\n") != len(tt.want)+1 {
-				t.Errorf("%s: %q", target, stream.body)
+			stream.Want(t, 200)
+			stream.WantHeader(t, "Resource-Version", "8")
+			stream.WantHeader(t, "Content-Type", "application/x-ndjson")
+			stream.WantHeader(t, "Vary", "Accept")
+			stream.WantHeader(t, "X-Content-Type-Options", "nosniff")
+			wantItems(t, target, decodeLines(t, stream.Body), tt.want, keysOnly)
+			if strings.Count(stream.Body, "\n") != len(tt.want)+1 {
+				t.Errorf("%s: %q", target, stream.Body)
 			}
 		}
 	}
 	for _, accept := range []string{"application/json", "application/x-ndjson"} {
 		a := f.do("HEAD", "/-/v1/keys", "", "Accept: "+accept)
-		a.want(t, 200)
-		a.wantHeader(t, "Content-Type", accept)
-		a.wantHeader(t, "Resource-Version", "8")
-		if a.body != "" {
-			t.Errorf("%q", a.body)
+		a.Want(t, 200)
+		a.WantHeader(t, "Content-Type", accept)
+		a.WantHeader(t, "Resource-Version", "8")
+		if a.Body != "" {
+			t.Errorf("%q", a.Body)
 		}
 	}
 }
 
-func wantItems(t *testing.T, target string, items []jsonItem, want []string, keysOnly bool) {
+func wantItems(t *testing.T, target string, items []testkit.JSONItem, want []string, keysOnly bool) {
 	t.Helper()
 	if len(items) != len(want) {
 		t.Errorf("%s: %d items, want %d", target, len(items), len(want))
@@ -210,13 +212,13 @@ func wantItems(t *testing.T, target string, items []jsonItem, want []string, key
 		if keysOnly {
 			value = ""
 		}
-		if it.key() != want[i] || it.value() != value || it.ResourceVersion == 0 {
+		if it.RawKey() != want[i] || it.RawValue() != value || it.ResourceVersion == 0 {
 			t.Errorf("%s: item %d is %+v, want %q", target, i, it, want[i])
 		}
 	}
 }
 
-func decodeLines(t *testing.T, body string) []jsonItem {
+func decodeLines(t *testing.T, body string) []testkit.JSONItem {
 	t.Helper()
 	items, end, err := readStream(body)
 	if err != nil {
@@ -237,11 +239,11 @@ type streamEnd struct {
 }
 
 // readStream fails if a stream is not whole.
-func readStream(body string) (items []jsonItem, end streamEnd, err error) {
+func readStream(body string) (items []testkit.JSONItem, end streamEnd, err error) {
 	ended := false
 	for line := range strings.Lines(body) {
 		var it struct {
-			jsonItem
+			testkit.JSONItem
 			Count *int
 		}
 		if err := json.Unmarshal([]byte(line), &it); err != nil || ended || !strings.HasSuffix(line, "\n") {
@@ -252,7 +254,7 @@ func readStream(body string) (items []jsonItem, end streamEnd, err error) {
 				return items, end, err
 			}
 		} else {
-			items = append(items, it.jsonItem)
+			items = append(items, it.JSONItem)
 		}
 	}
 	if !ended {
@@ -271,33 +273,33 @@ func TestHTTP_LongList(t *testing.T) {
 		f.put(keys[i], "value of "+keys[i])
 	}
 	stream := f.do("GET", "/-/v1/keys", "", "Accept: application/x-ndjson")
-	wantItems(t, "stream", decodeLines(t, stream.body), keys, false)
-	stream.wantHeader(t, "Transfer-Encoding", "") // net/http has decoded it
-	stream.wantHeader(t, "Content-Length", "")
+	wantItems(t, "stream", decodeLines(t, stream.Body), keys, false)
+	stream.WantHeader(t, "Transfer-Encoding", "") // net/http has decoded it
+	stream.WantHeader(t, "Content-Length", "")
 	for _, accept := range []string{"application/json", "application/x-ndjson"} {
 		a := f.do("HEAD", "/-/v1/keys?limit=10000", "", "Accept: "+accept)
-		a.want(t, 200)
-		a.wantHeader(t, "Content-Length", "") // which nobody knows yet
+		a.Want(t, 200)
+		a.WantHeader(t, "Content-Length", "") // which nobody knows yet
 	}
 	// A response of one part has a length, although it is more than net/http would count.
 	a := f.do("GET", "/-/v1/keys?limit=100", "")
-	if len(a.body) < 4<<10 {
-		t.Errorf("%d bytes are too few to tell", len(a.body))
+	if len(a.Body) < 4<<10 {
+		t.Errorf("%d bytes are too few to tell", len(a.Body))
 	}
-	a.wantHeader(t, "Content-Length", fmt.Sprint(len(a.body)))
+	a.WantHeader(t, "Content-Length", fmt.Sprint(len(a.Body)))
 	limited := f.do("GET", "/-/v1/keys?limit=20001", "", "Accept: application/x-ndjson")
-	wantItems(t, "limited stream", decodeLines(t, limited.body), keys[:20_001], false)
-	if _, end, _ := readStream(limited.body); end.After == nil || *end.After != keys[20_000] || end.ResourceVersion != n {
+	wantItems(t, "limited stream", decodeLines(t, limited.Body), keys[:20_001], false)
+	if _, end, _ := readStream(limited.Body); end.After == nil || *end.After != keys[20_000] || end.ResourceVersion != n {
 		t.Errorf("%+v", end)
 	}
-	if _, end, _ := readStream(stream.body); end.After != nil {
+	if _, end, _ := readStream(stream.Body); end.After != nil {
 		t.Errorf("%+v", end)
 	}
 
-	var got []jsonItem
+	var got []testkit.JSONItem
 	pages := 0
 	for after := ""; ; pages++ {
-		list := mustDecode[jsonList](t, f.do("GET", "/-/v1/keys?limit=10000&after="+after, ""))
+		list := testkit.MustDecode[testkit.JSONList](t, f.do("GET", "/-/v1/keys?limit=10000&after="+after, ""))
 		got = append(got, list.Items...)
 		if list.After == nil {
 			break
@@ -308,7 +310,7 @@ func TestHTTP_LongList(t *testing.T) {
 	if pages != 2 {
 		t.Errorf("%d pages after the first", pages)
 	}
-	if list := mustDecode[jsonList](t, f.do("GET", "/-/v1/keys", "")); len(list.Items) != listLimitDefault || *list.After != keys[listLimitDefault-1] {
+	if list := testkit.MustDecode[testkit.JSONList](t, f.do("GET", "/-/v1/keys", "")); len(list.Items) != listLimitDefault || *list.After != keys[listLimitDefault-1] {
 		t.Errorf("%d items", len(list.Items))
 	}
 }
@@ -321,19 +323,19 @@ func TestHTTP_ExactPages(t *testing.T) {
 		f.put(fmt.Sprint("k/", i), "v")
 	}
 	f.put("other", "v")
-	page := func(after string, rv uint64) answer {
+	page := func(after string, rv uint64) testkit.Answer {
 		return f.do("GET", fmt.Sprintf("/-/v1/keys?prefix=k/&limit=3&resourceVersionMatch=exact&resourceVersion=%d&after=%s", rv, after), "")
 	}
 	rv := f.store.version()
 	f.put("other", "another")
 	f.put("l", "not of the list, nor before it")
 	f.put("k", "nor this")
-	want := func(a answer, keys int) {
+	want := func(a testkit.Answer, keys int) {
 		t.Helper()
-		a.want(t, 200)
-		list := mustDecode[jsonList](t, a)
-		if len(list.Items) != keys || list.ResourceVersion != rv || a.header.Get("Resource-Version") != fmt.Sprint(rv) || a.header.Get("Cluster-Id") != "abc" {
-			t.Errorf("%s %v", a.body, a.header)
+		a.Want(t, 200)
+		list := testkit.MustDecode[testkit.JSONList](t, a)
+		if len(list.Items) != keys || list.ResourceVersion != rv || a.Header.Get("Resource-Version") != fmt.Sprint(rv) || a.Header.Get("Cluster-Id") != "abc" {
+			t.Errorf("%s %v", a.Body, a.Header)
 		}
 	}
 	want(page("", rv), 3)
@@ -343,22 +345,22 @@ func TestHTTP_ExactPages(t *testing.T) {
 	want(page("k/50", rv), 3)
 	for _, query := range []string{"k/4", ""} {
 		a := page(query, rv)
-		a.want(t, 410)
+		a.Want(t, 410)
 		if p := mustProblem(t, a); p.Code != "expired" || !strings.Contains(p.Detail, "have changed after resource version 11") {
 			t.Errorf("%+v", p)
 		}
 	}
 	a := f.do("GET", fmt.Sprintf("/-/v1/keys?prefix=k/&resourceVersionMatch=exact&resourceVersion=%d&after=k/6", rv), "", "Accept: application/x-ndjson")
-	a.want(t, 200)
-	if !strings.HasSuffix(a.body, fmt.Sprintf(`{"resourceVersion":%d,"count":3}`+"\n", rv)) {
-		t.Errorf("%s", a.body)
+	a.Want(t, 200)
+	if !strings.HasSuffix(a.Body, fmt.Sprintf(`{"resourceVersion":%d,"count":3}`+"\n", rv)) {
+		t.Errorf("%s", a.Body)
 	}
-	f.do("GET", fmt.Sprintf("/-/v1/keys?prefix=k/&resourceVersionMatch=exact&resourceVersion=%d", rv), "", "Accept: application/x-ndjson").want(t, 410)
+	f.do("GET", fmt.Sprintf("/-/v1/keys?prefix=k/&resourceVersionMatch=exact&resourceVersion=%d", rv), "", "Accept: application/x-ndjson").Want(t, 410)
 	rv = f.store.version()
 	f.fillWindow()
-	page("", rv).want(t, 410) // nobody knows
+	page("", rv).Want(t, 410) // nobody knows
 	for _, query := range []string{"resourceVersionMatch=exact", "resourceVersionMatch=exact&resourceVersion=0", "resourceVersionMatch=Exact&resourceVersion=1"} {
-		f.do("GET", "/-/v1/keys?"+query, "").want(t, 400)
+		f.do("GET", "/-/v1/keys?"+query, "").Want(t, 400)
 	}
 }
 
@@ -433,7 +435,7 @@ func TestHTTP_StreamBesideWrites(t *testing.T) {
 		t.Fatalf("%d items", len(items))
 	}
 	for i, it := range items {
-		if it.key() != fmt.Sprintf("key-%05d", i) || it.value() != "old" || it.ResourceVersion > n {
+		if it.RawKey() != fmt.Sprintf("key-%05d", i) || it.RawValue() != "old" || it.ResourceVersion > n {
 			t.Fatalf("item %d: %+v", i, it)
 		}
 	}
@@ -449,12 +451,12 @@ func TestHTTP_TooManyStreams(t *testing.T) {
 		defer sc.close()
 	}
 	a := f.do("GET", "/-/v1/keys", "", "Accept: application/x-ndjson")
-	a.want(t, 429)
-	a.wantHeader(t, "Retry-After", "1")
+	a.Want(t, 429)
+	a.WantHeader(t, "Retry-After", "1")
 	if p := mustProblem(t, a); p.Code != "too-many-requests" || !p.Retryable || p.Outcome != "" {
 		t.Errorf("%+v", p)
 	}
-	f.do("GET", "/-/v1/keys", "").want(t, 200)
+	f.do("GET", "/-/v1/keys", "").Want(t, 200)
 }
 
 // TestHTTP_ListSize: a JSON list ends before it has more than 8 MiB, and what comes after can be asked for.
@@ -472,15 +474,15 @@ func TestHTTP_ListSize(t *testing.T) {
 			got, largest := 0, 0
 			for after := ""; ; {
 				a := f.do("GET", "/-/v1/keys?limit=10000&after="+after, "")
-				a.want(t, 200)
-				list := mustDecode[jsonList](t, a)
+				a.Want(t, 200)
+				list := testkit.MustDecode[testkit.JSONList](t, a)
 				for _, it := range list.Items {
-					if it.key() != fmt.Sprintf("key-%06d", got) || it.value() != value {
-						t.Fatalf("item %d is %s with %d bytes", got, it.key(), len(it.value()))
+					if it.RawKey() != fmt.Sprintf("key-%06d", got) || it.RawValue() != value {
+						t.Fatalf("item %d is %s with %d bytes", got, it.RawKey(), len(it.RawValue()))
 					}
 					got++
 				}
-				largest = max(largest, len(a.body))
+				largest = max(largest, len(a.Body))
 				if list.After == nil {
 					break
 				}
@@ -494,10 +496,10 @@ func TestHTTP_ListSize(t *testing.T) {
 	f := newFront(t)
 	f.store.state.items.Set("a", item{value: strings.Repeat("v", listSizeMax), rv: 1}) // larger than --max-value-bytes was once
 	f.put("b", "v")
-	if list := mustDecode[jsonList](t, f.do("GET", "/-/v1/keys", "")); len(list.Items) != 1 || list.After == nil || *list.After != "a" {
+	if list := testkit.MustDecode[testkit.JSONList](t, f.do("GET", "/-/v1/keys", "")); len(list.Items) != 1 || list.After == nil || *list.After != "a" {
 		t.Errorf("%d items of which one is too large", len(list.Items))
 	}
-	if list := mustDecode[jsonList](t, f.do("GET", "/-/v1/keys?keysOnly=true", "")); len(list.Items) != 2 {
+	if list := testkit.MustDecode[testkit.JSONList](t, f.do("GET", "/-/v1/keys?keysOnly=true", "")); len(list.Items) != 2 {
 		t.Errorf("%d keys", len(list.Items))
 	}
 }
@@ -537,11 +539,11 @@ func TestHTTP_ListPlaces(t *testing.T) {
 	for f.api.lists.take(here, 1) {
 	}
 	stream := []string{"Accept: application/x-ndjson"}
-	f.do("GET", "/-/v1/keys", "", stream...).want(t, 429)
-	f.do("GET", "/-/v1/keys", "").want(t, 429)
-	f.do("GET", "/-/v1/watch?initial=true", "").want(t, 429)
-	f.do("GET", "/-/v1/keys?prefix=key-00", "").want(t, 200)
-	f.do("GET", "/-/v1/snapshot", "").want(t, 200)
+	f.do("GET", "/-/v1/keys", "", stream...).Want(t, 429)
+	f.do("GET", "/-/v1/keys", "").Want(t, 429)
+	f.do("GET", "/-/v1/watch?initial=true", "").Want(t, 429)
+	f.do("GET", "/-/v1/keys?prefix=key-00", "").Want(t, 200)
+	f.do("GET", "/-/v1/snapshot", "").Want(t, 200)
 	if !f.api.lists.take(other, 1) {
 		t.Error("nothing is left for others")
 	}
@@ -549,13 +551,13 @@ func TestHTTP_ListPlaces(t *testing.T) {
 		time.Sleep(placeTimeout / 4)
 		f.api.lists.give(here, 1)
 	}()
-	f.do("GET", "/-/v1/keys", "").want(t, 200)
-	f.do("GET", "/-/v1/keys", "", stream...).want(t, 200)
+	f.do("GET", "/-/v1/keys", "").Want(t, 200)
+	f.do("GET", "/-/v1/keys", "", stream...).Want(t, 200)
 
 	for f.api.backups.take(here, 1) {
 	}
-	f.do("GET", "/-/v1/snapshot", "").want(t, 429)
-	f.do("GET", "/-/v1/keys", "", stream...).want(t, 200)
+	f.do("GET", "/-/v1/snapshot", "").Want(t, 429)
+	f.do("GET", "/-/v1/keys", "", stream...).Want(t, 200)
 	if f.api.lists.taken != mostOf(listsMax) || f.api.backups.taken != mostOf(backupsMax) {
 		t.Errorf("%d lists, %d backups", f.api.lists.taken, f.api.backups.taken)
 	}
@@ -651,11 +653,11 @@ func TestHTTP_DeletePrefix(t *testing.T) {
 	}
 	type deleted struct{ Deleted, ResourceVersion uint64 }
 	a := f.do("DELETE", "/-/v1/keys?prefix=a%2F", "")
-	if got := mustDecode[deleted](t, a); got != (deleted{2, 5}) {
+	if got := testkit.MustDecode[deleted](t, a); got != (deleted{2, 5}) {
 		t.Errorf("%+v", got)
 	}
-	a.wantHeader(t, "Resource-Version", "5")
-	if got := mustDecode[deleted](t, f.do("DELETE", "/-/v1/keys?prefix=a/", "")); got != (deleted{0, 5}) {
+	a.WantHeader(t, "Resource-Version", "5")
+	if got := testkit.MustDecode[deleted](t, f.do("DELETE", "/-/v1/keys?prefix=a/", "")); got != (deleted{0, 5}) {
 		t.Errorf("%+v", got)
 	}
 	if list, _ := f.store.list("", "", 10); len(list) != 2 || list[0].key != "a" || list[1].key != "b" {
@@ -666,18 +668,18 @@ func TestHTTP_DeletePrefix(t *testing.T) {
 	}
 	before := f.store.version()
 	a = f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: a")
-	a.want(t, 413)
+	a.Want(t, 413)
 	if p := mustProblem(t, a); p.Code != "too-many-keys" || p.Outcome != notApplied || !strings.Contains(p.Detail, strconv.Itoa(deletePrefixMax)) {
 		t.Errorf("%+v", p)
 	}
 	if rv := f.store.version(); rv != before {
 		t.Errorf("version %d, want %d", rv, before)
 	}
-	f.do("DELETE", "/many/0", "").want(t, 204)
+	f.do("DELETE", "/many/0", "").Want(t, 204)
 	a = f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: a")
-	a.want(t, 413) // the same request, the same answer
-	a.wantHeader(t, "Idempotency-Replayed", "true")
-	if got := mustDecode[deleted](t, f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: b")); got != (deleted{deletePrefixMax, before + 2}) {
+	a.Want(t, 413) // the same request, the same answer
+	a.WantHeader(t, "Idempotency-Replayed", "true")
+	if got := testkit.MustDecode[deleted](t, f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: b")); got != (deleted{deletePrefixMax, before + 2}) {
 		t.Errorf("%+v", got)
 	}
 }
@@ -784,7 +786,7 @@ func TestHTTP_StreamThatFailsOverHTTP10(t *testing.T) {
 			t.Errorf("%d items of %d pass for all", len(items), scanPart+n)
 		}
 		synctest.Wait()
-		if got := gather(t, f.config.registry)[`raftrv_http_requests_total{code="500",method="GET",route="/-/v1/keys"}`]; got != 1 {
+		if got := testkit.Gather(t, f.config.registry)[`raftrv_http_requests_total{code="500",method="GET",route="/-/v1/keys"}`]; got != 1 {
 			t.Errorf("%v requests count as cut off", got)
 		}
 	})
@@ -811,9 +813,9 @@ func TestHTTP_StreamsThroughProxies(t *testing.T) {
 				for try := range 20 {
 					proxy := httptest.NewServer(cuttingProxy(t, f, accept, most, buffers))
 					res, err := http.Get(proxy.URL + target)
-					must(t, err)
+					testkit.Must(t, err)
 					b, err := io.ReadAll(res.Body)
-					must(t, errors.Join(err, res.Body.Close())) // the client notices nothing
+					testkit.Must(t, errors.Join(err, res.Body.Close())) // the client notices nothing
 					proxy.Close()
 					body := string(b)
 					if res.StatusCode != http.StatusOK || most >= 0 && len(body) != most {

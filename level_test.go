@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"raftrv/internal/testkit"
 )
 
 // TestLevel_RulesAreFixed: another number would bring members of the same level to
@@ -79,17 +81,17 @@ func TestLevel_UnknownFieldsOfMembersSurvive(t *testing.T) {
 			command{op: opMember, value: `{"ID":1, "zone":"y"}`},
 			command{op: opMember, value: `{"id":1,"clientURL":"c"}`})
 		st, err := readState(bytes.NewReader(stateBytes(t, s.snapshot())))
-		must(t, err)
+		testkit.Must(t, err)
 		got, err := json.Marshal(st.members[1])
-		must(t, err)
+		testkit.Must(t, err)
 		if string(got) != want {
 			t.Errorf("level %d: %s, want %s", level, got, want)
 		}
 	}
 	var fields map[string]any
 	b, err := json.Marshal(memberFields{ID: 1, Name: "n", PeerURL: "p", ClientURL: "c", Learner: true, Promote: true, Directory: 1})
-	must(t, err)
-	must(t, json.Unmarshal(b, &fields))
+	testkit.Must(t, err)
+	testkit.Must(t, json.Unmarshal(b, &fields))
 	if names := slices.Sorted(maps.Keys(fields)); !slices.Equal(names, slices.Sorted(slices.Values(memberFieldNames))) {
 		t.Errorf("a member has the fields %q", names)
 	}
@@ -105,7 +107,7 @@ func TestLevel_WrongClocks(t *testing.T) {
 		var out []result
 		n := s.applied() + 1
 		_, err := s.apply(n, 1, batchHeader{session: 1, seq: n, time: at.UnixMilli()}, c.appendTo(nil), &out)
-		must(t, err)
+		testkit.Must(t, err)
 		return out[0]
 	}
 	once := command{op: opPut, key: "k", value: "v", retry: retryID{key: "invoice"}}
@@ -163,7 +165,7 @@ func TestLevel_SnapshotFormats(t *testing.T) {
 		for _, v := range head {
 			e.uint(v)
 		}
-		must(t, e.w.Flush())
+		testkit.Must(t, e.w.Flush())
 		if _, err := readState(&b); !errors.Is(err, errSnapshotFormat) || !strings.Contains(err.Error(), "use the version that wrote it") {
 			t.Errorf("format and level %d: %v", head, err)
 		}

@@ -16,6 +16,8 @@ import (
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
+
+	"raftrv/internal/testkit"
 )
 
 // newTestListener listens on a loopback port.
@@ -89,14 +91,14 @@ func TestListener_RefusesBeyondTheCap(t *testing.T) {
 		if _, err := io.WriteString(c, "PUT /k HTTP/1.1\r\nHost: x\r\nContent-Length: 40000\r\n\r\n"+strings.Repeat("v", 40000)); err != nil {
 			t.Fatal(err)
 		}
-		a := readAnswer(t, bufio.NewReader(c), "PUT")
-		a.want(t, 503)
-		a.wantHeader(t, "Retry-After", "1")
-		if !a.last {
+		a := testkit.ReadAnswer(t, bufio.NewReader(c), "PUT")
+		a.Want(t, 503)
+		a.WantHeader(t, "Retry-After", "1")
+		if !a.Last {
 			t.Error("the client may think that the connection stays open")
 		}
 		var p problem
-		must(t, json.Unmarshal([]byte(a.body), &p))
+		testkit.Must(t, json.Unmarshal([]byte(a.Body), &p))
 		if p.Status != 503 || p.Code != "too-many-connections" || p.Outcome != "" || !p.Retryable {
 			t.Errorf("%+v", p)
 		}
@@ -114,7 +116,7 @@ func TestListener_RefusesBeyondTheCap(t *testing.T) {
 
 func TestListener_RefusalIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		pipes := newPipeListener()
+		pipes := testkit.NewPipeListener()
 		l := newListener(pipes, listenerConfig{connectionsMax: 0, refusal: []byte("-ERR full\r\n")})
 		accepted := make(chan struct{})
 		go func() {
@@ -126,7 +128,7 @@ func TestListener_RefusalIsBounded(t *testing.T) {
 		start := time.Now()
 		var clients []net.Conn
 		for range refusalsMax + 1 { // none of them reads
-			c, err := pipes.dial()
+			c, err := pipes.Dial()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -144,7 +146,7 @@ func TestListener_RefusalIsBounded(t *testing.T) {
 			}
 		}
 		// There is room for refusals again, and this client reads.
-		c, err := pipes.dial()
+		c, err := pipes.Dial()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -188,7 +190,7 @@ func TestListener_CloseAll(t *testing.T) {
 // TestListener_CloseAllWaits: nothing of the listener's is left when closeAll returns.
 func TestListener_CloseAllWaits(t *testing.T) {
 	for range 20 { // without the wait it is a matter of luck
-		l := newListener(newPipeListener(), listenerConfig{connectionsMax: 0, refusal: []byte("full")})
+		l := newListener(testkit.NewPipeListener(), listenerConfig{connectionsMax: 0, refusal: []byte("full")})
 		for range refusalsMax {
 			_, server := net.Pipe() // nobody reads what it says
 			l.admit(server)
@@ -205,7 +207,7 @@ func TestListener_CloseAllWaits(t *testing.T) {
 
 // A connection that was accepted while closeAll ran must not stay.
 func TestListener_NoConnectionAfterCloseAll(t *testing.T) {
-	l := newListener(newPipeListener(), listenerConfig{connectionsMax: 1})
+	l := newListener(testkit.NewPipeListener(), listenerConfig{connectionsMax: 1})
 	l.closeAll()
 	client, server := net.Pipe()
 	if c := l.admit(server); c != nil {
@@ -243,16 +245,16 @@ func (l *fullListener) Accept() (net.Conn, error) {
 // The pause and the next try are http.Server's: this holds it to them.
 func TestListener_ServerSurvivesFileLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		pipes := newPipeListener()
+		pipes := testkit.NewPipeListener()
 		core, logs := observer.New(zap.WarnLevel)
 		server := newHTTPServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}), zap.New(core))
 		defer server.Close()
 		go func() { _ = server.Serve(newListener(&fullListener{pipes, 20}, listenerConfig{connectionsMax: 1})) }() // ends with Close
-		c, err := pipes.dial()
-		must(t, err)
+		c, err := pipes.Dial()
+		testkit.Must(t, err)
 		_, err = io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-		must(t, err)
-		readAnswer(t, bufio.NewReader(c), "GET").want(t, 200)
+		testkit.Must(t, err)
+		testkit.ReadAnswer(t, bufio.NewReader(c), "GET").Want(t, 200)
 		if n := logs.FilterMessage("http server").Len(); n != 20 {
 			t.Errorf("%d warnings, want 20", n)
 		}
@@ -262,7 +264,7 @@ func TestListener_ServerSurvivesFileLimit(t *testing.T) {
 // Shutdown of a server must find its connections through the wrapper.
 func TestListener_GracefulShutdown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		pipes := newPipeListener()
+		pipes := testkit.NewPipeListener()
 		l := newListener(pipes, listenerConfig{connectionsMax: 10})
 		answer := make(chan struct{})
 		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -270,7 +272,7 @@ func TestListener_GracefulShutdown(t *testing.T) {
 			w.WriteHeader(http.StatusNoContent)
 		})}
 		go func() { _ = server.Serve(l) }() // ends with Shutdown
-		c, err := pipes.dial()
+		c, err := pipes.Dial()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -284,7 +286,7 @@ func TestListener_GracefulShutdown(t *testing.T) {
 		}()
 		shutdown := make(chan error, 1)
 		go func() { shutdown <- server.Shutdown(context.Background()) }()
-		readAnswer(t, bufio.NewReader(c), "GET").want(t, 204)
+		testkit.ReadAnswer(t, bufio.NewReader(c), "GET").Want(t, 204)
 		if err := <-shutdown; err != nil {
 			t.Error(err)
 		}
@@ -332,11 +334,11 @@ func TestListener_Addresses(t *testing.T) {
 // TestHTTP_KeptPlacesAreShort: who has nothing to say, or says it slowly, has a kept place for a moment only.
 func TestListener_KeptPlacesAreShort(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		pipes := newPipeListener()
+		pipes := testkit.NewPipeListener()
 		slow := 2 * keptTimeout
 		server := newHTTPServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if place, ok := r.Context().Value(keptPlace{}).(placeholder); ok && r.URL.Path == "/slow" {
-				must(t, place.deserve())
+				testkit.Must(t, place.deserve())
 				time.Sleep(slow)
 			}
 			w.Header().Set("Connection", "close")
@@ -345,15 +347,15 @@ func TestListener_KeptPlacesAreShort(t *testing.T) {
 		l := newListener(pipes, listenerConfig{keptMax: 4, refusal: httpRefusal()})
 		go func() { _ = server.Serve(l) }() // ends with Close
 		dial := func() net.Conn {
-			c, err := pipes.dial()
-			must(t, err)
+			c, err := pipes.Dial()
+			testkit.Must(t, err)
 			return c
 		}
 		start := time.Now()
 		for _, begin := range []string{"", "GET / HTTP/1.1\r\nHost: x\r\n"} {
 			c := dial()
 			_, err := io.WriteString(c, begin)
-			must(t, err)
+			testkit.Must(t, err)
 			_, _ = io.ReadAll(c) // whatever it is told
 			if took := time.Since(start); took > keptTimeout+time.Second {
 				t.Errorf("%q: closed after %v", begin, took)
@@ -371,8 +373,8 @@ func TestListener_KeptPlacesAreShort(t *testing.T) {
 		for _, target := range []string{"/", "/slow"} {
 			c := dial()
 			_, err := io.WriteString(c, "GET "+target+" HTTP/1.1\r\nHost: x\r\n\r\n")
-			must(t, err)
-			readAnswer(t, bufio.NewReader(c), "GET").want(t, 200)
+			testkit.Must(t, err)
+			testkit.ReadAnswer(t, bufio.NewReader(c), "GET").Want(t, 200)
 		}
 	})
 }

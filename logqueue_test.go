@@ -6,6 +6,8 @@ import (
 	"io"
 	"strings"
 	"testing"
+
+	"raftrv/internal/testkit"
 )
 
 // TestLogQueue: whoever logs does not wait for who should read it, and what was lost is told.
@@ -15,7 +17,7 @@ func TestLogQueue(t *testing.T) {
 	const lines = 3 * logLinesMax
 	for i := range lines { // would hang here
 		_, err := fmt.Fprintf(l, "line %d\n", i)
-		must(t, err)
+		testkit.Must(t, err)
 	}
 	read := make(chan []string)
 	go func() {
@@ -25,18 +27,18 @@ func TestLogQueue(t *testing.T) {
 		}
 		read <- all
 	}()
-	must(t, l.Sync())
+	testkit.Must(t, l.Sync())
 	_, err := fmt.Fprintln(l, "the last")
-	must(t, err)
+	testkit.Must(t, err)
 	l.close()
 	<-l.done
-	must(t, w.Close())
+	testkit.Must(t, w.Close())
 	got := <-read
 	var lost int
 	for i, line := range got {
 		if strings.HasPrefix(line, "{") {
 			_, err := fmt.Sscanf(line[strings.LastIndex(line, ":")+1:], "%d}", &lost)
-			must(t, err)
+			testkit.Must(t, err)
 			got = append(got[:i:i], got[i+1:]...)
 			break
 		}

@@ -13,6 +13,8 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+
+	"raftrv/internal/testkit"
 )
 
 // noTransport is for a cluster of one.
@@ -25,16 +27,16 @@ func (noTransport) setMembers([]member)    {}
 func newLoneLoop(t *testing.T, applied func(), at hook) *loop {
 	t.Helper()
 	disk, rec := newDisk(t, t.TempDir())
-	t.Cleanup(func() { must(t, disk.close()) })
+	t.Cleanup(func() { testkit.Must(t, disk.close()) })
 	l := newLoop(10*time.Millisecond, applied, zap.NewNop())
 	r, err := newReplica(replicaConfig{
 		id: 1, session: 1, electionTicks: 10, heartbeatTicks: 1, snapshotEntries: 1 << 20, snapshotBytes: 1 << 30, log: rec.log,
 		store: &kvstore{state: rec.state}, confState: rec.confState, disk: disk, transport: noTransport{}, driver: l, logger: zap.NewNop(), hook: at,
 	})
-	must(t, err)
+	testkit.Must(t, err)
 	l.replica = r
-	must(t, r.raw.Campaign())
-	must(t, r.process())
+	testkit.Must(t, r.raw.Campaign())
+	testkit.Must(t, r.process())
 	if r.leader != 1 {
 		t.Fatal("a single voter does not lead")
 	}
@@ -58,10 +60,10 @@ func TestLoop_IterationsEnd(t *testing.T) {
 		return nil
 	})
 	_, _, err := l.enqueue(&command{op: opPut, key: "first", value: "v"}, time.Now().Add(time.Hour))
-	must(t, err)
+	testkit.Must(t, err)
 	for iterations := 1; !stop; iterations++ {
 		before, version, told := rounds, l.replica.store.version(), notified
-		must(t, l.turn(false))
+		testkit.Must(t, l.turn(false))
 		if n := rounds - before; n > roundsMax {
 			t.Fatalf("an iteration had %d rounds, want at most %d", n, roundsMax)
 		}
@@ -92,7 +94,7 @@ func TestLoop_Stall(t *testing.T) {
 	}
 	counted := func() bool {
 		var m dto.Metric
-		must(t, l.metrics.stall.Write(&m))
+		testkit.Must(t, l.metrics.stall.Write(&m))
 		return m.GetHistogram().GetSampleCount() >= 1 && m.GetHistogram().GetSampleSum() >= 0.02
 	}
 	if !comesTrue(counted) {
@@ -146,7 +148,7 @@ func TestLoop_TimeOfBatch(t *testing.T) {
 	var second *batch
 	put := func(key string) *batch {
 		b, _, err := l.enqueue(&command{op: opPut, key: key, value: "v", ttl: ttl.Milliseconds()}, now.Add(time.Hour))
-		must(t, err)
+		testkit.Must(t, err)
 		return b
 	}
 	l = newLoneLoop(t, func() {}, func(point string) error {
@@ -171,16 +173,16 @@ func TestLoop_TimeOfBatch(t *testing.T) {
 			t.Errorf("%s expires %v after it was put, want %v", key, time.UnixMilli(it.expires).Sub(put.Truncate(time.Millisecond)), ttl)
 		}
 	}
-	must(t, l.turn(true))
+	testkit.Must(t, l.turn(true))
 	first := put("first")
 	start := now
-	must(t, l.turn(false))
+	testkit.Must(t, l.turn(false))
 	lives("first", first, start)
 	lives("second", second, now)
 
 	now = now.Add(stall) // a pause
 	third := put("third")
-	must(t, l.turn(false)) // for the request, before the next tick
+	testkit.Must(t, l.turn(false)) // for the request, before the next tick
 	lives("third", third, now)
 }
 

@@ -70,13 +70,13 @@ func TestHTTP_Members(t *testing.T) {
 		a := f.do(tt.method, tt.target, tt.body)
 		calls := f.backend.takeMemberCalls()
 		if tt.detail == "" {
-			if a.code != 204 || !slices.Equal(calls, []memberCall{tt.want}) {
-				t.Errorf("%s %s %q: %d %s, %+v, want %+v", tt.method, tt.target, tt.body, a.code, a.body, calls, tt.want)
+			if a.Code != 204 || !slices.Equal(calls, []memberCall{tt.want}) {
+				t.Errorf("%s %s %q: %d %s, %+v, want %+v", tt.method, tt.target, tt.body, a.Code, a.Body, calls, tt.want)
 			}
 			continue
 		}
-		if a.code != 400 || len(calls) > 0 {
-			t.Errorf("%s %s %q: %d %s, %+v", tt.method, tt.target, tt.body, a.code, a.body, calls)
+		if a.Code != 400 || len(calls) > 0 {
+			t.Errorf("%s %s %q: %d %s, %+v", tt.method, tt.target, tt.body, a.Code, a.Body, calls)
 		} else if p := mustProblem(t, a); p.Code != "invalid-request" || !strings.Contains(p.Detail, tt.detail) {
 			t.Errorf("%s %s %q: %+v, want %q", tt.method, tt.target, tt.body, p, tt.detail)
 		}
@@ -94,15 +94,15 @@ func TestHTTP_MemberIDs(t *testing.T) {
 			{"POST", "/-/v1/leader/" + id},
 		} {
 			a := f.do(call[0], call[1], `{"peerURL":"http://a:1"}`)
-			if calls := f.backend.takeMemberCalls(); a.code != 400 || len(calls) > 0 {
-				t.Errorf("%s %s: %d, %+v", call[0], call[1], a.code, calls)
+			if calls := f.backend.takeMemberCalls(); a.Code != 400 || len(calls) > 0 {
+				t.Errorf("%s %s: %d, %+v", call[0], call[1], a.Code, calls)
 			} else if p := mustProblem(t, a); !strings.Contains(p.Detail, "a positive decimal number") {
 				t.Errorf("%s %s: %+v", call[0], call[1], p)
 			}
 		}
 	}
 	for _, target := range []string{"/-/v1/members/", "/-/v1/members/4/", "/-/v1/members/4/x", "/-/v1/members//promote", "/-/v1/leader", "/-/v1/leader/"} {
-		f.do("POST", target, `{"peerURL":"http://a:1"}`).want(t, 404)
+		f.do("POST", target, `{"peerURL":"http://a:1"}`).Want(t, 404)
 	}
 }
 
@@ -116,9 +116,9 @@ func TestHTTP_ListMembers(t *testing.T) {
 		`{"id":2,"name":"two","peerURL":"http://b:1","clientURL":"http://b:2","directory":"18446744073709551615"}]}`
 	for rounds, query := range []string{"?resourceVersion=0", ""} {
 		a := f.do("GET", "/-/v1/members"+query, "")
-		a.want(t, 200)
-		if strings.TrimSpace(a.body) != want {
-			t.Errorf("%s\nwant %s", a.body, want)
+		a.Want(t, 200)
+		if strings.TrimSpace(a.Body) != want {
+			t.Errorf("%s\nwant %s", a.Body, want)
 		}
 		if got := f.backend.linearizations(); got != rounds {
 			t.Errorf("%q: %d rounds", query, got)

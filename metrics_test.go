@@ -10,6 +10,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
+
+	"raftrv/internal/testkit"
 )
 
 // idleNode is a node of which nothing runs.
@@ -17,11 +19,11 @@ func idleNode(t *testing.T) (*node, *listener) {
 	store := newKVStore()
 	hub := newHub(store)
 	disk, _ := newDisk(t, t.TempDir())
-	t.Cleanup(func() { must(t, disk.close()) })
+	t.Cleanup(func() { testkit.Must(t, disk.close()) })
 	n := &node{loop: newLoop(10*time.Millisecond, hub.notify, zap.NewNop()), store: store, hub: hub, disk: newMeasuredDisk(disk), logger: zap.NewNop()}
 	n.config.dataDir = disk.dir
 	n.guard = newGuard(&n.config, store, n.loop.waiting, zap.NewNop())
-	return n, newListener(newPipeListener(), listenerConfig{connectionsMax: 1})
+	return n, newListener(testkit.NewPipeListener(), listenerConfig{connectionsMax: 1})
 }
 
 // describedNames are the names of all metrics that a node can have.
@@ -46,7 +48,7 @@ func describedNames(t *testing.T) map[string]bool {
 func TestMetrics_StuckLoop(t *testing.T) {
 	n, clients := idleNode(t)
 	start := time.Now()
-	got := gather(t, newRegistry(n, clients, []check{{"fine", func(context.Context) error { return nil }}}))
+	got := testkit.Gather(t, newRegistry(n, clients, []check{{"fine", func(context.Context) error { return nil }}}))
 	if took := time.Since(start); took < metricsTimeout || took > metricsTimeout+5*time.Second {
 		t.Errorf("it took %v", took)
 	}
@@ -58,7 +60,7 @@ func TestMetrics_StuckLoop(t *testing.T) {
 			t.Errorf("%s is %v, %v", series, v, ok)
 		}
 	}
-	if got.sum("raftrv_peer_lag_entries") != 0 || got.names()["raftrv_peer_active"] {
+	if got.Sum("raftrv_peer_lag_entries") != 0 || got.Names()["raftrv_peer_active"] {
 		t.Error("it knows of peers")
 	}
 }
@@ -66,34 +68,34 @@ func TestMetrics_StuckLoop(t *testing.T) {
 func TestMetrics_Disk(t *testing.T) {
 	smallSegments(t)
 	s, _ := newDisk(t, t.TempDir())
-	defer func() { must(t, s.close()) }()
+	defer func() { testkit.Must(t, s.close()) }()
 	d := newMeasuredDisk(s)
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(d.collectors()...)
 	wantSyncs := func(what string, want float64) {
 		t.Helper()
-		if got := gather(t, registry)["raftrv_fsync_duration_seconds_count"]; got != want {
+		if got := testkit.Gather(t, registry)["raftrv_fsync_duration_seconds_count"]; got != want {
 			t.Errorf("%v syncs after %s, want %v", got, what, want)
 		}
 	}
 	hs := func(term, vote, commit uint64) *raftpb.HardState {
 		return &raftpb.HardState{Term: &term, Vote: &vote, Commit: &commit}
 	}
-	must(t, d.save(hs(1, 1, 1), nil))
+	testkit.Must(t, d.save(hs(1, 1, 1), nil))
 	wantSyncs("a vote", 1)
-	must(t, d.save(&raftpb.HardState{}, nil))
+	testkit.Must(t, d.save(&raftpb.HardState{}, nil))
 	wantSyncs("nothing", 1)
-	must(t, d.save(hs(1, 1, 1), []*raftpb.Entry{putEntry(2, 1, "k", "v")}))
+	testkit.Must(t, d.save(hs(1, 1, 1), []*raftpb.Entry{putEntry(2, 1, "k", "v")}))
 	wantSyncs("an entry", 2)
-	must(t, d.save(hs(1, 1, 2), nil))
+	testkit.Must(t, d.save(hs(1, 1, 2), nil))
 	wantSyncs("a commit", 2)
-	must(t, d.save(hs(2, 1, 2), nil))
+	testkit.Must(t, d.save(hs(2, 1, 2), nil))
 	wantSyncs("a term", 3)
 
 	st := newState()
 	st.index, st.term = 2, 1
-	must(t, d.writeSnapshot(&raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(uint64(2)), Term: new(uint64(1))}}, &st))
-	got := gather(t, registry)
+	testkit.Must(t, d.writeSnapshot(&raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(uint64(2)), Term: new(uint64(1))}}, &st))
+	got := testkit.Gather(t, registry)
 	if got["raftrv_snapshot_duration_seconds_count"] != 1 || got["raftrv_snapshot_index"] != 2 || got["raftrv_snapshot_bytes"] < 10 {
 		t.Errorf("%v", got)
 	}

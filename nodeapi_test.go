@@ -25,25 +25,25 @@ func TestNode_ReadinessListsItsChecks(t *testing.T) {
 		c.checks = append(c.checks, check{"disk", func(context.Context) error { return broken }})
 	})
 	a := f.do("GET", "/-/readyz?verbose", "")
-	a.want(t, 200)
-	if a.body != "[+]leader ok\n[+]caught-up ok\n[+]state ok\n[+]disk ok\nready\n" {
-		t.Errorf("%q", a.body)
+	a.Want(t, 200)
+	if a.Body != "[+]leader ok\n[+]caught-up ok\n[+]state ok\n[+]disk ok\nready\n" {
+		t.Errorf("%q", a.Body)
 	}
-	f.do("GET", "/-/readyz?verbose=false", "").want(t, 200)
-	f.do("GET", "/-/readyz?verbose=2", "").want(t, 400)
+	f.do("GET", "/-/readyz?verbose=false", "").Want(t, 200)
+	f.do("GET", "/-/readyz?verbose=2", "").Want(t, 400)
 
 	broken = errors.New("9 bytes are left")
 	a = f.do("GET", "/-/readyz?verbose=true", "")
-	a.want(t, 503)
-	a.wantHeader(t, "Content-Type", "text/plain; charset=utf-8")
-	if a.body != "[+]leader ok\n[+]caught-up ok\n[+]state ok\n[-]disk failed: 9 bytes are left\nnot ready\n" {
-		t.Errorf("%q", a.body)
+	a.Want(t, 503)
+	a.WantHeader(t, "Content-Type", "text/plain; charset=utf-8")
+	if a.Body != "[+]leader ok\n[+]caught-up ok\n[+]state ok\n[-]disk failed: 9 bytes are left\nnot ready\n" {
+		t.Errorf("%q", a.Body)
 	}
 	a = f.do("GET", "/-/readyz", "")
-	a.want(t, 503)
-	a.wantHeader(t, "Content-Type", "application/problem+json")
-	if !strings.Contains(a.body, `"detail":"disk: 9 bytes are left"`) || !strings.Contains(a.body, `"code":"not-ready"`) {
-		t.Errorf("%s", a.body)
+	a.Want(t, 503)
+	a.WantHeader(t, "Content-Type", "application/problem+json")
+	if !strings.Contains(a.Body, `"detail":"disk: 9 bytes are left"`) || !strings.Contains(a.Body, `"code":"not-ready"`) {
+		t.Errorf("%s", a.Body)
 	}
 }
 
@@ -65,33 +65,33 @@ func TestNode_ReadinessChecksRunTogether(t *testing.T) {
 func TestNode_LogLevel(t *testing.T) {
 	f := newFront(t)
 	a := f.do("GET", "/-/v1/log-level", "")
-	a.want(t, 200)
-	if a.body != `{"level":"info"}`+"\n" {
-		t.Errorf("%s", a.body)
+	a.Want(t, 200)
+	if a.Body != `{"level":"info"}`+"\n" {
+		t.Errorf("%s", a.Body)
 	}
 	for _, level := range []string{"debug", "error", "warn", "info"} {
-		f.do("PUT", "/-/v1/log-level", fmt.Sprintf(`{"level":%q}`, level)).want(t, 204)
+		f.do("PUT", "/-/v1/log-level", fmt.Sprintf(`{"level":%q}`, level)).Want(t, 204)
 		if got := f.config.level.String(); got != level {
 			t.Errorf("the level is %s, want %s", got, level)
 		}
 	}
 	for _, body := range []string{"", "debug", `"debug"`, `{}`, `{"level":""}`, `{"level":"DEBUG"}`, `{"level":"fatal"}`, `{"level":"debug","x":1}`, `{"level":"debug"} x`} {
-		if a := f.do("PUT", "/-/v1/log-level", body); a.code != 400 || f.config.level.Level() != zapcore.InfoLevel {
-			t.Errorf("%s: %d, level %v", body, a.code, f.config.level)
+		if a := f.do("PUT", "/-/v1/log-level", body); a.Code != 400 || f.config.level.Level() != zapcore.InfoLevel {
+			t.Errorf("%s: %d, level %v", body, a.Code, f.config.level)
 		}
 	}
 }
 
 func TestNode_AccessLog(t *testing.T) {
 	f := newFront(t)
-	f.do("PUT", "/k", "v").want(t, 201)
+	f.do("PUT", "/k", "v").Want(t, 201)
 	if n := f.logs.FilterMessage("request").Len(); n != 0 {
 		t.Errorf("%d lines without --access-log", n)
 	}
 	f = newFront(t, func(c *httpConfig) { c.accessLog = true })
-	f.do("PUT", "/a%0Ab?timeout=1s", "v").want(t, 201)
-	f.do("GET", "/a%0Ab", "").want(t, 200)
-	f.do("GET", "/-/none", "").want(t, 404)
+	f.do("PUT", "/a%0Ab?timeout=1s", "v").Want(t, 201)
+	f.do("GET", "/a%0Ab", "").Want(t, 200)
+	f.do("GET", "/-/none", "").Want(t, 404)
 	var got []string
 	for deadline := time.Now().Add(5 * time.Second); len(got) < 3 && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 		got = nil

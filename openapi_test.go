@@ -18,6 +18,8 @@ import (
 	"testing/synctest"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"raftrv/internal/testkit"
 )
 
 // These tests hold openapi.json against the front: the table of routes says what
@@ -191,13 +193,13 @@ func routeOf(path string) *route {
 
 // checkDocumented checks an answer against what is documented of the call: its
 // status, its headers and its body.
-func checkDocumented(t *testing.T, method, target string, a answer) {
+func checkDocumented(t *testing.T, method, target string, a testkit.Answer) {
 	t.Helper()
 	path, _, err := splitTarget(target)
 	if err != nil || path == "*" || method == http.MethodOptions {
 		return
 	}
-	if a.code == http.StatusMethodNotAllowed || a.code >= 400 && a.header.Get("Content-Type") != "application/problem+json" {
+	if a.Code == http.StatusMethodNotAllowed || a.Code >= 400 && a.Header.Get("Content-Type") != "application/problem+json" {
 		return // in general, and what net/http refuses
 	}
 	rt := routeOf(path)
@@ -205,13 +207,13 @@ func checkDocumented(t *testing.T, method, target string, a answer) {
 		return
 	}
 	c := rt.call(method)
-	where := fmt.Sprintf("%s %s, %d", c.method, rt.path, a.code)
-	response := at(operation(rt, c.method), "responses", strconv.Itoa(a.code))
+	where := fmt.Sprintf("%s %s, %d", c.method, rt.path, a.Code)
+	response := at(operation(rt, c.method), "responses", strconv.Itoa(a.Code))
 	if response == nil {
 		t.Errorf("%s is not documented", where)
 		return
 	}
-	for name := range a.header {
+	for name := range a.Header {
 		switch name {
 		case "Date", "Content-Length", "Content-Type", "Connection", "X-Content-Type-Options", "Content-Security-Policy", "Cross-Origin-Resource-Policy", "Cache-Control": // of all
 			continue
@@ -220,7 +222,7 @@ func checkDocumented(t *testing.T, method, target string, a answer) {
 			t.Errorf("%s: header %s is not documented", where, name)
 		}
 	}
-	mediaType, _, _ := mime.ParseMediaType(a.header.Get("Content-Type"))
+	mediaType, _, _ := mime.ParseMediaType(a.Header.Get("Content-Type"))
 	content := cmp.Or(at(response, "content", mediaType), at(response, "content", "*/*"))
 	if mediaType != "" && content == nil {
 		t.Errorf("%s: content %s is not documented", where, mediaType)
@@ -228,15 +230,15 @@ func checkDocumented(t *testing.T, method, target string, a answer) {
 	if method == http.MethodHead || content == nil {
 		return
 	}
-	documents := []string{a.body}
-	if rt == keyRoute && a.code == http.StatusOK {
+	documents := []string{a.Body}
+	if rt == keyRoute && a.Code == http.StatusOK {
 		return // a value
 	}
 	switch mediaType {
 	case "application/x-ndjson":
-		documents = slices.Collect(strings.Lines(a.body))
+		documents = slices.Collect(strings.Lines(a.Body))
 	case "text/plain":
-		b, err := json.Marshal(a.body)
+		b, err := json.Marshal(a.Body)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -514,8 +516,8 @@ func TestOpenAPI_Statuses(t *testing.T) {
 		if errors.Is(r.fail, errBodyTimeout) {
 			synctest.Test(t, func(t *testing.T) {
 				a := newPipeFront(t).send(r.method, r.target, []string{"Content-Length: 1"}, "")
-				a.want(t, r.code)
-				note(r.method, r.target, a.code)
+				a.Want(t, r.code)
+				note(r.method, r.target, a.Code)
 			})
 			continue
 		}
@@ -525,10 +527,10 @@ func TestOpenAPI_Statuses(t *testing.T) {
 		f.backend.fail(r.fail)
 		a := f.do(r.method, r.target, r.body, r.headers...)
 		f.backend.fail(nil)
-		if a.code != r.code {
-			t.Errorf("%s %s: %d %s, want %d", r.method, r.target, a.code, a.body, r.code)
+		if a.Code != r.code {
+			t.Errorf("%s %s: %d %s, want %d", r.method, r.target, a.Code, a.Body, r.code)
 		}
-		note(r.method, r.target, a.code)
+		note(r.method, r.target, a.Code)
 	}
 	// A node that does enough of it already.
 	for range scansMax {
@@ -540,8 +542,8 @@ func TestOpenAPI_Statuses(t *testing.T) {
 	}
 	for _, target := range []string{"/-/v1/keys", "/-/v1/watch?initial=true", "/-/v1/snapshot"} {
 		a := f.do("GET", target, "", "Accept: application/x-ndjson")
-		a.want(t, 429)
-		note("GET", target, a.code)
+		a.Want(t, 429)
+		note("GET", target, a.Code)
 	}
 	// A client that cannot tell where an answer ends.
 	for _, target := range []string{"/-/debug/pprof/", "/-/debug/pprof/heap"} {
@@ -554,7 +556,7 @@ func TestOpenAPI_Statuses(t *testing.T) {
 	scraped := newFront(t, func(c *httpConfig) { c.registry.MustRegister(slowCollector{}) })
 	slowScrapes := make(chan int, mostOf(metricsInFlight)+1)
 	for range cap(slowScrapes) {
-		go func() { slowScrapes <- scraped.do("GET", "/-/metrics", "").code }()
+		go func() { slowScrapes <- scraped.do("GET", "/-/metrics", "").Code }()
 	}
 	if code := <-slowScrapes; code != 429 {
 		t.Errorf("%d, want 429", code)
@@ -568,8 +570,8 @@ func TestOpenAPI_Statuses(t *testing.T) {
 	}
 	// A node without --pprof.
 	a := newFront(t, func(c *httpConfig) { c.profiles = false }).do("GET", "/-/debug/pprof/", "")
-	a.want(t, 404)
-	note("GET", "/-/debug/pprof/", a.code)
+	a.Want(t, 404)
+	note("GET", "/-/debug/pprof/", a.Code)
 
 	documented := map[string]bool{}
 	for _, rt := range allRoutes() {
@@ -601,10 +603,10 @@ func (slowCollector) Collect(chan<- prometheus.Metric) { <-slowCollected }
 
 func TestOpenAPI_ServesItself(t *testing.T) {
 	a := newFront(t).do("GET", "/-/openapi.json", "")
-	a.want(t, 200)
-	a.wantHeader(t, "Content-Type", "application/json")
+	a.Want(t, 200)
+	a.WantHeader(t, "Content-Type", "application/json")
 	var got jsonObject
-	if err := json.Unmarshal([]byte(a.body), &got); err != nil || !reflect.DeepEqual(got, openAPIDocument()) {
+	if err := json.Unmarshal([]byte(a.Body), &got); err != nil || !reflect.DeepEqual(got, openAPIDocument()) {
 		t.Error(err)
 	}
 	if got["openapi"] != "3.1.1" {

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"raftrv/internal/testkit"
 )
 
 func TestHTTP_ConditionalWrites(t *testing.T) {
@@ -70,26 +72,26 @@ func TestHTTP_ConditionalWrites(t *testing.T) {
 			if tt.isInvalid {
 				call.code = 400
 			}
-			if a.code != call.code {
-				t.Errorf("%s at %d, %s: %d %s, want %d", call.method, call.current, tt.header, a.code, a.body, call.code)
+			if a.Code != call.code {
+				t.Errorf("%s at %d, %s: %d %s, want %d", call.method, call.current, tt.header, a.Code, a.Body, call.code)
 				continue
 			}
-			if a.code < 300 {
+			if a.Code < 300 {
 				continue
 			}
 			p := mustProblem(t, a)
 			if p.Outcome != notApplied || p.Retryable || f.store.version() != present {
 				t.Errorf("%s at %d, %s: %+v", call.method, call.current, tt.header, p)
 			}
-			if a.code != 412 {
+			if a.Code != 412 {
 				continue
 			}
 			etag := ""
 			if call.current != absent {
 				etag = fmt.Sprintf(`"%d"`, call.current)
 			}
-			a.wantHeader(t, "ETag", etag)
-			a.wantHeader(t, "Resource-Version", "5")
+			a.WantHeader(t, "ETag", etag)
+			a.WantHeader(t, "Resource-Version", "5")
 			if p.Code != "precondition-failed" || p.Current != call.current {
 				t.Errorf("%s at %d, %s: %+v", call.method, call.current, tt.header, p)
 			}
@@ -107,20 +109,20 @@ func TestHTTP_CompareAndSwapLoop(t *testing.T) {
 		wg.Go(func() {
 			for done := 0; done < increments; {
 				a := f.do("GET", "/n", "")
-				switch b := f.do("PUT", "/n", a.body+"x", "If-Match: "+a.header.Get("ETag")); b.code {
+				switch b := f.do("PUT", "/n", a.Body+"x", "If-Match: "+a.Header.Get("ETag")); b.Code {
 				case 204:
 					done++
 				case 412:
 				default:
-					t.Errorf("%d %s", b.code, b.body)
+					t.Errorf("%d %s", b.Code, b.Body)
 					return
 				}
 			}
 		})
 	}
 	wg.Wait()
-	if a := f.do("GET", "/n", ""); len(a.body) != clients*increments {
-		t.Errorf("%d increments, want %d", len(a.body), clients*increments)
+	if a := f.do("GET", "/n", ""); len(a.Body) != clients*increments {
+		t.Errorf("%d increments, want %d", len(a.Body), clients*increments)
 	}
 }
 
@@ -157,17 +159,17 @@ func TestHTTP_ConditionalReads(t *testing.T) {
 		for _, target := range []string{"/k", "/-/v1/keys/k"} {
 			for _, method := range []string{"GET", "HEAD"} {
 				a := f.do(method, target, "", tt.header)
-				if a.code != tt.code {
-					t.Errorf("%s %s, %s: %d, want %d", method, target, tt.header, a.code, tt.code)
+				if a.Code != tt.code {
+					t.Errorf("%s %s, %s: %d, want %d", method, target, tt.header, a.Code, tt.code)
 				}
-				a.wantHeader(t, "ETag", `"1"`)
-				a.wantHeader(t, "Resource-Version", "2")
-				if a.code == 304 && (a.body != "" || a.header.Get("Content-Length") != "") {
+				a.WantHeader(t, "ETag", `"1"`)
+				a.WantHeader(t, "Resource-Version", "2")
+				if a.Code == 304 && (a.Body != "" || a.Header.Get("Content-Length") != "") {
 					t.Errorf("%+v", a)
 				}
 			}
 		}
-		f.do("GET", "/none", "", tt.header).want(t, 404)
+		f.do("GET", "/none", "", tt.header).Want(t, 404)
 	}
 }
 
@@ -182,47 +184,47 @@ func TestHTTP_TTL(t *testing.T) {
 			return time.UnixMilli(it.expires).UTC().Format(time.RFC3339Nano)
 		}
 		time.Sleep(678 * time.Millisecond)
-		f.do("PUT", "/k?ttl=90s", "v").want(t, 201)
+		f.do("PUT", "/k?ttl=90s", "v").Want(t, 201)
 		if got := expires("k"); got != "2000-01-01T00:01:30.678Z" {
 			t.Error(got)
 		}
 		for _, target := range []string{"/k", "/-/v1/keys/k"} {
 			a := f.do("GET", target, "")
-			a.wantHeader(t, "Expires", "Sat, 01 Jan 2000 00:01:30 GMT")
-			a.wantHeader(t, "Cache-Control", "no-cache")
+			a.WantHeader(t, "Expires", "Sat, 01 Jan 2000 00:01:30 GMT")
+			a.WantHeader(t, "Cache-Control", "no-cache")
 			a = f.do("GET", target, "", `If-None-Match: "1"`)
-			a.want(t, 304)
-			a.wantHeader(t, "Expires", "Sat, 01 Jan 2000 00:01:30 GMT")
+			a.Want(t, 304)
+			a.WantHeader(t, "Expires", "Sat, 01 Jan 2000 00:01:30 GMT")
 		}
-		it := mustDecode[jsonItem](t, f.do("GET", "/-/v1/keys/k", ""))
+		it := testkit.MustDecode[testkit.JSONItem](t, f.do("GET", "/-/v1/keys/k", ""))
 		if got := it.ExpiresAt.Format(time.RFC3339Nano); got != "2000-01-01T00:01:30.678Z" {
 			t.Error(got)
 		}
-		if list := mustDecode[jsonList](t, f.do("GET", "/-/v1/keys", "")); !list.Items[0].ExpiresAt.Equal(*it.ExpiresAt) {
+		if list := testkit.MustDecode[testkit.JSONList](t, f.do("GET", "/-/v1/keys", "")); !list.Items[0].ExpiresAt.Equal(*it.ExpiresAt) {
 			t.Error(list)
 		}
 		time.Sleep(time.Minute)
-		f.do("PUT", "/k?ttl=1s", "v").want(t, 204) // counts from now
+		f.do("PUT", "/k?ttl=1s", "v").Want(t, 204) // counts from now
 		if got := expires("k"); got != "2000-01-01T00:01:01.678Z" {
 			t.Error(got)
 		}
-		f.do("PUT", "/k", "v").want(t, 204) // removes it
+		f.do("PUT", "/k", "v").Want(t, 204) // removes it
 		if got := expires("k"); got != "" {
 			t.Error(got)
 		}
 		a := f.do("GET", "/k", "")
-		a.wantHeader(t, "Expires", "")
+		a.WantHeader(t, "Expires", "")
 		for _, method := range []string{"POST", "PATCH"} {
 			a := f.do(method, "/?ttl=87600h", "1")
-			if got := expires(a.header.Get("Location")[1:]); got != "2009-12-29T00:01:00.678Z" {
+			if got := expires(a.Header.Get("Location")[1:]); got != "2009-12-29T00:01:00.678Z" {
 				t.Errorf("%s: %s", method, got)
 			}
 		}
 		body := `{"then":[{"op":"put","key":"t","value":"v","ttl":"1h"},{"op":"get","key":"t"}]}`
 		a = f.do("POST", "/-/v1/txn", body)
-		a.want(t, 200)
-		if got := expires("t"); got != "2000-01-01T01:01:00.678Z" || !strings.Contains(a.body, `"expiresAt":"2000-01-01T01:01:00.678Z"`) {
-			t.Error(got, a.body)
+		a.Want(t, 200)
+		if got := expires("t"); got != "2000-01-01T01:01:00.678Z" || !strings.Contains(a.Body, `"expiresAt":"2000-01-01T01:01:00.678Z"`) {
+			t.Error(got, a.Body)
 		}
 	})
 }
@@ -276,13 +278,13 @@ func TestHTTP_IdempotencyKeys(t *testing.T) {
 		f.backend.index = 0
 		a := f.do("PUT", "/k", "v", "Idempotency-Key: "+value)
 		if want == "" {
-			a.want(t, 400)
+			a.Want(t, 400)
 			if p := mustProblem(t, a); p.Outcome != notApplied || !strings.HasPrefix(p.Detail, "Idempotency-Key must be given once") {
 				t.Errorf("%+v", p)
 			}
 			continue
 		}
-		a.want(t, 201)
+		a.Want(t, 201)
 		if _, ok := f.store.state.retries.numbers.Get(want); !ok {
 			t.Errorf("%q is not remembered as %q", value, want)
 		}
@@ -326,24 +328,24 @@ func TestHTTP_Retries(t *testing.T) {
 		}
 		headers := append(slices.Clone(tt.headers), "Idempotency-Key: x")
 		first := f.do(tt.method, tt.target, tt.body, headers...)
-		first.want(t, tt.code)
-		first.wantHeader(t, "Idempotency-Replayed", "")
+		first.Want(t, tt.code)
+		first.WantHeader(t, "Idempotency-Replayed", "")
 
 		f.put("k", "changed since")
 		f.put("k2", "changed since")
 		if f.store.version() > 3 {
-			f.do("DELETE", "/k", "").want(t, 204)
+			f.do("DELETE", "/k", "").Want(t, 204)
 		}
 		rv := f.store.version()
 		again := f.do(tt.method, tt.target, tt.body, append(headers, "X: y")...)
-		again.wantHeader(t, "Idempotency-Replayed", "true")
-		again.header.Del("Idempotency-Replayed")
-		first.header.Del("Date")
-		again.header.Del("Date")
-		if first.code == 412 && again.code == 412 { // it does not speak of now: see TestHTTP_ReplayedPrecondition
+		again.WantHeader(t, "Idempotency-Replayed", "true")
+		again.Header.Del("Idempotency-Replayed")
+		first.Header.Del("Date")
+		again.Header.Del("Date")
+		if first.Code == 412 && again.Code == 412 { // it does not speak of now: see TestHTTP_ReplayedPrecondition
 			continue
 		}
-		if again.code != first.code || again.body != first.body || fmt.Sprint(again.header) != fmt.Sprint(first.header) {
+		if again.Code != first.Code || again.Body != first.Body || fmt.Sprint(again.Header) != fmt.Sprint(first.Header) {
 			t.Errorf("%s %s: first %+v\nthen %+v", tt.method, tt.target, first, again)
 		}
 		// Nor does how long it may take make it another request.
@@ -351,12 +353,12 @@ func TestHTTP_Retries(t *testing.T) {
 		if strings.Contains(tt.target, "?") {
 			separator = "&"
 		}
-		f.do(tt.method, tt.target+separator+"timeout=7s", tt.body, headers...).want(t, tt.code)
+		f.do(tt.method, tt.target+separator+"timeout=7s", tt.body, headers...).Want(t, tt.code)
 		for _, other := range tt.others {
 			part := strings.Split(other, "|")
 			a := f.do(part[0], part[1], part[2], append(part[3:], `Idempotency-Key: "x"`)...)
-			a.want(t, 422)
-			a.wantHeader(t, "Idempotency-Replayed", "")
+			a.Want(t, 422)
+			a.WantHeader(t, "Idempotency-Replayed", "")
 			if p := mustProblem(t, a); p.Code != "idempotency-mismatch" || p.Outcome != notApplied || p.Retryable {
 				t.Errorf("%s: %+v", other, p)
 			}
@@ -364,7 +366,7 @@ func TestHTTP_Retries(t *testing.T) {
 		if got := f.store.version(); got != rv {
 			t.Errorf("%s %s: version %d, want %d", tt.method, tt.target, got, rv)
 		}
-		f.do("PUT", "/k", "v", "Idempotency-Key: y").want(t, map[bool]int{true: 204, false: 201}[rv <= 3])
+		f.do("PUT", "/k", "v", "Idempotency-Key: y").Want(t, map[bool]int{true: 204, false: 201}[rv <= 3])
 	}
 }
 
@@ -373,8 +375,8 @@ func TestHTTP_RetriedPostHasOneKey(t *testing.T) {
 	f := newFront(t)
 	first := f.do("POST", "/", "v", "Idempotency-Key: x")
 	again := f.do("POST", "/", "v", "Idempotency-Key: x")
-	again.want(t, 201)
-	again.wantHeader(t, "Location", first.header.Get("Location"))
+	again.Want(t, 201)
+	again.WantHeader(t, "Location", first.Header.Get("Location"))
 	f.wantCreated(again, "v", 1)
 	if list, _ := f.store.list("", "", 2); len(list) != 1 {
 		t.Errorf("%+v", list)
@@ -387,14 +389,14 @@ func TestHTTP_UnknownOutcomeWithKey(t *testing.T) {
 	f.backend.fail(errUnknown)
 	for _, tt := range retryTests {
 		a := f.do(tt.method, tt.target, tt.body, append(tt.headers, "Idempotency-Key: x")...)
-		a.want(t, 504)
-		a.wantHeader(t, "Retry-After", "1")
+		a.Want(t, 504)
+		a.WantHeader(t, "Retry-After", "1")
 		if p := mustProblem(t, a); p.Code != "timeout" || p.Outcome != unknown || !p.Retryable || !strings.Contains(p.Detail, "same Idempotency-Key") {
 			t.Errorf("%+v", p)
 		}
 		a = f.do(tt.method, tt.target, tt.body, tt.headers...)
-		a.want(t, 504)
-		a.wantHeader(t, "Retry-After", "")
+		a.Want(t, 504)
+		a.WantHeader(t, "Retry-After", "")
 		if p := mustProblem(t, a); p.Retryable {
 			t.Errorf("%+v", p)
 		}
@@ -474,11 +476,11 @@ func TestHTTP_RefusedHeaders(t *testing.T) {
 		{"DELETE", "/none", `If-Match: "1"`, 404, ""},
 	} {
 		a := f.do(tt.method, tt.target, "", tt.header, "Connection: Upgrade")
-		if a.want(t, tt.code); !strings.Contains(a.body, tt.detail) {
-			t.Errorf("%s %s %s: %s", tt.method, tt.target, tt.header, a.body)
+		if a.Want(t, tt.code); !strings.Contains(a.Body, tt.detail) {
+			t.Errorf("%s %s %s: %s", tt.method, tt.target, tt.header, a.Body)
 		}
-		if a.code == 415 {
-			a.wantHeader(t, "Accept-Encoding", "identity")
+		if a.Code == 415 {
+			a.WantHeader(t, "Accept-Encoding", "identity")
 		}
 	}
 }
@@ -493,7 +495,7 @@ func TestHTTP_MeantAsACall(t *testing.T) {
 	} {
 		for _, method := range []string{"GET", "DELETE"} {
 			a := f.do(method, path, "")
-			a.want(t, 404)
+			a.Want(t, 404)
 			want := "the key has no value"
 			if call != "" {
 				want += "; the call is " + call
@@ -504,7 +506,7 @@ func TestHTTP_MeantAsACall(t *testing.T) {
 		}
 	}
 	f.put("metrics", "v")
-	f.do("GET", "/metrics", "").want(t, 200)
+	f.do("GET", "/metrics", "").Want(t, 200)
 }
 
 // Nothing may be used again unasked, whatever lies between.
@@ -517,13 +519,13 @@ func TestHTTP_CacheControl(t *testing.T) {
 		"/-/none": "no-store", "/-/v1/txn": "no-store", "/k?bad": "no-cache",
 	} {
 		for _, method := range []string{"GET", "HEAD"} {
-			f.do(method, target, "").wantHeader(t, "Cache-Control", want)
+			f.do(method, target, "").WantHeader(t, "Cache-Control", want)
 		}
 	}
 	a := f.do("GET", "/k", "", `If-None-Match: "1"`)
-	a.want(t, 304)
-	a.wantHeader(t, "Cache-Control", "no-cache")
-	f.do("PUT", "/k", "v").wantHeader(t, "Cache-Control", "")
+	a.Want(t, 304)
+	a.WantHeader(t, "Cache-Control", "no-cache")
+	f.do("PUT", "/k", "v").WantHeader(t, "Cache-Control", "")
 }
 
 func TestHTTP_AcceptPrefers(t *testing.T) {
@@ -537,7 +539,7 @@ func TestHTTP_AcceptPrefers(t *testing.T) {
 		"application/x-ndjson, application/json":             "application/x-ndjson",
 		"*/*":                                                "application/json",
 	} {
-		f.do("GET", "/-/v1/keys", "", "Accept: "+accept).wantHeader(t, "Content-Type", want)
+		f.do("GET", "/-/v1/keys", "", "Accept: "+accept).WantHeader(t, "Content-Type", want)
 	}
 }
 
@@ -547,10 +549,10 @@ func TestHTTP_ReplayedPrecondition(t *testing.T) {
 	f.put("k", "v")
 	for i := range 2 {
 		a := f.do("PUT", "/k", "w", "If-None-Match: *", "Idempotency-Key: a")
-		a.want(t, 412)
+		a.Want(t, 412)
 		p := mustProblem(t, a)
-		if i == 0 && (p.Current != 1 || a.header.Get("Etag") != `"1"`) || i == 1 && (p.Current != 0 || a.header.Get("Etag") != "" || !strings.Contains(p.Detail, "existed at resource version 1 when")) {
-			t.Errorf("%d: %+v %v", i, p, a.header)
+		if i == 0 && (p.Current != 1 || a.Header.Get("Etag") != `"1"`) || i == 1 && (p.Current != 0 || a.Header.Get("Etag") != "" || !strings.Contains(p.Detail, "existed at resource version 1 when")) {
+			t.Errorf("%d: %+v %v", i, p, a.Header)
 		}
 		f.do("DELETE", "/k", "")
 	}
@@ -578,20 +580,20 @@ func TestHTTP_ReplayedRead(t *testing.T) {
 	f.store.state.setLevel(2)
 	f.put("secret", strings.Repeat("s", 100_000))
 	const body = `{"then":[{"op":"put","key":"k","value":"v"},{"op":"get","key":"secret"}],"else":[]}`
-	f.do("POST", "/-/v1/txn", body, "Idempotency-Key: before").want(t, 200)
+	f.do("POST", "/-/v1/txn", body, "Idempotency-Key: before").Want(t, 200)
 	before := f.store.state.retries.bytes
 	f.apply(raiseLevel(3, 1, 2, 3, 4))
 	if f.store.level() != 3 || f.store.state.retries.bytes != 1024 || before < 100_000 {
 		t.Errorf("level %d: the table takes %d bytes, before %d", f.store.level(), f.store.state.retries.bytes, before)
 	}
-	f.do("POST", "/-/v1/txn", body, "Idempotency-Key: after").want(t, 200)
+	f.do("POST", "/-/v1/txn", body, "Idempotency-Key: after").Want(t, 200)
 	rv := f.store.version()
 	for _, key := range []string{"before", "after"} {
 		a := f.do("POST", "/-/v1/txn", body, "Idempotency-Key: "+key)
-		a.want(t, 409)
-		a.wantHeader(t, "Idempotency-Replayed", "true")
-		if p := mustProblem(t, a); p.Code != "result-not-kept" || p.Outcome != applied || p.Retryable || strings.Contains(a.body, "sss") || len(a.body) > 1000 {
-			t.Errorf("%s: %.1000s", key, a.body)
+		a.Want(t, 409)
+		a.WantHeader(t, "Idempotency-Replayed", "true")
+		if p := mustProblem(t, a); p.Code != "result-not-kept" || p.Outcome != applied || p.Retryable || strings.Contains(a.Body, "sss") || len(a.Body) > 1000 {
+			t.Errorf("%s: %.1000s", key, a.Body)
 		}
 	}
 	if f.store.version() != rv {
@@ -604,8 +606,8 @@ func TestHTTP_ReplayedRead(t *testing.T) {
 	} {
 		first := f.do("POST", "/-/v1/txn", body, "Idempotency-Key: "+fmt.Sprint(len(body)))
 		again := f.do("POST", "/-/v1/txn", body, "Idempotency-Key: "+fmt.Sprint(len(body)))
-		if first.code != 200 || again.code != 200 || first.body != again.body {
-			t.Errorf("%s%s", first.body, again.body)
+		if first.Code != 200 || again.Code != 200 || first.Body != again.Body {
+			t.Errorf("%s%s", first.Body, again.Body)
 		}
 	}
 }
@@ -628,9 +630,9 @@ func TestHTTP_Clients(t *testing.T) {
 		seen[client(addr)] = addr
 	}
 	f := newFront(t)
-	f.do("PUT", "/k", "v", "Idempotency-Key: one").want(t, 201) // at level 1
+	f.do("PUT", "/k", "v", "Idempotency-Key: one").Want(t, 201) // at level 1
 	f.store.state.setLevel(3)
-	f.do("PUT", "/k", "v", "Idempotency-Key: two").want(t, 204)
+	f.do("PUT", "/k", "v", "Idempotency-Key: two").Want(t, 204)
 	for n, named := range []bool{false, true} {
 		if r, _ := f.store.state.retries.records.Get(uint64(n)); (r.id.client != 0) != named {
 			t.Errorf("record %d is of client %x", n, r.id.client)

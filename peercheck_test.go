@@ -13,6 +13,8 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
+
+	"raftrv/internal/testkit"
 )
 
 // TestNetwork_Hostile: what no member sends does not get to raft, or raft takes it without a change.
@@ -25,7 +27,7 @@ func TestNetwork_Hostile(t *testing.T) {
 	term := n.leader.raw.BasicStatus().GetTerm()
 	n.loop.publish()
 	last, err := n.leader.log.LastIndex()
-	must(t, err)
+	testkit.Must(t, err)
 	for _, h := range hostileRequests(t, 2, 1, term, last) {
 		refused = nil
 		status := h.post(t, n.url, fmt.Sprintf("%x", testCluster), 2, 1)
@@ -43,7 +45,7 @@ func TestNetwork_Hostile(t *testing.T) {
 				t.Errorf("%s: got to raft: %v", h.name, m)
 			}
 		}
-		must(t, n.leader.process())
+		testkit.Must(t, n.leader.process())
 		if status := h.post(t, n.url, fmt.Sprintf("%x", testCluster), 99, 1); status != http.StatusNotFound && status != 0 {
 			t.Errorf("%s, from a stranger: %d", h.name, status)
 		}
@@ -87,7 +89,7 @@ func TestNetwork_LargeMessages(t *testing.T) {
 func TestNetwork_StrangersLeaveNothing(t *testing.T) {
 	series := func() (n int) {
 		families, err := prometheus.DefaultGatherer.Gather()
-		must(t, err)
+		testkit.Must(t, err)
 		for _, f := range families {
 			n += len(f.GetMetric())
 		}
@@ -95,7 +97,7 @@ func TestNetwork_StrangersLeaveNothing(t *testing.T) {
 	}
 	n := newTestNetwork(t, "http://127.0.0.1:1", false)
 	ok, err := proto.Marshal(&raftpb.Message{Type: raftpb.MsgHeartbeatResp.Enum(), From: new(uint64(2)), To: new(uint64(1)), Term: new(uint64(1))})
-	must(t, err)
+	testkit.Must(t, err)
 	n.request("POST", rafthttp.RaftPrefix, 2, bytes.NewReader(ok))
 	before := series()
 	for i := range uint64(50) {
@@ -130,7 +132,7 @@ func FuzzCheckMessage(f *testing.F) {
 	for _, all := range []map[string]*raftpb.Message{hostileMessages(2, 1, 5, 10), hostileSnapshots(2, 1, 5, 10)} {
 		for _, m := range all {
 			data, err := proto.Marshal(m)
-			must(f, err)
+			testkit.Must(f, err)
 			f.Add(data)
 		}
 	}

@@ -10,6 +10,8 @@ import (
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
+
+	"raftrv/internal/testkit"
 )
 
 // TestNetwork_HostileStreams: whoever answers at a member's address with what is no stream costs this node a
@@ -41,7 +43,7 @@ func TestNetwork_HostileStreams(t *testing.T) {
 			}))
 			defer peer.Close()
 			n := newTestNetwork(t, peer.URL, false)
-			waitUntil(t, func() error {
+			testkit.WaitUntil(t, func() error {
 				if n.refusals.counts[tt.reason].Load() < 2 { // it tries again
 					return fmt.Errorf("not refused as %s", refusalNames[tt.reason])
 				}
@@ -64,14 +66,14 @@ func TestReplay_Unreadable(t *testing.T) {
 		{Type: raftpb.EntryConfChange.Enum(), Index: new(uint64(2)), Term: new(uint64(1)), Data: []byte("\xff")},
 	} {
 		log := raft.NewMemoryStorage()
-		must(t, log.Append([]*raftpb.Entry{entryOf(1, 1, put), bad, entryOf(3, 1, put)}))
+		testkit.Must(t, log.Append([]*raftpb.Entry{entryOf(1, 1, put), bad, entryOf(3, 1, put)}))
 		rec := &recovered{log: log, state: newState()}
-		must(t, rec.replay())
+		testkit.Must(t, rec.replay())
 		if rec.unreadable == nil || !strings.Contains(rec.unreadable.Error(), "entry 2 of term 1") || rec.left != 2 || rec.state.index != 1 || rec.state.rv != 1 {
 			t.Errorf("%q: %v, %d left, at %d", bad.GetData(), rec.unreadable, rec.left, rec.state.index)
 		}
 		var out bytes.Buffer
-		must(t, (&recovery{unreadable: rec.unreadable, left: rec.left}).print(&out, "from", "to"))
+		testkit.Must(t, (&recovery{unreadable: rec.unreadable, left: rec.left}).print(&out, "from", "to"))
 		if !strings.Contains(out.String(), "The last 2 entries of its log are left behind") {
 			t.Errorf("it does not say so: %s", out.String())
 		}

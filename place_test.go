@@ -11,6 +11,8 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+
+	"raftrv/internal/testkit"
 )
 
 // TestKeepPlace_Leaderless: a node that waits for a leader says for whom, now and then.
@@ -25,7 +27,7 @@ func TestKeepPlace_Leaderless(t *testing.T) {
 		n.logger = zap.New(core)
 		ctx, cancel := context.WithTimeout(t.Context(), leaderlessEvery+2*leftOutMax)
 		defer cancel()
-		must(t, n.keepPlace(ctx))
+		testkit.Must(t, n.keepPlace(ctx))
 		if logs.Len() != 2 {
 			t.Fatalf("it was said %d times, want 2", logs.Len())
 		}

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/testkit"
 )
 
 // TestCheckPrivateDir: what others could have changed is refused by name, and the text says what to do.
@@ -23,11 +25,11 @@ func TestCheckPrivateDir(t *testing.T) {
 			if err := os.Rename(path, moved); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				t.Fatal(err)
 			}
-			must(t, os.Symlink(moved, path))
+			testkit.Must(t, os.Symlink(moved, path))
 		}
 	}
 	mode := func(name string, mode fs.FileMode) func(*testing.T, string) {
-		return func(t *testing.T, dir string) { must(t, os.Chmod(filepath.Join(dir, name), mode)) }
+		return func(t *testing.T, dir string) { testkit.Must(t, os.Chmod(filepath.Join(dir, name), mode)) }
 	}
 	for name, c := range map[string]struct {
 		change func(t *testing.T, dir string)
@@ -46,30 +48,30 @@ func TestCheckPrivateDir(t *testing.T) {
 		"snap is everybody's":       {mode("snap", 0o777), "snap", "chmod go-w"},
 		"wal is the group's":        {mode("wal", 0o770), "wal", "chmod go-w"},
 		"LOCK is a pipe": {func(t *testing.T, dir string) {
-			must(t, os.Remove(filepath.Join(dir, lockName)))
-			must(t, syscall.Mkfifo(filepath.Join(dir, lockName), 0o600))
+			testkit.Must(t, os.Remove(filepath.Join(dir, lockName)))
+			testkit.Must(t, syscall.Mkfifo(filepath.Join(dir, lockName), 0o600))
 		}, "LOCK", "neither a file nor a directory"},
 		"a snapshot is a link": {func(t *testing.T, dir string) {
 			paths, err := filepath.Glob(filepath.Join(dir, snapDir, "*"+bodySuffix))
-			must(t, err)
+			testkit.Must(t, err)
 			link(filepath.Join(snapDir, filepath.Base(paths[0])))(t, dir)
 		}, bodySuffix, "in its place"},
 		"somebody else's things": {func(t *testing.T, dir string) {
-			must(t, os.Symlink(elsewhere, filepath.Join(dir, "their-link")))
-			must(t, os.Mkdir(filepath.Join(dir, "lost+found"), 0o777))
+			testkit.Must(t, os.Symlink(elsewhere, filepath.Join(dir, "their-link")))
+			testkit.Must(t, os.Mkdir(filepath.Join(dir, "lost+found"), 0o777))
 		}, "", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "data")
 			s, _ := newDisk(t, dir)
-			must(t, s.close())
+			testkit.Must(t, s.close())
 			c.change(t, dir)
 			s, err := openStorage(dir, zap.NewNop())
 			if err == nil {
-				must(t, s.close())
+				testkit.Must(t, s.close())
 			}
 			if c.names == "" {
-				must(t, err)
+				testkit.Must(t, err)
 				return
 			}
 			if !isNotPrivate(err) || !strings.Contains(err.Error(), c.names) || !strings.Contains(err.Error(), c.do) {
@@ -83,17 +85,17 @@ func TestCheckPrivateDir(t *testing.T) {
 	}
 	t.Run("behind a link", func(t *testing.T) {
 		dir := filepath.Join(t.TempDir(), "link")
-		must(t, os.Symlink(elsewhere, dir))
+		testkit.Must(t, os.Symlink(elsewhere, dir))
 		s, err := openStorage(dir, zap.NewNop())
-		must(t, err)
-		must(t, s.close())
+		testkit.Must(t, err)
+		testkit.Must(t, s.close())
 	})
 	t.Run("of another user", func(t *testing.T) {
 		if os.Geteuid() != 0 {
 			t.Skip("only root can give a directory away")
 		}
 		dir := t.TempDir()
-		must(t, os.Chown(dir, 12345, 12345))
+		testkit.Must(t, os.Chown(dir, 12345, 12345))
 		if _, err := openStorage(dir, zap.NewNop()); !isNotPrivate(err) || !strings.Contains(err.Error(), "chown -R 0 "+dir) {
 			t.Errorf("opened with %v", err)
 		}
@@ -108,23 +110,23 @@ func TestOpenPrivate(t *testing.T) {
 	path := filepath.Join(dir, "journal")
 	for range 2 { // made, then there
 		f, err := openPrivate(path, os.O_APPEND)
-		must(t, err)
+		testkit.Must(t, err)
 		info, err := f.Stat()
-		must(t, errors.Join(err, f.Close()))
+		testkit.Must(t, errors.Join(err, f.Close()))
 		if info.Mode().Perm() != fileMode {
 			t.Errorf("it has mode %v", info.Mode())
 		}
 	}
 	for _, mode := range []fs.FileMode{0o640, 0o602, 0o666} {
-		must(t, os.Chmod(path, mode))
+		testkit.Must(t, os.Chmod(path, mode))
 		if _, err := openJournal(path, t.TempDir(), 1, zap.NewNop()); !isNotPrivate(err) || !strings.Contains(err.Error(), "chmod go= "+path) {
 			t.Errorf("mode %v: %v", mode, err)
 		}
 	}
-	must(t, os.Chmod(path, fileMode))
+	testkit.Must(t, os.Chmod(path, fileMode))
 	for name, to := range map[string]string{"link": path, "dangling": filepath.Join(dir, "nowhere")} {
 		link := filepath.Join(dir, name)
-		must(t, os.Symlink(to, link))
+		testkit.Must(t, os.Symlink(to, link))
 		if _, err := openJournal(link, t.TempDir(), 1, zap.NewNop()); !isNotPrivate(err) || !strings.Contains(err.Error(), link+" is a symbolic link") {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -133,7 +135,7 @@ func TestOpenPrivate(t *testing.T) {
 		t.Errorf("it was made through a link: %v", err)
 	}
 	if os.Geteuid() == 0 {
-		must(t, os.Chown(path, 12345, 12345))
+		testkit.Must(t, os.Chown(path, 12345, 12345))
 		if _, err := openJournal(path, t.TempDir(), 1, zap.NewNop()); !isNotPrivate(err) {
 			t.Errorf("another user's: %v", err)
 		}
@@ -144,10 +146,10 @@ func TestOpenPrivate(t *testing.T) {
 func TestCheckReplaceable(t *testing.T) {
 	dir := t.TempDir()
 	file, link := filepath.Join(dir, "file"), filepath.Join(dir, "link")
-	must(t, os.WriteFile(file, nil, 0o600))
-	must(t, os.Symlink(file, link))
+	testkit.Must(t, os.WriteFile(file, nil, 0o600))
+	testkit.Must(t, os.Symlink(file, link))
 	for _, path := range []string{file, filepath.Join(dir, "new")} {
-		must(t, checkReplaceable(path))
+		testkit.Must(t, checkReplaceable(path))
 	}
 	for path, words := range map[string]string{link: "is a symbolic link", dir: "is no file", os.DevNull: "is no file"} {
 		if _, err := saveBackup(t.Context(), "http://127.0.0.1:1", path); err == nil || !strings.Contains(err.Error(), words) {

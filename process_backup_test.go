@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // These tests lose clusters, and bring back what they held.
@@ -65,7 +66,7 @@ func inspected(t *testing.T, out, name string) uint64 {
 func TestProcess_BackupAndRestore(t *testing.T) {
 	c := newLiveCluster(t, proc.Options{Args: []string{"--snapshot-entries", "500"}})
 	load := c.load(8, c.Nodes, func(l *liveClient) { l.putNew() })
-	c.waitForAcks(sized(1000, 50_000))
+	c.waitForAcks(testkit.Sized(1000, 50_000))
 	var backups []string
 	for _, n := range c.Nodes {
 		backup := filepath.Join(c.dir, fmt.Sprint("backup-", n.ID))
@@ -96,7 +97,7 @@ func TestProcess_BackupAndRestore(t *testing.T) {
 		c.restore(n, chosen)
 	}
 	for _, n := range c.Nodes[:2] { // one of the old cluster still runs: nothing is founded around it
-		must(t, n.Start())
+		testkit.Must(t, n.Start())
 		c.wantRefused(n, "if the backup is to replace that cluster", "stop all nodes and restore all of them")
 	}
 	if r := c.client(stays).raw(http.MethodPut, "after", "?timeout=500ms", "old"); r.status/100 == 2 {
@@ -105,7 +106,7 @@ func TestProcess_BackupAndRestore(t *testing.T) {
 	c.stop(stays)
 	stays.DataDir += "-empty" // somebody has forgotten to restore it
 	for _, n := range c.Nodes {
-		must(t, n.Start())
+		testkit.Must(t, n.Start())
 	}
 	c.wantRefused(stays, "was restored from the backup", "and this node is empty", "restore all nodes from the same file")
 	for _, n := range c.Nodes[:2] {
@@ -177,13 +178,13 @@ func TestProcess_LostQuorum(t *testing.T) {
 		return []string{"--join", "--cluster", peerURLs(survivor, n)}
 	}})
 	for _, n := range c.Nodes[:3] {
-		must(t, n.Start())
+		testkit.Must(t, n.Start())
 	}
 	for _, n := range c.Nodes[:3] {
-		must(t, n.WaitReady(c.context()))
+		testkit.Must(t, n.WaitReady(c.context()))
 	}
 	load := c.load(6, c.Nodes[:3], putNewOrWait)
-	c.waitForAcks(sized(1000, 20_000))
+	c.waitForAcks(testkit.Sized(1000, 20_000))
 	load.stop()
 	survivor = c.Nodes[1]
 	want := c.client(survivor).version() // so it has everything
@@ -199,19 +200,19 @@ func TestProcess_LostQuorum(t *testing.T) {
 		t.Error("it does not say who is lost")
 	}
 	survivor.DataDir += "-recovered"
-	must(t, survivor.Start()) // with its original flags
-	must(t, survivor.WaitReady(c.context()))
+	testkit.Must(t, survivor.Start()) // with its original flags
+	testkit.Must(t, survivor.WaitReady(c.context()))
 	l := c.client(survivor)
 	if r := l.do(http.MethodGet, fmt.Sprintf("%s/-/v1/watch?resourceVersion=%d", survivor.URL(), want), ""); r.status != http.StatusGone {
 		t.Errorf("a watch from an old version: %d %s", r.status, r.body)
 	}
-	must(t, c.Nodes[0].Start()) // an old node comes back, and is a stranger
+	testkit.Must(t, c.Nodes[0].Start()) // an old node comes back, and is a stranger
 	for _, n := range c.Nodes[3:] {
 		r := l.do(http.MethodPost, fmt.Sprintf("%s/%d", survivor.URL(), n.ID), n.RaftURL())
 		if r.status != http.StatusNoContent {
 			t.Fatalf("add node %d: %d %s", n.ID, r.status, r.body)
 		}
-		must(t, n.Start())
+		testkit.Must(t, n.Start())
 		c.eventually(func() error { return c.votes(survivor, n) })
 	}
 	if r := l.do(http.MethodPost, survivor.URL()+"/3", "http://127.0.0.1:1"); r.status != http.StatusConflict {
@@ -269,7 +270,7 @@ func TestProcess_RestoreTwice(t *testing.T) {
 	})
 	c.stop(again)
 	c.restore(again, backup)
-	must(t, again.Start())
+	testkit.Must(t, again.Start())
 	err := again.Wait(c.context())
 	if err == nil || !strings.Contains(again.LogTail(), "with another data directory") {
 		t.Errorf("it ended with %v\n%s", err, again.LogTail())
@@ -293,10 +294,10 @@ func TestProcess_RestoredIsAnother(t *testing.T) {
 			now.version = fmt.Sprint(l.mustPut("k", fmt.Sprint(i, j)).rv)
 		}
 		w := &liveWatch{c: c, node: n, query: url.Values{"initial": {"true"}, "timeout": {"1s"}}, events: true}
-		must(t, w.open())
+		testkit.Must(t, w.open())
 		for w.lastID == "" {
 			_, err := w.next()
-			must(t, err)
+			testkit.Must(t, err)
 		}
 		now.id = w.lastID
 		w.close()
@@ -314,10 +315,10 @@ func TestProcess_RestoredIsAnother(t *testing.T) {
 				}
 			}
 			req, err := http.NewRequest(http.MethodPut, n.URL()+"/k", strings.NewReader("wrong"))
-			must(t, err)
+			testkit.Must(t, err)
 			req.Header.Set("If-Match", o.etag)
 			res, err := http.DefaultClient.Do(req)
-			must(t, err)
+			testkit.Must(t, err)
 			res.Body.Close()
 			if res.StatusCode != http.StatusPreconditionFailed {
 				t.Errorf("ETag %s of a cluster before, in restore %d: %d", o.etag, i, res.StatusCode)

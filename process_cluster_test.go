@@ -26,6 +26,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // This file is what the tests with real processes are made of: a cluster, its clients, and load. Everything
@@ -55,12 +56,12 @@ func buildLiveBinary(t testing.TB) string {
 		if b.dir, b.err = os.MkdirTemp("", "raftrv-binary-"); b.err != nil {
 			return
 		}
-		out, err := exec.Command("go", "build", fmt.Sprintf("-race=%v", *liveRace), "-o", filepath.Join(b.dir, "raftrv"), ".").CombinedOutput()
+		out, err := exec.Command("go", "build", fmt.Sprintf("-race=%v", *testkit.LiveRace), "-o", filepath.Join(b.dir, "raftrv"), ".").CombinedOutput()
 		if err != nil {
 			b.err = fmt.Errorf("build: %w\n%s", err, out)
 		}
 	})
-	must(t, b.err)
+	testkit.Must(t, b.err)
 	return filepath.Join(b.dir, "raftrv")
 }
 
@@ -99,10 +100,10 @@ func newIdleLiveCluster(t *testing.T, opts proc.Options) *liveCluster {
 		opts.Binary = buildLiveBinary(t)
 	}
 	dir, err := os.MkdirTemp("", "raftrv-live-")
-	must(t, err)
+	testkit.Must(t, err)
 	opts.Dir = dir
 	cluster, err := proc.NewCluster(opts)
-	must(t, err)
+	testkit.Must(t, err)
 	c := &liveCluster{Cluster: cluster, t: t, dir: dir, history: newLiveHistory(), disturbed: map[int]int{}}
 	done := make(chan struct{})
 	go c.history.watchStalls(done)
@@ -120,7 +121,7 @@ func newIdleLiveCluster(t *testing.T, opts proc.Options) *liveCluster {
 			t.Logf("logs and data are in %s", dir)
 			return
 		}
-		must(t, os.RemoveAll(dir))
+		testkit.Must(t, os.RemoveAll(dir))
 	})
 	return c
 }
@@ -135,14 +136,14 @@ func (c *liveCluster) context() context.Context {
 // start starts every node that has no process and waits until all are ready.
 func (c *liveCluster) start() {
 	c.t.Helper()
-	must(c.t, c.Start(c.context()))
+	testkit.Must(c.t, c.Start(c.context()))
 	c.undisturbed()
 }
 
 func (c *liveCluster) leader() *proc.Node {
 	c.t.Helper()
 	n, err := c.Leader(c.context())
-	must(c.t, err)
+	testkit.Must(c.t, err)
 	return n
 }
 
@@ -206,7 +207,7 @@ func (c *liveCluster) terms() []uint64 {
 	var terms []uint64
 	for _, n := range c.Nodes {
 		s, err := n.Status(c.context())
-		must(c.t, err)
+		testkit.Must(c.t, err)
 		terms = append(terms, s.Term)
 	}
 	return terms
@@ -464,7 +465,7 @@ func (l *liveClient) mustPut(key, value string) *liveOp {
 func (l *liveClient) version() uint64 {
 	l.c.t.Helper()
 	r := l.do(http.MethodGet, l.node.URL()+"/", "")
-	must(l.c.t, r.err)
+	testkit.Must(l.c.t, r.err)
 	if r.status != http.StatusOK {
 		l.c.t.Fatalf("GET /: %d %s", r.status, r.body)
 	}

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 	"strings"
 	"testing"
 	"time"
@@ -29,7 +30,7 @@ type peerWords struct {
 func TestProcess_Decoys(t *testing.T) {
 	c := newLiveCluster(t, proc.Options{})
 	var info peerWords
-	must(t, json.Unmarshal([]byte(bodyOf(t, c.Nodes[0].RaftURL()+"/-/peer", 200)), &info))
+	testkit.Must(t, json.Unmarshal([]byte(bodyOf(t, c.Nodes[0].RaftURL()+"/-/peer", 200)), &info))
 	written := c.client(c.Nodes[1]).putNew()
 	elsewhere := newDecoy(t) // where redirects lead
 	us := func(id uint64) *peerWords {
@@ -52,7 +53,7 @@ func TestProcess_Decoys(t *testing.T) {
 
 	// What says that it is somebody else does not become a member.
 	banner, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
+	testkit.Must(t, err)
 	defer banner.Close()
 	go func() {
 		for {
@@ -133,8 +134,8 @@ func TestProcess_Decoys(t *testing.T) {
 			t.Errorf("%s: %d %s %v after %v", name, r.status, r.body, r.err, took)
 		}
 		if r.status == http.StatusNoContent {
-			waitFor(t, func() bool { return d.asked.Load() > 4 })
-			must(t, changed(c.memberCall(c.Nodes[0], http.MethodDelete, fmt.Sprintf("/-/v1/members/%d", id), "")))
+			testkit.WaitFor(t, func() bool { return d.asked.Load() > 4 })
+			testkit.Must(t, changed(c.memberCall(c.Nodes[0], http.MethodDelete, fmt.Sprintf("/-/v1/members/%d", id), "")))
 		}
 		if d.others.Load() != 0 {
 			t.Errorf("%s: %d requests beside the question", name, d.others.Load())
@@ -175,7 +176,7 @@ func TestProcess_Decoys(t *testing.T) {
 		if r := post(c.Nodes[id%3], id, tr.URL); r.status != http.StatusNoContent {
 			t.Fatalf("%s: %d %s %v", name, r.status, r.body, r.err)
 		}
-		waitFor(t, func() bool { return tr.asked.Load() > 6 })
+		testkit.WaitFor(t, func() bool { return tr.asked.Load() > 6 })
 		if tr.others.Load() != 0 {
 			t.Errorf("%s: %d requests before it said who it is", name, tr.others.Load())
 		}
@@ -183,13 +184,13 @@ func TestProcess_Decoys(t *testing.T) {
 		lie.Removed = []uint64{1, 2, 3}
 		lie.Health = json.RawMessage(fmt.Sprintf(`{"member":%d,"sums":{"now":{"index":3,"sum":"1","algorithm":2}},"diskFull":true,"diskClosed":true}`, id))
 		tr.says(lie, raft)
-		waitFor(t, func() bool { return tr.others.Load() > 6 })
+		testkit.WaitFor(t, func() bool { return tr.others.Load() > 6 })
 		healthy(name)
 		if name == "410" || name == "2^62 entries" { // also at the next start
 			c.kill(c.Nodes...)
 			seen := tr.others.Load()
 			c.start()
-			waitFor(t, func() bool { return tr.others.Load() > seen+6 })
+			testkit.WaitFor(t, func() bool { return tr.others.Load() > seen+6 })
 			healthy(name + " at the next start")
 		}
 		if name == "410" { // and then becomes another one
@@ -203,7 +204,7 @@ func TestProcess_Decoys(t *testing.T) {
 				return nil
 			})
 		}
-		must(t, changed(c.memberCall(c.Nodes[0], http.MethodDelete, fmt.Sprintf("/-/v1/members/%d", id), "")))
+		testkit.Must(t, changed(c.memberCall(c.Nodes[0], http.MethodDelete, fmt.Sprintf("/-/v1/members/%d", id), "")))
 	}
 	if elsewhere.asked.Load()+elsewhere.others.Load() != 0 {
 		t.Error("somebody followed a redirect")
@@ -211,12 +212,12 @@ func TestProcess_Decoys(t *testing.T) {
 
 	// An address that was silent when a member that runs was moved there, and then lies.
 	silent, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
+	testkit.Must(t, err)
 	address := silent.Addr().String()
-	must(t, silent.Close())
-	must(t, changed(c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/1", fmt.Sprintf(`{"peerURL":"http://%s"}`, address))))
+	testkit.Must(t, silent.Close())
+	testkit.Must(t, changed(c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/1", fmt.Sprintf(`{"peerURL":"http://%s"}`, address))))
 	again, err := net.Listen("tcp", address)
-	must(t, err)
+	testkit.Must(t, err)
 	liar = &decoy{Server: &httptest.Server{Listener: again}}
 	lie := us(1)
 	lie.Removed = []uint64{1, 2, 3}
@@ -224,12 +225,12 @@ func TestProcess_Decoys(t *testing.T) {
 	liar.Config = &http.Server{Handler: liar}
 	liar.Start()
 	t.Cleanup(func() { liar.CloseClientConnections(); liar.Close() })
-	waitFor(t, func() bool { return liar.asked.Load() > 6 })
+	testkit.WaitFor(t, func() bool { return liar.asked.Load() > 6 })
 	healthy("a member that was moved to a liar")
 	if liar.others.Load() != 0 {
 		t.Errorf("%d requests to who is not the member", liar.others.Load())
 	}
-	must(t, changed(c.memberCall(c.Nodes[1], http.MethodPut, "/-/v1/members/1", fmt.Sprintf(`{"peerURL":%q}`, c.Nodes[0].RaftURL()))))
+	testkit.Must(t, changed(c.memberCall(c.Nodes[1], http.MethodPut, "/-/v1/members/1", fmt.Sprintf(`{"peerURL":%q}`, c.Nodes[0].RaftURL()))))
 	healthy("moved back")
 	if r := c.client(c.Nodes[2]).get(written.key); r.value != written.value {
 		t.Errorf("what was written is %v", r)

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // floodFrom is the address that asks for everything; those that it must not harm have another.
@@ -80,7 +81,7 @@ func (v *floodVictim) do(method, path, body string, want int) (answer []byte, to
 	v.t.Helper()
 	start := time.Now()
 	req, err := http.NewRequestWithContext(v.t.Context(), method, v.node.URL()+path, strings.NewReader(body))
-	must(v.t, err)
+	testkit.Must(v.t, err)
 	resp, err := v.http.Do(req)
 	if err != nil {
 		v.t.Errorf("%s %s: %v", method, path, err)
@@ -108,7 +109,7 @@ func (v *floodVictim) figures() floodFigures {
 		for name, to := range map[string]*int{"go_memstats_heap_inuse_bytes ": &f.heap, "go_goroutines ": &f.goroutines} {
 			if rest, ok := strings.CutPrefix(lines.Text(), name); ok {
 				_, err := fmt.Sscan(rest, &value)
-				must(v.t, err)
+				testkit.Must(v.t, err)
 				*to = int(value)
 			}
 		}
@@ -121,7 +122,7 @@ func (v *floodVictim) figures() floodFigures {
 func (v *floodVictim) work() (most floodFigures, livez, put, wait time.Duration) {
 	v.t.Helper()
 	value := strings.Repeat("v", 20<<10)
-	for range sized(5, 100) {
+	for range testkit.Sized(5, 100) {
 		_, took := v.do(http.MethodGet, "/-/livez", "", 0)
 		livez = max(livez, took)
 		_, took = v.do(http.MethodPut, "/k", value, 0)
@@ -169,13 +170,13 @@ func TestProcess_Floods(t *testing.T) {
 	}{
 		{"bodies that are announced", n.HTTPPort, 128, "PUT /flood HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1048576\r\n\r\n"},
 		{"bodies that stop", n.HTTPPort, 128, "PUT /flood HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1048576\r\n\r\n" + strings.Repeat("v", 200<<10)},
-		{"transactions that stop", n.HTTPPort, sized(8, 120), "POST /-/v1/txn HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 4194304\r\n\r\n" + strings.Repeat(" ", 4<<20-1)},
+		{"transactions that stop", n.HTTPPort, testkit.Sized(8, 120), "POST /-/v1/txn HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 4194304\r\n\r\n" + strings.Repeat(" ", 4<<20-1)},
 		{"slow headers", n.HTTPPort, 2000, "GET / HTTP/1.1\r\nHost: 127"},
 		{"lists", n.HTTPPort, 1000, get("/-/v1/keys?limit=10000")},
 		{"streams", n.HTTPPort, 1000, "GET /-/v1/keys HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: application/x-ndjson\r\n\r\n"},
 		{"small lists", n.HTTPPort, 1000, strings.Repeat(get("/-/v1/keys?prefix=item/0000"), 100)},
 		{"watches", n.HTTPPort, 2000, get("/-/v1/watch?prefix=k")},
-		{"connections", n.HTTPPort, sized(4200, 17_000), ""},
+		{"connections", n.HTTPPort, testkit.Sized(4200, 17_000), ""},
 		{"connections of peers", n.RaftPort, 400, "POST /raft HTTP/1.1\r\nHost: x\r\nContent-Length: 41943040\r\n\r\nx"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -214,7 +215,7 @@ func TestProcess_Floods(t *testing.T) {
 // descriptor for its log.
 func TestProcess_FewFiles(t *testing.T) {
 	script := filepath.Join(t.TempDir(), "raftrv")
-	must(t, os.WriteFile(script, []byte("#!/bin/sh\nulimit -n 256 && exec "+buildLiveBinary(t)+" \"$@\"\n"), 0o700))
+	testkit.Must(t, os.WriteFile(script, []byte("#!/bin/sh\nulimit -n 256 && exec "+buildLiveBinary(t)+" \"$@\"\n"), 0o700))
 	c := newLiveCluster(t, proc.Options{Binary: script, Args: smallDiskArgs})
 	n := c.leader()
 	if !c.logHas(n, "the limit of open files bounds the connections") {
@@ -248,6 +249,6 @@ func TestProcess_FewFiles(t *testing.T) {
 func (c *liveCluster) logHas(n *proc.Node, text string) bool {
 	c.t.Helper()
 	log, err := os.ReadFile(n.LogFile)
-	must(c.t, err)
+	testkit.Must(c.t, err)
 	return strings.Contains(string(log), text)
 }

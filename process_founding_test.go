@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // Wrong ways to start a cluster. Each ends in a refusal that says what to do, or in the right cluster, and none with
@@ -56,7 +57,7 @@ func (s *starts) up(id int, flags ...string) *proc.Node {
 	s.mu.Lock()
 	s.flags[id] = flags
 	s.mu.Unlock()
-	must(s.t, s.node(id).Start())
+	testkit.Must(s.t, s.node(id).Start())
 	return s.node(id)
 }
 
@@ -67,7 +68,7 @@ func (s *starts) upAll(ids []int, flags ...string) {
 		s.up(id, flags...)
 	}
 	for _, id := range ids {
-		must(s.t, s.node(id).WaitReady(s.context()))
+		testkit.Must(s.t, s.node(id).WaitReady(s.context()))
 	}
 	s.write(s.node(ids[0]), "k", "v")
 }
@@ -146,7 +147,7 @@ var wrongStarts = []struct {
 			one := s.up(1, flags...)
 			s.wantRefused(s.up(2, flags...), "has data, of cluster", "with --join")
 			s.wantRefused(s.up(3, flags...), "has data, of cluster", "with --join")
-			must(s.t, one.WaitReady(s.context()))
+			testkit.Must(s.t, one.WaitReady(s.context()))
 			s.wantValue(one, "k", "v")
 			s.wantMembers(one)
 			s.stop(one)
@@ -161,7 +162,7 @@ var wrongStarts = []struct {
 		s.up(2, "--cluster", s.list(1, 2, 3, 4, 5))                         // grown
 		s.up(3, "--cluster", s.list(1, 2))                                  // without itself
 		for _, id := range []int{1, 2, 3} {
-			must(s.t, s.node(id).WaitReady(s.context()))
+			testkit.Must(s.t, s.node(id).WaitReady(s.context()))
 			s.wantValue(s.node(id), "k", "v")
 			s.wantMembers(s.Nodes[:3]...)
 		}
@@ -204,7 +205,7 @@ var wrongStarts = []struct {
 	{"one of three wiped", 3, func(s *starts) {
 		s.upAll([]int{1, 2, 3})
 		s.stop(s.node(3))
-		must(s.t, os.RemoveAll(s.node(3).DataDir))
+		testkit.Must(s.t, os.RemoveAll(s.node(3).DataDir))
 		for range 2 {
 			s.wantRefused(s.up(3), "node 3 was part of this cluster with another data directory", "curl -X DELETE", "under a new ID")
 		}
@@ -214,8 +215,8 @@ var wrongStarts = []struct {
 		for _, n := range s.Nodes {
 			s.stop(n)
 		}
-		must(s.t, os.RemoveAll(s.node(1).DataDir))
-		must(s.t, os.RemoveAll(s.node(2).DataDir))
+		testkit.Must(s.t, os.RemoveAll(s.node(1).DataDir))
+		testkit.Must(s.t, os.RemoveAll(s.node(2).DataDir))
 		s.up(1)
 		s.up(2)
 		s.wantWaiting(s.node(1), "waiting to found the cluster", "node 3 ("+s.node(3).RaftURL()+"): nothing")
@@ -237,8 +238,8 @@ var wrongStarts = []struct {
 		for _, n := range s.Nodes {
 			s.stop(n)
 		}
-		must(s.t, os.RemoveAll(s.node(1).DataDir))
-		must(s.t, os.RemoveAll(s.node(2).DataDir))
+		testkit.Must(s.t, os.RemoveAll(s.node(1).DataDir))
+		testkit.Must(s.t, os.RemoveAll(s.node(2).DataDir))
 		s.upAll([]int{1, 2}, "--cluster", s.list(1, 2))
 		s.wantRefused(s.up(3), "are in another cluster now", "founded without this node", "raftrv recover --data-dir "+s.node(3).DataDir)
 	}},
@@ -277,9 +278,9 @@ var wrongStarts = []struct {
 		three := s.up(3, "--join", "--cluster", peerURLs(s.node(1), s.node(3))) // which nobody has added
 		s.eventually(func() error { return s.says(three, "serving") })
 		s.stop(three)
-		must(s.t, changed(s.memberCall(s.node(2), http.MethodPost, "/3", three.RaftURL())))
+		testkit.Must(s.t, changed(s.memberCall(s.node(2), http.MethodPost, "/3", three.RaftURL())))
 		s.up(3, "--join", "--cluster", peerURLs(s.node(2), s.node(3)))
-		must(s.t, three.WaitReady(s.context()))
+		testkit.Must(s.t, three.WaitReady(s.context()))
 		s.wantVoter(s.node(2), three)
 		s.wantMembers(s.node(2), three)
 	}},
@@ -300,9 +301,9 @@ var wrongStarts = []struct {
 		list := s.list(1, 2, 3)
 		s.upAll([]int{1, 2, 3}, "--cluster", list)
 		s.stop(s.node(3))
-		must(s.t, os.CopyFS(s.node(4).DataDir, os.DirFS(s.node(3).DataDir)))
+		testkit.Must(s.t, os.CopyFS(s.node(4).DataDir, os.DirFS(s.node(3).DataDir)))
 		s.up(3, "--cluster", list)
-		must(s.t, s.node(3).WaitReady(s.context()))
+		testkit.Must(s.t, s.node(3).WaitReady(s.context()))
 		twin := []string{"--id", "3", "--cluster", list, "--listen-peer", strings.TrimPrefix(s.node(4).RaftURL(), "http://")}
 		s.wantRefused(s.up(4, twin...), "another process runs as node 3 of this cluster")
 		s.wantValue(s.node(3), "k", "v")

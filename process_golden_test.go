@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // These tests open what programs of each feature level wrote: testdata/level-N.tar.gz has the data directory
@@ -61,7 +62,7 @@ func writeGolden(t *testing.T, c *liveCluster, level int) {
 	if level > levelFirst {
 		c.eventually(func() error {
 			var st nodeStatus
-			must(t, json.Unmarshal(call("GET", "/-/v1/status", ""), &st))
+			testkit.Must(t, json.Unmarshal(call("GET", "/-/v1/status", ""), &st))
 			if st.FeatureLevel != level {
 				return fmt.Errorf("the level is %d", st.FeatureLevel)
 			}
@@ -94,26 +95,26 @@ func writeGolden(t *testing.T, c *liveCluster, level int) {
 	files := map[string][]byte{
 		"items":  call("GET", "/-/v1/keys?prefix=g/", "", "Accept", "application/x-ndjson"),
 		"events": call("GET", "/-/v1/watch?prefix=g/&resourceVersion=0&timeout=500ms", ""),
-		"backup": []byte(readFile(t, backup)),
+		"backup": []byte(testkit.ReadFile(t, backup)),
 	}
 	c.kill(n)
-	must(t, filepath.WalkDir(n.DataDir, func(path string, d fs.DirEntry, err error) error {
+	testkit.Must(t, filepath.WalkDir(n.DataDir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
 		}
 		name, err := filepath.Rel(n.DataDir, path)
-		files[filepath.ToSlash(filepath.Join("data", name))] = []byte(readFile(t, path))
+		files[filepath.ToSlash(filepath.Join("data", name))] = []byte(testkit.ReadFile(t, path))
 		return err
 	}))
 	var out bytes.Buffer
 	zip := gzip.NewWriter(&out)
 	archive := tar.NewWriter(zip)
 	for name, content := range files {
-		must(t, archive.WriteHeader(&tar.Header{Name: name, Mode: fileMode, Size: int64(len(content))}))
+		testkit.Must(t, archive.WriteHeader(&tar.Header{Name: name, Mode: fileMode, Size: int64(len(content))}))
 		_, err := archive.Write(content)
-		must(t, err)
+		testkit.Must(t, err)
 	}
-	must(t, errors.Join(archive.Close(), zip.Close(), os.MkdirAll("testdata", 0o755), os.WriteFile(goldenFile(level), out.Bytes(), 0o644)))
+	testkit.Must(t, errors.Join(archive.Close(), zip.Close(), os.MkdirAll("testdata", 0o755), os.WriteFile(goldenFile(level), out.Bytes(), 0o644)))
 	t.Logf("level %d: %d files, %d bytes", level, len(files), out.Len())
 }
 

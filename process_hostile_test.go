@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
 	"go.etcd.io/raft/v3/raftpb"
@@ -30,9 +31,9 @@ func TestProcess_Hostile(t *testing.T) {
 	written := client.putNew()
 	var info struct{ Cluster string }
 	err := json.Unmarshal([]byte(bodyOf(t, c.Nodes[0].RaftURL()+"/-/peer", 200)), &info)
-	must(t, err)
+	testkit.Must(t, err)
 	st, err := c.Nodes[0].Status(c.context())
-	must(t, err)
+	testkit.Must(t, err)
 	before := hostileCosts(c)
 	members := liveText(t, c.Nodes[0], "/-/v1/members", 200)
 
@@ -53,7 +54,7 @@ func TestProcess_Hostile(t *testing.T) {
 		// What may be from a newer member gets an answer from the leader, as an entry that does nothing.
 		newer := &raftpb.Message{Type: raftpb.MsgProp.Enum(), From: new(from), To: new(to), Entries: []*raftpb.Entry{{Data: entryOf(0, 0, []byte("\x4d\x00xx")).Data}}}
 		data, err := proto.Marshal(newer)
-		must(t, err)
+		testkit.Must(t, err)
 		hostile{"", "POST", rafthttp.RaftPrefix, data, nil, nil}.post(t, n.RaftURL(), info.Cluster, from, to)
 	}
 	t.Logf("%d messages", count)
@@ -91,12 +92,12 @@ func TestProcess_Hostile(t *testing.T) {
 			t.Errorf("node %d: %v, want what was written as %v", n.ID, r, written)
 		}
 		now, err := n.Status(c.context())
-		must(t, err)
+		testkit.Must(t, err)
 		if now.ResourceVersion != st.ResourceVersion+1 {
 			t.Errorf("node %d has version %d, want %d", n.ID, now.ResourceVersion, st.ResourceVersion+1)
 		}
 		log, err := os.ReadFile(n.LogFile)
-		must(t, err)
+		testkit.Must(t, err)
 		for _, word := range []string{"panic", "goroutine ", hostileCanary} {
 			if bytes.Contains(log, []byte(word)) {
 				t.Errorf("node %d has logged %q", n.ID, word)
@@ -107,9 +108,9 @@ func TestProcess_Hostile(t *testing.T) {
 }
 
 // hostileCosts is what each node has taken of the machine.
-func hostileCosts(c *liveCluster) (all []samples) {
+func hostileCosts(c *liveCluster) (all []testkit.Samples) {
 	for _, n := range c.Nodes {
-		all = append(all, parseSamples(c.t, liveText(c.t, n, "/-/metrics", http.StatusOK)))
+		all = append(all, testkit.ParseSamples(c.t, liveText(c.t, n, "/-/metrics", http.StatusOK)))
 	}
 	return all
 }

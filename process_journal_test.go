@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // rotateJournal does what logrotate does with "create" off, once: it renames the journal of a node and signals it,
@@ -61,7 +62,7 @@ func copyTruncate(path, next string) error {
 func rotatedJournal(t *testing.T, n *proc.Node) (lines []string, files, extra int) {
 	t.Helper()
 	dir, err := os.ReadDir(n.DataDir + "/..")
-	must(t, err)
+	testkit.Must(t, err)
 	var contents []string
 	names := []string{journalOf(n)}
 	for _, e := range dir {
@@ -75,7 +76,7 @@ func rotatedJournal(t *testing.T, n *proc.Node) (lines []string, files, extra in
 		if errors.Is(err, os.ErrNotExist) {
 			continue // renamed, and the node was stopped
 		}
-		must(t, err)
+		testkit.Must(t, err)
 		contents = append(contents, string(b))
 		extra += strings.Count(string(b), "\n") - strings.Count(string(b), `{"journal":1,`)
 	}
@@ -98,7 +99,7 @@ func checkJournalLines(t *testing.T, n *proc.Node, lines []string) (events int) 
 			More bool
 			Gap  *struct{ From, To uint64 }
 		}
-		must(t, json.Unmarshal([]byte(text), &line))
+		testkit.Must(t, json.Unmarshal([]byte(text), &line))
 		switch {
 		case line.Gap != nil && !more && line.Gap.From == last+1 && line.Gap.To == line.RV:
 		case line.Gap == nil && (more && line.RV == last || !more && line.RV == last+1):
@@ -154,7 +155,7 @@ func TestProcess_JournalRotated(t *testing.T) {
 		})
 	}
 	random := rand.New(rand.NewPCG(seed, 0))
-	for range sized(5, 60) {
+	for range testkit.Sized(5, 60) {
 		time.Sleep(time.Duration(200+random.IntN(600)) * time.Millisecond)
 		n := c.Nodes[random.IntN(2)]
 		switch random.IntN(3) {
@@ -165,7 +166,7 @@ func TestProcess_JournalRotated(t *testing.T) {
 		}
 		time.Sleep(time.Duration(random.IntN(400)) * time.Millisecond)
 		c.start()
-		must(t, syscall.Kill(c.Nodes[2].PID(), syscall.SIGHUP))
+		testkit.Must(t, syscall.Kill(c.Nodes[2].PID(), syscall.SIGHUP))
 	}
 	close(stop)
 	group.Wait()

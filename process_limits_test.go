@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // Bounds of the node, in bytes, from which these tests derive what its memory may come to.
@@ -58,7 +59,7 @@ func newSmallDisks(t *testing.T, sizes map[int]int) *smallDisks {
 	}
 	d := &smallDisks{t: t, root: t.TempDir()}
 	for id, size := range sizes {
-		must(t, os.MkdirAll(d.dir(id), 0o700))
+		testkit.Must(t, os.MkdirAll(d.dir(id), 0o700))
 		if err := syscall.Mount("tmpfs", d.dir(id), "tmpfs", 0, fmt.Sprintf("size=%d", size)); err != nil {
 			t.Skipf("mounting file systems is not allowed here: %v", err)
 		}
@@ -84,7 +85,7 @@ func (d *smallDisks) args(n *proc.Node) []string {
 // resize gives a node another size of disk.
 func (d *smallDisks) resize(id, size int) {
 	d.t.Helper()
-	must(d.t, syscall.Mount("tmpfs", d.dir(id), "tmpfs", syscall.MS_REMOUNT, fmt.Sprintf("size=%d", size)))
+	testkit.Must(d.t, syscall.Mount("tmpfs", d.dir(id), "tmpfs", syscall.MS_REMOUNT, fmt.Sprintf("size=%d", size)))
 }
 
 // putLarge is the step of clients that fill a disk.
@@ -117,14 +118,14 @@ func TestProcess_DiskFull(t *testing.T) {
 	const small, large = 6 << 20, 64 << 20
 	d := newSmallDisks(t, map[int]int{1: small, 2: small, 3: small})
 	c := newLiveCluster(t, proc.Options{Args: smallDiskArgs, NodeArgs: d.args})
-	for round := range sized(1, 3) {
+	for round := range testkit.Sized(1, 3) {
 		size := small + round*8<<20
 		for _, n := range c.Nodes {
 			d.resize(n.ID, size)
 		}
 		load := c.load(12, c.Nodes, putLarge)
 		c.wantFull(c.Nodes...)
-		time.Sleep(sized(2*time.Second, 20*time.Second)) // the load goes on
+		time.Sleep(testkit.Sized(2*time.Second, 20*time.Second)) // the load goes on
 		for _, n := range c.Nodes {
 			l := c.client(n)
 			if r := l.do(http.MethodGet, n.URL()+"/-/readyz", ""); r.status != http.StatusOK || !bytes.Contains(r.body, []byte("read-only: Disk full")) {
@@ -145,7 +146,7 @@ func TestProcess_DiskFull(t *testing.T) {
 		}
 		for _, n := range c.Nodes {
 			free, err := freeOnDisk(d.dir(n.ID))
-			must(t, err)
+			testkit.Must(t, err)
 			t.Logf("node %d: %d of %d bytes are free", n.ID, free, size)
 			d.resize(n.ID, large)
 		}
@@ -208,13 +209,13 @@ func TestProcess_DiskFullOfOne(t *testing.T) {
 				}
 				return nil
 			})
-			c.waitForAcks(sized(2000, 20_000)) // many times what it has room for
+			c.waitForAcks(testkit.Sized(2000, 20_000)) // many times what it has room for
 			r := c.client(n).raw(http.MethodGet, "large/v1", "?resourceVersion=0", "")
 			if r.status != http.StatusOK || !n.Running() {
 				t.Errorf("GET of what it has: %d %s %v", r.status, r.body, r.err)
 			}
 			free, err := freeOnDisk(d.dir(n.ID))
-			must(t, err)
+			testkit.Must(t, err)
 			t.Logf("%d bytes are free", free)
 			load.stop()
 			d.resize(n.ID, 256<<20)
@@ -318,8 +319,8 @@ func TestProcess_Quota(t *testing.T) {
 func (l *liveClient) status() (st nodeStatus) {
 	l.c.t.Helper()
 	r := l.do(http.MethodGet, l.node.URL()+"/-/v1/status", "")
-	must(l.c.t, r.err)
-	must(l.c.t, json.Unmarshal(r.body, &st))
+	testkit.Must(l.c.t, r.err)
+	testkit.Must(l.c.t, json.Unmarshal(r.body, &st))
 	return st
 }
 
@@ -330,11 +331,11 @@ func rss(t *testing.T, n *proc.Node) int {
 	if errors.Is(err, os.ErrNotExist) {
 		t.Skip("only Linux tells how much memory a process has")
 	}
-	must(t, err)
+	testkit.Must(t, err)
 	_, rest, _ := strings.Cut(string(b), "VmRSS:")
 	var kilobytes int
 	_, err = fmt.Sscan(rest, &kilobytes)
-	must(t, err)
+	testkit.Must(t, err)
 	return kilobytes << 10
 }
 
@@ -359,12 +360,12 @@ func TestProcess_FrozenFollower(t *testing.T) {
 			t.Errorf("PUT: %d %s %v", r.status, r.body, r.err)
 		}
 	})
-	must(t, frozen.Pause())
+	testkit.Must(t, frozen.Pause())
 	highest := 0
-	for end := time.Now().Add(sized(6*time.Second, time.Minute)); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(testkit.Sized(6*time.Second, time.Minute)); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 		highest = max(highest, rss(t, leader))
 	}
-	must(t, frozen.Resume())
+	testkit.Must(t, frozen.Resume())
 	start := time.Now()
 	rv := c.client(leader).version()
 	c.eventually(func() error {
@@ -394,7 +395,7 @@ func TestProcess_VanishedFollower(t *testing.T) {
 	)
 	c := newLiveCluster(t, proc.Options{})
 	var slowest []time.Duration
-	for range sized(1, 20) {
+	for range testkit.Sized(1, 20) {
 		leader := c.leader()
 		follower := c.others(leader)[0]
 		var longest, writes atomic.Int64
@@ -418,14 +419,14 @@ func TestProcess_VanishedFollower(t *testing.T) {
 		})
 		start := time.Now()
 		time.Sleep(time.Second)
-		must(t, follower.Pause())
+		testkit.Must(t, follower.Pause())
 		time.Sleep(gone)
 		rate := float64(writes.Load()*size) / 1e6 / time.Since(start).Seconds()
 		large.stop()
 		small.stop()
 		slowest = append(slowest, time.Duration(longest.Load()))
 		t.Logf("%.0f MB/s, slowest answer %v", rate, round(slowest[len(slowest)-1]))
-		must(t, follower.Resume())
+		testkit.Must(t, follower.Resume())
 		c.start()
 	}
 	if worst := slices.Max(slowest); worst > most {
@@ -491,14 +492,14 @@ func TestProcess_Overload(t *testing.T) {
 func (c *liveCluster) damage(n *proc.Node, key string) {
 	c.t.Helper()
 	paths, err := filepath.Glob(filepath.Join(n.DataDir, "snap", "*.snap.db"))
-	must(c.t, err)
+	testkit.Must(c.t, err)
 	slices.Sort(paths)
 	path := paths[len(paths)-1]
 	f, err := os.Open(path)
-	must(c.t, err)
+	testkit.Must(c.t, err)
 	st, err := readState(f)
-	must(c.t, err)
-	must(c.t, f.Close())
+	testkit.Must(c.t, err)
+	testkit.Must(c.t, f.Close())
 	it, ok := st.items.Get(key)
 	if !ok {
 		c.t.Fatalf("%q is not in %s", key, path)
@@ -506,8 +507,8 @@ func (c *liveCluster) damage(n *proc.Node, key string) {
 	it.value += " (damaged)"
 	st.items.Set(key, it)
 	f, err = os.Create(path)
-	must(c.t, err)
-	must(c.t, errors.Join(st.writeTo(f), f.Close()))
+	testkit.Must(c.t, err)
+	testkit.Must(c.t, errors.Join(st.writeTo(f), f.Close()))
 }
 
 // restartDamaged writes "right" to the key k, by way of good, and makes bad start with something else there.
@@ -526,7 +527,7 @@ func (c *liveCluster) restartDamaged(bad *proc.Node, good *liveClient) {
 	})
 	c.stop(bad)
 	c.damage(bad, "k")
-	must(c.t, bad.Start())
+	testkit.Must(c.t, bad.Start())
 	l := c.client(bad)
 	defer l.close()
 	c.eventually(func() error { return l.do(http.MethodGet, bad.URL()+"/-/livez", "").err })
@@ -589,7 +590,7 @@ func TestProcess_Diverged(t *testing.T) {
 
 	// A restart makes it no better, and its log and journal do not end it.
 	c.stop(bad)
-	must(t, bad.Start())
+	testkit.Must(t, bad.Start())
 	c.eventually(func() error { return l.do(http.MethodGet, bad.URL()+"/-/livez", "").err })
 	for range 100 {
 		good.putNew()

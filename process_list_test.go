@@ -15,13 +15,14 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // TestProcess_ListBesideWrites streams every key, again and again, while clients write at random keys as
 // fast as they can: the stream is fast, the writes go on, and the node's memory does not grow.
 func TestProcess_ListBesideWrites(t *testing.T) {
-	keys := sized(100_000, 1_000_000)
-	span := sized(200*time.Millisecond, 3*time.Second)
+	keys := testkit.Sized(100_000, 1_000_000)
+	span := testkit.Sized(200*time.Millisecond, 3*time.Second)
 	c := newLiveCluster(t, proc.Options{Nodes: 1})
 	n := c.Nodes[0]
 	c.fillKeys(n, keys)
@@ -84,7 +85,7 @@ func TestProcess_ListBesideWrites(t *testing.T) {
 	share, growth := beside/alone, most[1]-most[0]
 	t.Logf("%d lists of %d keys: %.0f items/s; writes %.0f/s, without lists %.0f/s (%.0f %%); memory %d MiB, without lists %d MiB (%+d)",
 		lists, keys, speed, beside, alone, 100*share, most[1]>>20, most[0]>>20, growth>>20)
-	if !*heavy {
+	if !*testkit.Heavy {
 		return // too small to judge
 	}
 	if speed < 300_000 {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // A cluster whose members change, as a person changes them: by HTTP, and by starting and stopping processes.
@@ -31,14 +32,14 @@ func (c *liveCluster) memberCall(at *proc.Node, method, path, body string) *live
 func (c *liveCluster) join(at *proc.Node) *proc.Node {
 	c.t.Helper()
 	n, err := c.Add()
-	must(c.t, err)
+	testkit.Must(c.t, err)
 	c.eventually(func() error {
 		r := c.memberCall(at, http.MethodPost, fmt.Sprintf("/-/v1/members/%d", n.ID), fmt.Sprintf(`{"peerURL":%q}`, n.RaftURL()))
 		return changed(r, "already exists", "exists already")
 	})
-	must(c.t, n.Start())
+	testkit.Must(c.t, n.Start())
 	c.wantVoter(at, n)
-	must(c.t, n.WaitReady(c.context()))
+	testkit.Must(c.t, n.WaitReady(c.context()))
 	return n
 }
 
@@ -49,7 +50,7 @@ func TestProcess_UnknownLeader(t *testing.T) {
 	c.write(c.Nodes[0], "before", "1")
 	c.kill(away)
 	four := c.join(c.Nodes[0])
-	must(t, changed(c.memberCall(c.Nodes[0], http.MethodPost, fmt.Sprintf("/-/v1/leader/%d", four.ID), "")))
+	testkit.Must(t, changed(c.memberCall(c.Nodes[0], http.MethodPost, fmt.Sprintf("/-/v1/leader/%d", four.ID), "")))
 	c.eventually(func() error {
 		if s, err := four.Status(t.Context()); err != nil || s.LeaderID != uint64(four.ID) {
 			return fmt.Errorf("it does not lead: %+v %w", s, err)
@@ -59,8 +60,8 @@ func TestProcess_UnknownLeader(t *testing.T) {
 	c.write(four, "after", "2")
 
 	start := time.Now()
-	must(t, away.Start())
-	must(t, away.WaitReady(c.context()))
+	testkit.Must(t, away.Start())
+	testkit.Must(t, away.WaitReady(c.context()))
 	took := time.Since(start)
 	c.wantValue(away, "after", "2")
 	if leader := c.leader(); leader != four {
@@ -184,11 +185,11 @@ func TestProcess_Walk(t *testing.T) {
 	c.wantValue(two, "my-key", "bar")
 
 	four, err := c.Add()
-	must(t, err)
-	must(t, changed(c.memberCall(one, http.MethodPost, "/4", four.RaftURL())))
-	must(t, four.Start())
+	testkit.Must(t, err)
+	testkit.Must(t, changed(c.memberCall(one, http.MethodPost, "/4", four.RaftURL())))
+	testkit.Must(t, four.Start())
 	c.wantVoter(one, four)
-	must(t, four.WaitReady(c.context()))
+	testkit.Must(t, four.WaitReady(c.context()))
 	c.write(four, "my-key", "written at the new one")
 	c.wantValue(one, "my-key", "written at the new one")
 
@@ -205,7 +206,7 @@ func TestProcess_Walk(t *testing.T) {
 
 	c.leave(one, three)
 	c.wantMembers(one, two, four)
-	must(t, three.Start()) // it comes back
+	testkit.Must(t, three.Start()) // it comes back
 	c.wantRemoved(three)
 	r := c.memberCall(one, http.MethodPost, "/3", three.RaftURL())
 	if r.status != http.StatusConflict || !strings.Contains(string(r.body), "never used again") {
@@ -274,7 +275,7 @@ func TestProcess_MemberChanges(t *testing.T) {
 	c := newLiveCluster(t, proc.Options{Args: []string{"--snapshot-entries", "300"}})
 	load := c.memberLoad(8)
 	count := map[string]int{}
-	for range sized(6, 50) {
+	for range testkit.Sized(6, 50) {
 		c.waitForAcks(50)
 		at, n := c.pickTwo()
 		var killed *proc.Node
@@ -317,7 +318,7 @@ func TestProcess_MemberChanges(t *testing.T) {
 				}
 				return nil
 			})
-			must(t, killed.WaitReady(c.context()))
+			testkit.Must(t, killed.WaitReady(c.context()))
 		}
 		c.undisturbed()
 		t.Logf("%s within %v: %d members", what, round(time.Since(start)), len(c.Nodes))
@@ -344,12 +345,12 @@ func TestProcess_WipedDirectory(t *testing.T) {
 	one, two := c.Nodes[0], c.Nodes[1]
 	c.write(one, "k", "v")
 	c.kill(c.Nodes...) // so that the others have to find out first what they know
-	must(t, os.RemoveAll(two.DataDir))
+	testkit.Must(t, os.RemoveAll(two.DataDir))
 	for i := range 2 { // the second time its directory is not empty any more
-		must(t, two.Start())
+		testkit.Must(t, two.Start())
 		if i == 0 {
-			must(t, one.Start())
-			must(t, c.Nodes[2].Start())
+			testkit.Must(t, one.Start())
+			testkit.Must(t, c.Nodes[2].Start())
 		}
 		var exit *exec.ExitError
 		if err := two.Wait(c.context()); !errors.As(err, &exit) || exit.ExitCode() != 1 {
@@ -361,7 +362,7 @@ func TestProcess_WipedDirectory(t *testing.T) {
 			t.Errorf("the log does not say %q:\n%s", words, two.LogTail())
 		}
 	}
-	must(t, changed(c.memberCall(one, http.MethodDelete, "/-/v1/members/2", "")))
+	testkit.Must(t, changed(c.memberCall(one, http.MethodDelete, "/-/v1/members/2", "")))
 	c.Forget(two)
 	four := c.join(one)
 	c.wantValue(four, "k", "v")
@@ -374,7 +375,7 @@ func TestProcess_NewAddress(t *testing.T) {
 	one, two, three := c.Nodes[0], c.Nodes[1], c.Nodes[2]
 	c.stop(three)
 	three.Host, three.RaftPort = "localhost", three.RedisPort // which nobody uses here
-	must(t, changed(c.memberCall(two, http.MethodPut, "/-/v1/members/3", fmt.Sprintf(`{"peerURL":%q,"name":"third"}`, three.RaftURL()))))
+	testkit.Must(t, changed(c.memberCall(two, http.MethodPut, "/-/v1/members/3", fmt.Sprintf(`{"peerURL":%q,"name":"third"}`, three.RaftURL()))))
 	c.start()
 	c.wantMembers(one, two, three)
 	c.write(three, "k", "v")

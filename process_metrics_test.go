@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 	"regexp"
 	"slices"
 	"strings"
@@ -23,10 +24,10 @@ func liveText(t *testing.T, n *proc.Node, target string, status int) string {
 func bodyOf(t *testing.T, url string, status int) string {
 	t.Helper()
 	res, err := http.Get(url)
-	must(t, err)
+	testkit.Must(t, err)
 	defer res.Body.Close()
 	body, err := io.ReadAll(res.Body)
-	must(t, err)
+	testkit.Must(t, err)
 	if res.StatusCode != status {
 		t.Fatalf("GET %s: %s %s, want %d", url, res.Status, body, status)
 	}
@@ -41,23 +42,23 @@ func TestMetrics_LiveCluster(t *testing.T) {
 	follower := c.others(reader)[0]
 	const writes = 120
 	watched, err := http.Get(follower.URL() + "/-/v1/watch?timeout=30s")
-	must(t, err)
+	testkit.Must(t, err)
 	defer watched.Body.Close()
 	for i := range writes {
 		req, err := http.NewRequest(http.MethodPut, fmt.Sprintf("%s/k%d", follower.URL(), i%10), strings.NewReader("v"))
-		must(t, err)
+		testkit.Must(t, err)
 		res, err := http.DefaultClient.Do(req)
-		must(t, err)
-		must(t, res.Body.Close())
+		testkit.Must(t, err)
+		testkit.Must(t, res.Body.Close())
 		liveText(t, reader, fmt.Sprintf("/k%d", i%10), 200)
 	}
-	scrape := func(n *proc.Node) samples { return parseSamples(t, liveText(t, n, "/-/metrics", 200)) }
+	scrape := func(n *proc.Node) testkit.Samples { return testkit.ParseSamples(t, liveText(t, n, "/-/metrics", 200)) }
 	c.eventually(func() error { // snapshots are written, and the first round trips measured, in the background
 		for _, n := range c.Nodes {
 			s := scrape(n)
-			if s["raftrv_snapshot_bytes"] == 0 || s["raftrv_resource_version"] != writes || s.sum("raftrv_peer_round_trip_seconds_count") == 0 {
+			if s["raftrv_snapshot_bytes"] == 0 || s["raftrv_resource_version"] != writes || s.Sum("raftrv_peer_round_trip_seconds_count") == 0 {
 				return fmt.Errorf("node %d: %v snapshot bytes, resource version %v, %v round trips", n.ID,
-					s["raftrv_snapshot_bytes"], s["raftrv_resource_version"], s.sum("raftrv_peer_round_trip_seconds_count"))
+					s["raftrv_snapshot_bytes"], s["raftrv_resource_version"], s.Sum("raftrv_peer_round_trip_seconds_count"))
 			}
 		}
 		return nil
@@ -66,7 +67,7 @@ func TestMetrics_LiveCluster(t *testing.T) {
 	leader := c.leader() // on a busy machine another one than at first, maybe
 	for _, n := range c.Nodes {
 		s := scrape(n)
-		for name := range s.names() {
+		for name := range s.Names() {
 			names[name] = true
 		}
 		leads := oneIf(n == leader)
@@ -104,12 +105,12 @@ func TestMetrics_LiveCluster(t *testing.T) {
 			}
 		}
 	}
-	for _, name := range regexp.MustCompile(`\braftrv_[a-z_]+[a-z]\b`).FindAllString(readFile(t, "docs/operations.md"), -1) {
-		if !names[baseName(name)] {
+	for _, name := range regexp.MustCompile(`\braftrv_[a-z_]+[a-z]\b`).FindAllString(testkit.ReadFile(t, "docs/operations.md"), -1) {
+		if !names[testkit.BaseName(name)] {
 			t.Errorf("no node has %s", name)
 		}
 	}
-	if log := readFile(t, follower.LogFile); !strings.Contains(log, `"target": "/k3", "route": "/{key}", "status": 201`) {
+	if log := testkit.ReadFile(t, follower.LogFile); !strings.Contains(log, `"target": "/k3", "route": "/{key}", "status": 201`) {
 		t.Error("the writes are not in the access log")
 	}
 	if !strings.Contains(liveText(t, follower, "/-/debug/pprof/", 200), "goroutine") || len(liveText(t, follower, "/-/debug/pprof/heap", 200)) == 0 {
@@ -117,7 +118,7 @@ func TestMetrics_LiveCluster(t *testing.T) {
 	}
 
 	// A follower that is down is behind, and does not tell its status.
-	must(t, watched.Body.Close())
+	testkit.Must(t, watched.Body.Close())
 	down := c.others(leader)[0]
 	c.kill(down)
 	c.eventually(func() error {
@@ -147,7 +148,7 @@ func (c *liveCluster) checkClusterStatus(n, down *proc.Node) {
 	c.t.Helper()
 	var all clusterStatus
 	start := time.Now()
-	must(c.t, json.Unmarshal([]byte(liveText(c.t, n, "/-/v1/status?all=true", 200)), &all))
+	testkit.Must(c.t, json.Unmarshal([]byte(liveText(c.t, n, "/-/v1/status?all=true", 200)), &all))
 	if took := time.Since(start); took > statusTimeout+5*time.Second {
 		c.t.Errorf("the status of all took %v", took)
 	}

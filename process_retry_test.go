@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // These tests send the same write again and again, to whatever node is up, while leaders die. An
@@ -106,14 +107,14 @@ func (c *liveCluster) killLeaders(stop <-chan struct{}, pause time.Duration) (ki
 // TestProcess_Counters: clients increment counters with If-Match, each write under a key of its own, while
 // leaders die. No increment is lost and none counts twice.
 func TestProcess_Counters(t *testing.T) {
-	counters, clients, increments := sized(100, 1000), 32, sized(4000, 60_000)
+	counters, clients, increments := testkit.Sized(100, 1000), 32, testkit.Sized(4000, 60_000)
 	c := newLiveCluster(t, proc.Options{})
 	var left, acked, conflicts, ids atomic.Int64
 	left.Store(int64(increments))
 	stop := make(chan struct{})
 	var killer, group sync.WaitGroup
 	kills := 0
-	killer.Go(func() { kills = c.killLeaders(stop, sized(500*time.Millisecond, 2*time.Second)) })
+	killer.Go(func() { kills = c.killLeaders(stop, testkit.Sized(500*time.Millisecond, 2*time.Second)) })
 	var sent, replayed atomic.Int64
 	start := time.Now()
 	for range clients {
@@ -189,13 +190,13 @@ func (s *stubborn) increment(path string, ids, conflicts *atomic.Int64) {
 // TestProcess_ForcedRetries: every write is sent at least twice, often before the first was answered, to any
 // node, while leaders die. Each happens once, and all answers agree.
 func TestProcess_ForcedRetries(t *testing.T) {
-	writes, clients := sized(1000, 10_000), 32
+	writes, clients := testkit.Sized(1000, 10_000), 32
 	c := newLiveCluster(t, proc.Options{})
 	var next atomic.Int64
 	stop := make(chan struct{})
 	var killer, group sync.WaitGroup
 	kills := 0
-	killer.Go(func() { kills = c.killLeaders(stop, sized(300*time.Millisecond, 2*time.Second)) })
+	killer.Go(func() { kills = c.killLeaders(stop, testkit.Sized(300*time.Millisecond, 2*time.Second)) })
 	var sent, replayed atomic.Int64
 	start := time.Now()
 	for range clients {
@@ -221,11 +222,11 @@ func TestProcess_ForcedRetries(t *testing.T) {
 		if r == nil {
 			t.FailNow()
 		}
-		list := mustDecode[jsonList](t, answer{code: r.status, body: string(r.body)})
+		list := testkit.MustDecode[testkit.JSONList](t, testkit.Answer{Code: r.status, Body: string(r.body)})
 		for _, it := range list.Items {
-			values[it.value()]++
+			values[it.RawValue()]++
 			if it.ResourceVersion != it.CreatedResourceVersion {
-				t.Errorf("%s was written again", it.key())
+				t.Errorf("%s was written again", it.RawKey())
 			}
 		}
 		if list.After == nil {
@@ -302,7 +303,7 @@ func TestProcess_RetriesOfOthers(t *testing.T) {
 	}
 	r := victim.do(http.MethodPost, "/-/v1/txn", read, map[string]string{"Idempotency-Key": "read-0"})
 	var p problem
-	must(t, json.Unmarshal(r.body, &p))
+	testkit.Must(t, json.Unmarshal(r.body, &p))
 	if r.status != http.StatusConflict || p.Code != "result-not-kept" || p.Outcome != applied {
 		t.Errorf("%d %.300s", r.status, r.body)
 	}

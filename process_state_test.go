@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // These tests move whole states: through a restart, and to a node that has fallen behind.
@@ -76,7 +77,7 @@ func TestProcess_RawBytesSurvive(t *testing.T) {
 	}
 	c.fill(64<<20, 64<<10)
 
-	must(t, behind.Start())
+	testkit.Must(t, behind.Start())
 	c.checkOddKeys(behind, rv)
 	wantInstalled(t, behind)
 	c.kill(c.Nodes...)
@@ -89,7 +90,7 @@ func TestProcess_RawBytesSurvive(t *testing.T) {
 // checkOddKeys reads the odd keys from what one node has.
 func (c *liveCluster) checkOddKeys(n *proc.Node, rv uint64) {
 	c.t.Helper()
-	must(c.t, n.WaitReady(c.context()))
+	testkit.Must(c.t, n.WaitReady(c.context()))
 	l := c.client(n)
 	defer l.close()
 	if got := l.version(); got < rv {
@@ -135,7 +136,7 @@ func (c *liveCluster) fillKeyed(bytes, valueSize, keys int) {
 func wantInstalled(t *testing.T, n *proc.Node) {
 	t.Helper()
 	b, err := os.ReadFile(n.LogFile)
-	must(t, err)
+	testkit.Must(t, err)
 	if !bytes.Contains(b, []byte("installed snapshot")) {
 		t.Errorf("node %d got no snapshot; is the test too small?", n.ID)
 	}
@@ -143,19 +144,19 @@ func wantInstalled(t *testing.T, n *proc.Node) {
 
 // TestProcess_FarBehind: a node that misses a gigabyte of log gets it as a snapshot, and nobody else notices.
 func TestProcess_FarBehind(t *testing.T) {
-	c := newLiveCluster(t, proc.Options{Args: []string{"--snapshot-bytes", strconv.Itoa(sized(8<<20, 64<<20))}})
+	c := newLiveCluster(t, proc.Options{Args: []string{"--snapshot-bytes", strconv.Itoa(testkit.Sized(8<<20, 64<<20))}})
 	behind := c.others(c.leader())[0]
 	c.stop(behind)
 	start := time.Now()
-	size := sized(48<<20, 1<<30+1<<28)
-	c.fill(size, sized(64<<10, 1<<20))
+	size := testkit.Sized(48<<20, 1<<30+1<<28)
+	c.fill(size, testkit.Sized(64<<10, 1<<20))
 	t.Logf("%d MiB of log written in %v", size>>20, time.Since(start).Round(time.Second))
 	c.catchUp(behind)
 }
 
 // TestProcess_ManyKeys: a state of very many keys arrives as a snapshot, and nobody else notices.
 func TestProcess_ManyKeys(t *testing.T) {
-	if !*heavy {
+	if !*testkit.Heavy {
 		t.Skip("needs -heavy; TestProcess_FarBehind is the same with few keys")
 	}
 	const keys = 1_000_000
@@ -202,7 +203,7 @@ func TestProcess_ManyKeys(t *testing.T) {
 // TestProcess_JoinLargeState: a state of a gigabyte goes to a new member. No leader changes, clients wait little
 // longer, and neither side needs more than about twice the memory of the state.
 func TestProcess_JoinLargeState(t *testing.T) {
-	if !*heavy {
+	if !*testkit.Heavy {
 		t.Skip("needs -heavy; TestProcess_FarBehind is the same with less")
 	}
 	const state, valueSize = 1 << 30, 256 << 10
@@ -260,7 +261,7 @@ func (c *liveCluster) catchUp(n *proc.Node) {
 	leader := c.leader()
 	term := func() uint64 {
 		s, err := leader.Status(c.context())
-		must(c.t, err)
+		testkit.Must(c.t, err)
 		return s.Term
 	}
 	before := term()
@@ -274,7 +275,7 @@ func (c *liveCluster) catchUp(n *proc.Node) {
 	alone := c.history.longestSince(0)
 
 	began := c.history.now()
-	must(c.t, n.Start())
+	testkit.Must(c.t, n.Start())
 	c.eventually(func() error {
 		s, err := n.Status(c.context())
 		if err == nil && s.ResourceVersion < want {
@@ -283,7 +284,7 @@ func (c *liveCluster) catchUp(n *proc.Node) {
 		return err
 	})
 	took := c.history.now() - began
-	must(c.t, n.WaitReady(c.context()))
+	testkit.Must(c.t, n.WaitReady(c.context()))
 	c.waitForAcks(100)
 	load.stop()
 	if after := term(); after != before {

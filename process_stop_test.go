@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // stopMax is within which every node ends, whatever it does.
@@ -33,7 +34,7 @@ func TestProcess_StopDuringSnapshot(t *testing.T) {
 	}
 	list := func(pattern string) []string {
 		paths, err := filepath.Glob(filepath.Join(n.DataDir, "snap", pattern))
-		must(t, err)
+		testkit.Must(t, err)
 		return paths
 	}
 	before := len(list("*.snap.db"))
@@ -69,7 +70,7 @@ func TestProcess_FatalError(t *testing.T) {
 	n := c.Nodes[0]
 	const clients = 8
 	last := make(chan *liveReply, clients)
-	must(t, os.RemoveAll(filepath.Join(n.DataDir, "snap")))
+	testkit.Must(t, os.RemoveAll(filepath.Join(n.DataDir, "snap")))
 	var first time.Time
 	for i := range clients {
 		go func() {

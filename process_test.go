@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // These tests run real nodes and treat them badly. What they show is shown for the size that they run at; see
@@ -21,7 +22,7 @@ import (
 // TestProcess_WriteHereReadThere: a read anywhere sees every write that was acknowledged anywhere before.
 func TestProcess_WriteHereReadThere(t *testing.T) {
 	c := newLiveCluster(t, proc.Options{})
-	pairs := sized(1000, 10_000)
+	pairs := testkit.Sized(1000, 10_000)
 	start := time.Now()
 	var done atomic.Int64
 	var wg sync.WaitGroup
@@ -77,7 +78,7 @@ func TestProcess_StopAnyNode(t *testing.T) {
 // too late may find its connection closed, and then it has not happened.
 func TestProcess_StopAnswers(t *testing.T) {
 	c := newLiveCluster(t, proc.Options{})
-	for range sized(2, 20) {
+	for range testkit.Sized(2, 20) {
 		n := c.leader()
 		stopped := make(chan struct{})
 		load := c.load(8, []*proc.Node{n}, func(l *liveClient) {
@@ -109,9 +110,9 @@ func TestProcess_StopAnswers(t *testing.T) {
 // TestProcess_KillAll: all nodes die at once, under load. What was acknowledged is there afterwards.
 func TestProcess_KillAll(t *testing.T) {
 	c := newLiveCluster(t, proc.Options{Args: []string{"--snapshot-entries", "500"}})
-	for range sized(2, 10) {
+	for range testkit.Sized(2, 10) {
 		load := c.load(12, c.Nodes, putNewOrWait)
-		c.waitForAcks(sized(500, 2000))
+		c.waitForAcks(testkit.Sized(500, 2000))
 		c.kill(c.Nodes...)
 		load.stop()
 		start := time.Now()
@@ -126,7 +127,7 @@ func TestProcess_KillAll(t *testing.T) {
 func TestProcess_KillLeader(t *testing.T) {
 	c := newLiveCluster(t, proc.Options{})
 	var pauses []time.Duration
-	for range sized(3, 20) {
+	for range testkit.Sized(3, 20) {
 		n := c.leader()
 		load := c.load(4, c.others(n), func(l *liveClient) {
 			if o := l.putNew(); o.outcome != liveDone {
@@ -158,7 +159,7 @@ func reportPauses(t *testing.T, what string, pauses []time.Duration) {
 	t.Logf("%s: longest pause of a client, p50 %v, p95 %v, max %v (%d times)", what,
 		p50.Round(time.Millisecond), p95.Round(time.Millisecond), pauses[len(pauses)-1].Round(time.Millisecond), len(pauses))
 	const p50Max, p95Max = 300 * time.Millisecond, 600 * time.Millisecond
-	if (*heavy || *chaosTime > 0) && (p50 > p50Max || p95 > p95Max) {
+	if (*testkit.Heavy || *chaosTime > 0) && (p50 > p50Max || p95 > p95Max) {
 		t.Errorf("%s: pauses of p50 %v and p95 %v are longer than %v and %v; was the machine busy with something else?",
 			what, p50, p95, p50Max, p95Max)
 	}
@@ -186,7 +187,7 @@ func TestProcess_FullLoad(t *testing.T) {
 		for s := slowest.Load(); int64(r.took) > s && !slowest.CompareAndSwap(s, int64(r.took)); s = slowest.Load() {
 		}
 	})
-	time.Sleep(sized(2*time.Second, time.Minute))
+	time.Sleep(testkit.Sized(2*time.Second, time.Minute))
 	load.stop()
 	took := time.Since(start)
 	if after := c.terms(); !slices.Equal(before, after) {
@@ -206,7 +207,7 @@ func TestProcess_MajorityDown(t *testing.T) {
 			c := newLiveCluster(t, proc.Options{})
 			n := c.leader()
 			if survivor == "follower" {
-				if !*heavy {
+				if !*testkit.Heavy {
 					t.Skip("needs -heavy")
 				}
 				n = c.others(n)[0]
@@ -216,7 +217,7 @@ func TestProcess_MajorityDown(t *testing.T) {
 			idle := resourcesOf(t, n)
 
 			c.kill(c.others(n)...)
-			c.ask(n, sized(100, 1000), 400*time.Millisecond)
+			c.ask(n, testkit.Sized(100, 1000), 400*time.Millisecond)
 
 			readKept := func() error {
 				if r := l.raw(http.MethodGet, "kept", "?resourceVersion=0", ""); r.status != http.StatusOK || string(r.body) != kept.value {
@@ -224,7 +225,7 @@ func TestProcess_MajorityDown(t *testing.T) {
 				}
 				return nil
 			}
-			must(t, readKept())
+			testkit.Must(t, readKept())
 			if r := l.raw(http.MethodGet, "kept", "?timeout=300ms", ""); r.status != http.StatusServiceUnavailable {
 				t.Errorf("linearizable GET: %d %s %v", r.status, r.body, r.err)
 			}
@@ -237,7 +238,7 @@ func TestProcess_MajorityDown(t *testing.T) {
 			l.close()
 			c.eventually(func() error { return resourcesOf(t, n).compare(idle) })
 			c.kill(n)
-			must(t, n.Start())
+			testkit.Must(t, n.Start())
 			c.eventually(readKept)
 
 			c.start()
@@ -282,9 +283,9 @@ func resourcesOf(t *testing.T, n *proc.Node) resources {
 	if errors.Is(err, os.ErrNotExist) {
 		return resources{} // not Linux
 	}
-	must(t, err)
+	testkit.Must(t, err)
 	threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", n.PID()))
-	must(t, err)
+	testkit.Must(t, err)
 	return resources{threads: len(threads), files: len(files)}
 }
 

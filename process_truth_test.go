@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // This test asks whether clients are told the truth: about each attempt of a write, and by each ETag. Journals say
@@ -217,9 +218,9 @@ func (c *truths) fault() {
 	case "kill all":
 		c.kill(c.Nodes...)
 	case "pause":
-		must(c.t, n.Pause())
+		testkit.Must(c.t, n.Pause())
 		pause(900)
-		must(c.t, n.Resume())
+		testkit.Must(c.t, n.Resume())
 	case "stop":
 		c.stop(n)
 		pause(300)
@@ -237,7 +238,7 @@ func (c *truths) fault() {
 			c.disks.resize(n.ID, truthDisk)
 		}
 	}
-	must(c.t, c.Start(c.context()))
+	testkit.Must(c.t, c.Start(c.context()))
 }
 
 func (c *truths) findLeader() (*proc.Node, error) {
@@ -258,7 +259,7 @@ func (c *truths) fill(n *proc.Node) {
 		return
 	}
 	free, err := freeOnDisk(c.disks.dir(n.ID))
-	must(c.t, err)
+	testkit.Must(c.t, err)
 	c.disks.resize(n.ID, int(truthDisk-free+st.DiskReserveBytes*7/8))
 }
 
@@ -461,7 +462,7 @@ func (c *truths) readJournals() map[uint64][]string {
 	first, newest := ^uint64(0), uint64(0)
 	for _, n := range c.Nodes {
 		f, err := os.Open(c.journalOf(n))
-		must(c.t, err)
+		testkit.Must(c.t, err)
 		defer f.Close()
 		mine, last := map[uint64][]string{}, uint64(0)
 		scanner := bufio.NewScanner(f)
@@ -472,7 +473,7 @@ func (c *truths) readJournals() map[uint64][]string {
 				RV      uint64
 				Gap     *struct{ From, To uint64 }
 			}
-			must(c.t, json.Unmarshal(scanner.Bytes(), &line))
+			testkit.Must(c.t, json.Unmarshal(scanner.Bytes(), &line))
 			switch {
 			case line.Journal != 0:
 			case line.Gap != nil:
@@ -489,7 +490,7 @@ func (c *truths) readJournals() map[uint64][]string {
 				first = min(first, last)
 			}
 		}
-		must(c.t, scanner.Err())
+		testkit.Must(c.t, scanner.Err())
 		newest = max(newest, last)
 		for rv, lines := range mine {
 			if known, ok := versions[rv]; ok && !slices.Equal(known, lines) {
@@ -510,8 +511,8 @@ func (c *truths) restore() {
 	var urls []string
 	for _, n := range c.Nodes {
 		urls = append(urls, n.RaftURL())
-		must(c.t, os.RemoveAll(c.dirOf(n)))
-		must(c.t, os.Remove(c.journalOf(n)))
+		testkit.Must(c.t, os.RemoveAll(c.dirOf(n)))
+		testkit.Must(c.t, os.Remove(c.journalOf(n)))
 	}
 	c.epoch++
 	for _, n := range c.Nodes {
@@ -521,6 +522,6 @@ func (c *truths) restore() {
 		}
 		c.command("snapshot", "restore", c.backup, "--id", fmt.Sprint(n.ID), "--cluster", strings.Join(urls, ","), "--data-dir", c.dirOf(n))
 	}
-	must(c.t, os.Remove(c.backup))
+	testkit.Must(c.t, os.Remove(c.backup))
 	c.start()
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 
 	"go.etcd.io/etcd/server/v3/storage/wal"
 	"go.etcd.io/raft/v3/raftpb"
@@ -20,23 +21,23 @@ func spoil(t *testing.T, n *proc.Node, committed bool, commands []byte) uint64 {
 	t.Helper()
 	dir := filepath.Join(n.DataDir, "wal")
 	snapshots, err := wal.ValidSnapshotEntries(zap.NewNop(), dir)
-	must(t, err)
+	testkit.Must(t, err)
 	w, err := wal.Open(zap.NewNop(), dir, snapshots[len(snapshots)-1])
-	must(t, err)
+	testkit.Must(t, err)
 	_, hs, entries, err := w.ReadAll()
-	must(t, err)
+	testkit.Must(t, err)
 	last := entries[len(entries)-1].GetIndex()
 	if committed {
 		hs.Commit = new(last + 1)
 	}
-	must(t, errors.Join(w.Save(hs, []*raftpb.Entry{entryOf(last+1, hs.GetTerm(), commands)}), w.Close()))
+	testkit.Must(t, errors.Join(w.Save(hs, []*raftpb.Entry{entryOf(last+1, hs.GetTerm(), commands)}), w.Close()))
 	return last + 1
 }
 
 // wantStopped starts a node whose log has an entry that nobody can apply.
 func (c *liveCluster) wantStopped(n *proc.Node, entry uint64) {
 	c.t.Helper()
-	must(c.t, n.Start())
+	testkit.Must(c.t, n.Start())
 	var exit *exec.ExitError
 	if err := n.Wait(c.context()); !errors.As(err, &exit) || exit.ExitCode() != 1 {
 		c.t.Errorf("node %d ended with %v, want status 1\n%s", n.ID, err, n.LogTail())
@@ -68,8 +69,8 @@ func TestProcess_Unreadable(t *testing.T) {
 
 			// Only one node has it, and nobody can tell whether it is committed: the others go on.
 			c.wantStopped(three, spoil(t, three, false, []byte(commands)))
-			must(t, errors.Join(one.Start(), two.Start()))
-			must(t, errors.Join(one.WaitReady(c.context()), two.WaitReady(c.context())))
+			testkit.Must(t, errors.Join(one.Start(), two.Start()))
+			testkit.Must(t, errors.Join(one.WaitReady(c.context()), two.WaitReady(c.context())))
 			c.write(two, "without", "it")
 			c.wantValue(one, "without", "it")
 			c.kill(one, two)
@@ -83,8 +84,8 @@ func TestProcess_Unreadable(t *testing.T) {
 				t.Errorf("recover says:\n%s", out)
 			}
 			two.DataDir += "-recovered"
-			must(t, two.Start())
-			must(t, two.WaitReady(c.context()))
+			testkit.Must(t, two.Start())
+			testkit.Must(t, two.WaitReady(c.context()))
 			c.wantValue(two, "k", "v")
 			c.wantValue(two, "without", "it")
 			c.write(two, "after", "it")

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // lastRevisions has the last revision of each level but the newest. What it wrote
@@ -38,7 +39,7 @@ func buildOldBinary(t testing.TB, level int) string {
 	b.once.Do(func() {
 		revision := lastRevisions[level]
 		dir := filepath.Join(filepath.Dir(current), revision)
-		must(t, os.Mkdir(dir, 0o700))
+		testkit.Must(t, os.Mkdir(dir, 0o700))
 		archive, err := exec.Command("git", "archive", revision).Output()
 		if err != nil {
 			b.reason = "the history does not have revision " + revision
@@ -108,9 +109,9 @@ func (m *mixedCluster) levelAt(n *proc.Node) int {
 	l := m.client(n)
 	defer l.close()
 	r := l.do(http.MethodGet, n.URL()+"/-/v1/status", "")
-	must(m.t, r.err)
+	testkit.Must(m.t, r.err)
 	var st nodeStatus
-	must(m.t, json.Unmarshal(r.body, &st))
+	testkit.Must(m.t, json.Unmarshal(r.body, &st))
 	if st.Divergence != sound.String() {
 		m.t.Errorf("node %d is %s", n.ID, st.Divergence)
 	}
@@ -179,7 +180,7 @@ func (m *mixedCluster) probeNode(n, next *proc.Node, k string) (err error) {
 // snapshotTo lets a node fall so far behind that the leader must send a snapshot.
 func (m *mixedCluster) snapshotTo(behind, leader *proc.Node) {
 	m.t.Helper()
-	must(m.t, os.Truncate(behind.LogFile, 0)) // it is looked at for what comes now
+	testkit.Must(m.t, os.Truncate(behind.LogFile, 0)) // it is looked at for what comes now
 	m.stop(behind)
 	l := m.client(leader)
 	defer l.close()
@@ -212,7 +213,7 @@ func (m *mixedCluster) metric(l *liveClient, names ...string) (values []float64)
 	if r.err != nil || r.status != http.StatusOK {
 		m.t.Fatalf("metrics: %d %v", r.status, r.err)
 	}
-	samples := parseSamples(m.t, string(r.body))
+	samples := testkit.ParseSamples(m.t, string(r.body))
 	for _, name := range names {
 		v, ok := samples["raftrv_"+name]
 		if !ok {
@@ -227,7 +228,7 @@ func (m *mixedCluster) metric(l *liveClient, names ...string) (values []float64)
 func (m *mixedCluster) wantNotOffered() {
 	m.t.Helper()
 	n, err := m.Add()
-	must(m.t, err)
+	testkit.Must(m.t, err)
 	m.old[n.ID] = true
 	leader := m.leader()
 	l := m.client(leader)
@@ -236,17 +237,17 @@ func (m *mixedCluster) wantNotOffered() {
 	if r := l.do(http.MethodPost, path, fmt.Sprintf(`{"peerURL":%q}`, n.RaftURL())); r.status != http.StatusNoContent {
 		m.t.Fatalf("add: %d %s %v", r.status, r.body, r.err)
 	}
-	must(m.t, n.Start())
+	testkit.Must(m.t, n.Start())
 	m.eventually(func() error {
 		b, err := os.ReadFile(leader.LogFile)
-		must(m.t, err)
+		testkit.Must(m.t, err)
 		if !bytes.Contains(b, []byte("this program knows")) || !bytes.Contains(b, []byte("use the version that wrote it")) {
 			return fmt.Errorf("the leader does not say that node %d is too old:\n%s", n.ID, leader.LogTail())
 		}
 		return nil
 	})
 	m.disturb(n)
-	must(m.t, n.Kill())
+	testkit.Must(m.t, n.Kill())
 	if r := l.do(http.MethodDelete, path, ""); r.status != http.StatusNoContent {
 		m.t.Fatalf("remove: %d %s %v", r.status, r.body, r.err)
 	}
@@ -273,16 +274,16 @@ func (m *mixedCluster) judge() {
 // wantRefusedStart starts a node that is too old and wants it to say so, in one of some ways.
 func (m *mixedCluster) wantRefusedStart(n *proc.Node, texts ...string) {
 	m.t.Helper()
-	must(m.t, n.Start())
+	testkit.Must(m.t, n.Start())
 	ctx, cancel := context.WithTimeout(context.Background(), liveTimeout)
 	defer cancel()
 	err := n.Wait(ctx)
-	log := readFile(m.t, n.LogFile)
+	log := testkit.ReadFile(m.t, n.LogFile)
 	says := func(text string) bool { return strings.Contains(log, text) }
 	if err == nil || ctx.Err() != nil || !slices.ContainsFunc(texts, says) {
 		m.t.Errorf("node %d, which is too old, ends with %v and says %s", n.ID, err, n.LogTail())
 	}
-	must(m.t, errors.Join(n.Kill(), os.Truncate(n.LogFile, 0)))
+	testkit.Must(m.t, errors.Join(n.Kill(), os.Truncate(n.LogFile, 0)))
 }
 
 // TestProcess_Upgrade goes from the last program of each level to this one,
@@ -315,16 +316,16 @@ func upgradeFrom(t *testing.T, old int) {
 		}
 		t.Logf("%s: %v", step, time.Since(start).Round(10*time.Millisecond))
 	}
-	load("all old", *heavy, func() {})
+	load("all old", *testkit.Heavy, func() {})
 	for i, n := range m.Nodes {
-		load(fmt.Sprintf("node %d becomes new", n.ID), i == 0 || *heavy, func() {
+		load(fmt.Sprintf("node %d becomes new", n.ID), i == 0 || *testkit.Heavy, func() {
 			m.become(n, false, true)
-			if i == 0 || *heavy {
+			if i == 0 || *testkit.Heavy {
 				m.kill(n)
 				m.start()
 			}
 		})
-		if i == 0 && *heavy {
+		if i == 0 && *testkit.Heavy {
 			old := m.Nodes[1]
 			m.snapshotTo(old, n) // from new to old, and the other way
 			m.snapshotTo(n, old)
@@ -339,8 +340,8 @@ func upgradeFrom(t *testing.T, old int) {
 		}
 	}
 	n := m.leader()
-	load("all new, and one old again", *heavy, func() { m.become(n, true, false) })
-	load("all new", *heavy, func() {
+	load("all new, and one old again", *testkit.Heavy, func() { m.become(n, true, false) })
+	load("all new", *testkit.Heavy, func() {
 		for _, n := range m.Nodes {
 			m.become(n, false, false)
 		}
@@ -359,7 +360,7 @@ func upgradeFrom(t *testing.T, old int) {
 	})
 	start := time.Now()
 	n = m.others(m.leader())[0]
-	if *heavy {
+	if *testkit.Heavy {
 		m.snapshotTo(n, m.leader())
 		m.wantNotOffered()
 	}

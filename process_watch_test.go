@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // These tests watch real nodes: many watchers, bad ones, and nodes that come and go.
@@ -114,9 +115,9 @@ func (c *watchCrowd) round(tb testing.TB, n *proc.Node, key, value string) time.
 	c.want.Store(c.told.Load() + int64(len(c.conns)))
 	start := time.Now()
 	req, err := http.NewRequest(http.MethodPut, keyURL(n, key), strings.NewReader(value))
-	must(tb, err)
+	testkit.Must(tb, err)
 	res, err := http.DefaultClient.Do(req)
-	must(tb, err)
+	testkit.Must(tb, err)
 	res.Body.Close()
 	if res.StatusCode >= 300 {
 		tb.Fatalf("PUT: %s", res.Status)
@@ -134,7 +135,7 @@ func (c *watchCrowd) round(tb testing.TB, n *proc.Node, key, value string) time.
 func raiseFileLimit(tb testing.TB, n int) {
 	tb.Helper()
 	var limit syscall.Rlimit
-	must(tb, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
+	testkit.Must(tb, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
 	if limit.Cur >= uint64(n) {
 		return
 	}
@@ -176,7 +177,7 @@ var oneAddressArgs = []string{"--max-connections-per-address", "16384"}
 
 // TestProcess_WatchFanout: one write reaches all watchers of its prefix in time, and those that wait cost little.
 func TestProcess_WatchFanout(t *testing.T) {
-	size := sized(1000, 10_000)
+	size := testkit.Sized(1000, 10_000)
 	c := newLiveCluster(t, proc.Options{Nodes: 1, Args: oneAddressArgs})
 	var took []time.Duration
 	cost := fanout(t, c.Cluster, size, func(crowd *watchCrowd, n *proc.Node) {
@@ -188,7 +189,7 @@ func TestProcess_WatchFanout(t *testing.T) {
 	worst := took[len(took)-1]
 	t.Logf("%d watchers: one write reaches all of them in %v (median of %d, worst %v); idle they cost %.1f KiB each",
 		size, took[len(took)/2].Round(time.Millisecond), len(took), worst.Round(time.Millisecond), float64(cost)/1024)
-	if !*heavy {
+	if !*testkit.Heavy {
 		return // too small to judge
 	}
 	if worst > time.Second {
@@ -205,11 +206,11 @@ func BenchmarkWatchFanout(b *testing.B) {
 	for _, size := range []int{100, 1000, 10_000} {
 		b.Run(fmt.Sprintf("watchers=%d", size), func(b *testing.B) {
 			c, err := proc.NewCluster(proc.Options{Binary: buildLiveBinary(b), Nodes: 1, Dir: b.TempDir(), Args: oneAddressArgs})
-			must(b, err)
-			b.Cleanup(func() { must(b, c.Stop()) })
+			testkit.Must(b, err)
+			b.Cleanup(func() { testkit.Must(b, c.Stop()) })
 			ctx, cancel := context.WithTimeout(b.Context(), liveTimeout)
 			defer cancel()
-			must(b, c.Start(ctx))
+			testkit.Must(b, c.Start(ctx))
 			cost := fanout(b, c, size, func(crowd *watchCrowd, n *proc.Node) {
 				i, worst := 0, time.Duration(0)
 				for b.Loop() {
@@ -227,7 +228,7 @@ func BenchmarkWatchFanout(b *testing.B) {
 // nobody.
 func TestProcess_WatchNeverRead(t *testing.T) {
 	const valueSize = 4 << 10
-	window := sized(2<<20, 64<<20)
+	window := testkit.Sized(2<<20, 64<<20)
 	c := newLiveCluster(t, proc.Options{Nodes: 1, Args: []string{"--watch-bytes", strconv.Itoa(window)}})
 	n := c.Nodes[0]
 	p := &pacedWrites{c: c, n: n, events: window / valueSize, valueSize: valueSize}
@@ -235,21 +236,21 @@ func TestProcess_WatchNeverRead(t *testing.T) {
 	p.run(t)
 	p.run(t)
 	alone, before := p.run(t)
-	for _, size := range []int{1, sized(10, 1000)} {
+	for _, size := range []int{1, testkit.Sized(10, 1000)} {
 		var never []net.Conn
 		for range size {
 			conn, err := dialWatch(n, "prefix=key/")
-			must(t, err)
+			testkit.Must(t, err)
 			never = append(never, conn)
 		}
 		delay, most := p.run(t)
 		for _, conn := range never {
-			must(t, conn.Close())
+			testkit.Must(t, conn.Close())
 		}
 		growth, bound := most-before, 16<<20+size*(4*watchPartSize)
 		t.Logf("%d watchers never read beside %d MiB of events: memory grows by %d KiB from %d MiB (bound %d KiB), 10 others are told %v after the answer (p99; %v without them)",
 			size, window>>20, growth>>10, before>>20, bound>>10, delay.Round(time.Microsecond), alone.Round(time.Microsecond))
-		if *heavy && growth > bound {
+		if *testkit.Heavy && growth > bound {
 			t.Errorf("memory grows by %d bytes", growth)
 		}
 		// A thousand at once take gigabytes of events into the kernel's buffers before they stand still, and a
@@ -258,7 +259,7 @@ func TestProcess_WatchNeverRead(t *testing.T) {
 		if size > 1 {
 			most99 = 500 * time.Millisecond
 		}
-		if *heavy && delay > most99 {
+		if *testkit.Heavy && delay > most99 {
 			t.Errorf("p99 is %v, want at most %v", delay, most99)
 		}
 	}
@@ -281,11 +282,11 @@ func (p *pacedWrites) run(t *testing.T) (delay time.Duration, most int) {
 	for i := range told {
 		told[i] = make([]time.Time, p.events)
 		conn, err := dialWatch(p.n, "prefix=key/")
-		must(t, err)
+		testkit.Must(t, err)
 		r := bufio.NewReaderSize(conn, 2*p.valueSize)
 		for { // to the first message, which says where it starts
 			line, err := r.ReadSlice('\n')
-			must(t, err)
+			testkit.Must(t, err)
 			if bytes.HasPrefix(line, []byte("{")) {
 				break
 			}
@@ -473,19 +474,19 @@ func TestProcess_WatchCurl(t *testing.T) {
 	n, l := c.Nodes[0], c.client(c.Nodes[1])
 	v := newWatchValidator("curl", "", true, false, 0)
 	lastID := "0"
-	for round := range sized(3, 10) {
+	for round := range testkit.Sized(3, 10) {
 		for i := range 10 {
 			l.mustPut(fmt.Sprint("k", i%3), c.newValue(8))
 		}
 		cmd := exec.Command(curl, "-sN", "-H", "Accept: text/event-stream", "-H", "Last-Event-ID: "+lastID, n.URL()+"/-/v1/watch")
 		out, err := cmd.StdoutPipe()
-		must(t, err)
-		must(t, cmd.Start())
+		testkit.Must(t, err)
+		testkit.Must(t, cmd.Start())
 		w := &liveWatch{events: true, body: bufio.NewReader(out)}
 		final := l.mustPut("last", c.newValue(8)).rv
 		for v.done < final {
 			m, err := w.next()
-			must(t, err)
+			testkit.Must(t, err)
 			v.observe(m)
 		}
 		lastID = w.lastID
@@ -517,7 +518,7 @@ func TestProcess_WatchCurl(t *testing.T) {
 // TestProcess_Watch: whatever happens to the nodes, every watch is told of every event once, in order, and never
 // of half a version. The journals of the nodes say the same.
 func TestProcess_Watch(t *testing.T) {
-	watchers, faults, wantTold := sized(30, 100), sized(4, 30), int64(sized(20_000, 1_000_000))
+	watchers, faults, wantTold := testkit.Sized(30, 100), testkit.Sized(4, 30), int64(testkit.Sized(20_000, 1_000_000))
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	c := newIdleLiveCluster(t, proc.Options{
@@ -553,9 +554,9 @@ func TestProcess_Watch(t *testing.T) {
 			c.kill(n)
 		}
 		restarts++
-		time.Sleep(time.Duration(random.IntN(sized(200, 1000))) * time.Millisecond)
+		time.Sleep(time.Duration(random.IntN(testkit.Sized(200, 1000))) * time.Millisecond)
 		c.start()
-		time.Sleep(time.Duration(200+random.IntN(sized(300, 1500))) * time.Millisecond)
+		time.Sleep(time.Duration(200+random.IntN(testkit.Sized(300, 1500))) * time.Millisecond)
 	}
 	s.stopWriting.Store(true)
 	s.writers.Wait()
@@ -713,7 +714,7 @@ func (s *watchScenario) follow(w *liveWatch, v *watchValidator, random *rand.Ran
 			return nil
 		}
 		if random.IntN(20_000) == 0 {
-			time.Sleep(time.Duration(random.IntN(sized(1500, 8000))) * time.Millisecond)
+			time.Sleep(time.Duration(random.IntN(testkit.Sized(1500, 8000))) * time.Millisecond)
 		}
 	}
 	s.ended("left")
@@ -791,7 +792,7 @@ func (s *watchScenario) list(rv uint64) (items map[string]watchMessage, version 
 	if r.err != nil || r.status != http.StatusOK {
 		s.t.Fatalf("list: %d %s %v", r.status, r.body, r.err)
 	}
-	must(s.t, json.Unmarshal(r.body, &body))
+	testkit.Must(s.t, json.Unmarshal(r.body, &body))
 	items = map[string]watchMessage{}
 	for _, it := range body.Items {
 		items[it.Key] = watchMessage{key: it.Key, value: it.Value, rv: it.ResourceVersion}
@@ -805,12 +806,12 @@ func (s *watchScenario) readJournals(final uint64) *watchHistory {
 	versions := make([][]string, final+1)
 	for _, n := range s.c.Nodes {
 		f, err := os.Open(journalOf(n))
-		must(s.t, err)
+		testkit.Must(s.t, err)
 		defer f.Close()
 		gaps, last, part := 0, uint64(0), []string(nil)
 		for scanner := bufio.NewScanner(f); ; {
 			if !scanner.Scan() {
-				must(s.t, scanner.Err())
+				testkit.Must(s.t, scanner.Err())
 				break
 			}
 			var line struct {
@@ -819,7 +820,7 @@ func (s *watchScenario) readJournals(final uint64) *watchHistory {
 				More    bool
 				Gap     *struct{ From, To uint64 }
 			}
-			must(s.t, json.Unmarshal(scanner.Bytes(), &line))
+			testkit.Must(s.t, json.Unmarshal(scanner.Bytes(), &line))
 			if line.Journal != 0 && last == 0 {
 				continue // the first line
 			}
@@ -863,7 +864,7 @@ func (s *watchScenario) readJournals(final uint64) *watchHistory {
 				Reason  string
 				More    bool
 			}
-			must(s.t, json.Unmarshal([]byte(text), &line))
+			testkit.Must(s.t, json.Unmarshal([]byte(text), &line))
 			m := watchMessage{kind: "ADDED", rv: uint64(rv + 1), key: line.Key, value: line.ObjText, more: line.More, expired: line.Reason == "expired"}
 			old, exists := state[m.key]
 			if exists {

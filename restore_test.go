@@ -7,6 +7,8 @@ import (
 
 	"go.uber.org/zap"
 	"pgregory.net/rapid"
+
+	"raftrv/internal/testkit"
 )
 
 // TestRestore_VersionsAbove: a person may know better how high the versions are.
@@ -16,7 +18,7 @@ func TestRestore_VersionsAbove(t *testing.T) {
 		dir := filepath.Join(t.TempDir(), "data")
 		cfg := configOf(t, "--id", "1", "--cluster", restoreMembers, "--data-dir", dir)
 		b, err := readBackup(path)
-		must(t, err)
+		testkit.Must(t, err)
 		before := b.state.rv
 		if err := restoreBackup(cfg, b, above, zap.NewNop()); (err != nil) != (above > versionsAboveMax) {
 			t.Errorf("above %d: %v", above, err)

@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"os"
 	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 	"runtime"
 	"strconv"
 	"strings"
@@ -21,7 +22,7 @@ import (
 // that fail for want of a majority leave none behind, and neither does a node that has stopped.
 func TestServe_LeavesNoGoroutines(t *testing.T) {
 	ports, err := proc.NewCluster(proc.Options{Binary: os.Args[0], Dir: t.TempDir()}) // only its ports
-	must(t, err)
+	testkit.Must(t, err)
 	t.Cleanup(func() { _ = ports.Stop() }) // nothing was started
 	var urls []string
 	for _, n := range ports.Nodes {
@@ -53,7 +54,7 @@ func TestServe_LeavesNoGoroutines(t *testing.T) {
 	put := func(timeout time.Duration) int {
 		req, err := http.NewRequestWithContext(t.Context(), http.MethodPut,
 			fmt.Sprintf("%s/k?timeout=%s", ports.Nodes[2].URL(), timeout), strings.NewReader("v"))
-		must(t, err)
+		testkit.Must(t, err)
 		res, err := client.Do(req)
 		if err != nil {
 			return 0
@@ -61,7 +62,7 @@ func TestServe_LeavesNoGoroutines(t *testing.T) {
 		_ = res.Body.Close() // only the status matters
 		return res.StatusCode
 	}
-	waitUntil(t, func() error {
+	testkit.WaitUntil(t, func() error {
 		if code := put(time.Second); code/100 != 2 {
 			return fmt.Errorf("PUT: %d", code)
 		}
@@ -91,7 +92,7 @@ func TestServe_LeavesNoGoroutines(t *testing.T) {
 		t.Errorf("%d times 503 and %d times 504, want 1000 together", refused, open)
 	}
 	const slack = 10 // connections to nodes that are down come and go
-	waitUntil(t, goroutines(idle+slack))
+	testkit.WaitUntil(t, goroutines(idle+slack))
 	stop(nodes[2])
-	waitUntil(t, goroutines(before+slack/2))
+	testkit.WaitUntil(t, goroutines(before+slack/2))
 }

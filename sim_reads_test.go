@@ -8,6 +8,8 @@ import (
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
+
+	"raftrv/internal/testkit"
 )
 
 // Directed scenarios about linearizable reads where raft by itself would answer
@@ -60,12 +62,12 @@ func TestRead_OneVoterJustElected(t *testing.T) {
 	n.crash(tailKept)
 	n.start()
 	r := n.process.replica
-	must(t, r.process()) // what is committed
-	must(t, r.raw.Campaign())
+	testkit.Must(t, r.process()) // what is committed
+	testkit.Must(t, r.raw.Campaign())
 	for range 2 { // its votes for itself
 		rd := r.raw.Ready()
-		must(t, r.persist(rd))
-		must(t, r.apply(rd.CommittedEntries))
+		testkit.Must(t, r.persist(rd))
+		testkit.Must(t, r.apply(rd.CommittedEntries))
 		r.raw.Advance(rd)
 	}
 	st := r.raw.BasicStatus()

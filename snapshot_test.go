@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+
+	"raftrv/internal/testkit"
 )
 
 // smallState has something of everything.
@@ -108,7 +110,7 @@ func FuzzSnapshotRead(f *testing.F) {
 	}
 	for _, st := range states {
 		payload, err := io.ReadAll(&frameReader{r: bytes.NewReader(stateBytes(f, st))})
-		must(f, err)
+		testkit.Must(f, err)
 		f.Add(payload)
 	}
 	f.Fuzz(func(t *testing.T, payload []byte) {

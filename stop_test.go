@@ -14,6 +14,8 @@ import (
 
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
+
+	"raftrv/internal/testkit"
 )
 
 // sentMessages is a transport that keeps what it is given.
@@ -29,20 +31,20 @@ func newTestLoop(t *testing.T) (*loop, *replica, *storage, *sentMessages) {
 	smallSegments(t)
 	dir := t.TempDir()
 	disk, err := openStorage(dir, zap.NewNop())
-	must(t, err)
-	t.Cleanup(func() { must(t, disk.close()) })
+	testkit.Must(t, err)
+	t.Cleanup(func() { testkit.Must(t, disk.close()) })
 	rec, err := disk.create(identity{Member: 1, Cluster: 7})
-	must(t, err)
+	testkit.Must(t, err)
 	for id, url := range map[uint64]string{1: "http://a", 2: "http://b", 3: "http://c"} {
 		rec.state.members[id] = member{ID: id, PeerURL: url}
 	}
 	rec.state.index, rec.state.term = firstIndex, firstTerm
-	must(t, disk.bootstrap(rec, rec.state))
+	testkit.Must(t, disk.bootstrap(rec, rec.state))
 	l, n := newLoop(10*time.Millisecond, func() {}, zap.NewNop()), &sentMessages{}
 	l.interrupt = disk.interrupt
 	r, err := newReplica(replicaConfig{id: 1, session: 7, electionTicks: 20, heartbeatTicks: 2, snapshotEntries: 1000, snapshotBytes: 1 << 30,
 		catchUpEntries: 100, log: rec.log, store: &kvstore{state: rec.state}, confState: rec.confState, disk: disk, transport: n, driver: l, logger: zap.NewNop()})
-	must(t, err)
+	testkit.Must(t, err)
 	return l, r, disk, n
 }
 
@@ -104,7 +106,7 @@ func TestLoop_InterruptsSnapshot(t *testing.T) {
 		}
 		cancel()
 	}()
-	must(t, l.run(ctx, r, admitted))
+	testkit.Must(t, l.run(ctx, r, admitted))
 	if err := <-result; !errors.Is(err, errInterrupted) {
 		t.Errorf("the snapshot was written to its end: %v", err)
 	}
@@ -119,7 +121,7 @@ func TestLoop_InterruptsSnapshot(t *testing.T) {
 func temporaryFiles(t *testing.T, s *storage) []string {
 	t.Helper()
 	paths, err := filepath.Glob(filepath.Join(s.path(snapDir), tempPrefix+"*"))
-	must(t, err)
+	testkit.Must(t, err)
 	return paths
 }
 
@@ -142,9 +144,9 @@ func snapshotMeta(index uint64) *raftpb.Snapshot {
 func TestStorage_Interrupt(t *testing.T) {
 	smallSegments(t)
 	s, _ := newDisk(t, t.TempDir())
-	defer func() { must(t, s.close()) }()
+	defer func() { testkit.Must(t, s.close()) }()
 	st := largeState(1 << 20)
-	must(t, s.writeSnapshot(snapshotMeta(5), &st))
+	testkit.Must(t, s.writeSnapshot(snapshotMeta(5), &st))
 	s.interrupt()
 	s.interrupt() // again is all right
 	if _, err := s.readBody(5, 1); !errors.Is(err, errInterrupted) {
@@ -166,7 +168,7 @@ func TestStorage_Interrupt(t *testing.T) {
 func TestStorage_RoomWhileItGrows(t *testing.T) {
 	smallSegments(t)
 	s, _ := newDisk(t, t.TempDir())
-	defer func() { must(t, s.close()) }()
+	defer func() { testkit.Must(t, s.close()) }()
 	looks, reserve := 0, floorSegments*segmentBytes()
 	s.free = func() (uint64, error) {
 		if looks++; looks > 2 {
@@ -196,12 +198,12 @@ func TestLoop_Unadmitted(t *testing.T) {
 		l, r, _, n := newTestLoop(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		err := l.run(ctx, r, func(ctx context.Context) error {
-			must(t, l.deliver(message{Message: &raftpb.Message{Type: raftpb.MsgVote.Enum(), From: new(uint64(2)), To: new(uint64(1)),
+			testkit.Must(t, l.deliver(message{Message: &raftpb.Message{Type: raftpb.MsgVote.Enum(), From: new(uint64(2)), To: new(uint64(1)),
 				Term: new(uint64(5)), LogTerm: new(uint64(1)), Index: new(uint64(1))}}))
 			cancel()
 			return nil
 		})
-		must(t, err)
+		testkit.Must(t, err)
 		if len(n.sent) > 0 {
 			t.Fatalf("sent %v", n.sent)
 		}
@@ -259,7 +261,7 @@ func TestBoundEnd(t *testing.T) {
 				cancel()
 				time.Sleep(time.Second) // for what comes before
 			}
-			must(t, end())
+			testkit.Must(t, end())
 			if took := time.Since(began); took != stopTimeout {
 				t.Errorf("signal: %v; it took %v", signal, took)
 			}

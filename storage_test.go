@@ -13,6 +13,8 @@ import (
 	"go.etcd.io/etcd/server/v3/storage/wal"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
+
+	"raftrv/internal/testkit"
 )
 
 // smallSegments makes the log cut segments often, and writes less to create one.
@@ -27,17 +29,17 @@ func smallSegments(t *testing.T) {
 func newDisk(t *testing.T, dir string) (*storage, *recovered) {
 	t.Helper()
 	s, err := openStorage(dir, zap.NewNop())
-	must(t, err)
+	testkit.Must(t, err)
 	r, err := s.load()
-	must(t, err)
+	testkit.Must(t, err)
 	if r == nil {
 		r, err = s.create(identity{Member: 1, Cluster: 7})
-		must(t, err)
+		testkit.Must(t, err)
 	}
 	if r.empty() {
 		r.state.members[1] = member{ID: 1, PeerURL: "http://127.0.0.1:1"}
 		r.state.index, r.state.term = 1, 1
-		must(t, s.bootstrap(r, r.state))
+		testkit.Must(t, s.bootstrap(r, r.state))
 	}
 	return s, r
 }
@@ -53,15 +55,15 @@ func putEntry(index, term uint64, key, value string) *raftpb.Entry {
 func applyEntry(t *testing.T, st *kvstore, e *raftpb.Entry) {
 	t.Helper()
 	h, commands, err := decodeBatch(e.GetData())
-	must(t, err)
+	testkit.Must(t, err)
 	_, err = st.apply(e.GetIndex(), e.GetTerm(), h, commands, nil)
-	must(t, err)
+	testkit.Must(t, err)
 }
 
 func encodeState(t *testing.T, st *state) []byte {
 	t.Helper()
 	var buf bytes.Buffer
-	must(t, st.writeTo(&buf))
+	testkit.Must(t, st.writeTo(&buf))
 	return buf.Bytes()
 }
 
@@ -70,8 +72,8 @@ func TestStorage_KeepsLogAndIdentity(t *testing.T) {
 	dir := t.TempDir()
 	s, _ := newDisk(t, dir)
 	entry := putEntry(2, 1, "k", "v")
-	must(t, s.save(&raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(1)), Commit: new(uint64(2))}, []*raftpb.Entry{entry}))
-	must(t, s.close())
+	testkit.Must(t, s.save(&raftpb.HardState{Term: new(uint64(1)), Vote: new(uint64(1)), Commit: new(uint64(2))}, []*raftpb.Entry{entry}))
+	testkit.Must(t, s.close())
 
 	s, r := newDisk(t, dir)
 	defer s.close()
@@ -79,12 +81,12 @@ func TestStorage_KeepsLogAndIdentity(t *testing.T) {
 		t.Errorf("identity is %+v", r.identity)
 	}
 	hs, _, err := r.log.InitialState()
-	must(t, err)
+	testkit.Must(t, err)
 	if hs.GetVote() != 1 || hs.GetCommit() != 2 {
 		t.Errorf("hard state is %v", hs)
 	}
 	ents, err := r.log.Entries(2, 3, noLimit)
-	must(t, err)
+	testkit.Must(t, err)
 	if len(ents) != 1 || !bytes.Equal(ents[0].GetData(), entry.GetData()) {
 		t.Errorf("entries are %v", ents)
 	}
@@ -98,7 +100,7 @@ func TestStorage_IsLockedAndPrivate(t *testing.T) {
 	if _, err := openStorage(dir, zap.NewNop()); err == nil || !strings.Contains(err.Error(), "in use by another process") {
 		t.Errorf("opened a directory that is in use: %v", err)
 	}
-	must(t, filepath.Walk(dir, func(path string, info os.FileInfo, err error) error {
+	testkit.Must(t, filepath.Walk(dir, func(path string, info os.FileInfo, err error) error {
 		if err == nil && info.Mode().Perm()&0o077 != 0 {
 			t.Errorf("%s has mode %v: others can look into it", path, info.Mode())
 		}
@@ -112,13 +114,13 @@ func TestStorage_FirstStartIsAtomic(t *testing.T) {
 	smallSegments(t)
 	dir := t.TempDir()
 	s, err := openStorage(dir, zap.NewNop())
-	must(t, err)
+	testkit.Must(t, err)
 	_, err = s.create(identity{Member: 1, Cluster: 7})
-	must(t, err)
-	must(t, s.close()) // died before bootstrap
+	testkit.Must(t, err)
+	testkit.Must(t, s.close()) // died before bootstrap
 
 	s, r := newDisk(t, dir)
-	must(t, s.close())
+	testkit.Must(t, s.close())
 	if r.state.index != 1 || len(r.confState.GetVoters()) != 1 {
 		t.Errorf("second start came to index %d, configuration %v", r.state.index, r.confState)
 	}
@@ -129,15 +131,15 @@ func snapshotAt(t *testing.T, s *storage, st *kvstore, index uint64) *raftpb.Sna
 	t.Helper()
 	for i := st.applied() + 1; i <= index; i++ {
 		e := putEntry(i, 1, fmt.Sprintf("key-%d", i), strings.Repeat("v", 500))
-		must(t, s.save(&raftpb.HardState{Term: new(uint64(1)), Commit: new(i)}, []*raftpb.Entry{e}))
+		testkit.Must(t, s.save(&raftpb.HardState{Term: new(uint64(1)), Commit: new(i)}, []*raftpb.Entry{e}))
 		applyEntry(t, st, e)
 	}
 	view := st.snapshot()
 	snap := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{
 		Index: new(view.index), Term: new(view.term), ConfState: &raftpb.ConfState{Voters: []uint64{1}},
 	}}
-	must(t, s.writeSnapshot(snap, &view))
-	must(t, s.commitSnapshot(snap))
+	testkit.Must(t, s.writeSnapshot(snap, &view))
+	testkit.Must(t, s.commitSnapshot(snap))
 	return snap
 }
 
@@ -148,10 +150,10 @@ func TestStorage_PurgeKeepsTwoSnapshotsAndTheLogForBoth(t *testing.T) {
 	st := &kvstore{state: r.state}
 	for _, index := range []uint64{300, 600, 900} {
 		snapshotAt(t, s, st, index)
-		must(t, s.purge())
+		testkit.Must(t, s.purge())
 	}
 	want := encodeState(t, &st.state)
-	must(t, s.close())
+	testkit.Must(t, s.close())
 
 	if bodies, _ := filepath.Glob(filepath.Join(dir, snapDir, "*"+bodySuffix)); len(bodies) != 2 {
 		t.Errorf("snapshots on disk: %v", bodies)
@@ -164,13 +166,13 @@ func TestStorage_PurgeKeepsTwoSnapshotsAndTheLogForBoth(t *testing.T) {
 	if got := encodeState(t, &r.state); !bytes.Equal(got, want) {
 		t.Error("the newest snapshot is not the state that was saved")
 	}
-	must(t, s.close())
+	testkit.Must(t, s.close())
 
 	// The newest one is damaged: the older one and the log lead to the same state.
 	damaged := filepath.Join(dir, snapDir, fmt.Sprintf("%016x%s", 900, bodySuffix))
-	b := []byte(readFile(t, damaged))
+	b := []byte(testkit.ReadFile(t, damaged))
 	b[len(b)/2] ^= 1
-	must(t, os.WriteFile(damaged, b, fileMode))
+	testkit.Must(t, os.WriteFile(damaged, b, fileMode))
 	s, r = newDisk(t, dir)
 	defer s.close()
 	if r.state.index != 600 {
@@ -178,7 +180,7 @@ func TestStorage_PurgeKeepsTwoSnapshotsAndTheLogForBoth(t *testing.T) {
 	}
 	st = &kvstore{state: r.state}
 	ents, err := r.log.Entries(601, 901, noLimit)
-	must(t, err)
+	testkit.Must(t, err)
 	for _, e := range ents {
 		applyEntry(t, st, e)
 	}
@@ -196,16 +198,16 @@ func TestStorage_OrphanSnapshotIsIgnored(t *testing.T) {
 	st := &kvstore{state: r.state}
 	for i := uint64(2); i <= 20; i++ {
 		e := putEntry(i, 1, "k", fmt.Sprint(i))
-		must(t, s.save(&raftpb.HardState{Term: new(uint64(1)), Commit: new(i)}, []*raftpb.Entry{e}))
+		testkit.Must(t, s.save(&raftpb.HardState{Term: new(uint64(1)), Commit: new(i)}, []*raftpb.Entry{e}))
 		applyEntry(t, st, e)
 	}
 	view := st.snapshot()
 	snap := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{
 		Index: new(view.index), Term: new(view.term), ConfState: &raftpb.ConfState{Voters: []uint64{1}},
 	}}
-	must(t, s.writeSnapshot(snap, &view))
-	must(t, s.snap.SaveSnap(snap))
-	must(t, s.close())
+	testkit.Must(t, s.writeSnapshot(snap, &view))
+	testkit.Must(t, s.snap.SaveSnap(snap))
+	testkit.Must(t, s.close())
 
 	s, r = newDisk(t, dir)
 	defer s.close()
@@ -221,8 +223,8 @@ func TestStorage_OrphanSnapshotIsIgnored(t *testing.T) {
 func crashImage(t *testing.T, dir string) string {
 	t.Helper()
 	image := filepath.Join(t.TempDir(), "image")
-	must(t, os.CopyFS(image, os.DirFS(dir)))
-	must(t, filepath.Walk(image, func(path string, info os.FileInfo, err error) error {
+	testkit.Must(t, os.CopyFS(image, os.DirFS(dir)))
+	testkit.Must(t, filepath.Walk(image, func(path string, info os.FileInfo, err error) error {
 		if err == nil && !info.IsDir() {
 			err = os.Chmod(path, fileMode)
 		}
@@ -235,12 +237,12 @@ func crashImage(t *testing.T, dir string) string {
 func tearTail(t *testing.T, dir string) {
 	t.Helper()
 	segments, err := filepath.Glob(filepath.Join(dir, walDir, "*.wal"))
-	must(t, err)
+	testkit.Must(t, err)
 	path := segments[len(segments)-1]
-	b := []byte(readFile(t, path))
+	b := []byte(testkit.ReadFile(t, path))
 	end := bytes.LastIndex(b, []byte("vvvv"))
 	clear(b[end-1500:])
-	must(t, os.WriteFile(path, b, fileMode))
+	testkit.Must(t, os.WriteFile(path, b, fileMode))
 }
 
 // writeEntries saves entries 2 to last, each of about 2 kB.
@@ -248,7 +250,7 @@ func writeEntries(t *testing.T, s *storage, last uint64) {
 	t.Helper()
 	for i := uint64(2); i <= last; i++ {
 		hs := &raftpb.HardState{Term: new(uint64(1)), Commit: new(i - 1)}
-		must(t, s.save(hs, []*raftpb.Entry{putEntry(i, 1, "k", strings.Repeat("v", 2000))}))
+		testkit.Must(t, s.save(hs, []*raftpb.Entry{putEntry(i, 1, "k", strings.Repeat("v", 2000))}))
 	}
 }
 
@@ -259,21 +261,21 @@ func TestStorage_TornTail(t *testing.T) {
 	dir := t.TempDir()
 	s, _ := newDisk(t, dir)
 	writeEntries(t, s, 9)
-	must(t, s.writeMark())
+	testkit.Must(t, s.writeMark())
 	writeEntries(t, s, 10)
 	torn := crashImage(t, dir)
 	tearTail(t, torn)
-	must(t, s.close())
+	testkit.Must(t, s.close())
 
 	s, r := newDisk(t, torn)
 	if last, _ := r.log.LastIndex(); last != 9 {
 		t.Errorf("the log ends at %d", last)
 	}
-	must(t, s.close())
+	testkit.Must(t, s.close())
 
 	tearTail(t, dir) // closed, so the watermark is at entry 10
 	s, err := openStorage(dir, zap.NewNop())
-	must(t, err)
+	testkit.Must(t, err)
 	defer s.close()
 	_, err = s.load()
 	if err == nil || !strings.Contains(err.Error(), ".wal ends at byte") || !strings.Contains(err.Error(), "entry 10 of term 1") {
@@ -290,19 +292,19 @@ func TestStorage_NoticesEveryFlippedBit(t *testing.T) {
 	s, _ := newDisk(t, dir)
 	for i := uint64(2); i <= 6; i++ {
 		hs := &raftpb.HardState{Term: new(uint64(1)), Commit: new(i - 1)}
-		must(t, s.save(hs, []*raftpb.Entry{putEntry(i, 1, "k", strings.Repeat("\x00", 1500))}))
+		testkit.Must(t, s.save(hs, []*raftpb.Entry{putEntry(i, 1, "k", strings.Repeat("\x00", 1500))}))
 	}
-	must(t, s.close())
+	testkit.Must(t, s.close())
 	segments, err := filepath.Glob(filepath.Join(dir, walDir, "*.wal"))
-	must(t, err)
-	whole := []byte(readFile(t, segments[0]))
+	testkit.Must(t, err)
+	whole := []byte(testkit.ReadFile(t, segments[0]))
 	end, err := scanLog(filepath.Join(dir, walDir), watermark{})
-	must(t, err)
+	testkit.Must(t, err)
 	refused, served := 0, 0
 	for offset := int64(0); offset < end.offset; offset += 7 {
 		damaged := bytes.Clone(whole)
 		damaged[offset] ^= 1 << (offset % 8)
-		must(t, os.WriteFile(segments[0], damaged, fileMode))
+		testkit.Must(t, os.WriteFile(segments[0], damaged, fileMode))
 		if last, err := lastEntryOf(dir); err != nil {
 			refused++
 		} else if served++; last != 6 {
@@ -333,10 +335,10 @@ func TestStorage_RefusesALogThatLostCommittedEntries(t *testing.T) {
 	smallSegments(t)
 	dir := t.TempDir()
 	s, _ := newDisk(t, dir)
-	must(t, s.save(&raftpb.HardState{Term: new(uint64(1)), Commit: new(uint64(9))}, []*raftpb.Entry{putEntry(2, 1, "k", "v")}))
-	must(t, s.close())
+	testkit.Must(t, s.save(&raftpb.HardState{Term: new(uint64(1)), Commit: new(uint64(9))}, []*raftpb.Entry{putEntry(2, 1, "k", "v")}))
+	testkit.Must(t, s.close())
 	s, err := openStorage(dir, zap.NewNop())
-	must(t, err)
+	testkit.Must(t, err)
 	defer s.close()
 	if _, err := s.load(); err == nil || !strings.Contains(err.Error(), "9 entries were committed") {
 		t.Errorf("load: %v", err)
@@ -347,8 +349,8 @@ func TestStorage_RefusesADirectoryThatLostItsWatermark(t *testing.T) {
 	smallSegments(t)
 	dir := t.TempDir()
 	s, _ := newDisk(t, dir)
-	must(t, s.close())
-	must(t, os.Remove(filepath.Join(dir, watermarkName)))
+	testkit.Must(t, s.close())
+	testkit.Must(t, os.Remove(filepath.Join(dir, watermarkName)))
 	if _, err := lastEntryOf(dir); err == nil || !strings.Contains(err.Error(), "watermark") {
 		t.Errorf("load: %v", err)
 	}
@@ -358,23 +360,23 @@ func TestStorage_RefusesADirectoryThatLostItsWatermark(t *testing.T) {
 func TestWatermark_SurvivesATornWrite(t *testing.T) {
 	dir := t.TempDir()
 	w, err := openWatermark(dir, true)
-	must(t, err)
+	testkit.Must(t, err)
 	for i := range uint64(5) {
-		must(t, w.write(watermark{term: 1, index: i}))
+		testkit.Must(t, w.write(watermark{term: 1, index: i}))
 	}
-	must(t, w.file.Close())
+	testkit.Must(t, w.file.Close())
 	path := filepath.Join(dir, watermarkName)
-	whole := []byte(readFile(t, path))
+	whole := []byte(testkit.ReadFile(t, path))
 	for i := range watermarkSize { // the fifth write went to slot 1
 		torn := bytes.Clone(whole)
 		clear(torn[watermarkSlot+i:])
-		must(t, os.WriteFile(path, torn, fileMode))
+		testkit.Must(t, os.WriteFile(path, torn, fileMode))
 		w, err := openWatermark(dir, false)
-		must(t, err)
+		testkit.Must(t, err)
 		if w.last.index < 3 {
 			t.Errorf("torn at byte %d: read %v", i, w.last)
 		}
-		must(t, w.file.Close())
+		testkit.Must(t, w.file.Close())
 	}
 }
 
@@ -408,15 +410,15 @@ func TestStorage_NewerSnapshot(t *testing.T) {
 	snapshotAt(t, s, st, 20)
 	snapshotAt(t, s, st, 30)
 	newest := s.bodyPath(30)
-	must(t, s.close())
+	testkit.Must(t, s.close())
 	var b bytes.Buffer
 	e := newSnapshotEncoder(&b)
 	e.bytes([]byte(snapshotMagic))
 	e.uint(99)
-	must(t, e.w.Flush())
-	must(t, os.WriteFile(newest, b.Bytes(), fileMode))
+	testkit.Must(t, e.w.Flush())
+	testkit.Must(t, os.WriteFile(newest, b.Bytes(), fileMode))
 	s, err := openStorage(dir, zap.NewNop())
-	must(t, err)
+	testkit.Must(t, err)
 	defer s.close()
 	if _, err := s.load(); !errors.Is(err, errSnapshotFormat) || !strings.Contains(err.Error(), "use the version that wrote it") || strings.Contains(err.Error(), adviceForDamage) {
 		t.Errorf("%v", err)

@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"testing"
+
+	"raftrv/internal/testkit"
 )
 
 // applyTo applies each command as an entry of its own.
@@ -11,7 +13,7 @@ func applyTo(t testing.TB, s *kvstore, commands ...command) {
 	for i := range commands {
 		n := s.applied() + 1
 		_, err := s.apply(n, 1, batchHeader{session: 1, seq: n, time: 1}, commands[i].appendTo(nil), nil)
-		must(t, err)
+		testkit.Must(t, err)
 	}
 }
 
@@ -48,9 +50,9 @@ func wantSameItems(t testing.TB, got, want *state) {
 func encodeBackup(t testing.TB, st state) []byte {
 	t.Helper()
 	b, err := (&kvstore{state: st}).backup()
-	must(t, err)
+	testkit.Must(t, err)
 	defer b.close()
 	var out bytes.Buffer
-	must(t, b.writeTo(&out, backupHead{Format: backupFormat, Cluster: "7", Member: 1, Version: "v0"}, func() {}))
+	testkit.Must(t, b.writeTo(&out, backupHead{Format: backupFormat, Cluster: "7", Member: 1, Version: "v0"}, func() {}))
 	return out.Bytes()
 }

@@ -25,6 +25,8 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 	"google.golang.org/protobuf/proto"
+
+	"raftrv/internal/testkit"
 )
 
 // These tests run whole nodes, goroutines and all, in virtual time: the loop, the log on a real disk, the HTTP
@@ -87,8 +89,8 @@ func configOf(t *testing.T, args ...string) config {
 	var cfg config
 	flags := pflag.NewFlagSet("serve", pflag.ContinueOnError)
 	cfg.flags(flags)
-	must(t, flags.Parse(args))
-	must(t, cfg.validate())
+	testkit.Must(t, flags.Parse(args))
+	testkit.Must(t, cfg.validate())
 	return cfg
 }
 
@@ -97,9 +99,9 @@ func (c *virtualCluster) newNode(cfg config) *virtualNode {
 	t.Helper()
 	logger := zap.NewNop()
 	disk, err := openStorage(cfg.dataDir, logger)
-	must(t, err)
+	testkit.Must(t, err)
 	rec, err := disk.load()
-	must(t, err)
+	testkit.Must(t, err)
 	if rec == nil {
 		own := newFounding(&cfg)
 		own.Directory = cfg.id // the nodes cannot ask each other
@@ -108,7 +110,7 @@ func (c *virtualCluster) newNode(cfg config) *virtualNode {
 			founders[i].Directory = m.ID
 		}
 		rec, err = disk.found(own, own.clusterID(founders), founders)
-		must(t, err)
+		testkit.Must(t, err)
 	}
 	store := &kvstore{state: rec.state}
 	hub := newHub(store)
@@ -125,7 +127,7 @@ func (c *virtualCluster) newNode(cfg config) *virtualNode {
 		catchUpEntries: catchUpEntriesDefault, log: rec.log, store: n.store,
 		confState: rec.confState, disk: disk, transport: n, driver: n.loop, logger: logger,
 	})
-	must(t, err)
+	testkit.Must(t, err)
 	n.loop.replica = r
 	return n
 }
@@ -140,7 +142,7 @@ func (n *virtualNode) start() {
 		defer close(hubEnded)
 		_ = n.hub.run(ctx) // ends with ctx only
 	}()
-	pipes := newPipeListener()
+	pipes := testkit.NewPipeListener()
 	n.server = newHTTPServer(newHTTPAPI(httpConfig{
 		client: peerClient,
 		id:     n.config.id, store: n.store, backend: n.node, logger: n.logger, timeout: n.config.requestTimeout,
@@ -153,7 +155,7 @@ func (n *virtualNode) start() {
 		_ = n.server.Serve(pipes) // http.ErrServerClosed
 	}()
 	n.client.Transport = &http.Transport{
-		DialContext:         func(context.Context, string, string) (net.Conn, error) { return pipes.dial() },
+		DialContext:         func(context.Context, string, string) (net.Conn, error) { return pipes.Dial() },
 		MaxIdleConnsPerHost: 1000,
 	}
 	n.cluster.t.Cleanup(func() {
@@ -163,7 +165,7 @@ func (n *virtualNode) start() {
 		n.endLoop()
 		<-n.loop.done
 		<-hubEnded
-		must(n.cluster.t, n.disk.close())
+		testkit.Must(n.cluster.t, n.disk.close())
 	})
 }
 
@@ -255,7 +257,7 @@ type virtualReply struct {
 func (n *virtualNode) do(method, target, body string, headers ...string) virtualReply {
 	n.cluster.t.Helper()
 	req, err := http.NewRequest(method, "http://virtual"+target, strings.NewReader(body))
-	must(n.cluster.t, err)
+	testkit.Must(n.cluster.t, err)
 	for _, h := range headers {
 		name, value, _ := strings.Cut(h, ": ")
 		req.Header.Set(name, value)
@@ -542,7 +544,7 @@ func TestVirtual_HandOver(t *testing.T) {
 			t.Errorf("in flight: %v", r)
 		}
 		leader.client.CloseIdleConnections()
-		must(t, leader.server.Shutdown(t.Context()))
+		testkit.Must(t, leader.server.Shutdown(t.Context()))
 		leader.endLoop()
 		time.Sleep(time.Second)
 		close(stopped)
@@ -681,7 +683,7 @@ func TestReplica_LateCommands(t *testing.T) {
 		p := follower.process
 		enqueue := func(value string, timeout time.Duration) (*batch, int) {
 			b, i, err := p.loop.enqueue(&command{op: opPut, key: "k", value: value}, follower.clock().Add(timeout))
-			must(t, err)
+			testkit.Must(t, err)
 			return b, i
 		}
 		b, early := enqueue("early", 10*time.Second)

@@ -26,6 +26,8 @@ import (
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
 	"google.golang.org/protobuf/proto"
+
+	"raftrv/internal/testkit"
 )
 
 // testNetwork is the network of member 1 with its loop and replica. The test takes the place of the others.
@@ -45,15 +47,15 @@ const testCluster = 7
 func newTestNetwork(t *testing.T, peerURL string, run bool) *testNetwork {
 	t.Helper()
 	disk, rec := newDisk(t, t.TempDir())
-	t.Cleanup(func() { must(t, disk.close()) })
+	t.Cleanup(func() { testkit.Must(t, disk.close()) })
 	rec.state.members[2] = member{ID: 2, PeerURL: peerURL}
 	store := &kvstore{state: rec.state}
 	conf := &raftpb.ConfState{Voters: []uint64{1, 2}}
 	snap := snapshotAt(t, disk, store, 20)
 	snap.Metadata.ConfState = conf
 	log := raft.NewMemoryStorage()
-	must(t, log.ApplySnapshot(snap))
-	must(t, log.SetHardState(&raftpb.HardState{Term: new(uint64(1)), Commit: new(uint64(20))}))
+	testkit.Must(t, log.ApplySnapshot(snap))
+	testkit.Must(t, log.SetHardState(&raftpb.HardState{Term: new(uint64(1)), Commit: new(uint64(20))}))
 
 	core, logs := observer.New(zapcore.InfoLevel)
 	n := &testNetwork{t: t, logs: logs}
@@ -67,7 +69,7 @@ func newTestNetwork(t *testing.T, peerURL string, run bool) *testNetwork {
 		id: 1, session: 1, electionTicks: 1000, heartbeatTicks: 1, snapshotEntries: 1000, snapshotBytes: 1 << 30, log: log, store: store,
 		confState: conf, disk: disk, transport: n.peerNetwork, driver: l, logger: zap.NewNop(),
 	})
-	must(t, err)
+	testkit.Must(t, err)
 	l.replica = n.leader
 	n.relinkAll()
 	server := httptest.NewUnstartedServer(nil)
@@ -100,12 +102,12 @@ func (n *peerNetwork) relinkAll() {
 // lead makes the replica the leader, with member 2 far behind.
 func (n *testNetwork) lead() {
 	n.t.Helper()
-	must(n.t, n.leader.raw.Campaign())
+	testkit.Must(n.t, n.leader.raw.Campaign())
 	for _, answer := range []raftpb.MessageType{raftpb.MsgPreVoteResp, raftpb.MsgVoteResp} {
-		must(n.t, n.leader.process())
+		testkit.Must(n.t, n.leader.process())
 		n.leader.step(&raftpb.Message{Type: answer.Enum(), From: new(uint64(2)), To: new(uint64(1)), Term: new(uint64(2))})
 	}
-	must(n.t, n.leader.process())
+	testkit.Must(n.t, n.leader.process())
 	n.leader.step(&raftpb.Message{
 		Type: raftpb.MsgAppResp.Enum(), From: new(uint64(2)), To: new(uint64(1)), Term: new(uint64(2)),
 		Index: new(uint64(20)), Reject: new(true), RejectHint: new(uint64(0)),
@@ -113,7 +115,7 @@ func (n *testNetwork) lead() {
 	if s := n.stateOf2(); s != tracker.StateSnapshot {
 		n.t.Fatalf("member 2 is in %v", s)
 	}
-	must(n.t, n.leader.process())
+	testkit.Must(n.t, n.leader.process())
 }
 
 func (n *testNetwork) stateOf2() tracker.StateType { return n.leader.raw.Status().Progress[2].State }
@@ -122,7 +124,7 @@ func (n *testNetwork) stateOf2() tracker.StateType { return n.leader.raw.Status(
 func (n *testNetwork) wantReported() {
 	n.t.Helper()
 	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
-		must(n.t, n.loop.turn(false))
+		testkit.Must(n.t, n.loop.turn(false))
 		if n.stateOf2() == tracker.StateProbe {
 			return
 		}
@@ -134,7 +136,7 @@ func (n *testNetwork) wantReported() {
 func (n *testNetwork) request(method, path string, from uint64, body io.Reader, header ...string) (status int, text string) {
 	n.t.Helper()
 	req, err := http.NewRequest(method, n.url+path, body)
-	must(n.t, err)
+	testkit.Must(n.t, err)
 	for name, value := range map[string]string{
 		"X-Server-From": fmt.Sprintf("%x", from), "X-Raft-To": "1", "X-Etcd-Cluster-ID": fmt.Sprintf("%x", testCluster),
 		"X-Server-Version": "3.7.0", "X-Min-Cluster-Version": "3.0.0",
@@ -150,7 +152,7 @@ func (n *testNetwork) request(method, path string, from uint64, body io.Reader, 
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)
-	must(n.t, err)
+	testkit.Must(n.t, err)
 	return resp.StatusCode, string(b)
 }
 
@@ -161,7 +163,7 @@ func snapshotRequest(t *testing.T, index uint64, state []byte) io.Reader {
 		Type: raftpb.MsgSnap.Enum(), From: new(uint64(2)), To: new(uint64(1)), Term: new(uint64(9)),
 		Snapshot: &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(index), Term: new(uint64(9)), ConfState: &raftpb.ConfState{Voters: []uint64{1, 2}}}},
 	})
-	must(t, err)
+	testkit.Must(t, err)
 	return strings.NewReader(string(binary.BigEndian.AppendUint64(nil, uint64(len(m)))) + string(m) + string(state))
 }
 
@@ -177,7 +179,7 @@ func (n *testNetwork) arrivedMessages() []message {
 // TestNetwork_SnapshotThatCannotBeOpened: raft hears of it, or it would never send that member anything again.
 func TestNetwork_SnapshotThatCannotBeOpened(t *testing.T) {
 	n := newTestNetwork(t, "http://127.0.0.1:1", false)
-	must(t, os.Remove(n.storage.bodyPath(20)))
+	testkit.Must(t, os.Remove(n.storage.bodyPath(20)))
 	n.lead()
 	n.wantReported()
 }
@@ -227,7 +229,7 @@ func TestNetwork_SnapshotBackOff(t *testing.T) {
 	n.lead()
 	for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		n.leader.step(&raftpb.Message{Type: raftpb.MsgHeartbeatResp.Enum(), From: new(uint64(2)), To: new(uint64(1)), Term: new(uint64(2))})
-		must(t, n.loop.turn(false))
+		testkit.Must(t, n.loop.turn(false))
 	}
 	if got := offered.Load(); got < 2 || got > 5 { // at 0, 100, 300 and 700 ms
 		t.Errorf("the snapshot was offered %d times within a second", got)
@@ -243,7 +245,7 @@ func TestNetwork_SnapshotBackOff(t *testing.T) {
 	// A minute later it is logged again: a member that is too old for the state would be offered it in silence.
 	n.work.Wait()
 	snap, err := n.leader.log.Snapshot()
-	must(t, err)
+	testkit.Must(t, err)
 	l := (*n.links.Load())[2]
 	l.outbox.warned, l.outbox.pause = l.outbox.warned.Add(-snapshotWarnEvery), 0
 	for range 2 {
@@ -266,12 +268,12 @@ func TestNetwork_ReceivesSnapshot(t *testing.T) {
 	copy(newer, "another")
 
 	n.free.Store(1 << 19) // less than its reserve
-	must(t, n.guard.lookAtDisk())
+	testkit.Must(t, n.guard.lookAtDisk())
 	if status, text := n.request("POST", rafthttp.RaftSnapshotPrefix, 2, snapshotRequest(t, 30, good)); status != http.StatusInsufficientStorage {
 		t.Errorf("without room: %d %s", status, text)
 	}
 	n.free.Store(math.MaxInt64)
-	must(t, n.guard.lookAtDisk())
+	testkit.Must(t, n.guard.lookAtDisk())
 	if status, text := n.request("POST", rafthttp.RaftSnapshotPrefix, 2, snapshotRequest(t, 30, damaged)); status != http.StatusUnprocessableEntity {
 		t.Errorf("damaged: %d %s", status, text)
 	}
@@ -364,7 +366,7 @@ func TestNetwork_UnknownMember(t *testing.T) {
 	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == peerInfoPath {
 			w.Header().Set("Content-Type", "application/json")
-			must(t, json.NewEncoder(w).Encode(answer))
+			testkit.Must(t, json.NewEncoder(w).Encode(answer))
 		}
 	}))
 	defer other.Close()
@@ -403,12 +405,12 @@ func TestNetwork_UnknownMember(t *testing.T) {
 func (n *testNetwork) readNothing(stream string) {
 	n.t.Helper()
 	c, err := net.Dial("tcp", strings.TrimPrefix(n.url, "http://"))
-	must(n.t, err)
+	testkit.Must(n.t, err)
 	n.t.Cleanup(func() { _ = c.Close() })
-	must(n.t, c.(*net.TCPConn).SetReadBuffer(4096))
+	testkit.Must(n.t, c.(*net.TCPConn).SetReadBuffer(4096))
 	_, err = fmt.Fprintf(c, "GET /raft/stream/%s/2 HTTP/1.1\r\nHost: x\r\nX-Server-From: 2\r\nX-Raft-To: 1\r\nX-Etcd-Cluster-ID: %x\r\n"+
 		"X-Server-Version: 3.7.0\r\nX-Min-Cluster-Version: 3.0.0\r\n\r\n", stream, testCluster)
-	must(n.t, err)
+	testkit.Must(n.t, err)
 }
 
 // fill sends to member 2 until a writer is stuck: nothing that is sent leaves any more.

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+
+	"raftrv/internal/testkit"
 )
 
 // TestVirtual_RetryIsToldTheTruth: who asks again with an Idempotency-Key gets the
@@ -71,7 +73,7 @@ func TestServeWaiting_Outcome(t *testing.T) {
 		}
 		p.serveWaiting(w, r)
 		var got problem
-		must(t, json.Unmarshal(w.Body.Bytes(), &got))
+		testkit.Must(t, json.Unmarshal(w.Body.Bytes(), &got))
 		if got.Code != "no-leader" || got.Outcome != tt.want || (tt.want == unknown) != strings.Contains(got.Detail, "this attempt was not applied") {
 			t.Errorf("%v: %+v", tt, got)
 		}

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"raftrv/internal/testkit"
 )
 
 // TestTTL_Overdue: from level 2 on who writes a key finds it gone from its deadline
@@ -39,7 +41,7 @@ func TestTTL_Overdue(t *testing.T) {
 				var out []result
 				index++
 				_, err := s.apply(index, 1, batchHeader{session: 1, seq: index, time: now}, c.appendTo(nil), &out)
-				must(t, err)
+				testkit.Must(t, err)
 				return out[0]
 			}
 			apply(1000, raiseLevel(level))
@@ -76,11 +78,11 @@ func TestTTL_Span(t *testing.T) {
 		if err := checkCommands(c.appendTo(nil), 1); err == nil {
 			t.Errorf("command %d may be proposed at level 1", c.op)
 		}
-		must(t, checkCommands(c.appendTo(nil), 2))
+		testkit.Must(t, checkCommands(c.appendTo(nil), 2))
 	}
 	s.state.setLevel(2)
 	_, err := s.apply(1, 1, batchHeader{session: 1, seq: 1, time: 1000}, commands[1].appendTo(commands[0].appendTo(nil)), nil)
-	must(t, err)
+	testkit.Must(t, err)
 	for key, want := range map[string]int64{"a": 1500, "b": 1700} {
 		if it, _, _ := s.get(key); it.expires != want {
 			t.Errorf("%s expires at %d, want %d", key, it.expires, want)

@@ -46,11 +46,11 @@ func TestHTTP_Txn(t *testing.T) {
 				`{"op":"get","key":"😀\u0000/\\","item":{"key":"😀\u0000/\\","value":"é","resourceVersion":7,"createdResourceVersion":7}}]}`},
 	} {
 		a := f.do("POST", "/-/v1/txn", tt.body)
-		a.want(t, 200)
-		a.wantHeader(t, "Content-Type", "application/json")
-		a.wantHeader(t, "Resource-Version", fmt.Sprint(f.store.version()))
-		if a.body != tt.want+"\n" {
-			t.Errorf("%s\n%s\nwant\n%s", tt.body, a.body, tt.want)
+		a.Want(t, 200)
+		a.WantHeader(t, "Content-Type", "application/json")
+		a.WantHeader(t, "Resource-Version", fmt.Sprint(f.store.version()))
+		if a.Body != tt.want+"\n" {
+			t.Errorf("%s\n%s\nwant\n%s", tt.body, a.Body, tt.want)
 		}
 	}
 }
@@ -124,8 +124,8 @@ func TestHTTP_TxnErrors(t *testing.T) {
 		{strings.Repeat(" ", txnBodySizeMax+1), 413, "at most 4194304 bytes are taken"},
 	} {
 		a := f.do("POST", "/-/v1/txn", tt.body)
-		if a.code != tt.code {
-			t.Errorf("%.100s: %d %s", tt.body, a.code, a.body)
+		if a.Code != tt.code {
+			t.Errorf("%.100s: %d %s", tt.body, a.Code, a.Body)
 			continue
 		}
 		p := mustProblem(t, a)
@@ -138,7 +138,7 @@ func TestHTTP_TxnErrors(t *testing.T) {
 	}
 	// As many as there may be.
 	body := `{"if":[` + strings.Repeat(compare+",", txnOpsMax-1) + compare + `],"then":[` + strings.Repeat(get+",", txnOpsMax-1) + get + `]}`
-	f.do("POST", "/-/v1/txn", body).want(t, 200)
+	f.do("POST", "/-/v1/txn", body).Want(t, 200)
 }
 
 // The limit of values is none of keys.
@@ -161,7 +161,7 @@ func TestHTTP_TxnResultTooLarge(t *testing.T) {
 		`{"then":[{"op":"put","key":"new","value":"` + strings.Repeat("v", testValueSizeMax) + `"}` + strings.ReplaceAll(gets, "large", "new") + `,{"op":"get","key":"new"}]}`,
 	} {
 		a := f.do("POST", "/-/v1/txn", body)
-		a.want(t, 413)
+		a.Want(t, 413)
 		if p := mustProblem(t, a); p.Code != "result-too-large" || p.Outcome != notApplied || !strings.Contains(p.Detail, "4194304") {
 			t.Errorf("%+v", p)
 		}
@@ -170,11 +170,11 @@ func TestHTTP_TxnResultTooLarge(t *testing.T) {
 		t.Errorf("version %d", rv)
 	}
 	a := f.do("POST", "/-/v1/txn", `{"then":[{"op":"put","key":"large","value":""},{"op":"get","key":"large"}`+gets+`]}`)
-	a.want(t, 200)
+	a.Want(t, 200)
 	a = f.do("POST", "/-/v1/txn", `{"then":[{"op":"put","key":"large","value":"`+strings.Repeat("v", testValueSizeMax)+`"}`+gets+`]}`)
-	a.want(t, 200)
-	if len(a.body) < txnResultMax-testValueSizeMax {
-		t.Errorf("%d bytes", len(a.body))
+	a.Want(t, 200)
+	if len(a.Body) < txnResultMax-testValueSizeMax {
+		t.Errorf("%d bytes", len(a.Body))
 	}
 }
 

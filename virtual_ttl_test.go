@@ -7,6 +7,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"raftrv/internal/testkit"
 )
 
 // TestVirtual_TTLStartsWhenApplied: a write that waits for a majority for longer
@@ -40,7 +42,7 @@ func (c *virtualCluster) waitLevel(level int) {
 	for slices.ContainsFunc(c.nodes, func(n *virtualNode) bool { return n.loop.status.Load().level < level }) {
 		if n := c.leader(); n != nil {
 			_, err := n.loop.propose(c.t.Context(), time.Second, raise)
-			must(c.t, err)
+			testkit.Must(c.t, err)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
@@ -86,7 +88,7 @@ func TestVirtual_ExpiryIsPunctual(t *testing.T) {
 			n.loop.push(b)
 			n.loop.mu.Unlock()
 			<-b.done
-			must(t, b.err)
+			testkit.Must(t, b.err)
 		}
 		time.Sleep(time.Until(at))
 		for len(expiring(n.store)) > 0 {

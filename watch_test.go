@@ -15,6 +15,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"raftrv/internal/testkit"
 )
 
 // watchRig is a store whose writes come from a test, and its hub.
@@ -775,7 +777,7 @@ func TestHub_Random(t *testing.T) {
 			}
 		})
 	}
-	time.Sleep(sized(time.Second, 30*time.Second))
+	time.Sleep(testkit.Sized(time.Second, 30*time.Second))
 	stop.Store(true)
 	writers.Wait()
 	r.put("the end", "v")
@@ -859,7 +861,7 @@ func randomBatch(random *rand.Rand) []command {
 
 // TestHub_CloseRaces: watchers come and go while the hub ends.
 func TestHub_CloseRaces(t *testing.T) {
-	for range sized(20, 1000) {
+	for range testkit.Sized(20, 1000) {
 		r := newWatchRig(t)
 		r.record = false
 		ctx, cancel := context.WithCancel(t.Context())
@@ -985,7 +987,7 @@ func TestHub_Ends(t *testing.T) {
 	h.close(errDiverged)
 	h.reopen()
 	w, err := h.watch("", true, 0)
-	must(t, err)
+	testkit.Must(t, err)
 	if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, errShuttingDown) {
 		t.Errorf("read: %v", err)
 	}
@@ -1000,7 +1002,7 @@ func TestHub_LooksForTheFirst(t *testing.T) {
 	s := newKVStore()
 	h := newHub(s)
 	w, err := h.watch("", true, 0)
-	must(t, err)
+	testkit.Must(t, err)
 	if _, err := w.scan(func(*event, bool) {}); err != nil {
 		t.Fatal(err)
 	}
@@ -1029,7 +1031,7 @@ func TestHub_LooksForTheFirst(t *testing.T) {
 	}
 	applyTo(t, s, command{op: opPut, key: "k", value: "v"})
 	h.distribute()
-	must(t, <-done)
+	testkit.Must(t, <-done)
 }
 
 // TestHub_PrefixTooLong: more than that is refused, and nothing happens.
@@ -1110,7 +1112,7 @@ func TestHub_DeletedValue(t *testing.T) {
 		}
 		snap := r.store.snapshot()
 		var written bytes.Buffer
-		must(t, snap.writeTo(&written))
+		testkit.Must(t, snap.writeTo(&written))
 		st, err := readState(&written)
 		if err != nil {
 			t.Fatal(err)

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"raftrv/internal/testkit"
 )
 
 // watchConn is the client's side of one watch.
@@ -205,7 +207,7 @@ func (w *watchConn) problem() problem {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return mustProblem(w.t, answer{w.status, w.res.Header, string(body), w.res.Close})
+	return mustProblem(w.t, testkit.Answer{Code: w.status, Header: w.res.Header, Body: string(body), Last: w.res.Close})
 }
 
 func TestWatch_Refused(t *testing.T) {
@@ -232,11 +234,11 @@ func TestWatch_Refused(t *testing.T) {
 		}
 	}
 	a := f.do("HEAD", "/-/v1/watch?resourceVersion=0", "")
-	a.want(t, 200)
-	a.wantHeader(t, "Content-Type", "application/x-ndjson")
-	a.wantHeader(t, "Resource-Version", "0")
+	a.Want(t, 200)
+	a.WantHeader(t, "Content-Type", "application/x-ndjson")
+	a.WantHeader(t, "Resource-Version", "0")
 	a = f.do("HEAD", "/-/v1/watch?initial=true", "")
-	a.want(t, 200)
+	a.Want(t, 200)
 }
 
 // fillWindow writes until the window has lost what was there before.
@@ -532,7 +534,7 @@ func TestWatch_Timeout(t *testing.T) {
 		if _, err := io.WriteString(w.conn, "GET /a HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
 			t.Fatal(err)
 		}
-		if a := readAnswer(t, bufio.NewReader(w.conn), "GET"); a.code != 200 || a.body != "2" {
+		if a := testkit.ReadAnswer(t, bufio.NewReader(w.conn), "GET"); a.Code != 200 || a.Body != "2" {
 			t.Errorf("then %+v", a)
 		}
 	})

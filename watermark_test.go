@@ -13,6 +13,8 @@ import (
 
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
+
+	"raftrv/internal/testkit"
 )
 
 // A log may go back, by what raft does and by crashes. A healthy node is never
@@ -38,7 +40,7 @@ func receivedSnapshotAt(t *testing.T, s *storage, index, term uint64) *raftpb.Sn
 	st.index, st.term = index, term
 	st.members[1] = member{ID: 1, PeerURL: "http://127.0.0.1:1"}
 	snap := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(index), Term: new(term), ConfState: &raftpb.ConfState{Voters: []uint64{1}}}}
-	must(t, s.writeSnapshot(snap, &st))
+	testkit.Must(t, s.writeSnapshot(snap, &st))
 	return snap
 }
 
@@ -47,9 +49,9 @@ func wantLogEnd(t *testing.T, dir string, index, term uint64) *storage {
 	t.Helper()
 	s, r := newDisk(t, dir)
 	last, err := r.log.LastIndex()
-	must(t, err)
+	testkit.Must(t, err)
 	got, err := r.log.Term(last)
-	must(t, err)
+	testkit.Must(t, err)
 	if last != index || got != term {
 		t.Errorf("the log ends at entry %d of term %d, want %d of term %d", last, got, index, term)
 	}
@@ -65,27 +67,27 @@ func TestWatermark_LogGoesBack(t *testing.T) {
 	smallSegments(t)
 	dir := t.TempDir()
 	s, _ := newDisk(t, dir)
-	must(t, s.save(hardStateOf(3, 1), entriesOf(3, 2, 9)))
-	must(t, s.writeMark())
+	testkit.Must(t, s.save(hardStateOf(3, 1), entriesOf(3, 2, 9)))
+	testkit.Must(t, s.writeMark())
 	before := crashImage(t, dir)
-	must(t, s.save(hardStateOf(5, 1), slices.Concat(entriesOf(2, 5, 5), entriesOf(5, 6, 6))))
+	testkit.Must(t, s.save(hardStateOf(5, 1), slices.Concat(entriesOf(2, 5, 5), entriesOf(5, 6, 6))))
 	after := crashImage(t, dir)
 
 	// The watermark that goes first, with none of the write and with its first entry.
 	none, part := crashImage(t, before), crashImage(t, after)
-	must(t, os.WriteFile(filepath.Join(none, watermarkName), []byte(readFile(t, filepath.Join(after, watermarkName))), fileMode))
+	testkit.Must(t, os.WriteFile(filepath.Join(none, watermarkName), []byte(testkit.ReadFile(t, filepath.Join(after, watermarkName))), fileMode))
 	segments, err := filepath.Glob(filepath.Join(part, walDir, "*.wal"))
-	must(t, err)
-	torn := []byte(readFile(t, segments[len(segments)-1]))
+	testkit.Must(t, err)
+	torn := []byte(testkit.ReadFile(t, segments[len(segments)-1]))
 	offsets := recordOffsets(t, torn)
 	clear(torn[offsets[len(offsets)-2]:]) // the last entry and the hard state
-	must(t, os.WriteFile(segments[len(segments)-1], torn, fileMode))
-	must(t, wantLogEnd(t, none, 9, 3).close())
-	must(t, wantLogEnd(t, part, 5, 2).close())
-	must(t, wantLogEnd(t, before, 9, 3).close())
-	must(t, wantLogEnd(t, after, 6, 5).close())
-	must(t, s.close())
-	must(t, wantLogEnd(t, dir, 6, 5).close())
+	testkit.Must(t, os.WriteFile(segments[len(segments)-1], torn, fileMode))
+	testkit.Must(t, wantLogEnd(t, none, 9, 3).close())
+	testkit.Must(t, wantLogEnd(t, part, 5, 2).close())
+	testkit.Must(t, wantLogEnd(t, before, 9, 3).close())
+	testkit.Must(t, wantLogEnd(t, after, 6, 5).close())
+	testkit.Must(t, s.close())
+	testkit.Must(t, wantLogEnd(t, dir, 6, 5).close())
 }
 
 // waitsIn says whether a goroutine waits for a mutex in this method of storage.
@@ -105,7 +107,7 @@ func TestWatermark_OneOnItsWay(t *testing.T) {
 	smallSegments(t)
 	dir := t.TempDir()
 	s, _ := newDisk(t, dir)
-	must(t, s.save(hardStateOf(3, 1), entriesOf(3, 2, 9)))
+	testkit.Must(t, s.save(hardStateOf(3, 1), entriesOf(3, 2, 9)))
 	s.marking.Lock() // as writeMark does, in the middle of it
 	s.mu.Lock()
 	s.marked = s.reached.watermark
@@ -118,11 +120,11 @@ func TestWatermark_OneOnItsWay(t *testing.T) {
 			t.Fatal("the log goes back although a watermark is on its way")
 		}
 	}
-	must(t, s.mark.write(s.marked))
+	testkit.Must(t, s.mark.write(s.marked))
 	s.marking.Unlock()
-	must(t, <-saved)
-	must(t, wantLogEnd(t, crashImage(t, dir), 5, 2).close())
-	must(t, s.close())
+	testkit.Must(t, <-saved)
+	testkit.Must(t, wantLogEnd(t, crashImage(t, dir), 5, 2).close())
+	testkit.Must(t, s.close())
 }
 
 // The record of a snapshot that was received counts with its hard state, which a
@@ -133,23 +135,23 @@ func TestWatermark_SnapshotWithoutItsHardState(t *testing.T) {
 		t.Run(fmt.Sprint("term ", term), func(t *testing.T) {
 			dir := t.TempDir()
 			s, _ := newDisk(t, dir)
-			must(t, s.save(hardStateOf(5, 1), entriesOf(term, 2, 10)))
-			must(t, s.writeMark())
-			must(t, s.commitSnapshot(receivedSnapshotAt(t, s, 8, 3)))
-			must(t, s.writeMark())
+			testkit.Must(t, s.save(hardStateOf(5, 1), entriesOf(term, 2, 10)))
+			testkit.Must(t, s.writeMark())
+			testkit.Must(t, s.commitSnapshot(receivedSnapshotAt(t, s, 8, 3)))
+			testkit.Must(t, s.writeMark())
 			without := crashImage(t, dir)
-			must(t, s.save(hardStateOf(6, 8), nil))
-			must(t, s.writeMark())
+			testkit.Must(t, s.save(hardStateOf(6, 8), nil))
+			testkit.Must(t, s.writeMark())
 			with := crashImage(t, dir)
-			must(t, s.close())
+			testkit.Must(t, s.close())
 
-			must(t, wantLogEnd(t, with, 8, 3).close())
+			testkit.Must(t, wantLogEnd(t, with, 8, 3).close())
 			s = wantLogEnd(t, without, 10, term)
-			must(t, s.writeMark())
-			must(t, s.save(hardStateOf(6, 1), entriesOf(1, 3, 4))) // from another leader
+			testkit.Must(t, s.writeMark())
+			testkit.Must(t, s.save(hardStateOf(6, 1), entriesOf(1, 3, 4))) // from another leader
 			image := crashImage(t, without)
-			must(t, s.close())
-			must(t, wantLogEnd(t, image, 4, 1).close())
+			testkit.Must(t, s.close())
+			testkit.Must(t, wantLogEnd(t, image, 4, 1).close())
 		})
 	}
 }
@@ -162,31 +164,31 @@ func TestStorage_OldTailIsGone(t *testing.T) {
 		t.Run(fmt.Sprint("term ", term), func(t *testing.T) {
 			dir := t.TempDir()
 			s, _ := newDisk(t, dir)
-			must(t, s.save(hardStateOf(5, 1), entriesOf(term, 2, 10)))
-			must(t, s.commitSnapshot(receivedSnapshotAt(t, s, 8, 3)))
-			must(t, s.save(hardStateOf(6, 8), nil))
-			must(t, s.close())
+			testkit.Must(t, s.save(hardStateOf(5, 1), entriesOf(term, 2, 10)))
+			testkit.Must(t, s.commitSnapshot(receivedSnapshotAt(t, s, 8, 3)))
+			testkit.Must(t, s.save(hardStateOf(6, 8), nil))
+			testkit.Must(t, s.close())
 			for range 2 {
-				must(t, wantLogEnd(t, dir, 8, 3).close())
+				testkit.Must(t, wantLogEnd(t, dir, 8, 3).close())
 			}
 			s = wantLogEnd(t, dir, 8, 3)
-			must(t, s.save(hardStateOf(6, 8), entriesOf(6, 9, 9)))
-			must(t, s.close())
-			must(t, wantLogEnd(t, dir, 9, 6).close())
+			testkit.Must(t, s.save(hardStateOf(6, 8), entriesOf(6, 9, 9)))
+			testkit.Must(t, s.close())
+			testkit.Must(t, wantLogEnd(t, dir, 9, 6).close())
 
 			// An own snapshot takes nothing away.
 			s, r := newDisk(t, dir)
-			must(t, s.save(hardStateOf(6, 12), entriesOf(6, 10, 14)))
+			testkit.Must(t, s.save(hardStateOf(6, 12), entriesOf(6, 10, 14)))
 			st := &kvstore{state: r.state}
 			for i := uint64(9); i <= 12; i++ {
-				must(t, st.skip(i, 6))
+				testkit.Must(t, st.skip(i, 6))
 			}
 			view := st.snapshot()
 			own := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(view.index), Term: new(view.term), ConfState: &raftpb.ConfState{Voters: []uint64{1}}}}
-			must(t, s.writeSnapshot(own, &view))
-			must(t, s.commitSnapshot(own))
-			must(t, s.close())
-			must(t, wantLogEnd(t, dir, 14, 6).close())
+			testkit.Must(t, s.writeSnapshot(own, &view))
+			testkit.Must(t, s.commitSnapshot(own))
+			testkit.Must(t, s.close())
+			testkit.Must(t, wantLogEnd(t, dir, 14, 6).close())
 		})
 	}
 }
@@ -197,14 +199,14 @@ func TestStorage_OldTailDoesNotStandIn(t *testing.T) {
 	smallSegments(t)
 	dir := t.TempDir()
 	s, _ := newDisk(t, dir)
-	must(t, s.save(hardStateOf(2, 1), entriesOf(2, 2, 10)))
-	must(t, s.commitSnapshot(receivedSnapshotAt(t, s, 8, 3)))
-	must(t, s.save(hardStateOf(3, 8), nil))
+	testkit.Must(t, s.save(hardStateOf(2, 1), entriesOf(2, 2, 10)))
+	testkit.Must(t, s.commitSnapshot(receivedSnapshotAt(t, s, 8, 3)))
+	testkit.Must(t, s.save(hardStateOf(3, 8), nil))
 	path := s.bodyPath(8)
-	must(t, s.close())
-	must(t, os.Truncate(path, 20))
+	testkit.Must(t, s.close())
+	testkit.Must(t, os.Truncate(path, 20))
 	s, err := openStorage(dir, zap.NewNop())
-	must(t, err)
+	testkit.Must(t, err)
 	defer s.close()
 	if _, err := s.load(); err == nil || !strings.Contains(err.Error(), "goes back to entry 9, but the newest snapshot that is usable is at entry 1") {
 		t.Errorf("load: %v", err)
@@ -235,12 +237,12 @@ func TestStorage_NamesBeforeTheRecord(t *testing.T) {
 	}
 	// What a directory brings along is made durable before it is used.
 	clear(durable)
-	must(t, s.close())
+	testkit.Must(t, s.close())
 	s, _ = newDisk(t, dir)
 	defer s.close()
 	for _, sub := range []string{"", walDir, snapDir} {
 		names, err := os.ReadDir(filepath.Join(dir, sub))
-		must(t, err)
+		testkit.Must(t, err)
 		if !slices.ContainsFunc(names, func(e os.DirEntry) bool { return durable[filepath.Join(dir, sub, e.Name())] }) {
 			t.Errorf("%q was not synced at the start", sub)
 		}
@@ -254,33 +256,33 @@ func TestStorage_RewritesWhatIsNotProven(t *testing.T) {
 	dir := t.TempDir()
 	s, _ := newDisk(t, dir)
 	writeEntries(t, s, 5)
-	must(t, s.writeMark())
+	testkit.Must(t, s.writeMark())
 	writeEntries(t, s, 9)
 	image := crashImage(t, dir)
-	must(t, s.close())
+	testkit.Must(t, s.close())
 	mark, err := openWatermark(image, false)
-	must(t, err)
-	must(t, mark.file.Close())
+	testkit.Must(t, err)
+	testkit.Must(t, mark.file.Close())
 	end, err := scanLog(filepath.Join(image, walDir), mark.last)
-	must(t, err)
-	whole := readFile(t, end.path)
+	testkit.Must(t, err)
+	whole := testkit.ReadFile(t, end.path)
 	if end.unproven <= 0 || end.unproven >= end.offset || !strings.Contains(whole[end.unproven:end.offset], "vvvv") {
 		t.Errorf("behind the watermark: bytes %d to %d", end.unproven, end.offset)
 	}
 	past := time.Now().Add(-time.Hour).Truncate(time.Second)
-	must(t, os.Chtimes(end.path, past, past))
+	testkit.Must(t, os.Chtimes(end.path, past, past))
 	s, err = openStorage(image, zap.NewNop())
-	must(t, err)
+	testkit.Must(t, err)
 	defer s.close()
-	must(t, s.checkLog())
-	if info, err := os.Stat(end.path); err != nil || info.ModTime().Equal(past) || readFile(t, end.path) != whole {
+	testkit.Must(t, s.checkLog())
+	if info, err := os.Stat(end.path); err != nil || info.ModTime().Equal(past) || testkit.ReadFile(t, end.path) != whole {
 		t.Errorf("the log was not written again, or differs: %v", err)
 	}
-	must(t, s.mark.file.Close())
+	testkit.Must(t, s.mark.file.Close())
 	s.mark = nil
 	rec, err := s.load()
-	must(t, err)
-	must(t, s.save(nil, entriesOf(1, 10, 10)))
+	testkit.Must(t, err)
+	testkit.Must(t, s.save(nil, entriesOf(1, 10, 10)))
 	if last, _ := rec.log.LastIndex(); last != 9 || s.mark.number != mark.number+1 || s.mark.last.index != 9 {
 		t.Errorf("the log ends at %d, the watermark was written %d times and is %v", last, s.mark.number-mark.number, s.mark.last)
 	}
@@ -291,23 +293,23 @@ func TestStorage_FailingWrites(t *testing.T) {
 	smallSegments(t)
 	for name, fail := range map[string]func(t *testing.T, s *storage) error{
 		"log": func(t *testing.T, s *storage) error {
-			must(t, s.wal.Close())
+			testkit.Must(t, s.wal.Close())
 			return s.save(hardStateOf(2, 1), entriesOf(2, 4, 4))
 		},
 		"record": func(t *testing.T, s *storage) error {
 			snap := receivedSnapshotAt(t, s, 7, 2)
-			must(t, s.wal.Close())
+			testkit.Must(t, s.wal.Close())
 			return s.commitSnapshot(snap)
 		},
 		"name of the body": func(t *testing.T, s *storage) error {
-			must(t, os.MkdirAll(filepath.Join(s.bodyPath(7), "x"), dirMode))
+			testkit.Must(t, os.MkdirAll(filepath.Join(s.bodyPath(7), "x"), dirMode))
 			st := newState()
 			st.index, st.term = 7, 2
 			return s.writeSnapshot(&raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(uint64(7)), Term: new(uint64(2))}}, &st)
 		},
 		"metadata": func(t *testing.T, s *storage) error {
 			snap := receivedSnapshotAt(t, s, 7, 2)
-			must(t, os.MkdirAll(filepath.Join(s.dir, snapDir, fmt.Sprintf("%016x-%016x%s", 2, 7, metaSuffix), "x"), dirMode))
+			testkit.Must(t, os.MkdirAll(filepath.Join(s.dir, snapDir, fmt.Sprintf("%016x-%016x%s", 2, 7, metaSuffix), "x"), dirMode))
 			return s.commitSnapshot(snap)
 		},
 		"directory": func(t *testing.T, s *storage) error {
@@ -321,8 +323,8 @@ func TestStorage_FailingWrites(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
 			s, _ := newDisk(t, dir)
-			must(t, s.save(hardStateOf(1, 1), entriesOf(1, 2, 3)))
-			must(t, s.writeMark())
+			testkit.Must(t, s.save(hardStateOf(1, 1), entriesOf(1, 2, 3)))
+			testkit.Must(t, s.writeMark())
 			before := s.reached.watermark
 			if err := fail(t, s); err == nil {
 				t.Fatal("it did not fail")
@@ -335,7 +337,7 @@ func TestStorage_FailingWrites(t *testing.T) {
 			}
 			_ = s.close()                                       // the log may be closed
 			_ = os.RemoveAll(filepath.Join(s.bodyPath(7), "x")) // if it is there
-			must(t, wantLogEnd(t, crashImage(t, dir), 3, 1).close())
+			testkit.Must(t, wantLogEnd(t, crashImage(t, dir), 3, 1).close())
 		})
 	}
 }
@@ -348,17 +350,17 @@ func TestStorage_DamagedSnapshotDoesNotCount(t *testing.T) {
 	st := &kvstore{state: r.state}
 	snapshotAt(t, s, st, 300)
 	snapshotAt(t, s, st, 600)
-	must(t, s.close())
-	must(t, os.Truncate(s.bodyPath(600), 100))
+	testkit.Must(t, s.close())
+	testkit.Must(t, os.Truncate(s.bodyPath(600), 100))
 	s, r = newDisk(t, dir)
 	if r.state.index != 300 {
 		t.Fatalf("started from %d", r.state.index)
 	}
-	must(t, r.replay())
+	testkit.Must(t, r.replay())
 	snapshotAt(t, s, &kvstore{state: r.state}, 700)
-	must(t, s.purge())
-	must(t, s.close())
-	must(t, os.Truncate(s.bodyPath(700), 100))
+	testkit.Must(t, s.purge())
+	testkit.Must(t, s.close())
+	testkit.Must(t, os.Truncate(s.bodyPath(700), 100))
 	s, r = newDisk(t, dir)
 	defer s.close()
 	if r.state.index != 300 {

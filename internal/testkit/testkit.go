@@ -1,4 +1,4 @@
-package main
+package testkit
 
 import (
 	"bufio"
@@ -20,8 +20,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// waitUntil waits until check returns nil.
-func waitUntil(t *testing.T, check func() error) {
+// WaitUntil waits until check returns nil.
+func WaitUntil(t *testing.T, check func() error) {
 	t.Helper()
 	deadline := time.Now().Add(10 * time.Second)
 	for {
@@ -36,7 +36,7 @@ func waitUntil(t *testing.T, check func() error) {
 	}
 }
 
-func readFile(t *testing.T, path string) string {
+func ReadFile(t *testing.T, path string) string {
 	t.Helper()
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -46,32 +46,32 @@ func readFile(t *testing.T, path string) string {
 }
 
 var (
-	heavy    = flag.Bool("heavy", false, "run the process tests at full size: a minute of load, a gigabyte of log, a million keys")
-	liveRace = flag.Bool("live-race", false, "run nodes that are built with the race detector")
+	Heavy    = flag.Bool("heavy", false, "run the process tests at full size: a minute of load, a gigabyte of log, a million keys")
+	LiveRace = flag.Bool("live-race", false, "run nodes that are built with the race detector")
 )
 
-// sized returns how much of something a test does.
-func sized[T any](short, full T) T {
-	if *heavy {
+// Sized returns how much of something a test does.
+func Sized[T any](short, full T) T {
+	if *Heavy {
 		return full
 	}
 	return short
 }
 
-func must(t testing.TB, err error) {
+func Must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
 }
 
-// samples are metrics in Prometheus' text format: the value of each line by all
+// Samples are metrics in Prometheus' text format: the value of each line by all
 // that stands before it.
-type samples map[string]float64
+type Samples map[string]float64
 
-func parseSamples(t *testing.T, text string) samples {
+func ParseSamples(t *testing.T, text string) Samples {
 	t.Helper()
-	s := samples{}
+	s := Samples{}
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
 		if line == "" || strings.HasPrefix(line, "#") {
@@ -79,7 +79,7 @@ func parseSamples(t *testing.T, text string) samples {
 		}
 		i := strings.LastIndexByte(line, ' ')
 		v, err := strconv.ParseFloat(line[i+1:], 64)
-		must(t, err)
+		Must(t, err)
 		s[line[:i]] = v
 	}
 	return s
@@ -87,25 +87,25 @@ func parseSamples(t *testing.T, text string) samples {
 
 var seriesName = regexp.MustCompile(`^[a-z_]+`)
 
-// names are the metrics that there are, histograms without their suffixes.
-func (s samples) names() map[string]bool {
+// Names are the metrics that there are, histograms without their suffixes.
+func (s Samples) Names() map[string]bool {
 	names := map[string]bool{}
 	for series := range s {
-		names[baseName(seriesName.FindString(series))] = true
+		names[BaseName(seriesName.FindString(series))] = true
 	}
 	return names
 }
 
-// baseName is the name of a histogram of which name is a part, or name.
-func baseName(name string) string {
+// BaseName is the name of a histogram of which name is a part, or name.
+func BaseName(name string) string {
 	for _, suffix := range []string{"_bucket", "_sum", "_count"} {
 		name = strings.TrimSuffix(name, suffix)
 	}
 	return name
 }
 
-// sum adds up all series that begin so.
-func (s samples) sum(prefix string) (total float64) {
+// Sum adds up all series that begin so.
+func (s Samples) Sum(prefix string) (total float64) {
 	for series, v := range s {
 		if strings.HasPrefix(series, prefix) {
 			total += v
@@ -121,13 +121,13 @@ type pipeListener struct {
 	close   func()
 }
 
-func newPipeListener() *pipeListener {
+func NewPipeListener() *pipeListener {
 	l := &pipeListener{acceptC: make(chan net.Conn), done: make(chan struct{})}
 	l.close = sync.OnceFunc(func() { close(l.done) })
 	return l
 }
 
-func (l *pipeListener) dial() (net.Conn, error) {
+func (l *pipeListener) Dial() (net.Conn, error) {
 	client, server := net.Pipe()
 	select {
 	case l.acceptC <- server:
@@ -150,14 +150,14 @@ func (l *pipeListener) Close() error { l.close(); return nil }
 
 func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{Net: "pipe"} }
 
-type answer struct {
-	code   int
-	header http.Header
-	body   string
-	last   bool // the server says that it closes the connection
+type Answer struct {
+	Code   int
+	Header http.Header
+	Body   string
+	Last   bool // the server says that it closes the connection
 }
 
-func readAnswer(t *testing.T, r *bufio.Reader, method string) answer {
+func ReadAnswer(t *testing.T, r *bufio.Reader, method string) Answer {
 	t.Helper()
 	res, err := http.ReadResponse(r, &http.Request{Method: method})
 	if err != nil {
@@ -167,25 +167,25 @@ func readAnswer(t *testing.T, r *bufio.Reader, method string) answer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return answer{res.StatusCode, res.Header, string(body), res.Close}
+	return Answer{res.StatusCode, res.Header, string(body), res.Close}
 }
 
-func (a answer) want(t *testing.T, code int) {
+func (a Answer) Want(t *testing.T, code int) {
 	t.Helper()
-	if a.code != code {
-		t.Errorf("%d %q, want %d", a.code, a.body, code)
+	if a.Code != code {
+		t.Errorf("%d %q, want %d", a.Code, a.Body, code)
 	}
 }
 
-func (a answer) wantHeader(t *testing.T, name, want string) {
+func (a Answer) WantHeader(t *testing.T, name, want string) {
 	t.Helper()
-	if got := strings.Join(a.header.Values(name), "|"); got != want {
+	if got := strings.Join(a.Header.Values(name), "|"); got != want {
 		t.Errorf("%s: %q, want %q", name, got, want)
 	}
 }
 
-// jsonItem is an item as clients read it.
-type jsonItem struct {
+// JSONItem is an item as clients read it.
+type JSONItem struct {
 	Key                    *string    `json:"key"`
 	KeyBase64              []byte     `json:"keyBase64"`
 	Value                  *string    `json:"value"`
@@ -195,48 +195,48 @@ type jsonItem struct {
 	ExpiresAt              *time.Time `json:"expiresAt"`
 }
 
-func (i *jsonItem) key() string { return textOrBytes(i.Key, i.KeyBase64) }
+func (i *JSONItem) RawKey() string { return TextOrBytes(i.Key, i.KeyBase64) }
 
-func (i *jsonItem) value() string { return textOrBytes(i.Value, i.ValueBase64) }
+func (i *JSONItem) RawValue() string { return TextOrBytes(i.Value, i.ValueBase64) }
 
-func textOrBytes(text *string, b []byte) string {
+func TextOrBytes(text *string, b []byte) string {
 	if text != nil {
 		return *text
 	}
 	return string(b)
 }
 
-type jsonList struct {
+type JSONList struct {
 	ResourceVersion uint64     `json:"resourceVersion"`
-	Items           []jsonItem `json:"items"`
+	Items           []JSONItem `json:"items"`
 	After           *string    `json:"after"`
 	AfterBase64     []byte     `json:"afterBase64"`
 }
 
-// mustDecode decodes a JSON answer of which every field is known.
-func mustDecode[T any](t *testing.T, a answer) (v T) {
+// MustDecode decodes a JSON answer of which every field is known.
+func MustDecode[T any](t *testing.T, a Answer) (v T) {
 	t.Helper()
-	a.want(t, 200)
-	d := json.NewDecoder(strings.NewReader(a.body))
+	a.Want(t, 200)
+	d := json.NewDecoder(strings.NewReader(a.Body))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&v); err != nil {
-		t.Fatalf("%q: %v", a.body, err)
+		t.Fatalf("%q: %v", a.Body, err)
 	}
 	return v
 }
 
-// gather returns what a registry would answer at /-/metrics.
-func gather(t *testing.T, r *prometheus.Registry) samples {
+// Gather returns what a registry would answer at /-/metrics.
+func Gather(t *testing.T, r *prometheus.Registry) Samples {
 	t.Helper()
 	w := httptest.NewRecorder()
 	promhttp.HandlerFor(r, promhttp.HandlerOpts{}).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/", nil))
 	if w.Code != http.StatusOK {
 		t.Fatal(w.Body)
 	}
-	return parseSamples(t, w.Body.String())
+	return ParseSamples(t, w.Body.String())
 }
 
-func waitFor(t *testing.T, ok func() bool) {
+func WaitFor(t *testing.T, ok func() bool) {
 	t.Helper()
 	for end := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
