@@ -32,7 +32,7 @@ func (h *httpAPI) getSnapshot(w http.ResponseWriter, r request) error {
 	if err := h.catchUp(r); err != nil {
 		return err
 	}
-	busy := errTooManyRequests.withDetail("%d backups are on their way already, or as many to this address as may be; retry later or at another node", backupsMax)
+	busy := ErrTooManyRequests.WithDetail("%d backups are on their way already, or as many to this address as may be; retry later or at another node", backupsMax)
 	address := addressOf(r.RemoteAddr)
 	if !h.backups.take(address, 1) {
 		return busy

@@ -111,7 +111,7 @@ func checkHostName(name string) error {
 func (b *browsers) admit(w http.ResponseWriter, r *http.Request) (done bool, err error) {
 	if !b.isOwnHost(r.Host) {
 		name, _ := splitHost(r.Host)
-		return false, errHost.withDetail("this node does not go by the name %.100q; use its IP address or its client URL, or start the nodes with --allowed-host and that name", name)
+		return false, ErrHost.WithDetail("this node does not go by the name %.100q; use its IP address or its client URL, or start the nodes with --allowed-host and that name", name)
 	}
 	if b.vary != nil {
 		w.Header()["Vary"] = b.vary
@@ -122,7 +122,7 @@ func (b *browsers) admit(w http.ResponseWriter, r *http.Request) (done bool, err
 		return true, nil
 	}
 	if err := b.check.Check(r); err != nil {
-		return false, errOrigin.withDetail("a web page may write only to the origin that it came from; to let it, start the nodes with --allowed-origin and the page's origin")
+		return false, ErrOrigin.WithDetail("a web page may write only to the origin that it came from; to let it, start the nodes with --allowed-origin and the page's origin")
 	}
 	return false, nil
 }

@@ -56,7 +56,7 @@ type opinion struct {
 
 	// gate is told when the node begins to serve (nil) and when it ends to. nil =
 	// nobody is.
-	gate func(*apiError)
+	gate func(*Error)
 
 	checked     chan struct{} // closed at the end of the first wait
 	checkedOnce sync.Once
@@ -108,14 +108,14 @@ func (g *guard) set(v verdict) {
 }
 
 // err is what requests are told.
-func (v verdict) err() *apiError {
+func (v verdict) err() *Error {
 	switch v {
 	case sound:
 		return nil
 	case unchecked:
-		return errUnchecked
+		return ErrUnchecked
 	default:
-		return errDiverged
+		return ErrDiverged
 	}
 }
 
@@ -318,8 +318,8 @@ func (n *node) awaitServing(ctx context.Context, timeout time.Duration) (left ti
 	case <-ctx.Done():
 	}
 	err = n.guard.serving()
-	if errors.Is(err, errUnchecked) && n.loop.status.Load().leader == 0 {
-		err = errNoLeader
+	if errors.Is(err, ErrUnchecked) && n.loop.status.Load().leader == 0 {
+		err = ErrNoLeader
 	}
 	return max(0, timeout-time.Since(start)), err
 }

@@ -215,10 +215,10 @@ func TestExchange(t *testing.T) {
 		defer w.close()
 		r.say(2, false)
 		r.wait(t, doubtful)
-		if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, errDiverged) {
+		if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, ErrDiverged) {
 			t.Errorf("watch of a node in doubt: %v", err)
 		}
-		if err := r.serving(t.Context(), time.Minute); !errors.Is(err, errDiverged) {
+		if err := r.serving(t.Context(), time.Minute); !errors.Is(err, ErrDiverged) {
 			t.Errorf("serving in doubt: %v", err)
 		}
 		// Another member at its address is nobody's voice.
@@ -256,12 +256,12 @@ func TestExchange_Waits(t *testing.T) {
 		} {
 			start := time.Now()
 			err := call(50 * time.Millisecond)
-			if took := time.Since(start); !errors.Is(err, errUnchecked) || took < 50*time.Millisecond || took > 5*time.Second {
+			if took := time.Since(start); !errors.Is(err, ErrUnchecked) || took < 50*time.Millisecond || took > 5*time.Second {
 				t.Errorf("%s: %v after %v", name, err, took)
 			}
 		}
 		r.loop.status.Store(&replicaStatus{})
-		if err := r.linearize(t.Context(), time.Millisecond); !errors.Is(err, errNoLeader) {
+		if err := r.linearize(t.Context(), time.Millisecond); !errors.Is(err, ErrNoLeader) {
 			t.Errorf("without a leader: %v", err)
 		}
 		if err := r.serving(t.Context(), time.Millisecond); err != nil {

@@ -146,7 +146,7 @@ func (g *guard) admit(c *command, size int) error {
 	cost := int64(size) * int64(g.members())
 	if !grows(c) {
 		if g.left.Add(-cost) < 0 {
-			return errDiskFull
+			return ErrDiskFull
 		}
 		return nil
 	}
@@ -155,7 +155,7 @@ func (g *guard) admit(c *command, size int) error {
 	}
 	cost *= copiesOfPut
 	if g.left.Load()-cost < g.kept.Load() {
-		return errDiskFull
+		return ErrDiskFull
 	}
 	if err := g.overQuota(c, size); err != nil {
 		return err
@@ -194,11 +194,11 @@ func grows(c *command) bool {
 // diskFull says whose disk has no room for a write.
 func (g *guard) diskFull() error {
 	if s := g.space.Load(); s.full {
-		return errDiskFull.withDetail("the disk of this node has %d bytes left, and %d are kept in reserve; "+
+		return ErrDiskFull.WithDetail("the disk of this node has %d bytes left, and %d are kept in reserve; "+
 			"reads and deletes go on, and writes do as soon as there is space", s.free, s.reserve)
 	}
 	if g.othersFull.Load() {
-		return errDiskFull.withDetail("the disk of the leader is full, or those of so many members that the others are no majority; " +
+		return ErrDiskFull.WithDetail("the disk of the leader is full, or those of so many members that the others are no majority; " +
 			"reads and deletes go on, and writes do as soon as there is space")
 	}
 	return nil
@@ -218,7 +218,7 @@ func (g *guard) overQuota(c *command, size int) error {
 			return nil
 		}
 	}
-	return errQuota.withDetail("the store has %d bytes and may have %d; delete keys, or start the nodes with a larger --quota-bytes", now, g.quota)
+	return ErrQuota.WithDetail("the store has %d bytes and may have %d; delete keys, or start the nodes with a larger --quota-bytes", now, g.quota)
 }
 
 // writable says why the node takes no writes but deletes at present.
@@ -237,8 +237,8 @@ func (g *guard) describe(st *nodeStatus) {
 	st.QuotaBytes = g.quota
 	st.DiskFreeBytes, st.DiskReserveBytes = space.free, space.reserve
 	st.Divergence = g.current().String()
-	if e, ok := errors.AsType[*apiError](errors.Join(g.serving(), g.writable())); ok {
-		st.ReadOnly = e.code
+	if e, ok := errors.AsType[*Error](errors.Join(g.serving(), g.writable())); ok {
+		st.ReadOnly = e.Code
 	}
 }
 
@@ -308,8 +308,8 @@ func (n *node) proposeNew(ctx context.Context, timeout time.Duration, c command)
 		return result{}, err
 	}
 	res, err := n.loop.propose(ctx, timeout, c)
-	if e, ok := errors.AsType[*apiError](err); ok && e.code == errLevel.code {
-		err = e.withDetail("%s; %s", e.detail, n.oldMembers(n.store.level()+1))
+	if e, ok := errors.AsType[*Error](err); ok && e.Code == ErrLevel.Code {
+		err = e.WithDetail("%s; %s", e.Detail, n.oldMembers(n.store.level()+1))
 	}
 	return res, err
 }

@@ -137,10 +137,10 @@ func newUUID() string {
 
 // Errors of this front with their own advice.
 var (
-	errTarget  = errInvalid.withDetail("the request target must be a path; a key is written /key")
-	errNoKey   = errNotFound.withDetail("the key has no value")
-	errNoCall  = errNotFound.withDetail("paths under /-/ are reserved and there is no such call; the key is written with %%2D for the first -")
-	errPeerURL = errInvalid.withDetail("the body must be the peer URL of the new member, such as http://10.0.0.4:12379, with a port and no path, and a host that others can reach")
+	errTarget  = ErrInvalid.WithDetail("the request target must be a path; a key is written /key")
+	errNoKey   = ErrNotFound.WithDetail("the key has no value")
+	errNoCall  = ErrNotFound.WithDetail("paths under /-/ are reserved and there is no such call; the key is written with %%2D for the first -")
+	errPeerURL = ErrInvalid.WithDetail("the body must be the peer URL of the new member, such as http://10.0.0.4:12379, with a port and no path, and a host that others can reach")
 )
 
 type httpAPI struct {
@@ -223,7 +223,7 @@ func admitKept(w http.ResponseWriter, r *http.Request, c *call) error {
 	}
 	w.Header()["Connection"] = closeAfter
 	if !c.kept {
-		return errConnections
+		return ErrConnections
 	}
 	return errors.Join(place.deserve(), place.SetWriteDeadline(time.Now().Add(keptWriteTimeout)))
 }
@@ -326,7 +326,7 @@ func noKey(key string) error {
 	default:
 		return errNoKey
 	}
-	return errNotFound.withDetail("the key has no value; the call is %s", call)
+	return ErrNotFound.WithDetail("the key has no value; the call is %s", call)
 }
 
 // isUnchanged says whether the client has this version already.
@@ -401,8 +401,8 @@ func (h *httpAPI) propose(w http.ResponseWriter, r request, c command, body stri
 	}
 	res, err = h.backend.propose(r.Context(), r.params.timeout, c)
 	if err != nil {
-		if e, ok := errors.AsType[*apiError](err); ok && c.retry.key != "" && e.code == errUnknown.code && e.outcome == unknown {
-			err = errUnknownRetry
+		if e, ok := errors.AsType[*Error](err); ok && c.retry.key != "" && e.Code == ErrUnknown.Code && e.Outcome == Unknown {
+			err = ErrUnknownRetry
 		}
 		return result{}, err
 	}
@@ -419,7 +419,7 @@ func (h *httpAPI) propose(w http.ResponseWriter, r request, c command, body stri
 		}
 		return result{}, preconditionFailed(res.current)
 	case res.status == statusRetryOther:
-		return result{}, errRetryOther
+		return result{}, ErrRetryOther
 	}
 	return res, nil
 }
@@ -427,11 +427,11 @@ func (h *httpAPI) propose(w http.ResponseWriter, r request, c command, body stri
 // preconditionFailed is the answer to a condition that does not hold of a key at
 // this version; 0 = it does not exist.
 func preconditionFailed(current uint64) error {
-	e := errPrecondition.withDetail("the key does not exist")
+	e := ErrPrecondition.WithDetail("the key does not exist")
 	if current != 0 {
-		e = errPrecondition.withDetail("the key exists at resource version %d", current)
+		e = ErrPrecondition.WithDetail("the key exists at resource version %d", current)
 	}
-	e.current = current
+	e.Current = current
 	return e
 }
 
@@ -439,9 +439,9 @@ func preconditionFailed(current uint64) error {
 // is told. What the key is like by now is not said.
 func preconditionFailedThen(current uint64) error {
 	if current == 0 {
-		return errPrecondition.withDetail("the key did not exist when this request was carried out; a new attempt needs a new Idempotency-Key")
+		return ErrPrecondition.WithDetail("the key did not exist when this request was carried out; a new attempt needs a new Idempotency-Key")
 	}
-	return errPrecondition.withDetail("the key existed at resource version %d when this request was carried out; a new attempt needs a new Idempotency-Key", current)
+	return ErrPrecondition.WithDetail("the key existed at resource version %d when this request was carried out; a new attempt needs a new Idempotency-Key", current)
 }
 
 // The root.
@@ -474,7 +474,7 @@ func (h *httpAPI) patchObject(w http.ResponseWriter, r request) error {
 		return err
 	}
 	if !json.Valid([]byte(value)) {
-		return errInvalid.withDetail("the body is not JSON; PUT and POST take any bytes")
+		return ErrInvalid.WithDetail("the body is not JSON; PUT and POST take any bytes")
 	}
 	return h.create(w, r, value, http.StatusNoContent)
 }
@@ -502,7 +502,7 @@ func (h *httpAPI) create(w http.ResponseWriter, r request, value string, code in
 func parseMemberID(s string) (uint64, error) {
 	id, err := strconv.ParseUint(s, 10, 64)
 	if err != nil || s[0] == '0' {
-		return 0, errInvalid.withDetail("the ID of a member must be a positive decimal number; to store a value under a new key POST it to /")
+		return 0, ErrInvalid.WithDetail("the ID of a member must be a positive decimal number; to store a value under a new key POST it to /")
 	}
 	return id, nil
 }
@@ -584,10 +584,10 @@ func isReserved(path string) bool {
 func parseKey(escaped string) (string, error) {
 	key, err := url.PathUnescape(escaped)
 	if err != nil {
-		return "", errInvalid.withDetail("the path has a malformed escape; write %% as %%25")
+		return "", ErrInvalid.WithDetail("the path has a malformed escape; write %% as %%25")
 	}
 	if len(key) == 0 || len(key) > keySizeMax {
-		return "", errInvalid.withDetail("the key has %d bytes; it must have 1 to %d", len(key), keySizeMax)
+		return "", ErrInvalid.WithDetail("the key has %d bytes; it must have 1 to %d", len(key), keySizeMax)
 	}
 	return key, nil
 }
@@ -632,12 +632,12 @@ func (h *httpAPI) readBody(w http.ResponseWriter, r *http.Request, sizeMax int) 
 			return nil
 		}
 		w.Header()["Connection"] = closeAfter // the rest is not read
-		return errOverloaded
+		return ErrOverloaded
 	})
 	switch {
 	case err == nil:
 		return unsafe.String(unsafe.SliceData(body), len(body)), nil // nobody changes it any more
-	case errors.Is(err, errOverloaded):
+	case errors.Is(err, ErrOverloaded):
 		return "", err
 	case errors.Is(err, errTooLong):
 		return "", tooLarge(sizeMax)
@@ -684,14 +684,14 @@ func readGrowing(r io.Reader, announced int64, sizeMax int, take func(size int) 
 }
 
 func tooLarge(sizeMax int) error {
-	return errTooLarge.withDetail("at most %d bytes are taken", sizeMax)
+	return ErrTooLarge.WithDetail("at most %d bytes are taken", sizeMax)
 }
 
 func bodyError(err error) error {
 	if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() {
-		return errBodyTimeout
+		return ErrBodyTimeout
 	}
-	return errInvalid.withDetail("the body broke off: %v", err)
+	return ErrInvalid.WithDetail("the body broke off: %v", err)
 }
 
 // Responses. Headers are set by assignment, with canonical names: Set would
@@ -799,23 +799,23 @@ type problem struct {
 	Detail    string  `json:"detail,omitempty"`
 	Code      string  `json:"code"`
 	Message   string  `json:"message"` // title and detail in one line
-	Outcome   outcome `json:"outcome,omitempty"`
+	Outcome   Outcome `json:"outcome,omitempty"`
 	Retryable bool    `json:"retryable"`
 	LeaderID  uint64  `json:"leaderId,omitempty"`
 	Current   uint64  `json:"currentResourceVersion,omitempty"`
 }
 
-func newProblem(e *apiError) problem {
+func newProblem(e *Error) problem {
 	return problem{
-		Type:      "urn:raftrv:error:" + e.code,
-		Title:     e.title,
-		Status:    e.status,
-		Detail:    e.detail,
-		Code:      e.code,
+		Type:      "urn:raftrv:error:" + e.Code,
+		Title:     e.Title,
+		Status:    e.Status,
+		Detail:    e.Detail,
+		Code:      e.Code,
 		Message:   e.Error(),
-		Outcome:   e.outcome,
-		Retryable: e.retry,
-		Current:   e.current,
+		Outcome:   e.Outcome,
+		Retryable: e.Retry,
+		Current:   e.Current,
 	}
 }
 
@@ -828,22 +828,22 @@ func (p problem) encode() []byte {
 }
 
 // problemOf is an error as the answer to a request.
-func problemOf(r *http.Request, e *apiError) problem {
+func problemOf(r *http.Request, e *Error) problem {
 	if !isWrite(r.Method) {
 		p := newProblem(e)
 		p.Outcome = ""
 		return p
 	}
 	if _, ok := r.Header["Idempotency-Key"]; ok {
-		e = e.ofRetry()
+		e = e.OfRetry()
 	}
 	return newProblem(e)
 }
 
 func (h *httpAPI) writeError(w http.ResponseWriter, r *http.Request, err error) {
-	e, ok := errors.AsType[*apiError](err)
+	e, ok := errors.AsType[*Error](err)
 	if !ok {
-		e = errInternal
+		e = ErrInternal
 		if r.Context().Err() == nil { // otherwise the client is gone, which is no news
 			h.logger.Error("request failed", zap.String("method", r.Method), zap.Error(err))
 		}
@@ -854,22 +854,22 @@ func (h *httpAPI) writeError(w http.ResponseWriter, r *http.Request, err error) 
 			w.Header()["Cache-Control"] = noStore
 		}
 	}
-	if e.status >= http.StatusInternalServerError || e.status == http.StatusConflict {
+	if e.Status >= http.StatusInternalServerError || e.Status == http.StatusConflict {
 		p.LeaderID = h.backend.status().LeaderID // whom to ask instead
 	}
 	setErrorHeaders(w.Header(), e)
-	writeBody(w, r, e.status, typeProblem, p.encode())
+	writeBody(w, r, e.Status, typeProblem, p.encode())
 }
 
-func setErrorHeaders(header http.Header, e *apiError) {
-	if e.current != 0 {
-		setETag(header, e.current)
+func setErrorHeaders(header http.Header, e *Error) {
+	if e.Current != 0 {
+		setETag(header, e.Current)
 	}
-	switch e.status {
+	switch e.Status {
 	case http.StatusHTTPVersionNotSupported:
 		header["Connection"] = closeAfter
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable, http.StatusGatewayTimeout, http.StatusInsufficientStorage:
-		if e.retry {
+		if e.Retry {
 			header["Retry-After"] = retryAfter
 		}
 	case http.StatusUnsupportedMediaType:
@@ -886,9 +886,9 @@ func isWrite(method string) bool {
 // httpRefusal is the response to a connection that the listener has no room
 // for. No request was read, so it must suit every one.
 func httpRefusal() []byte {
-	p := newProblem(errConnections)
+	p := newProblem(ErrConnections)
 	p.Outcome = "" // nobody has read whether it is a write, or a retry
 	body := p.encode()
 	return fmt.Appendf(nil, "HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nRetry-After: %s\r\n%sConnection: close\r\n\r\n%s",
-		errConnections.status, http.StatusText(errConnections.status), typeProblem[0], len(body), retryAfter[0], browserHeader, body)
+		ErrConnections.Status, http.StatusText(ErrConnections.Status), typeProblem[0], len(body), retryAfter[0], browserHeader, body)
 }

@@ -94,7 +94,7 @@ func (b *fakeBackend) waitVersion(_ context.Context, timeout time.Duration, rv u
 		return b.linearizeErr
 	}
 	if b.store.version() < rv {
-		return errReadTimeout
+		return ErrReadTimeout
 	}
 	return nil
 }
@@ -102,7 +102,7 @@ func (b *fakeBackend) waitVersion(_ context.Context, timeout time.Duration, rv u
 func (b *fakeBackend) serving(context.Context, time.Duration) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if errors.Is(b.err, errDiverged) {
+	if errors.Is(b.err, ErrDiverged) {
 		return b.err
 	}
 	return nil
@@ -111,7 +111,7 @@ func (b *fakeBackend) serving(context.Context, time.Duration) error {
 func (b *fakeBackend) writable() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if errors.Is(b.err, errDiskFull) {
+	if errors.Is(b.err, ErrDiskFull) {
 		return b.err
 	}
 	return nil
@@ -542,7 +542,7 @@ func TestHTTP_RefusesLargeValues(t *testing.T) {
 			if !a.Last {
 				t.Error("the connection stays open")
 			}
-			if p := mustProblem(t, a); p.Code != "value-too-large" || p.Outcome != notApplied {
+			if p := mustProblem(t, a); p.Code != "value-too-large" || p.Outcome != NotApplied {
 				t.Errorf("%+v", p)
 			}
 		})
@@ -565,7 +565,7 @@ func TestHTTP_BodiesAreGivenBack(t *testing.T) {
 	}
 	for range 3 {
 		a := f.do("PUT", "/k", large)
-		if a.Want(t, 503); mustProblem(t, a).Code != errOverloaded.code {
+		if a.Want(t, 503); mustProblem(t, a).Code != ErrOverloaded.Code {
 			t.Errorf("%s", a.Body)
 		}
 	}
@@ -625,7 +625,7 @@ func TestHTTP_Answers(t *testing.T) {
 	a = f.do("DELETE", "/a", "")
 	a.Want(t, 404)
 	a.WantHeader(t, "Resource-Version", "4")
-	if p := mustProblem(t, a); p.Code != "not-found" || p.Outcome != notApplied {
+	if p := mustProblem(t, a); p.Code != "not-found" || p.Outcome != NotApplied {
 		t.Errorf("%+v", p)
 	}
 	a = f.do("GET", "/a", "")
@@ -666,7 +666,7 @@ func TestHTTP_Root(t *testing.T) {
 	for _, body := range []string{"", "{", "{}{}", "\xff", strings.Repeat("[", 20000)} {
 		a = f.do("PATCH", "/", body)
 		a.Want(t, 400)
-		if p := mustProblem(t, a); p.Outcome != notApplied {
+		if p := mustProblem(t, a); p.Outcome != NotApplied {
 			t.Errorf("%+v", p)
 		}
 	}
@@ -752,7 +752,7 @@ func TestHTTP_AddMember(t *testing.T) {
 		t.Errorf("%+v, want %+v", got, want)
 	}
 
-	f.backend.fail(fmt.Errorf("add: %w", errMember.withDetail("member 4 exists already")))
+	f.backend.fail(fmt.Errorf("add: %w", ErrMember.WithDetail("member 4 exists already")))
 	a := f.do("POST", "/4", "http://a:1")
 	a.Want(t, 409)
 	if p := mustProblem(t, a); p.Code != "member-conflict" || p.Detail != "member 4 exists already" || p.LeaderID != 2 {
@@ -940,7 +940,7 @@ func TestHTTP_ReadFreshness(t *testing.T) {
 			}
 		}
 	}
-	f.backend.fail(errNoLeader)
+	f.backend.fail(ErrNoLeader)
 	f.do("GET", "/k", "").Want(t, 503)
 	f.do("GET", "/k?resourceVersion=2", "").Want(t, 503)
 	f.do("GET", "/k?resourceVersion=1", "").Want(t, 200)
@@ -951,19 +951,19 @@ func TestHTTP_BackendErrors(t *testing.T) {
 		err        error
 		code       int
 		name       string
-		outcome    outcome
+		outcome    Outcome
 		retryAfter string
 	}{
-		{errNoLeader, 503, "no-leader", notApplied, "1"},
-		{errOverloaded, 503, "overloaded", notApplied, "1"},
-		{errShuttingDown, 503, "shutting-down", notApplied, "1"},
-		{errDiskFull, 507, "disk-full", notApplied, "1"},
-		{errQuota, 507, "quota-exceeded", notApplied, "1"},
-		{errDiverged, 503, "diverged", notApplied, "1"},
-		{errLevel, 503, "feature-level", notApplied, "1"},
-		{errUnknown, 504, "timeout", unknown, ""},
-		{fmt.Errorf("propose: %w", errUnknown), 504, "timeout", unknown, ""},
-		{errors.New("secret"), 500, "internal", unknown, ""},
+		{ErrNoLeader, 503, "no-leader", NotApplied, "1"},
+		{ErrOverloaded, 503, "overloaded", NotApplied, "1"},
+		{ErrShuttingDown, 503, "shutting-down", NotApplied, "1"},
+		{ErrDiskFull, 507, "disk-full", NotApplied, "1"},
+		{ErrQuota, 507, "quota-exceeded", NotApplied, "1"},
+		{ErrDiverged, 503, "diverged", NotApplied, "1"},
+		{ErrLevel, 503, "feature-level", NotApplied, "1"},
+		{ErrUnknown, 504, "timeout", Unknown, ""},
+		{fmt.Errorf("propose: %w", ErrUnknown), 504, "timeout", Unknown, ""},
+		{errors.New("secret"), 500, "internal", Unknown, ""},
 	} {
 		f := newFront(t)
 		f.backend.fail(tt.err)
@@ -998,7 +998,7 @@ func TestHTTP_BackendErrors(t *testing.T) {
 
 func TestHTTP_ProblemShape(t *testing.T) {
 	f := newFront(t)
-	f.backend.fail(errNoLeader)
+	f.backend.fail(ErrNoLeader)
 	a := f.do("PUT", "/k", "")
 	want := `{"type":"urn:raftrv:error:no-leader","title":"No leader","status":503,` +
 		`"detail":"no leader was reachable before the deadline; is a majority of the members up?","code":"no-leader",` +
@@ -1032,7 +1032,7 @@ func TestHTTP_NoConditionIsIgnored(t *testing.T) {
 					a := f.do(c.method, target, "1", name+": "+value)
 					refused++
 					a.Want(t, 400)
-					if p := mustProblem(t, a); p.Code != "invalid-request" || p.Outcome != notApplied || !strings.HasPrefix(p.Detail, name+" is not supported here") {
+					if p := mustProblem(t, a); p.Code != "invalid-request" || p.Outcome != NotApplied || !strings.HasPrefix(p.Detail, name+" is not supported here") {
 						t.Errorf("%s %s, %s: %+v", c.method, target, name, p)
 					}
 				}
@@ -1064,13 +1064,13 @@ func TestHTTP_Node(t *testing.T) {
 		a.WantHeader(t, "Content-Length", strconv.Itoa(len(want)))
 	}
 	// A node that takes no writes is ready: it serves reads. One that diverged is not.
-	f.backend.fail(errDiskFull)
+	f.backend.fail(ErrDiskFull)
 	f.backend.linearizeErr = nil
-	if a := f.do("GET", "/-/readyz", ""); a.Code != 200 || a.Body != "ok\nread-only: "+errDiskFull.Error()+"\n" {
+	if a := f.do("GET", "/-/readyz", ""); a.Code != 200 || a.Body != "ok\nread-only: "+ErrDiskFull.Error()+"\n" {
 		t.Errorf("readyz of a node whose disk is full: %d %s", a.Code, a.Body)
 	}
-	f.backend.fail(errDiverged)
-	if a := f.do("GET", "/-/readyz", ""); a.Code != 503 || !strings.Contains(mustProblem(t, a).Detail, errDiverged.Error()) {
+	f.backend.fail(ErrDiverged)
+	if a := f.do("GET", "/-/readyz", ""); a.Code != 503 || !strings.Contains(mustProblem(t, a).Detail, ErrDiverged.Error()) {
 		t.Errorf("readyz of a node that has diverged: %d %s", a.Code, a.Body)
 	}
 	for _, target := range []string{"/k", "/k?resourceVersion=0", "/", "/-/v1/keys?resourceVersion=0", "/-/v1/keys/k?resourceVersion=0", "/-/v1/watch", "/-/v1/watch?resourceVersion=0"} {
@@ -1081,7 +1081,7 @@ func TestHTTP_Node(t *testing.T) {
 		}
 	}
 	f.do("GET", "/-/v1/status", "").Want(t, 200)
-	f.backend.fail(errReadTimeout)
+	f.backend.fail(ErrReadTimeout)
 	f.do("GET", "/-/livez", "").Want(t, 200)
 	f.do("GET", "/-/v1/status", "").Want(t, 200)
 	a := f.do("GET", "/-/readyz", "")
@@ -1207,7 +1207,7 @@ func TestHTTP_SlowBodyIsCut(t *testing.T) {
 		if !a.Last {
 			t.Error("the connection stays open")
 		}
-		if p := mustProblem(t, a); p.Code != "request-timeout" || p.Outcome != notApplied || !p.Retryable {
+		if p := mustProblem(t, a); p.Code != "request-timeout" || p.Outcome != NotApplied || !p.Retryable {
 			t.Errorf("%+v", p)
 		}
 		if took := time.Since(start); took != bodyTimeout {
@@ -1236,7 +1236,7 @@ func TestHTTP_BrokenBody(t *testing.T) {
 		}
 		a := testkit.ReadAnswer(t, bufio.NewReader(c), "PUT")
 		a.Want(t, 400)
-		if p := mustProblem(t, a); p.Code != "invalid-request" || p.Outcome != notApplied {
+		if p := mustProblem(t, a); p.Code != "invalid-request" || p.Outcome != NotApplied {
 			t.Errorf("%+v", p)
 		}
 	}
@@ -1409,7 +1409,7 @@ func FuzzHTTPQuery(f *testing.F) {
 func checkQuery(t *testing.T, h *httpAPI, query string, allowed paramSet) {
 	p, err := h.params(query, allowed)
 	if err != nil {
-		if !errors.Is(err, errInvalid) {
+		if !errors.Is(err, ErrInvalid) {
 			t.Fatal(err)
 		}
 		return
@@ -1534,7 +1534,7 @@ func TestHTTP_KeptPlaces(t *testing.T) {
 			if want != 404 && !a.Last {
 				t.Errorf("%s: the connection stays open", target)
 			}
-			if want == 503 && mustProblem(t, a).Code != errConnections.code {
+			if want == 503 && mustProblem(t, a).Code != ErrConnections.Code {
 				t.Errorf("%s: %s", target, a.Body)
 			}
 		}

@@ -345,18 +345,18 @@ func (j *journal) run(ctx context.Context, src journalSource, syncEvery time.Dur
 		switch {
 		case errors.Is(err, errJournalCut):
 			err = j.resumeCut()
-		case errors.Is(err, errExpired) && j.caughtUp && j.hold.overtaken.Load():
+		case errors.Is(err, ErrExpired) && j.caughtUp && j.hold.overtaken.Load():
 			err = errJournalSlow
-		case errors.Is(err, errExpired):
+		case errors.Is(err, ErrExpired):
 			err = j.skip(ctx, src.store)
 		case err == nil:
 			return nil
-		case errors.Is(err, errDiverged), errors.Is(err, errUnchecked):
+		case errors.Is(err, ErrDiverged), errors.Is(err, ErrUnchecked):
 			src.store.holdWindow(nil)
 			err = j.pause(src)
 			j.beginHold(src.store)
 		}
-		if errors.Is(err, errShuttingDown) {
+		if errors.Is(err, ErrShuttingDown) {
 			return nil
 		}
 		if err != nil {
@@ -404,13 +404,13 @@ func (j *journal) pause(src journalSource) error {
 	for {
 		if err := src.hub.closed.Load(); err == nil {
 			return nil
-		} else if errors.Is(err, errShuttingDown) {
+		} else if errors.Is(err, ErrShuttingDown) {
 			return err
 		}
 		select {
 		case <-retry.C:
 		case <-src.stopped:
-			return errShuttingDown
+			return ErrShuttingDown
 		}
 	}
 }
@@ -440,7 +440,7 @@ func (j *journal) follow(ctx context.Context, w *watcher, src journalSource, syn
 	defer look.Stop()
 	for {
 		n, _, err := w.read(j.appendEvent)
-		if errors.Is(err, errShuttingDown) {
+		if errors.Is(err, ErrShuttingDown) {
 			<-src.stopped
 			return errors.Join(j.drain(ctx, w, src.store), j.sync())
 		}
@@ -489,7 +489,7 @@ var closedC = func() chan struct{} {
 func (j *journal) drain(ctx context.Context, w *watcher, store *kvstore) error {
 	for {
 		n, err := w.scan(j.appendEvent)
-		if errors.Is(err, errExpired) {
+		if errors.Is(err, ErrExpired) {
 			return nil // the next run says so
 		}
 		if n == 0 || err != nil {
@@ -545,7 +545,7 @@ func (j *journal) claim(ctx context.Context, store *kvstore) error {
 		select {
 		case <-time.After(journalLeaseRetry):
 		case <-ctx.Done():
-			return errShuttingDown // the next run goes on here
+			return ErrShuttingDown // the next run goes on here
 		}
 	}
 	info, err := j.file.Stat()

@@ -529,7 +529,7 @@ func TestJournal_Lease(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	j.appendEvent(&event{rv: 2, key: "a"}, true)
-	if err := j.append(ctx, r.store); !errors.Is(err, errShuttingDown) {
+	if err := j.append(ctx, r.store); !errors.Is(err, ErrShuttingDown) {
 		t.Errorf("written while it is open: %v", err)
 	}
 	f := <-opened
@@ -574,7 +574,7 @@ func TestJournal_WaitsForStore(t *testing.T) {
 			if leader {
 				return nil
 			}
-			return errNoLeader
+			return ErrNoLeader
 		}}
 		done := make(chan error)
 		go func() { done <- j.run(t.Context(), src, time.Second) }()
@@ -587,7 +587,7 @@ func TestJournal_WaitsForStore(t *testing.T) {
 		again.put("b", "2")
 		again.hub.distribute()
 		synctest.Wait()
-		again.hub.close(errShuttingDown)
+		again.hub.close(ErrShuttingDown)
 		again.put("b", "3") // the last request that was answered
 		close(stopped)
 		testkit.Must(t, <-done)
@@ -603,11 +603,11 @@ func TestJournal_StopsWhileItWaits(t *testing.T) {
 		r.setContent(storyJournal)
 		j := r.mustOpen()
 		stopped := make(chan struct{})
-		src := journalSource{store: r.store, hub: r.hub, stopped: stopped, linearize: func(context.Context, time.Duration) error { return errNoLeader }}
+		src := journalSource{store: r.store, hub: r.hub, stopped: stopped, linearize: func(context.Context, time.Duration) error { return ErrNoLeader }}
 		done := make(chan error)
 		go func() { done <- j.run(t.Context(), src, time.Second) }()
 		time.Sleep(time.Minute)
-		r.hub.close(errShuttingDown)
+		r.hub.close(ErrShuttingDown)
 		close(stopped)
 		testkit.Must(t, <-done)
 		testkit.Must(t, j.close())
@@ -753,7 +753,7 @@ func TestJournal_LongLines(t *testing.T) {
 
 // TestJournal_WaitsForSound: while the node does not serve the journal waits, and then goes on without a gap.
 func TestJournal_WaitsForSound(t *testing.T) {
-	for _, why := range []*apiError{errUnchecked, errDiverged} {
+	for _, why := range []*Error{ErrUnchecked, ErrDiverged} {
 		synctest.Test(t, func(t *testing.T) {
 			r := newJournalRig(t)
 			stop := r.start()
@@ -762,7 +762,7 @@ func TestJournal_WaitsForSound(t *testing.T) {
 				time.Sleep(2 * journalRetry)
 				synctest.Wait()
 				if got := strings.Count(r.content(), "\n") - 1; got != lines {
-					t.Errorf("%s: it has %d lines, want %d:\n%s", why.code, got, lines, r.content())
+					t.Errorf("%s: it has %d lines, want %d:\n%s", why.Code, got, lines, r.content())
 				}
 			}
 			r.put("a", "1")

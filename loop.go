@@ -270,7 +270,7 @@ func wake(c chan struct{}) {
 
 // close refuses new work and answers what waits.
 func (l *loop) close(cause error) {
-	refusal := error(errShuttingDown)
+	refusal := error(ErrShuttingDown)
 	if cause != nil {
 		refusal = errStopped
 	}
@@ -285,7 +285,7 @@ func (l *loop) close(cause error) {
 		close(b.done)
 	}
 	for _, b := range l.replica.pending {
-		b.err = errUnknown
+		b.err = ErrUnknown
 		close(b.done)
 	}
 	for _, q := range append(l.replica.confirmed, l.replica.reading, reads) {
@@ -384,7 +384,7 @@ func (l *loop) deliver(m message) error {
 
 var (
 	errInboxFull = errors.New("too many messages wait for the raft loop")
-	errStopped   = errShuttingDown.withDetail("this node has stopped after an error; see its log")
+	errStopped   = ErrShuttingDown.WithDetail("this node has stopped after an error; see its log")
 )
 
 // messageSize is about how many bytes a message keeps alive.
@@ -409,7 +409,7 @@ func (l *loop) propose(ctx context.Context, timeout time.Duration, c command) (r
 		return result{}, b.err
 	}
 	if b.results[i].status == statusNone { // it came too late for the proposal that counted
-		return result{}, errUnknown
+		return result{}, ErrUnknown
 	}
 	return b.results[i], nil
 }
@@ -435,7 +435,7 @@ func (l *loop) enqueue(c *command, deadline time.Time) (b *batch, i int, err err
 	if err != nil {
 		b.data, b.offsets, b.events = b.data[:before], b.offsets[:len(b.offsets)-1], b.events-c.eventsMax()
 		l.dropEmpty(b)
-		return nil, 0, errLevel.withDetail("%v", err)
+		return nil, 0, ErrLevel.WithDetail("%v", err)
 	}
 	l.inbox.queueSize += len(b.data) - before
 	b.deadlines = append(b.deadlines, deadline)
@@ -451,7 +451,7 @@ func (l *loop) refusal(size int) error {
 		return l.inbox.closed
 	}
 	if l.inbox.queueSize+size > queueSizeMax {
-		return errOverloaded
+		return ErrOverloaded
 	}
 	return nil
 }
@@ -486,21 +486,21 @@ func (l *loop) giveUp(b *batch, i int) error {
 			l.inbox.abandoned = append(l.inbox.abandoned, abandonedCommand{b, i})
 			l.signal()
 		}
-		return errUnknown
+		return ErrUnknown
 	}
 	if b.err != nil {
-		return errUnknown
+		return ErrUnknown
 	}
 	b.withdraw(i)
 	l.dropEmpty(b)
-	return l.timeout(errNotProposed)
+	return l.timeout(ErrNotProposed)
 }
 
 // timeout is the answer when a deadline has passed: err if there is a leader, so that
 // it is not for want of one.
-func (l *loop) timeout(err *apiError) error {
+func (l *loop) timeout(err *Error) error {
 	if l.status.Load().leader == 0 {
-		return errNoLeader
+		return ErrNoLeader
 	}
 	return err
 }
@@ -548,9 +548,9 @@ func (l *loop) updateMember(ctx context.Context, timeout time.Duration, m member
 	case err != nil:
 		return err
 	case res.status == statusNotFound:
-		return errNotFound.withDetail("there is no member %d", m.ID)
+		return ErrNotFound.WithDetail("there is no member %d", m.ID)
 	case res.status == statusPrecondition:
-		return errMember.withDetail("another member already has the peer URL %s", m.PeerURL)
+		return ErrMember.WithDetail("another member already has the peer URL %s", m.PeerURL)
 	}
 	return nil
 }
@@ -570,7 +570,7 @@ func (l *loop) transferLeader(ctx context.Context, timeout time.Duration, id uin
 			asked = true
 			l.call(func() error {
 				if m, ok := l.replica.store.member(id); !ok || m.Learner {
-					refused <- errMember.withDetail("member %d is not a voter", id)
+					refused <- ErrMember.WithDetail("member %d is not a voter", id)
 				} else {
 					l.replica.raw.TransferLeader(id)
 				}
@@ -583,9 +583,9 @@ func (l *loop) transferLeader(ctx context.Context, timeout time.Duration, id uin
 			return err
 		case <-end:
 			if !asked {
-				return errNoLeader
+				return ErrNoLeader
 			}
-			return errTransfer.withDetail("member %d was asked to lead and did not before the deadline, but still may; is it up and has it the whole log?", id)
+			return ErrTransfer.WithDetail("member %d was asked to lead and did not before the deadline, but still may; is it up and has it the whole log?", id)
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -619,7 +619,7 @@ func (l *loop) linearize(ctx context.Context, timeout time.Duration) error {
 		return err
 	}
 	if err := l.await(ctx, q.done, timeout); err != nil {
-		return l.timeout(errUnconfirmed)
+		return l.timeout(ErrUnconfirmed)
 	}
 	return q.err
 }

@@ -205,11 +205,11 @@ func TestLoop_DeadlineSaysWhy(t *testing.T) {
 			"member": func() error { return l.removeMember(t.Context(), time.Millisecond, 3) },
 		}
 		for name, call := range calls {
-			e, ok := errors.AsType[*apiError](call())
-			if !ok || e.code != tt.code || e.status != tt.status || e.outcome != notApplied || !e.retry {
+			e, ok := errors.AsType[*Error](call())
+			if !ok || e.Code != tt.code || e.Status != tt.status || e.Outcome != NotApplied || !e.Retry {
 				t.Errorf("%s with leader %d: %+v", name, tt.leader, e)
 			}
-			if retry := e.ofRetry(); name == "write" && (retry.outcome != unknown || !strings.Contains(retry.detail, "this attempt was not applied")) {
+			if retry := e.OfRetry(); name == "write" && (retry.Outcome != Unknown || !strings.Contains(retry.Detail, "this attempt was not applied")) {
 				t.Errorf("with an Idempotency-Key: %+v", retry)
 			}
 		}

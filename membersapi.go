@@ -66,7 +66,7 @@ func (h *httpAPI) postMember(w http.ResponseWriter, r request) error {
 		return err
 	}
 	if m.PeerURL == "" {
-		return errInvalid.withDetail("peerURL is missing")
+		return ErrInvalid.WithDetail("peerURL is missing")
 	}
 	return done(w, h.backend.addMember(r.Context(), r.params.timeout, m))
 }
@@ -77,7 +77,7 @@ func (h *httpAPI) putMember(w http.ResponseWriter, r request) error {
 		return err
 	}
 	if m.Learner {
-		return errInvalid.withDetail("learner is of new members only: a voter does not become a learner again")
+		return ErrInvalid.WithDetail("learner is of new members only: a voter does not become a learner again")
 	}
 	m.Promote = false
 	return done(w, h.backend.updateMember(r.Context(), r.params.timeout, m))
@@ -130,7 +130,7 @@ func (h *httpAPI) readMember(w http.ResponseWriter, r request) (m member, err er
 			continue
 		}
 		if *u, err = parseNodeURL(*u); err != nil {
-			return m, errInvalid.withDetail("peerURL and clientURL: %v", err)
+			return m, ErrInvalid.WithDetail("peerURL and clientURL: %v", err)
 		}
 	}
 	m.Name, m.PeerURL, m.ClientURL = body.Name, body.PeerURL, body.ClientURL

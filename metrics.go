@@ -266,8 +266,8 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge(descDiskReserve, float64(s.DiskReserveBytes))
 	gauge(descQuota, float64(s.QuotaBytes))
-	for _, e := range []*apiError{errDiskFull, errQuota, errDiverged, errUnchecked} {
-		gauge(descReadOnly, number(s.ReadOnly == e.code), e.code)
+	for _, e := range []*Error{ErrDiskFull, ErrQuota, ErrDiverged, ErrUnchecked} {
+		gauge(descReadOnly, number(s.ReadOnly == e.Code), e.Code)
 	}
 	gauge(descDiverged, number(s.Divergence == doubtful.String() || s.Divergence == diverged.String()))
 }

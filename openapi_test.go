@@ -391,21 +391,21 @@ func openAPIRequests() []openAPIRequest {
 		{404, "DELETE", "/none", "", nil, nil},
 		{412, "DELETE", "/k", "", conflict, nil},
 		{204, "POST", "/4", "http://a:1", nil, nil},
-		{409, "POST", "/4", "http://a:1", nil, errMember},
+		{409, "POST", "/4", "http://a:1", nil, ErrMember},
 		{200, "GET", "/-/v1/members", "", nil, nil},
 		{204, "POST", "/-/v1/members/4", `{"peerURL":"http://a:1"}`, nil, nil},
-		{409, "POST", "/-/v1/members/4", `{"peerURL":"http://a:1"}`, nil, errMember},
+		{409, "POST", "/-/v1/members/4", `{"peerURL":"http://a:1"}`, nil, ErrMember},
 		{204, "PUT", "/-/v1/members/4", `{"name":"n"}`, nil, nil},
-		{404, "PUT", "/-/v1/members/4", `{"name":"n"}`, nil, errNotFound},
-		{409, "PUT", "/-/v1/members/4", `{"peerURL":"http://a:1"}`, nil, errMember},
+		{404, "PUT", "/-/v1/members/4", `{"name":"n"}`, nil, ErrNotFound},
+		{409, "PUT", "/-/v1/members/4", `{"peerURL":"http://a:1"}`, nil, ErrMember},
 		{204, "DELETE", "/-/v1/members/4", "", nil, nil},
-		{404, "DELETE", "/-/v1/members/4", "", nil, errNotFound},
-		{404, "POST", "/-/v1/members/4/promote", "", nil, errNotFound},
-		{409, "DELETE", "/-/v1/members/4", "", nil, errMember},
+		{404, "DELETE", "/-/v1/members/4", "", nil, ErrNotFound},
+		{404, "POST", "/-/v1/members/4/promote", "", nil, ErrNotFound},
+		{409, "DELETE", "/-/v1/members/4", "", nil, ErrMember},
 		{204, "POST", "/-/v1/members/4/promote", "", nil, nil},
-		{409, "POST", "/-/v1/members/4/promote", "", nil, errMember},
+		{409, "POST", "/-/v1/members/4/promote", "", nil, ErrMember},
 		{204, "POST", "/-/v1/leader/4", "", nil, nil},
-		{409, "POST", "/-/v1/leader/4", "", nil, errMember},
+		{409, "POST", "/-/v1/leader/4", "", nil, ErrMember},
 		{200, "GET", "/-/v1/keys", "", nil, nil},
 		{200, "GET", "/-/v1/keys?limit=1", "", nil, nil},
 		{200, "GET", "/-/v1/keys", "", ndjson, nil},
@@ -437,8 +437,8 @@ func openAPIRequests() []openAPIRequest {
 		{200, "GET", "/-/livez", "", nil, nil},
 		{200, "GET", "/-/readyz", "", nil, nil},
 		{200, "GET", "/-/readyz?verbose", "", nil, nil},
-		{503, "GET", "/-/readyz", "", nil, errNoLeader},
-		{503, "GET", "/-/readyz?verbose", "", nil, errNoLeader},
+		{503, "GET", "/-/readyz", "", nil, ErrNoLeader},
+		{503, "GET", "/-/readyz?verbose", "", nil, ErrNoLeader},
 		{200, "GET", "/-/version", "", nil, nil},
 		{200, "GET", "/-/openapi.json", "", nil, nil},
 	}
@@ -466,22 +466,22 @@ func openAPIRequests() []openAPIRequest {
 		}
 		if takesBody(rt, r.method) {
 			with(413, "", tooLarge, nil, nil)
-			with(408, "", "", nil, errBodyTimeout) // see below
+			with(408, "", "", nil, ErrBodyTimeout) // see below
 		}
 		if isLocal(path) {
 			continue
 		}
 		with(500, "", r.body, nil, errors.New("broken"))
-		with(503, "", r.body, nil, errNoLeader)
+		with(503, "", r.body, nil, ErrNoLeader)
 		switch {
 		case r.method == "GET" && path != "/-/v1/watch":
 			with(504, separator+"resourceVersion=9999999", "", nil, nil)
 		case r.method != "GET":
-			with(504, "", r.body, nil, errUnknown)
+			with(504, "", r.body, nil, ErrUnknown)
 		}
 		if rt.call(r.method).headers&headerIdempotencyKey != 0 {
 			with(422, "", r.body, retry, nil)
-			with(507, "", r.body, nil, errDiskFull)
+			with(507, "", r.body, nil, ErrDiskFull)
 		}
 	}
 	return list
@@ -513,7 +513,7 @@ func TestOpenAPI_Statuses(t *testing.T) {
 		answered[fmt.Sprintf("%s %s %d", method, routeOf(path).path, code)] = true
 	}
 	for _, r := range openAPIRequests() {
-		if errors.Is(r.fail, errBodyTimeout) {
+		if errors.Is(r.fail, ErrBodyTimeout) {
 			synctest.Test(t, func(t *testing.T) {
 				a := newPipeFront(t).send(r.method, r.target, []string{"Content-Length: 1"}, "")
 				a.Want(t, r.code)

@@ -368,9 +368,9 @@ func (l *liveClient) judge(o *liveOp, r *liveReply) {
 		o.itemRV, o.rv = r.etag(), r.rv()
 	case o.kind == liveGet && r.status >= 500:
 		o.outcome = liveUnknown
-	case r.problem.Outcome == notApplied && (r.status == http.StatusServiceUnavailable || r.status == http.StatusInsufficientStorage):
+	case r.problem.Outcome == NotApplied && (r.status == http.StatusServiceUnavailable || r.status == http.StatusInsufficientStorage):
 		o.outcome = liveRefused
-	case r.problem.Outcome == unknown && r.status == http.StatusGatewayTimeout:
+	case r.problem.Outcome == Unknown && r.status == http.StatusGatewayTimeout:
 		o.outcome = liveUnknown
 	default:
 		o.outcome = liveUnknown

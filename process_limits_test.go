@@ -103,7 +103,7 @@ func (c *liveCluster) wantFull(nodes ...*proc.Node) {
 		l := c.client(n)
 		c.eventually(func() error {
 			r := l.raw(http.MethodPut, "refused", "", "v")
-			if r.status != http.StatusInsufficientStorage || r.problem.Code != "disk-full" || r.problem.Outcome != notApplied || r.header.Get("Retry-After") == "" {
+			if r.status != http.StatusInsufficientStorage || r.problem.Code != "disk-full" || r.problem.Outcome != NotApplied || r.header.Get("Retry-After") == "" {
 				return fmt.Errorf("PUT at node %d, whose disk is full: %d %s %v", n.ID, r.status, r.body, r.err)
 			}
 			return nil
@@ -271,7 +271,7 @@ func TestProcess_Quota(t *testing.T) {
 		l := c.client(n)
 		c.eventually(func() error {
 			r := l.raw(http.MethodPut, fmt.Sprint("refused/", tries.Add(1)), "", strings.Repeat("v", value))
-			if r.status != http.StatusInsufficientStorage || r.problem.Code != "quota-exceeded" || r.problem.Outcome != notApplied {
+			if r.status != http.StatusInsufficientStorage || r.problem.Code != "quota-exceeded" || r.problem.Outcome != NotApplied {
 				return fmt.Errorf("PUT at node %d beyond the quota: %d %s %v", n.ID, r.status, r.body, r.err)
 			}
 			return nil
@@ -455,7 +455,7 @@ func TestProcess_Overload(t *testing.T) {
 			switch {
 			case r.err != nil:
 				codes["connection closed"]++ // it was refused while the body was on its way
-			case r.status == http.StatusServiceUnavailable && r.problem.Outcome == notApplied && r.header.Get("Retry-After") != "",
+			case r.status == http.StatusServiceUnavailable && r.problem.Outcome == NotApplied && r.header.Get("Retry-After") != "",
 				r.status == http.StatusGatewayTimeout:
 				codes[r.problem.Code]++
 			default:

@@ -90,8 +90,8 @@ func TestProcess_FatalError(t *testing.T) {
 		if first.IsZero() {
 			first = time.Now()
 		}
-		refused := r.status == http.StatusServiceUnavailable && r.problem.Outcome == notApplied
-		open := r.status == http.StatusGatewayTimeout && r.problem.Outcome == unknown
+		refused := r.status == http.StatusServiceUnavailable && r.problem.Outcome == NotApplied
+		open := r.status == http.StatusGatewayTimeout && r.problem.Outcome == Unknown
 		if !refused && !open {
 			t.Errorf("PUT while the node fails: %d %s %v", r.status, r.body, r.err)
 		}

@@ -92,7 +92,7 @@ func (n *node) waitVersion(ctx context.Context, timeout time.Duration, rv uint64
 	defer cancel()
 	if err := n.hub.waitVersion(ctx, rv); err != nil {
 		if ctx.Err() != nil {
-			return errReadTimeout
+			return ErrReadTimeout
 		}
 		return err
 	}
@@ -303,18 +303,18 @@ func (p *ports) pause(ctx context.Context, d time.Duration) bool {
 
 // serveWaiting answers clients before the node is in a cluster.
 func (p *ports) serveWaiting(w http.ResponseWriter, r *http.Request) {
-	e := errNoLeader
+	e := ErrNoLeader
 	switch r.URL.Path {
 	case "/-/livez":
 		writeBody(w, r, http.StatusOK, typeText, []byte("ok\n"))
 		return
 	case "/-/readyz":
-		e = errNotReady
+		e = ErrNotReady
 	}
-	e = e.withDetail("this node is not in a cluster yet, it waits for others; %s", strings.Join(*p.waitsFor.Load(), "; "))
+	e = e.WithDetail("this node is not in a cluster yet, it waits for others; %s", strings.Join(*p.waitsFor.Load(), "; "))
 	problem := problemOf(r, e)
 	setErrorHeaders(w.Header(), e)
-	writeBody(w, r, e.status, typeProblem, problem.encode())
+	writeBody(w, r, e.Status, typeProblem, problem.encode())
 }
 
 // run starts everything and waits for the end.
@@ -462,7 +462,7 @@ func (h *closingHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // check says whether the node goes on taking requests.
 func (h *closingHandler) check(context.Context) error {
 	if h.closing.Load() {
-		return errShuttingDown
+		return ErrShuttingDown
 	}
 	return nil
 }

@@ -125,9 +125,9 @@ func (p *process) do(op *simOp, timeout time.Duration, done func(simOutcome, err
 		}
 		switch plant := p.sim.plant; {
 		case c.batch == nil:
-			c.fail(errNoLeader)
+			c.fail(ErrNoLeader)
 		case plant != nil && plant.deadlines != nil && c.batch.taken:
-			c.fail(errUnknown)
+			c.fail(ErrUnknown)
 		default:
 			c.fail(p.loop.giveUp(c.batch, c.place))
 		}
@@ -197,7 +197,7 @@ func (c *simCall) capture() {
 	case c.batch.err != nil:
 		c.fail(c.batch.err)
 	case c.batch.results[c.place].status == statusNone:
-		c.fail(errUnknown)
+		c.fail(ErrUnknown)
 	default:
 		c.op.result = c.batch.results[c.place]
 		c.leave(opDone, nil)
@@ -238,7 +238,7 @@ func (c *simCall) fail(err error) {
 	err = c.asRetry(err)
 	outcome := opRefused
 	plant := c.process.sim.plant
-	if outcomeOf(err) == unknown && !c.op.isRead() && (plant == nil || !plant.refuseUnknown) {
+	if outcomeOf(err) == Unknown && !c.op.isRead() && (plant == nil || !plant.refuseUnknown) {
 		outcome = opOpen
 	}
 	if outcome == opRefused && c.batch != nil && c.batch.change == nil {
@@ -251,8 +251,8 @@ func (c *simCall) fail(err error) {
 // before.
 func (c *simCall) asRetry(err error) error {
 	plant := c.process.sim.plant
-	if e, ok := errors.AsType[*apiError](err); ok && c.op.cmd.retry.key != "" && (plant == nil || !plant.refuseRetries) {
-		return e.ofRetry()
+	if e, ok := errors.AsType[*Error](err); ok && c.op.cmd.retry.key != "" && (plant == nil || !plant.refuseRetries) {
+		return e.OfRetry()
 	}
 	return err
 }
@@ -342,7 +342,7 @@ func (c *simCall) settle() {
 	}
 	err = c.asRetry(err)
 	outcome := opRefused
-	if outcomeOf(err) == unknown {
+	if outcomeOf(err) == Unknown {
 		outcome = opOpen
 	}
 	c.answered = true
@@ -360,12 +360,12 @@ func isClosed(done <-chan struct{}) bool {
 }
 
 // outcomeOf says what an error means for a write.
-func outcomeOf(err error) outcome {
-	var e *apiError
+func outcomeOf(err error) Outcome {
+	var e *Error
 	if errors.As(err, &e) {
-		return e.outcome
+		return e.Outcome
 	}
-	return unknown
+	return Unknown
 }
 
 // simClient does one operation after the other.
@@ -418,7 +418,7 @@ func (c *simClient) try(op *simOp) {
 	n := s.node(c.node)
 	if _, member := s.check.model.members[n.id]; n.process == nil || !member {
 		c.node = 0
-		op.err = errNotReady
+		op.err = ErrNotReady
 		c.finish(op, opRefused)
 		return
 	}

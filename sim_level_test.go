@@ -17,7 +17,7 @@ func TestLevel_NewerProposalIsRefused(t *testing.T) {
 	for _, n := range s.nodes {
 		p := n.process
 		_, _, err := p.loop.enqueue(&command{op: opPut, key: "k", condition: condition{kind: 9}}, n.clock().Add(time.Second))
-		if e, ok := errors.AsType[*apiError](err); !ok || !errors.Is(err, errLevel) || e.outcome != notApplied {
+		if e, ok := errors.AsType[*Error](err); !ok || !errors.Is(err, ErrLevel) || e.Outcome != NotApplied {
 			t.Errorf("node %d takes it: %v", n.id, err)
 		}
 		if len(p.loop.inbox.queue) > 0 || p.loop.inbox.queueSize != 0 {
@@ -38,7 +38,7 @@ func TestLevel_NewerProposalIsRefused(t *testing.T) {
 				return false
 			}
 		}
-		if !s.runUntil(5*time.Second, ended) || !errors.Is(b.err, errLevel) || !strings.Contains(b.err.Error(), "condition 9") {
+		if !s.runUntil(5*time.Second, ended) || !errors.Is(b.err, ErrLevel) || !strings.Contains(b.err.Error(), "condition 9") {
 			t.Fatalf("the batch of node %d: %v; %v", n.id, b.err, s.check.violations)
 		}
 	}

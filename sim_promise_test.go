@@ -219,7 +219,7 @@ func (c *checker) answersReads(p *process, does string) {
 // never be applied.
 func (c *checker) handedBack(p *process, b *batch) {
 	delete(p.waits, b)
-	if b.err != nil && outcomeOf(b.err) == notApplied && b.change == nil {
+	if b.err != nil && outcomeOf(b.err) == NotApplied && b.change == nil {
 		c.refuse(p.replica.session, b, wholeBatch)
 	}
 }

@@ -24,7 +24,7 @@ type jsonField struct {
 // decodeBody reads a body that is one JSON object.
 func decodeBody(body string, fields ...jsonField) error {
 	if !utf8.ValidString(body) || hasLoneSurrogate(body) {
-		return errInvalid.withDetail("the body is not Unicode text; keys and values of other bytes go into keyBase64 and valueBase64")
+		return ErrInvalid.WithDetail("the body is not Unicode text; keys and values of other bytes go into keyBase64 and valueBase64")
 	}
 	return decodeObject("", []byte(body), fields...)
 }
@@ -38,14 +38,14 @@ func decodeObject(place string, data []byte, fields ...jsonField) error {
 		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
-		return errInvalid.withDetail("%s: %s", placeName(place), strings.TrimPrefix(err.Error(), "json: "))
+		return ErrInvalid.WithDetail("%s: %s", placeName(place), strings.TrimPrefix(err.Error(), "json: "))
 	}
 	token, err := d.Token()
 	if err != nil {
 		return fail(err)
 	}
 	if token != json.Delim('{') {
-		return errInvalid.withDetail("%s: must be a JSON object", placeName(place))
+		return ErrInvalid.WithDetail("%s: must be a JSON object", placeName(place))
 	}
 	var seen uint64 // bit i: field i
 	for d.More() {
@@ -64,7 +64,7 @@ func decodeObject(place string, data []byte, fields ...jsonField) error {
 		seen |= 1 << i
 		if err := d.Decode(fields[i].into); err != nil {
 			if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
-				return errInvalid.withDetail("%s: a JSON %s is no %s", strings.TrimPrefix(place+"."+name, "."), e.Value, jsonKind(e.Type))
+				return ErrInvalid.WithDetail("%s: a JSON %s is no %s", strings.TrimPrefix(place+"."+name, "."), e.Value, jsonKind(e.Type))
 			}
 			return fail(err)
 		}
@@ -73,7 +73,7 @@ func decodeObject(place string, data []byte, fields ...jsonField) error {
 		return fail(err)
 	}
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return errInvalid.withDetail("%s: something follows the JSON object", placeName(place))
+		return ErrInvalid.WithDetail("%s: something follows the JSON object", placeName(place))
 	}
 	return nil
 }

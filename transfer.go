@@ -119,10 +119,10 @@ func reasonOf(err error) string {
 func (l *link) postSnapshot(m *raftpb.Message) (size int64, err error) {
 	n := l.network
 	if n.guard.current().suspect() {
-		return 0, errDiverged // its state is for nobody
+		return 0, ErrDiverged // its state is for nobody
 	}
 	if n.guard.isClosed(l.member.ID) {
-		return 0, errDiskFull
+		return 0, ErrDiskFull
 	}
 	f, err := os.Open(n.storage.bodyPath(m.GetSnapshot().GetMetadata().GetIndex()))
 	if err != nil {
@@ -183,7 +183,7 @@ func (l *link) receiveSnapshot(w http.ResponseWriter, r *http.Request) {
 		status = http.StatusServiceUnavailable
 	case reasonForRefusal(err) != refusedOther:
 		status = http.StatusBadRequest
-	case errors.Is(err, errNoSpace), errors.Is(err, syscall.ENOSPC), errors.Is(err, errDiskFull):
+	case errors.Is(err, errNoSpace), errors.Is(err, syscall.ENOSPC), errors.Is(err, ErrDiskFull):
 		status = http.StatusInsufficientStorage
 	case errors.Is(err, errSnapshotFormat):
 		status = http.StatusUnsupportedMediaType
@@ -198,7 +198,7 @@ func (l *link) receiveSnapshot(w http.ResponseWriter, r *http.Request) {
 func (l *link) takeSnapshot(r *http.Request, control *http.ResponseController) error {
 	n := l.network
 	if n.guard.space.Load().full {
-		return errDiskFull
+		return ErrDiskFull
 	}
 	if !n.arriving.CompareAndSwap(false, true) {
 		return errArriving
