@@ -9,7 +9,7 @@ import (
 )
 
 // fault is a bad thing that can happen to a cluster.
-type fault struct {
+type disturbance struct {
 	name      string
 	nodesMin  int  // of the cluster
 	proxyOnly bool // not on every kind of network
@@ -22,7 +22,7 @@ type fault struct {
 const leaderKilled = "leader killed"
 
 // faults are all of them. The ones that say nothing of the leader take whom chance takes.
-var faults = []fault{
+var faults = []disturbance{
 	{leaderKilled, 3, false, func(c *chaos, leader *proc.Node) []*proc.Node {
 		c.kill(leader)
 		return c.others(leader)

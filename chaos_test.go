@@ -54,8 +54,8 @@ type chaos struct {
 	network  network
 	rng      *rand.Rand
 	stopping sync.WaitGroup // nodes that were asked to
-	faults   []fault        // that this cluster is large enough for
-	deck     []*fault       // that come next
+	faults   []disturbance        // that this cluster is large enough for
+	deck     []*disturbance       // that come next
 
 	cycles     map[string]int             // by fault
 	failovers  map[string][]time.Duration // from a fault until all nodes that can serve have
@@ -107,7 +107,7 @@ func newChaosOn(t *testing.T, nodes int, network network, opts proc.Options) *ch
 	opts.Nodes = nodes
 	c := newIdleChaos(t, opts)
 	c.network = network
-	c.faults = slices.DeleteFunc(c.faults, func(f fault) bool { return f.proxyOnly })
+	c.faults = slices.DeleteFunc(c.faults, func(f disturbance) bool { return f.proxyOnly })
 	c.start()
 	return c
 }
@@ -120,7 +120,7 @@ func newIdleChaos(t *testing.T, opts proc.Options) *chaos {
 	return &chaos{
 		liveCluster: newIdleLiveCluster(t, opts),
 		rng:         rand.New(rand.NewPCG(seed, seed)),
-		faults:      slices.DeleteFunc(slices.Clone(faults), func(f fault) bool { return f.nodesMin > opts.Nodes }),
+		faults:      slices.DeleteFunc(slices.Clone(faults), func(f disturbance) bool { return f.nodesMin > opts.Nodes }),
 		cycles:      map[string]int{},
 		failovers:   map[string][]time.Duration{},
 	}
@@ -143,7 +143,7 @@ func (c *chaos) run(d time.Duration) {
 }
 
 // draw returns the next fault: all of them come up equally often, but for the one whose times are promised.
-func (c *chaos) draw() *fault {
+func (c *chaos) draw() *disturbance {
 	for len(c.deck) == 0 {
 		for i := range c.faults {
 			f := &c.faults[i]
@@ -166,7 +166,7 @@ func (c *chaos) draw() *fault {
 }
 
 // cycle makes one fault happen, sees that those who can serve do, and heals it.
-func (c *chaos) cycle(f *fault) {
+func (c *chaos) cycle(f *disturbance) {
 	leader := c.leader()
 	start := time.Now()
 	serving := f.inject(c, leader)
