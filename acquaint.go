@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/fault"
 )
 
 // This file finds out who is at the addresses of the members. An address is what
@@ -272,7 +274,7 @@ func (n *node) checkAddress(ctx context.Context, m member) error {
 	case is != nil && err == nil && info.Cluster == fmt.Sprintf("%x", n.cluster) && slices.Contains(n.store.removed(), info.Node):
 		return nil // it is about to end
 	case is != nil:
-		return ErrMember.WithDetail("%s is not the peer URL of node %d of this cluster: %v", m.PeerURL, m.ID, is)
+		return fault.ErrMember.WithDetail("%s is not the peer URL of node %d of this cluster: %v", m.PeerURL, m.ID, is)
 	}
 	// It may be the same process, at two addresses.
 	twice := m.ID == n.config.id && info.Process != n.process
@@ -281,7 +283,7 @@ func (n *node) checkAddress(ctx context.Context, m member) error {
 		twice = recognize(m.ID, n.cluster, old, err) == nil && old.Process != info.Process
 	}
 	if twice {
-		return ErrMember.WithDetail("node %d still runs at another address, and what answers at %s is another process that says that it is node %d, too: stop one of them first",
+		return fault.ErrMember.WithDetail("node %d still runs at another address, and what answers at %s is another process that says that it is node %d, too: stop one of them first",
 			m.ID, m.PeerURL, m.ID)
 	}
 	return nil

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/fault"
 )
 
 // Headers of a backup. The digest is that of RFC 9530, and comes behind the body.
@@ -32,7 +34,7 @@ func (h *httpAPI) getSnapshot(w http.ResponseWriter, r request) error {
 	if err := h.catchUp(r); err != nil {
 		return err
 	}
-	busy := ErrTooManyRequests.WithDetail("%d backups are on their way already, or as many to this address as may be; retry later or at another node", backupsMax)
+	busy := fault.ErrTooManyRequests.WithDetail("%d backups are on their way already, or as many to this address as may be; retry later or at another node", backupsMax)
 	address := addressOf(r.RemoteAddr)
 	if !h.backups.take(address, 1) {
 		return busy

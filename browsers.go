@@ -8,6 +8,8 @@ import (
 	"net/url"
 	"strings"
 	"sync/atomic"
+
+	"raftrv/internal/fault"
 )
 
 // This file is about browsers, which carry out what any web page says, with the
@@ -111,7 +113,7 @@ func checkHostName(name string) error {
 func (b *browsers) admit(w http.ResponseWriter, r *http.Request) (done bool, err error) {
 	if !b.isOwnHost(r.Host) {
 		name, _ := splitHost(r.Host)
-		return false, ErrHost.WithDetail("this node does not go by the name %.100q; use its IP address or its client URL, or start the nodes with --allowed-host and that name", name)
+		return false, fault.ErrHost.WithDetail("this node does not go by the name %.100q; use its IP address or its client URL, or start the nodes with --allowed-host and that name", name)
 	}
 	if b.vary != nil {
 		w.Header()["Vary"] = b.vary
@@ -122,7 +124,7 @@ func (b *browsers) admit(w http.ResponseWriter, r *http.Request) (done bool, err
 		return true, nil
 	}
 	if err := b.check.Check(r); err != nil {
-		return false, ErrOrigin.WithDetail("a web page may write only to the origin that it came from; to let it, start the nodes with --allowed-origin and the page's origin")
+		return false, fault.ErrOrigin.WithDetail("a web page may write only to the origin that it came from; to let it, start the nodes with --allowed-origin and the page's origin")
 	}
 	return false, nil
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/testkit"
 )
 
@@ -95,7 +96,7 @@ func TestBrowsers_CrossOriginWrites(t *testing.T) {
 		for _, w := range writes {
 			a := f.sendAs("127.0.0.1:12380", w[0], w[1], w[2], page...)
 			a.Want(t, 403)
-			if p := mustProblem(t, a); p.Code != "cross-origin" || p.Outcome != NotApplied || !strings.Contains(p.Detail, "--allowed-origin") {
+			if p := mustProblem(t, a); p.Code != "cross-origin" || p.Outcome != fault.NotApplied || !strings.Contains(p.Detail, "--allowed-origin") {
 				t.Errorf("%+v", p)
 			}
 		}

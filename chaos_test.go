@@ -54,8 +54,8 @@ type chaos struct {
 	network  network
 	rng      *rand.Rand
 	stopping sync.WaitGroup // nodes that were asked to
-	faults   []disturbance        // that this cluster is large enough for
-	deck     []*disturbance       // that come next
+	faults   []disturbance  // that this cluster is large enough for
+	deck     []*disturbance // that come next
 
 	cycles     map[string]int             // by fault
 	failovers  map[string][]time.Duration // from a fault until all nodes that can serve have

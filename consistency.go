@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/fault"
 )
 
 // This file is the consistency check: members tell each other the sums of their
@@ -56,7 +58,7 @@ type opinion struct {
 
 	// gate is told when the node begins to serve (nil) and when it ends to. nil =
 	// nobody is.
-	gate func(*Error)
+	gate func(*fault.Error)
 
 	checked     chan struct{} // closed at the end of the first wait
 	checkedOnce sync.Once
@@ -108,14 +110,14 @@ func (g *guard) set(v verdict) {
 }
 
 // err is what requests are told.
-func (v verdict) err() *Error {
+func (v verdict) err() *fault.Error {
 	switch v {
 	case sound:
 		return nil
 	case unchecked:
-		return ErrUnchecked
+		return fault.ErrUnchecked
 	default:
-		return ErrDiverged
+		return fault.ErrDiverged
 	}
 }
 
@@ -318,8 +320,8 @@ func (n *node) awaitServing(ctx context.Context, timeout time.Duration) (left ti
 	case <-ctx.Done():
 	}
 	err = n.guard.serving()
-	if errors.Is(err, ErrUnchecked) && n.loop.status.Load().leader == 0 {
-		err = ErrNoLeader
+	if errors.Is(err, fault.ErrUnchecked) && n.loop.status.Load().leader == 0 {
+		err = fault.ErrNoLeader
 	}
 	return max(0, timeout-time.Since(start)), err
 }

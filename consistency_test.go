@@ -17,6 +17,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/testkit"
 )
 
@@ -215,10 +216,10 @@ func TestExchange(t *testing.T) {
 		defer w.close()
 		r.say(2, false)
 		r.wait(t, doubtful)
-		if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, ErrDiverged) {
+		if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, fault.ErrDiverged) {
 			t.Errorf("watch of a node in doubt: %v", err)
 		}
-		if err := r.serving(t.Context(), time.Minute); !errors.Is(err, ErrDiverged) {
+		if err := r.serving(t.Context(), time.Minute); !errors.Is(err, fault.ErrDiverged) {
 			t.Errorf("serving in doubt: %v", err)
 		}
 		// Another member at its address is nobody's voice.
@@ -256,12 +257,12 @@ func TestExchange_Waits(t *testing.T) {
 		} {
 			start := time.Now()
 			err := call(50 * time.Millisecond)
-			if took := time.Since(start); !errors.Is(err, ErrUnchecked) || took < 50*time.Millisecond || took > 5*time.Second {
+			if took := time.Since(start); !errors.Is(err, fault.ErrUnchecked) || took < 50*time.Millisecond || took > 5*time.Second {
 				t.Errorf("%s: %v after %v", name, err, took)
 			}
 		}
 		r.loop.status.Store(&replicaStatus{})
-		if err := r.linearize(t.Context(), time.Millisecond); !errors.Is(err, ErrNoLeader) {
+		if err := r.linearize(t.Context(), time.Millisecond); !errors.Is(err, fault.ErrNoLeader) {
 			t.Errorf("without a leader: %v", err)
 		}
 		if err := r.serving(t.Context(), time.Millisecond); err != nil {

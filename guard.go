@@ -10,6 +10,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
+
+	"raftrv/internal/fault"
 )
 
 // This file decides what a node does not take at present: writes when a disk has
@@ -146,7 +148,7 @@ func (g *guard) admit(c *command, size int) error {
 	cost := int64(size) * int64(g.members())
 	if !grows(c) {
 		if g.left.Add(-cost) < 0 {
-			return ErrDiskFull
+			return fault.ErrDiskFull
 		}
 		return nil
 	}
@@ -155,7 +157,7 @@ func (g *guard) admit(c *command, size int) error {
 	}
 	cost *= copiesOfPut
 	if g.left.Load()-cost < g.kept.Load() {
-		return ErrDiskFull
+		return fault.ErrDiskFull
 	}
 	if err := g.overQuota(c, size); err != nil {
 		return err
@@ -194,11 +196,11 @@ func grows(c *command) bool {
 // diskFull says whose disk has no room for a write.
 func (g *guard) diskFull() error {
 	if s := g.space.Load(); s.full {
-		return ErrDiskFull.WithDetail("the disk of this node has %d bytes left, and %d are kept in reserve; "+
+		return fault.ErrDiskFull.WithDetail("the disk of this node has %d bytes left, and %d are kept in reserve; "+
 			"reads and deletes go on, and writes do as soon as there is space", s.free, s.reserve)
 	}
 	if g.othersFull.Load() {
-		return ErrDiskFull.WithDetail("the disk of the leader is full, or those of so many members that the others are no majority; " +
+		return fault.ErrDiskFull.WithDetail("the disk of the leader is full, or those of so many members that the others are no majority; " +
 			"reads and deletes go on, and writes do as soon as there is space")
 	}
 	return nil
@@ -218,7 +220,7 @@ func (g *guard) overQuota(c *command, size int) error {
 			return nil
 		}
 	}
-	return ErrQuota.WithDetail("the store has %d bytes and may have %d; delete keys, or start the nodes with a larger --quota-bytes", now, g.quota)
+	return fault.ErrQuota.WithDetail("the store has %d bytes and may have %d; delete keys, or start the nodes with a larger --quota-bytes", now, g.quota)
 }
 
 // writable says why the node takes no writes but deletes at present.
@@ -237,7 +239,7 @@ func (g *guard) describe(st *nodeStatus) {
 	st.QuotaBytes = g.quota
 	st.DiskFreeBytes, st.DiskReserveBytes = space.free, space.reserve
 	st.Divergence = g.current().String()
-	if e, ok := errors.AsType[*Error](errors.Join(g.serving(), g.writable())); ok {
+	if e, ok := errors.AsType[*fault.Error](errors.Join(g.serving(), g.writable())); ok {
 		st.ReadOnly = e.Code
 	}
 }
@@ -308,7 +310,7 @@ func (n *node) proposeNew(ctx context.Context, timeout time.Duration, c command)
 		return result{}, err
 	}
 	res, err := n.loop.propose(ctx, timeout, c)
-	if e, ok := errors.AsType[*Error](err); ok && e.Code == ErrLevel.Code {
+	if e, ok := errors.AsType[*fault.Error](err); ok && e.Code == fault.ErrLevel.Code {
 		err = e.WithDetail("%s; %s", e.Detail, n.oldMembers(n.store.level()+1))
 	}
 	return res, err

@@ -7,6 +7,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/testkit"
 )
 
@@ -38,7 +39,7 @@ func TestGuard_Disk(t *testing.T) {
 	free = 1000 + 299
 	testkit.Must(t, g.lookAtDisk())
 	testkit.Must(t, g.admit(&somePut, 30)) // costs 270
-	if err := g.admit(&somePut, 30); !errors.Is(err, ErrDiskFull) {
+	if err := g.admit(&somePut, 30); !errors.Is(err, fault.ErrDiskFull) {
 		t.Errorf("more than there is room for: %v", err)
 	}
 	testkit.Must(t, g.admit(&someDelete, 50)) // from the reserve
@@ -61,10 +62,10 @@ func TestGuard_Disk(t *testing.T) {
 		if s := g.space.Load(); s.full != step.full || s.closed != step.closed {
 			t.Errorf("%d bytes free: %+v, want %+v", free, *s, step)
 		}
-		if err := g.admit(&somePut, 1); errors.Is(err, ErrDiskFull) != step.full {
+		if err := g.admit(&somePut, 1); errors.Is(err, fault.ErrDiskFull) != step.full {
 			t.Errorf("%d bytes free: put: %v", free, err)
 		}
-		if err := g.admit(&someDelete, 1); errors.Is(err, ErrDiskFull) != step.closed {
+		if err := g.admit(&someDelete, 1); errors.Is(err, fault.ErrDiskFull) != step.closed {
 			t.Errorf("%d bytes free: delete: %v", free, err)
 		}
 	}
@@ -88,7 +89,7 @@ func TestGuard_OthersFull(t *testing.T) {
 		free := uint64(math.MaxUint64 / 4)
 		g := newTestGuard(t, &free)
 		g.hear(tt.others, tt.leader)
-		if err := g.admit(&somePut, 1); errors.Is(err, ErrDiskFull) != tt.want {
+		if err := g.admit(&somePut, 1); errors.Is(err, fault.ErrDiskFull) != tt.want {
 			t.Errorf("%s: %v", tt.name, err)
 		}
 		testkit.Must(t, g.admit(&someDelete, 1))
@@ -107,7 +108,7 @@ func TestGuard_Quota(t *testing.T) {
 		return &command{op: opTxn, value: t.encode()}
 	}
 	for name, c := range map[string]*command{"put": &somePut, "transaction": txn(someDelete, somePut)} {
-		if err := g.admit(c, 10); !errors.Is(err, ErrQuota) {
+		if err := g.admit(c, 10); !errors.Is(err, fault.ErrQuota) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -116,7 +117,7 @@ func TestGuard_Quota(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if err := g.writable(); !errors.Is(err, ErrQuota) {
+	if err := g.writable(); !errors.Is(err, fault.ErrQuota) {
 		t.Error(err)
 	}
 	applyTo(t, g.store, command{op: opDelete, key: "big"})
@@ -127,7 +128,7 @@ func TestGuard_Quota(t *testing.T) {
 	waits := 10_000 - int(g.store.size()) - itemOverhead - 100
 	g.waiting = func() int { return waits }
 	testkit.Must(t, g.admit(&somePut, 100))
-	if err := g.admit(&somePut, 101); !errors.Is(err, ErrQuota) {
+	if err := g.admit(&somePut, 101); !errors.Is(err, fault.ErrQuota) {
 		t.Errorf("with %d bytes that wait: %v", waits, err)
 	}
 }

@@ -21,6 +21,8 @@ import (
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
+
+	"raftrv/internal/fault"
 )
 
 // This file is the HTTP front: it turns requests into commands and reads, and
@@ -137,10 +139,10 @@ func newUUID() string {
 
 // Errors of this front with their own advice.
 var (
-	errTarget  = ErrInvalid.WithDetail("the request target must be a path; a key is written /key")
-	errNoKey   = ErrNotFound.WithDetail("the key has no value")
-	errNoCall  = ErrNotFound.WithDetail("paths under /-/ are reserved and there is no such call; the key is written with %%2D for the first -")
-	errPeerURL = ErrInvalid.WithDetail("the body must be the peer URL of the new member, such as http://10.0.0.4:12379, with a port and no path, and a host that others can reach")
+	errTarget  = fault.ErrInvalid.WithDetail("the request target must be a path; a key is written /key")
+	errNoKey   = fault.ErrNotFound.WithDetail("the key has no value")
+	errNoCall  = fault.ErrNotFound.WithDetail("paths under /-/ are reserved and there is no such call; the key is written with %%2D for the first -")
+	errPeerURL = fault.ErrInvalid.WithDetail("the body must be the peer URL of the new member, such as http://10.0.0.4:12379, with a port and no path, and a host that others can reach")
 )
 
 type httpAPI struct {
@@ -223,7 +225,7 @@ func admitKept(w http.ResponseWriter, r *http.Request, c *call) error {
 	}
 	w.Header()["Connection"] = closeAfter
 	if !c.kept {
-		return ErrConnections
+		return fault.ErrConnections
 	}
 	return errors.Join(place.deserve(), place.SetWriteDeadline(time.Now().Add(keptWriteTimeout)))
 }
@@ -326,7 +328,7 @@ func noKey(key string) error {
 	default:
 		return errNoKey
 	}
-	return ErrNotFound.WithDetail("the key has no value; the call is %s", call)
+	return fault.ErrNotFound.WithDetail("the key has no value; the call is %s", call)
 }
 
 // isUnchanged says whether the client has this version already.
@@ -401,8 +403,8 @@ func (h *httpAPI) propose(w http.ResponseWriter, r request, c command, body stri
 	}
 	res, err = h.backend.propose(r.Context(), r.params.timeout, c)
 	if err != nil {
-		if e, ok := errors.AsType[*Error](err); ok && c.retry.key != "" && e.Code == ErrUnknown.Code && e.Outcome == Unknown {
-			err = ErrUnknownRetry
+		if e, ok := errors.AsType[*fault.Error](err); ok && c.retry.key != "" && e.Code == fault.ErrUnknown.Code && e.Outcome == fault.Unknown {
+			err = fault.ErrUnknownRetry
 		}
 		return result{}, err
 	}
@@ -419,7 +421,7 @@ func (h *httpAPI) propose(w http.ResponseWriter, r request, c command, body stri
 		}
 		return result{}, preconditionFailed(res.current)
 	case res.status == statusRetryOther:
-		return result{}, ErrRetryOther
+		return result{}, fault.ErrRetryOther
 	}
 	return res, nil
 }
@@ -427,9 +429,9 @@ func (h *httpAPI) propose(w http.ResponseWriter, r request, c command, body stri
 // preconditionFailed is the answer to a condition that does not hold of a key at
 // this version; 0 = it does not exist.
 func preconditionFailed(current uint64) error {
-	e := ErrPrecondition.WithDetail("the key does not exist")
+	e := fault.ErrPrecondition.WithDetail("the key does not exist")
 	if current != 0 {
-		e = ErrPrecondition.WithDetail("the key exists at resource version %d", current)
+		e = fault.ErrPrecondition.WithDetail("the key exists at resource version %d", current)
 	}
 	e.Current = current
 	return e
@@ -439,9 +441,9 @@ func preconditionFailed(current uint64) error {
 // is told. What the key is like by now is not said.
 func preconditionFailedThen(current uint64) error {
 	if current == 0 {
-		return ErrPrecondition.WithDetail("the key did not exist when this request was carried out; a new attempt needs a new Idempotency-Key")
+		return fault.ErrPrecondition.WithDetail("the key did not exist when this request was carried out; a new attempt needs a new Idempotency-Key")
 	}
-	return ErrPrecondition.WithDetail("the key existed at resource version %d when this request was carried out; a new attempt needs a new Idempotency-Key", current)
+	return fault.ErrPrecondition.WithDetail("the key existed at resource version %d when this request was carried out; a new attempt needs a new Idempotency-Key", current)
 }
 
 // The root.
@@ -474,7 +476,7 @@ func (h *httpAPI) patchObject(w http.ResponseWriter, r request) error {
 		return err
 	}
 	if !json.Valid([]byte(value)) {
-		return ErrInvalid.WithDetail("the body is not JSON; PUT and POST take any bytes")
+		return fault.ErrInvalid.WithDetail("the body is not JSON; PUT and POST take any bytes")
 	}
 	return h.create(w, r, value, http.StatusNoContent)
 }
@@ -502,7 +504,7 @@ func (h *httpAPI) create(w http.ResponseWriter, r request, value string, code in
 func parseMemberID(s string) (uint64, error) {
 	id, err := strconv.ParseUint(s, 10, 64)
 	if err != nil || s[0] == '0' {
-		return 0, ErrInvalid.WithDetail("the ID of a member must be a positive decimal number; to store a value under a new key POST it to /")
+		return 0, fault.ErrInvalid.WithDetail("the ID of a member must be a positive decimal number; to store a value under a new key POST it to /")
 	}
 	return id, nil
 }
@@ -584,10 +586,10 @@ func isReserved(path string) bool {
 func parseKey(escaped string) (string, error) {
 	key, err := url.PathUnescape(escaped)
 	if err != nil {
-		return "", ErrInvalid.WithDetail("the path has a malformed escape; write %% as %%25")
+		return "", fault.ErrInvalid.WithDetail("the path has a malformed escape; write %% as %%25")
 	}
 	if len(key) == 0 || len(key) > keySizeMax {
-		return "", ErrInvalid.WithDetail("the key has %d bytes; it must have 1 to %d", len(key), keySizeMax)
+		return "", fault.ErrInvalid.WithDetail("the key has %d bytes; it must have 1 to %d", len(key), keySizeMax)
 	}
 	return key, nil
 }
@@ -632,12 +634,12 @@ func (h *httpAPI) readBody(w http.ResponseWriter, r *http.Request, sizeMax int) 
 			return nil
 		}
 		w.Header()["Connection"] = closeAfter // the rest is not read
-		return ErrOverloaded
+		return fault.ErrOverloaded
 	})
 	switch {
 	case err == nil:
 		return unsafe.String(unsafe.SliceData(body), len(body)), nil // nobody changes it any more
-	case errors.Is(err, ErrOverloaded):
+	case errors.Is(err, fault.ErrOverloaded):
 		return "", err
 	case errors.Is(err, errTooLong):
 		return "", tooLarge(sizeMax)
@@ -684,14 +686,14 @@ func readGrowing(r io.Reader, announced int64, sizeMax int, take func(size int) 
 }
 
 func tooLarge(sizeMax int) error {
-	return ErrTooLarge.WithDetail("at most %d bytes are taken", sizeMax)
+	return fault.ErrTooLarge.WithDetail("at most %d bytes are taken", sizeMax)
 }
 
 func bodyError(err error) error {
 	if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() {
-		return ErrBodyTimeout
+		return fault.ErrBodyTimeout
 	}
-	return ErrInvalid.WithDetail("the body broke off: %v", err)
+	return fault.ErrInvalid.WithDetail("the body broke off: %v", err)
 }
 
 // Responses. Headers are set by assignment, with canonical names: Set would
@@ -793,19 +795,19 @@ func writeBody(w http.ResponseWriter, r *http.Request, code int, contentType []s
 
 // problem is the body of an error response (RFC 9457).
 type problem struct {
-	Type      string  `json:"type"`
-	Title     string  `json:"title"`
-	Status    int     `json:"status"`
-	Detail    string  `json:"detail,omitempty"`
-	Code      string  `json:"code"`
-	Message   string  `json:"message"` // title and detail in one line
-	Outcome   Outcome `json:"outcome,omitempty"`
-	Retryable bool    `json:"retryable"`
-	LeaderID  uint64  `json:"leaderId,omitempty"`
-	Current   uint64  `json:"currentResourceVersion,omitempty"`
+	Type      string        `json:"type"`
+	Title     string        `json:"title"`
+	Status    int           `json:"status"`
+	Detail    string        `json:"detail,omitempty"`
+	Code      string        `json:"code"`
+	Message   string        `json:"message"` // title and detail in one line
+	Outcome   fault.Outcome `json:"outcome,omitempty"`
+	Retryable bool          `json:"retryable"`
+	LeaderID  uint64        `json:"leaderId,omitempty"`
+	Current   uint64        `json:"currentResourceVersion,omitempty"`
 }
 
-func newProblem(e *Error) problem {
+func newProblem(e *fault.Error) problem {
 	return problem{
 		Type:      "urn:raftrv:error:" + e.Code,
 		Title:     e.Title,
@@ -828,7 +830,7 @@ func (p problem) encode() []byte {
 }
 
 // problemOf is an error as the answer to a request.
-func problemOf(r *http.Request, e *Error) problem {
+func problemOf(r *http.Request, e *fault.Error) problem {
 	if !isWrite(r.Method) {
 		p := newProblem(e)
 		p.Outcome = ""
@@ -841,9 +843,9 @@ func problemOf(r *http.Request, e *Error) problem {
 }
 
 func (h *httpAPI) writeError(w http.ResponseWriter, r *http.Request, err error) {
-	e, ok := errors.AsType[*Error](err)
+	e, ok := errors.AsType[*fault.Error](err)
 	if !ok {
-		e = ErrInternal
+		e = fault.ErrInternal
 		if r.Context().Err() == nil { // otherwise the client is gone, which is no news
 			h.logger.Error("request failed", zap.String("method", r.Method), zap.Error(err))
 		}
@@ -861,7 +863,7 @@ func (h *httpAPI) writeError(w http.ResponseWriter, r *http.Request, err error) 
 	writeBody(w, r, e.Status, typeProblem, p.encode())
 }
 
-func setErrorHeaders(header http.Header, e *Error) {
+func setErrorHeaders(header http.Header, e *fault.Error) {
 	if e.Current != 0 {
 		setETag(header, e.Current)
 	}
@@ -886,9 +888,9 @@ func isWrite(method string) bool {
 // httpRefusal is the response to a connection that the listener has no room
 // for. No request was read, so it must suit every one.
 func httpRefusal() []byte {
-	p := newProblem(ErrConnections)
+	p := newProblem(fault.ErrConnections)
 	p.Outcome = "" // nobody has read whether it is a write, or a retry
 	body := p.encode()
 	return fmt.Appendf(nil, "HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nRetry-After: %s\r\n%sConnection: close\r\n\r\n%s",
-		ErrConnections.Status, http.StatusText(ErrConnections.Status), typeProblem[0], len(body), retryAfter[0], browserHeader, body)
+		fault.ErrConnections.Status, http.StatusText(fault.ErrConnections.Status), typeProblem[0], len(body), retryAfter[0], browserHeader, body)
 }

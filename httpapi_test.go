@@ -25,6 +25,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/testkit"
 )
 
@@ -94,7 +95,7 @@ func (b *fakeBackend) waitVersion(_ context.Context, timeout time.Duration, rv u
 		return b.linearizeErr
 	}
 	if b.store.version() < rv {
-		return ErrReadTimeout
+		return fault.ErrReadTimeout
 	}
 	return nil
 }
@@ -102,7 +103,7 @@ func (b *fakeBackend) waitVersion(_ context.Context, timeout time.Duration, rv u
 func (b *fakeBackend) serving(context.Context, time.Duration) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if errors.Is(b.err, ErrDiverged) {
+	if errors.Is(b.err, fault.ErrDiverged) {
 		return b.err
 	}
 	return nil
@@ -111,7 +112,7 @@ func (b *fakeBackend) serving(context.Context, time.Duration) error {
 func (b *fakeBackend) writable() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if errors.Is(b.err, ErrDiskFull) {
+	if errors.Is(b.err, fault.ErrDiskFull) {
 		return b.err
 	}
 	return nil
@@ -542,7 +543,7 @@ func TestHTTP_RefusesLargeValues(t *testing.T) {
 			if !a.Last {
 				t.Error("the connection stays open")
 			}
-			if p := mustProblem(t, a); p.Code != "value-too-large" || p.Outcome != NotApplied {
+			if p := mustProblem(t, a); p.Code != "value-too-large" || p.Outcome != fault.NotApplied {
 				t.Errorf("%+v", p)
 			}
 		})
@@ -565,7 +566,7 @@ func TestHTTP_BodiesAreGivenBack(t *testing.T) {
 	}
 	for range 3 {
 		a := f.do("PUT", "/k", large)
-		if a.Want(t, 503); mustProblem(t, a).Code != ErrOverloaded.Code {
+		if a.Want(t, 503); mustProblem(t, a).Code != fault.ErrOverloaded.Code {
 			t.Errorf("%s", a.Body)
 		}
 	}
@@ -625,7 +626,7 @@ func TestHTTP_Answers(t *testing.T) {
 	a = f.do("DELETE", "/a", "")
 	a.Want(t, 404)
 	a.WantHeader(t, "Resource-Version", "4")
-	if p := mustProblem(t, a); p.Code != "not-found" || p.Outcome != NotApplied {
+	if p := mustProblem(t, a); p.Code != "not-found" || p.Outcome != fault.NotApplied {
 		t.Errorf("%+v", p)
 	}
 	a = f.do("GET", "/a", "")
@@ -666,7 +667,7 @@ func TestHTTP_Root(t *testing.T) {
 	for _, body := range []string{"", "{", "{}{}", "\xff", strings.Repeat("[", 20000)} {
 		a = f.do("PATCH", "/", body)
 		a.Want(t, 400)
-		if p := mustProblem(t, a); p.Outcome != NotApplied {
+		if p := mustProblem(t, a); p.Outcome != fault.NotApplied {
 			t.Errorf("%+v", p)
 		}
 	}
@@ -752,7 +753,7 @@ func TestHTTP_AddMember(t *testing.T) {
 		t.Errorf("%+v, want %+v", got, want)
 	}
 
-	f.backend.fail(fmt.Errorf("add: %w", ErrMember.WithDetail("member 4 exists already")))
+	f.backend.fail(fmt.Errorf("add: %w", fault.ErrMember.WithDetail("member 4 exists already")))
 	a := f.do("POST", "/4", "http://a:1")
 	a.Want(t, 409)
 	if p := mustProblem(t, a); p.Code != "member-conflict" || p.Detail != "member 4 exists already" || p.LeaderID != 2 {
@@ -940,7 +941,7 @@ func TestHTTP_ReadFreshness(t *testing.T) {
 			}
 		}
 	}
-	f.backend.fail(ErrNoLeader)
+	f.backend.fail(fault.ErrNoLeader)
 	f.do("GET", "/k", "").Want(t, 503)
 	f.do("GET", "/k?resourceVersion=2", "").Want(t, 503)
 	f.do("GET", "/k?resourceVersion=1", "").Want(t, 200)
@@ -951,19 +952,19 @@ func TestHTTP_BackendErrors(t *testing.T) {
 		err        error
 		code       int
 		name       string
-		outcome    Outcome
+		outcome    fault.Outcome
 		retryAfter string
 	}{
-		{ErrNoLeader, 503, "no-leader", NotApplied, "1"},
-		{ErrOverloaded, 503, "overloaded", NotApplied, "1"},
-		{ErrShuttingDown, 503, "shutting-down", NotApplied, "1"},
-		{ErrDiskFull, 507, "disk-full", NotApplied, "1"},
-		{ErrQuota, 507, "quota-exceeded", NotApplied, "1"},
-		{ErrDiverged, 503, "diverged", NotApplied, "1"},
-		{ErrLevel, 503, "feature-level", NotApplied, "1"},
-		{ErrUnknown, 504, "timeout", Unknown, ""},
-		{fmt.Errorf("propose: %w", ErrUnknown), 504, "timeout", Unknown, ""},
-		{errors.New("secret"), 500, "internal", Unknown, ""},
+		{fault.ErrNoLeader, 503, "no-leader", fault.NotApplied, "1"},
+		{fault.ErrOverloaded, 503, "overloaded", fault.NotApplied, "1"},
+		{fault.ErrShuttingDown, 503, "shutting-down", fault.NotApplied, "1"},
+		{fault.ErrDiskFull, 507, "disk-full", fault.NotApplied, "1"},
+		{fault.ErrQuota, 507, "quota-exceeded", fault.NotApplied, "1"},
+		{fault.ErrDiverged, 503, "diverged", fault.NotApplied, "1"},
+		{fault.ErrLevel, 503, "feature-level", fault.NotApplied, "1"},
+		{fault.ErrUnknown, 504, "timeout", fault.Unknown, ""},
+		{fmt.Errorf("propose: %w", fault.ErrUnknown), 504, "timeout", fault.Unknown, ""},
+		{errors.New("secret"), 500, "internal", fault.Unknown, ""},
 	} {
 		f := newFront(t)
 		f.backend.fail(tt.err)
@@ -998,7 +999,7 @@ func TestHTTP_BackendErrors(t *testing.T) {
 
 func TestHTTP_ProblemShape(t *testing.T) {
 	f := newFront(t)
-	f.backend.fail(ErrNoLeader)
+	f.backend.fail(fault.ErrNoLeader)
 	a := f.do("PUT", "/k", "")
 	want := `{"type":"urn:raftrv:error:no-leader","title":"No leader","status":503,` +
 		`"detail":"no leader was reachable before the deadline; is a majority of the members up?","code":"no-leader",` +
@@ -1032,7 +1033,7 @@ func TestHTTP_NoConditionIsIgnored(t *testing.T) {
 					a := f.do(c.method, target, "1", name+": "+value)
 					refused++
 					a.Want(t, 400)
-					if p := mustProblem(t, a); p.Code != "invalid-request" || p.Outcome != NotApplied || !strings.HasPrefix(p.Detail, name+" is not supported here") {
+					if p := mustProblem(t, a); p.Code != "invalid-request" || p.Outcome != fault.NotApplied || !strings.HasPrefix(p.Detail, name+" is not supported here") {
 						t.Errorf("%s %s, %s: %+v", c.method, target, name, p)
 					}
 				}
@@ -1064,13 +1065,13 @@ func TestHTTP_Node(t *testing.T) {
 		a.WantHeader(t, "Content-Length", strconv.Itoa(len(want)))
 	}
 	// A node that takes no writes is ready: it serves reads. One that diverged is not.
-	f.backend.fail(ErrDiskFull)
+	f.backend.fail(fault.ErrDiskFull)
 	f.backend.linearizeErr = nil
-	if a := f.do("GET", "/-/readyz", ""); a.Code != 200 || a.Body != "ok\nread-only: "+ErrDiskFull.Error()+"\n" {
+	if a := f.do("GET", "/-/readyz", ""); a.Code != 200 || a.Body != "ok\nread-only: "+fault.ErrDiskFull.Error()+"\n" {
 		t.Errorf("readyz of a node whose disk is full: %d %s", a.Code, a.Body)
 	}
-	f.backend.fail(ErrDiverged)
-	if a := f.do("GET", "/-/readyz", ""); a.Code != 503 || !strings.Contains(mustProblem(t, a).Detail, ErrDiverged.Error()) {
+	f.backend.fail(fault.ErrDiverged)
+	if a := f.do("GET", "/-/readyz", ""); a.Code != 503 || !strings.Contains(mustProblem(t, a).Detail, fault.ErrDiverged.Error()) {
 		t.Errorf("readyz of a node that has diverged: %d %s", a.Code, a.Body)
 	}
 	for _, target := range []string{"/k", "/k?resourceVersion=0", "/", "/-/v1/keys?resourceVersion=0", "/-/v1/keys/k?resourceVersion=0", "/-/v1/watch", "/-/v1/watch?resourceVersion=0"} {
@@ -1081,7 +1082,7 @@ func TestHTTP_Node(t *testing.T) {
 		}
 	}
 	f.do("GET", "/-/v1/status", "").Want(t, 200)
-	f.backend.fail(ErrReadTimeout)
+	f.backend.fail(fault.ErrReadTimeout)
 	f.do("GET", "/-/livez", "").Want(t, 200)
 	f.do("GET", "/-/v1/status", "").Want(t, 200)
 	a := f.do("GET", "/-/readyz", "")
@@ -1207,7 +1208,7 @@ func TestHTTP_SlowBodyIsCut(t *testing.T) {
 		if !a.Last {
 			t.Error("the connection stays open")
 		}
-		if p := mustProblem(t, a); p.Code != "request-timeout" || p.Outcome != NotApplied || !p.Retryable {
+		if p := mustProblem(t, a); p.Code != "request-timeout" || p.Outcome != fault.NotApplied || !p.Retryable {
 			t.Errorf("%+v", p)
 		}
 		if took := time.Since(start); took != bodyTimeout {
@@ -1236,7 +1237,7 @@ func TestHTTP_BrokenBody(t *testing.T) {
 		}
 		a := testkit.ReadAnswer(t, bufio.NewReader(c), "PUT")
 		a.Want(t, 400)
-		if p := mustProblem(t, a); p.Code != "invalid-request" || p.Outcome != NotApplied {
+		if p := mustProblem(t, a); p.Code != "invalid-request" || p.Outcome != fault.NotApplied {
 			t.Errorf("%+v", p)
 		}
 	}
@@ -1409,7 +1410,7 @@ func FuzzHTTPQuery(f *testing.F) {
 func checkQuery(t *testing.T, h *httpAPI, query string, allowed paramSet) {
 	p, err := h.params(query, allowed)
 	if err != nil {
-		if !errors.Is(err, ErrInvalid) {
+		if !errors.Is(err, fault.ErrInvalid) {
 			t.Fatal(err)
 		}
 		return
@@ -1534,7 +1535,7 @@ func TestHTTP_KeptPlaces(t *testing.T) {
 			if want != 404 && !a.Last {
 				t.Errorf("%s: the connection stays open", target)
 			}
-			if want == 503 && mustProblem(t, a).Code != ErrConnections.Code {
+			if want == 503 && mustProblem(t, a).Code != fault.ErrConnections.Code {
 				t.Errorf("%s: %s", target, a.Body)
 			}
 		}

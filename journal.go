@@ -17,6 +17,8 @@ import (
 	"unicode/utf8"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/fault"
 )
 
 // This file is the journal: a file to which a node appends a line of JSON for
@@ -345,18 +347,18 @@ func (j *journal) run(ctx context.Context, src journalSource, syncEvery time.Dur
 		switch {
 		case errors.Is(err, errJournalCut):
 			err = j.resumeCut()
-		case errors.Is(err, ErrExpired) && j.caughtUp && j.hold.overtaken.Load():
+		case errors.Is(err, fault.ErrExpired) && j.caughtUp && j.hold.overtaken.Load():
 			err = errJournalSlow
-		case errors.Is(err, ErrExpired):
+		case errors.Is(err, fault.ErrExpired):
 			err = j.skip(ctx, src.store)
 		case err == nil:
 			return nil
-		case errors.Is(err, ErrDiverged), errors.Is(err, ErrUnchecked):
+		case errors.Is(err, fault.ErrDiverged), errors.Is(err, fault.ErrUnchecked):
 			src.store.holdWindow(nil)
 			err = j.pause(src)
 			j.beginHold(src.store)
 		}
-		if errors.Is(err, ErrShuttingDown) {
+		if errors.Is(err, fault.ErrShuttingDown) {
 			return nil
 		}
 		if err != nil {
@@ -404,13 +406,13 @@ func (j *journal) pause(src journalSource) error {
 	for {
 		if err := src.hub.closed.Load(); err == nil {
 			return nil
-		} else if errors.Is(err, ErrShuttingDown) {
+		} else if errors.Is(err, fault.ErrShuttingDown) {
 			return err
 		}
 		select {
 		case <-retry.C:
 		case <-src.stopped:
-			return ErrShuttingDown
+			return fault.ErrShuttingDown
 		}
 	}
 }
@@ -440,7 +442,7 @@ func (j *journal) follow(ctx context.Context, w *watcher, src journalSource, syn
 	defer look.Stop()
 	for {
 		n, _, err := w.read(j.appendEvent)
-		if errors.Is(err, ErrShuttingDown) {
+		if errors.Is(err, fault.ErrShuttingDown) {
 			<-src.stopped
 			return errors.Join(j.drain(ctx, w, src.store), j.sync())
 		}
@@ -489,7 +491,7 @@ var closedC = func() chan struct{} {
 func (j *journal) drain(ctx context.Context, w *watcher, store *kvstore) error {
 	for {
 		n, err := w.scan(j.appendEvent)
-		if errors.Is(err, ErrExpired) {
+		if errors.Is(err, fault.ErrExpired) {
 			return nil // the next run says so
 		}
 		if n == 0 || err != nil {
@@ -545,7 +547,7 @@ func (j *journal) claim(ctx context.Context, store *kvstore) error {
 		select {
 		case <-time.After(journalLeaseRetry):
 		case <-ctx.Done():
-			return ErrShuttingDown // the next run goes on here
+			return fault.ErrShuttingDown // the next run goes on here
 		}
 	}
 	info, err := j.file.Stat()

@@ -21,6 +21,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/testkit"
 )
 
@@ -529,7 +530,7 @@ func TestJournal_Lease(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	j.appendEvent(&event{rv: 2, key: "a"}, true)
-	if err := j.append(ctx, r.store); !errors.Is(err, ErrShuttingDown) {
+	if err := j.append(ctx, r.store); !errors.Is(err, fault.ErrShuttingDown) {
 		t.Errorf("written while it is open: %v", err)
 	}
 	f := <-opened
@@ -574,7 +575,7 @@ func TestJournal_WaitsForStore(t *testing.T) {
 			if leader {
 				return nil
 			}
-			return ErrNoLeader
+			return fault.ErrNoLeader
 		}}
 		done := make(chan error)
 		go func() { done <- j.run(t.Context(), src, time.Second) }()
@@ -587,7 +588,7 @@ func TestJournal_WaitsForStore(t *testing.T) {
 		again.put("b", "2")
 		again.hub.distribute()
 		synctest.Wait()
-		again.hub.close(ErrShuttingDown)
+		again.hub.close(fault.ErrShuttingDown)
 		again.put("b", "3") // the last request that was answered
 		close(stopped)
 		testkit.Must(t, <-done)
@@ -603,11 +604,11 @@ func TestJournal_StopsWhileItWaits(t *testing.T) {
 		r.setContent(storyJournal)
 		j := r.mustOpen()
 		stopped := make(chan struct{})
-		src := journalSource{store: r.store, hub: r.hub, stopped: stopped, linearize: func(context.Context, time.Duration) error { return ErrNoLeader }}
+		src := journalSource{store: r.store, hub: r.hub, stopped: stopped, linearize: func(context.Context, time.Duration) error { return fault.ErrNoLeader }}
 		done := make(chan error)
 		go func() { done <- j.run(t.Context(), src, time.Second) }()
 		time.Sleep(time.Minute)
-		r.hub.close(ErrShuttingDown)
+		r.hub.close(fault.ErrShuttingDown)
 		close(stopped)
 		testkit.Must(t, <-done)
 		testkit.Must(t, j.close())
@@ -753,7 +754,7 @@ func TestJournal_LongLines(t *testing.T) {
 
 // TestJournal_WaitsForSound: while the node does not serve the journal waits, and then goes on without a gap.
 func TestJournal_WaitsForSound(t *testing.T) {
-	for _, why := range []*Error{ErrUnchecked, ErrDiverged} {
+	for _, why := range []*fault.Error{fault.ErrUnchecked, fault.ErrDiverged} {
 		synctest.Test(t, func(t *testing.T) {
 			r := newJournalRig(t)
 			stop := r.start()

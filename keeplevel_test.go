@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"raftrv/internal/fault"
 )
 
 // TestLevel_Common: who does not answer, or is older than levels, counts.
@@ -50,7 +52,7 @@ func TestLevel_OldMembers(t *testing.T) {
 			t.Errorf("%+v: %q, want %q", tt, got, tt.want)
 		}
 		_, err := n.proposeNew(t.Context(), time.Second, command{op: opPut, key: "k", condition: condition{kind: 9}})
-		if e, ok := errors.AsType[*Error](err); !ok || !errors.Is(err, ErrLevel) || e.Outcome != NotApplied || !strings.HasSuffix(e.Detail, "; "+tt.want) {
+		if e, ok := errors.AsType[*fault.Error](err); !ok || !errors.Is(err, fault.ErrLevel) || e.Outcome != fault.NotApplied || !strings.HasSuffix(e.Detail, "; "+tt.want) {
 			t.Errorf("%+v: refused with %v", tt, err)
 		}
 	}
@@ -60,7 +62,7 @@ func TestLevel_OldMembers(t *testing.T) {
 func TestLevel_RaisedInThisTurn(t *testing.T) {
 	l := newLoneLoop(t, nil, nil)
 	c := command{op: opPut, key: "k", contentType: "text/plain"}
-	if _, _, err := l.enqueue(&c, time.Now().Add(time.Second)); !errors.Is(err, ErrLevel) {
+	if _, _, err := l.enqueue(&c, time.Now().Add(time.Second)); !errors.Is(err, fault.ErrLevel) {
 		t.Errorf("before: %v", err)
 	}
 	l.replica.store.state.setLevel(3) // which the loop has not published yet

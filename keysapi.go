@@ -10,6 +10,8 @@ import (
 	"unicode/utf8"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/fault"
 )
 
 // This file is the HTTP front's view of keys as JSON: one item, lists, and the
@@ -44,7 +46,7 @@ const (
 var (
 	typeNDJSON  = []string{"application/x-ndjson"}
 	varyAccept  = []string{"Accept"}
-	errNoPrefix = ErrInvalid.WithDetail("a prefix is needed, and not an empty one: that would be every key")
+	errNoPrefix = fault.ErrInvalid.WithDetail("a prefix is needed, and not an empty one: that would be every key")
 )
 
 // getItem answers an item as JSON. Unlike GET /{key} it reaches every key with
@@ -79,10 +81,10 @@ func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 	p := &r.params
 	asStream := prefers(r.Header, typeNDJSON[0], typeJSON[0])
 	if !asStream && p.limit > listLimitMax {
-		return ErrInvalid.WithDetail("limit must be at most %d; with Accept: %s there is no limit", listLimitMax, typeNDJSON[0])
+		return fault.ErrInvalid.WithDetail("limit must be at most %d; with Accept: %s there is no limit", listLimitMax, typeNDJSON[0])
 	}
 	if p.exact && p.resourceVersion == 0 {
-		return ErrInvalid.WithDetail("resourceVersionMatch needs a resourceVersion, that of the first page")
+		return fault.ErrInvalid.WithDetail("resourceVersionMatch needs a resourceVersion, that of the first page")
 	}
 	if err := h.catchUp(r); err != nil {
 		return err
@@ -183,7 +185,7 @@ func (h *httpAPI) openScan(r request, prefix, after string) (*keyList, error) {
 		}
 		h.lists.give(address, 1)
 	}
-	return nil, ErrTooManyRequests.WithDetail("%d lists are on their way already, or as many of this address as may be; retry later or at another node", listsMax)
+	return nil, fault.ErrTooManyRequests.WithDetail("%d lists are on their way already, or as many of this address as may be; retry later or at another node", listsMax)
 }
 
 // read returns the next items, none at the end.
@@ -210,7 +212,7 @@ func (h *httpAPI) asOf(p *params, list *keyList) error {
 		return nil
 	}
 	if !h.store.unchanged(p.prefix, p.after, p.resourceVersion, list.rv) {
-		return ErrExpired.WithDetail("keys of the list have changed after resource version %d, or too much has changed since for the node to know: "+
+		return fault.ErrExpired.WithDetail("keys of the list have changed after resource version %d, or too much has changed since for the node to know: "+
 			"begin again with the first page, or take the stream (Accept: %s), which is of one version", p.resourceVersion, typeNDJSON[0])
 	}
 	list.rv = p.resourceVersion
@@ -305,7 +307,7 @@ func (h *httpAPI) deletePrefix(w http.ResponseWriter, r request) error {
 	case n == 0:
 		return errNoPrefix
 	case n > keySizeMax:
-		return ErrInvalid.WithDetail("the prefix has %d bytes; no key has more than %d", n, keySizeMax)
+		return fault.ErrInvalid.WithDetail("the prefix has %d bytes; no key has more than %d", n, keySizeMax)
 	}
 	res, err := h.propose(w, r, command{op: opDeletePrefix, key: r.params.prefix}, "")
 	if err != nil {
@@ -313,7 +315,7 @@ func (h *httpAPI) deletePrefix(w http.ResponseWriter, r request) error {
 	}
 	setResourceVersion(w.Header(), res.rv)
 	if res.status == statusTooMany {
-		return ErrTooManyKeys.WithDetail("more than %d keys have the prefix, or they are so long that their events do not fit into one step; delete by longer prefixes", h.store.rules().deletePrefixMax)
+		return fault.ErrTooManyKeys.WithDetail("more than %d keys have the prefix, or they are so long that their events do not fit into one step; delete by longer prefixes", h.store.rules().deletePrefixMax)
 	}
 	return writeJSON(w, r, struct {
 		Deleted         uint64 `json:"deleted"`

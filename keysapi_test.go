@@ -19,6 +19,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/testkit"
 )
 
@@ -669,7 +670,7 @@ func TestHTTP_DeletePrefix(t *testing.T) {
 	before := f.store.version()
 	a = f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: a")
 	a.Want(t, 413)
-	if p := mustProblem(t, a); p.Code != "too-many-keys" || p.Outcome != NotApplied || !strings.Contains(p.Detail, strconv.Itoa(deletePrefixMax)) {
+	if p := mustProblem(t, a); p.Code != "too-many-keys" || p.Outcome != fault.NotApplied || !strings.Contains(p.Detail, strconv.Itoa(deletePrefixMax)) {
 		t.Errorf("%+v", p)
 	}
 	if rv := f.store.version(); rv != before {

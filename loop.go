@@ -13,6 +13,8 @@ import (
 
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
+
+	"raftrv/internal/fault"
 )
 
 // This file drives the replica in production: one goroutine, the loop, owns it.
@@ -270,7 +272,7 @@ func wake(c chan struct{}) {
 
 // close refuses new work and answers what waits.
 func (l *loop) close(cause error) {
-	refusal := error(ErrShuttingDown)
+	refusal := error(fault.ErrShuttingDown)
 	if cause != nil {
 		refusal = errStopped
 	}
@@ -285,7 +287,7 @@ func (l *loop) close(cause error) {
 		close(b.done)
 	}
 	for _, b := range l.replica.pending {
-		b.err = ErrUnknown
+		b.err = fault.ErrUnknown
 		close(b.done)
 	}
 	for _, q := range append(l.replica.confirmed, l.replica.reading, reads) {
@@ -384,7 +386,7 @@ func (l *loop) deliver(m message) error {
 
 var (
 	errInboxFull = errors.New("too many messages wait for the raft loop")
-	errStopped   = ErrShuttingDown.WithDetail("this node has stopped after an error; see its log")
+	errStopped   = fault.ErrShuttingDown.WithDetail("this node has stopped after an error; see its log")
 )
 
 // messageSize is about how many bytes a message keeps alive.
@@ -409,7 +411,7 @@ func (l *loop) propose(ctx context.Context, timeout time.Duration, c command) (r
 		return result{}, b.err
 	}
 	if b.results[i].status == statusNone { // it came too late for the proposal that counted
-		return result{}, ErrUnknown
+		return result{}, fault.ErrUnknown
 	}
 	return b.results[i], nil
 }
@@ -435,7 +437,7 @@ func (l *loop) enqueue(c *command, deadline time.Time) (b *batch, i int, err err
 	if err != nil {
 		b.data, b.offsets, b.events = b.data[:before], b.offsets[:len(b.offsets)-1], b.events-c.eventsMax()
 		l.dropEmpty(b)
-		return nil, 0, ErrLevel.WithDetail("%v", err)
+		return nil, 0, fault.ErrLevel.WithDetail("%v", err)
 	}
 	l.inbox.queueSize += len(b.data) - before
 	b.deadlines = append(b.deadlines, deadline)
@@ -451,7 +453,7 @@ func (l *loop) refusal(size int) error {
 		return l.inbox.closed
 	}
 	if l.inbox.queueSize+size > queueSizeMax {
-		return ErrOverloaded
+		return fault.ErrOverloaded
 	}
 	return nil
 }
@@ -486,21 +488,21 @@ func (l *loop) giveUp(b *batch, i int) error {
 			l.inbox.abandoned = append(l.inbox.abandoned, abandonedCommand{b, i})
 			l.signal()
 		}
-		return ErrUnknown
+		return fault.ErrUnknown
 	}
 	if b.err != nil {
-		return ErrUnknown
+		return fault.ErrUnknown
 	}
 	b.withdraw(i)
 	l.dropEmpty(b)
-	return l.timeout(ErrNotProposed)
+	return l.timeout(fault.ErrNotProposed)
 }
 
 // timeout is the answer when a deadline has passed: err if there is a leader, so that
 // it is not for want of one.
-func (l *loop) timeout(err *Error) error {
+func (l *loop) timeout(err *fault.Error) error {
 	if l.status.Load().leader == 0 {
-		return ErrNoLeader
+		return fault.ErrNoLeader
 	}
 	return err
 }
@@ -548,9 +550,9 @@ func (l *loop) updateMember(ctx context.Context, timeout time.Duration, m member
 	case err != nil:
 		return err
 	case res.status == statusNotFound:
-		return ErrNotFound.WithDetail("there is no member %d", m.ID)
+		return fault.ErrNotFound.WithDetail("there is no member %d", m.ID)
 	case res.status == statusPrecondition:
-		return ErrMember.WithDetail("another member already has the peer URL %s", m.PeerURL)
+		return fault.ErrMember.WithDetail("another member already has the peer URL %s", m.PeerURL)
 	}
 	return nil
 }
@@ -570,7 +572,7 @@ func (l *loop) transferLeader(ctx context.Context, timeout time.Duration, id uin
 			asked = true
 			l.call(func() error {
 				if m, ok := l.replica.store.member(id); !ok || m.Learner {
-					refused <- ErrMember.WithDetail("member %d is not a voter", id)
+					refused <- fault.ErrMember.WithDetail("member %d is not a voter", id)
 				} else {
 					l.replica.raw.TransferLeader(id)
 				}
@@ -583,9 +585,9 @@ func (l *loop) transferLeader(ctx context.Context, timeout time.Duration, id uin
 			return err
 		case <-end:
 			if !asked {
-				return ErrNoLeader
+				return fault.ErrNoLeader
 			}
-			return ErrTransfer.WithDetail("member %d was asked to lead and did not before the deadline, but still may; is it up and has it the whole log?", id)
+			return fault.ErrTransfer.WithDetail("member %d was asked to lead and did not before the deadline, but still may; is it up and has it the whole log?", id)
 		case <-ctx.Done():
 			return ctx.Err()
 		}
@@ -619,7 +621,7 @@ func (l *loop) linearize(ctx context.Context, timeout time.Duration) error {
 		return err
 	}
 	if err := l.await(ctx, q.done, timeout); err != nil {
-		return l.timeout(ErrUnconfirmed)
+		return l.timeout(fault.ErrUnconfirmed)
 	}
 	return q.err
 }

@@ -14,6 +14,7 @@ import (
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/testkit"
 )
 
@@ -205,11 +206,11 @@ func TestLoop_DeadlineSaysWhy(t *testing.T) {
 			"member": func() error { return l.removeMember(t.Context(), time.Millisecond, 3) },
 		}
 		for name, call := range calls {
-			e, ok := errors.AsType[*Error](call())
-			if !ok || e.Code != tt.code || e.Status != tt.status || e.Outcome != NotApplied || !e.Retry {
+			e, ok := errors.AsType[*fault.Error](call())
+			if !ok || e.Code != tt.code || e.Status != tt.status || e.Outcome != fault.NotApplied || !e.Retry {
 				t.Errorf("%s with leader %d: %+v", name, tt.leader, e)
 			}
-			if retry := e.OfRetry(); name == "write" && (retry.Outcome != Unknown || !strings.Contains(retry.Detail, "this attempt was not applied")) {
+			if retry := e.OfRetry(); name == "write" && (retry.Outcome != fault.Unknown || !strings.Contains(retry.Detail, "this attempt was not applied")) {
 				t.Errorf("with an Idempotency-Key: %+v", retry)
 			}
 		}

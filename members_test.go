@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
+
+	"raftrv/internal/fault"
 )
 
 // What the state machine makes of changes of the membership.
@@ -175,7 +177,7 @@ func (s *sim) mustChange(t *testing.T, n *simNode, c memberChange) {
 // wantRefused wants a change to be refused for a reason that contains a text.
 func (s *sim) wantRefused(t *testing.T, b *batch, reason string) {
 	t.Helper()
-	if err := s.changed(t, b); !errors.Is(err, ErrMember) || !strings.Contains(err.Error(), reason) {
+	if err := s.changed(t, b); !errors.Is(err, fault.ErrMember) || !strings.Contains(err.Error(), reason) {
 		t.Errorf("%v, want %q", err, reason)
 	}
 }
@@ -386,8 +388,8 @@ func TestVirtual_RefusedMembers(t *testing.T) {
 			t.Errorf("%v", got)
 		}
 	})
-	for why, retry := range map[string]bool{RefusedForNow: true, "member 4 " + RefusedUntilThen: true, "member 1 is the last voter": false} {
-		if e := MemberRefused(why); e.Retry != retry || e.Status != http.StatusConflict || e.Detail != why {
+	for why, retry := range map[string]bool{fault.RefusedForNow: true, "member 4 " + fault.RefusedUntilThen: true, "member 1 is the last voter": false} {
+		if e := fault.MemberRefused(why); e.Retry != retry || e.Status != http.StatusConflict || e.Detail != why {
 			t.Errorf("%s: %+v", why, e)
 		}
 	}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"net/http"
 	"time"
+
+	"raftrv/internal/fault"
 )
 
 // This file is the HTTP front of the membership: who is in the cluster, and how
@@ -66,7 +68,7 @@ func (h *httpAPI) postMember(w http.ResponseWriter, r request) error {
 		return err
 	}
 	if m.PeerURL == "" {
-		return ErrInvalid.WithDetail("peerURL is missing")
+		return fault.ErrInvalid.WithDetail("peerURL is missing")
 	}
 	return done(w, h.backend.addMember(r.Context(), r.params.timeout, m))
 }
@@ -77,7 +79,7 @@ func (h *httpAPI) putMember(w http.ResponseWriter, r request) error {
 		return err
 	}
 	if m.Learner {
-		return ErrInvalid.WithDetail("learner is of new members only: a voter does not become a learner again")
+		return fault.ErrInvalid.WithDetail("learner is of new members only: a voter does not become a learner again")
 	}
 	m.Promote = false
 	return done(w, h.backend.updateMember(r.Context(), r.params.timeout, m))
@@ -130,7 +132,7 @@ func (h *httpAPI) readMember(w http.ResponseWriter, r request) (m member, err er
 			continue
 		}
 		if *u, err = parseNodeURL(*u); err != nil {
-			return m, ErrInvalid.WithDetail("peerURL and clientURL: %v", err)
+			return m, fault.ErrInvalid.WithDetail("peerURL and clientURL: %v", err)
 		}
 	}
 	m.Name, m.PeerURL, m.ClientURL = body.Name, body.PeerURL, body.ClientURL

@@ -12,6 +12,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"raftrv/internal/fault"
 )
 
 // This file is what a node tells at /-/metrics. What takes time is measured at
@@ -266,7 +268,7 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge(descDiskReserve, float64(s.DiskReserveBytes))
 	gauge(descQuota, float64(s.QuotaBytes))
-	for _, e := range []*Error{ErrDiskFull, ErrQuota, ErrDiverged, ErrUnchecked} {
+	for _, e := range []*fault.Error{fault.ErrDiskFull, fault.ErrQuota, fault.ErrDiverged, fault.ErrUnchecked} {
 		gauge(descReadOnly, number(s.ReadOnly == e.Code), e.Code)
 	}
 	gauge(descDiverged, number(s.Divergence == doubtful.String() || s.Divergence == diverged.String()))

@@ -19,6 +19,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"raftrv/internal/fault"
 )
 
 // This file is the HTTP front for those who look after a node: status,
@@ -133,7 +135,7 @@ func (h *httpAPI) getReady(w http.ResponseWriter, r request) error {
 	case r.params.verbose:
 		writeText(w, r, lines)
 	case failed != nil:
-		return ErrNotReady.WithDetail("%s", strings.Join(failed, "; "))
+		return fault.ErrNotReady.WithDetail("%s", strings.Join(failed, "; "))
 	default:
 		writeText(w, r, ok)
 	}
@@ -144,7 +146,7 @@ func (h *httpAPI) getReady(w http.ResponseWriter, r request) error {
 func (h *httpAPI) getMetrics(w http.ResponseWriter, r request) error {
 	address := addressOf(r.RemoteAddr)
 	if !h.scrapes.take(address, 1) {
-		return ErrTooManyRequests.WithDetail("%d others are getting the metrics, at most that many can; retry later", metricsInFlight)
+		return fault.ErrTooManyRequests.WithDetail("%d others are getting the metrics, at most that many can; retry later", metricsInFlight)
 	}
 	defer h.scrapes.give(address, 1)
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(scrapeTimeout)) // not supported by a test's writer
@@ -210,8 +212,8 @@ func (h *httpAPI) putLogLevel(w http.ResponseWriter, r request) error {
 }
 
 var (
-	errLogLevel   = ErrInvalid.WithDetail(`the body must be {"level":"debug"}, or info, warn or error instead`)
-	errNoProfiles = ErrNotFound.WithDetail("profiles are off; start the node with --pprof to have them")
+	errLogLevel   = fault.ErrInvalid.WithDetail(`the body must be {"level":"debug"}, or info, warn or error instead`)
+	errNoProfiles = fault.ErrNotFound.WithDetail("profiles are off; start the node with --pprof to have them")
 )
 
 // getProfiles lists the profiles.
@@ -235,7 +237,7 @@ func (h *httpAPI) getProfile(w http.ResponseWriter, r request) error {
 		pprof.Trace(w, r.Request)
 	default:
 		if runtimepprof.Lookup(r.name) == nil {
-			return ErrNotFound.WithDetail("there is no profile %q; /-/debug/pprof/ lists them", r.name)
+			return fault.ErrNotFound.WithDetail("there is no profile %q; /-/debug/pprof/ lists them", r.name)
 		}
 		pprof.Handler(r.name).ServeHTTP(w, r.Request)
 	}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/testkit"
 )
 
@@ -391,21 +392,21 @@ func openAPIRequests() []openAPIRequest {
 		{404, "DELETE", "/none", "", nil, nil},
 		{412, "DELETE", "/k", "", conflict, nil},
 		{204, "POST", "/4", "http://a:1", nil, nil},
-		{409, "POST", "/4", "http://a:1", nil, ErrMember},
+		{409, "POST", "/4", "http://a:1", nil, fault.ErrMember},
 		{200, "GET", "/-/v1/members", "", nil, nil},
 		{204, "POST", "/-/v1/members/4", `{"peerURL":"http://a:1"}`, nil, nil},
-		{409, "POST", "/-/v1/members/4", `{"peerURL":"http://a:1"}`, nil, ErrMember},
+		{409, "POST", "/-/v1/members/4", `{"peerURL":"http://a:1"}`, nil, fault.ErrMember},
 		{204, "PUT", "/-/v1/members/4", `{"name":"n"}`, nil, nil},
-		{404, "PUT", "/-/v1/members/4", `{"name":"n"}`, nil, ErrNotFound},
-		{409, "PUT", "/-/v1/members/4", `{"peerURL":"http://a:1"}`, nil, ErrMember},
+		{404, "PUT", "/-/v1/members/4", `{"name":"n"}`, nil, fault.ErrNotFound},
+		{409, "PUT", "/-/v1/members/4", `{"peerURL":"http://a:1"}`, nil, fault.ErrMember},
 		{204, "DELETE", "/-/v1/members/4", "", nil, nil},
-		{404, "DELETE", "/-/v1/members/4", "", nil, ErrNotFound},
-		{404, "POST", "/-/v1/members/4/promote", "", nil, ErrNotFound},
-		{409, "DELETE", "/-/v1/members/4", "", nil, ErrMember},
+		{404, "DELETE", "/-/v1/members/4", "", nil, fault.ErrNotFound},
+		{404, "POST", "/-/v1/members/4/promote", "", nil, fault.ErrNotFound},
+		{409, "DELETE", "/-/v1/members/4", "", nil, fault.ErrMember},
 		{204, "POST", "/-/v1/members/4/promote", "", nil, nil},
-		{409, "POST", "/-/v1/members/4/promote", "", nil, ErrMember},
+		{409, "POST", "/-/v1/members/4/promote", "", nil, fault.ErrMember},
 		{204, "POST", "/-/v1/leader/4", "", nil, nil},
-		{409, "POST", "/-/v1/leader/4", "", nil, ErrMember},
+		{409, "POST", "/-/v1/leader/4", "", nil, fault.ErrMember},
 		{200, "GET", "/-/v1/keys", "", nil, nil},
 		{200, "GET", "/-/v1/keys?limit=1", "", nil, nil},
 		{200, "GET", "/-/v1/keys", "", ndjson, nil},
@@ -437,8 +438,8 @@ func openAPIRequests() []openAPIRequest {
 		{200, "GET", "/-/livez", "", nil, nil},
 		{200, "GET", "/-/readyz", "", nil, nil},
 		{200, "GET", "/-/readyz?verbose", "", nil, nil},
-		{503, "GET", "/-/readyz", "", nil, ErrNoLeader},
-		{503, "GET", "/-/readyz?verbose", "", nil, ErrNoLeader},
+		{503, "GET", "/-/readyz", "", nil, fault.ErrNoLeader},
+		{503, "GET", "/-/readyz?verbose", "", nil, fault.ErrNoLeader},
 		{200, "GET", "/-/version", "", nil, nil},
 		{200, "GET", "/-/openapi.json", "", nil, nil},
 	}
@@ -466,22 +467,22 @@ func openAPIRequests() []openAPIRequest {
 		}
 		if takesBody(rt, r.method) {
 			with(413, "", tooLarge, nil, nil)
-			with(408, "", "", nil, ErrBodyTimeout) // see below
+			with(408, "", "", nil, fault.ErrBodyTimeout) // see below
 		}
 		if isLocal(path) {
 			continue
 		}
 		with(500, "", r.body, nil, errors.New("broken"))
-		with(503, "", r.body, nil, ErrNoLeader)
+		with(503, "", r.body, nil, fault.ErrNoLeader)
 		switch {
 		case r.method == "GET" && path != "/-/v1/watch":
 			with(504, separator+"resourceVersion=9999999", "", nil, nil)
 		case r.method != "GET":
-			with(504, "", r.body, nil, ErrUnknown)
+			with(504, "", r.body, nil, fault.ErrUnknown)
 		}
 		if rt.call(r.method).headers&headerIdempotencyKey != 0 {
 			with(422, "", r.body, retry, nil)
-			with(507, "", r.body, nil, ErrDiskFull)
+			with(507, "", r.body, nil, fault.ErrDiskFull)
 		}
 	}
 	return list
@@ -513,7 +514,7 @@ func TestOpenAPI_Statuses(t *testing.T) {
 		answered[fmt.Sprintf("%s %s %d", method, routeOf(path).path, code)] = true
 	}
 	for _, r := range openAPIRequests() {
-		if errors.Is(r.fail, ErrBodyTimeout) {
+		if errors.Is(r.fail, fault.ErrBodyTimeout) {
 			synctest.Test(t, func(t *testing.T) {
 				a := newPipeFront(t).send(r.method, r.target, []string{"Content-Length: 1"}, "")
 				a.Want(t, r.code)

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/cespare/xxhash/v2"
+
+	"raftrv/internal/fault"
 )
 
 // This file reads what a request says beside its path and body: the query and
@@ -123,14 +125,14 @@ func (p *params) add(field string, allowed paramSet) error {
 		value, err = url.QueryUnescape(value)
 	}
 	if err != nil {
-		return ErrInvalid.WithDetail("the query has a malformed escape; write %% as %%25")
+		return fault.ErrInvalid.WithDetail("the query has a malformed escape; write %% as %%25")
 	}
 	param := allowed.named(name)
 	switch {
 	case param == 0:
-		return ErrInvalid.WithDetail("unknown parameter %q; allowed here: %v", name, allowed)
+		return fault.ErrInvalid.WithDetail("unknown parameter %q; allowed here: %v", name, allowed)
 	case param&p.seen != 0:
-		return ErrInvalid.WithDetail("parameter %q is given twice", name)
+		return fault.ErrInvalid.WithDetail("parameter %q is given twice", name)
 	}
 	p.seen |= param
 	return p.set(param, value)
@@ -141,21 +143,21 @@ func (p *params) set(param paramSet, value string) (err error) {
 	case paramTimeout:
 		p.timeout, err = time.ParseDuration(value)
 		if err != nil || p.timeout <= 0 || p.timeout > timeoutMax {
-			return ErrInvalid.WithDetail("timeout must be a duration such as 500ms or 5s, more than 0 and at most %v", timeoutMax)
+			return fault.ErrInvalid.WithDetail("timeout must be a duration such as 500ms or 5s, more than 0 and at most %v", timeoutMax)
 		}
 	case paramResourceVersion:
 		p.resourceVersion, err = strconv.ParseUint(value, 10, 64)
 		if err != nil {
-			return ErrInvalid.WithDetail("resourceVersion must be a decimal number; 0 reads whatever this node has")
+			return fault.ErrInvalid.WithDetail("resourceVersion must be a decimal number; 0 reads whatever this node has")
 		}
 	case paramResume:
 		p.seen |= paramResourceVersion
 		if p.cluster, p.resourceVersion, err = parseResume(value); err != nil {
-			return ErrInvalid.WithDetail("resourceVersion must be a decimal number, or the id of a server-sent event")
+			return fault.ErrInvalid.WithDetail("resourceVersion must be a decimal number, or the id of a server-sent event")
 		}
 	case paramExact:
 		if p.exact = value == "exact"; !p.exact {
-			return ErrInvalid.WithDetail("resourceVersionMatch must be exact")
+			return fault.ErrInvalid.WithDetail("resourceVersionMatch must be exact")
 		}
 	case paramTTL:
 		p.ttl, err = parseTTL(value)
@@ -163,7 +165,7 @@ func (p *params) set(param paramSet, value string) (err error) {
 	case paramLimit:
 		limit, err := strconv.ParseUint(value, 10, 64)
 		if err != nil || limit == 0 {
-			return ErrInvalid.WithDetail("limit must be a positive number")
+			return fault.ErrInvalid.WithDetail("limit must be a positive number")
 		}
 		p.limit = int(min(limit, math.MaxInt))
 	case paramPrefix:
@@ -184,16 +186,16 @@ func (p *params) set(param paramSet, value string) (err error) {
 		}
 	case paramSeconds:
 		if n, err := strconv.ParseUint(value, 10, 64); err != nil || n == 0 || n > profileSecondsMax {
-			return ErrInvalid.WithDetail("seconds must be a number from 1 to %d", profileSecondsMax)
+			return fault.ErrInvalid.WithDetail("seconds must be a number from 1 to %d", profileSecondsMax)
 		}
 	case paramDebug:
 		if value != "0" && value != "1" && value != "2" {
-			return ErrInvalid.WithDetail("debug must be 0, 1 or 2")
+			return fault.ErrInvalid.WithDetail("debug must be 0, 1 or 2")
 		}
 	case paramDuration:
 		p.duration, err = time.ParseDuration(value)
 		if err != nil || p.duration <= 0 || p.duration > watchTimeoutMax {
-			return ErrInvalid.WithDetail("timeout must be a duration such as 30s or 1h, more than 0 and at most %v", watchTimeoutMax)
+			return fault.ErrInvalid.WithDetail("timeout must be a duration such as 30s or 1h, more than 0 and at most %v", watchTimeoutMax)
 		}
 	}
 	return err
@@ -201,7 +203,7 @@ func (p *params) set(param paramSet, value string) (err error) {
 
 func parseBool(name, value string) (bool, error) {
 	if value != "true" && value != "false" {
-		return false, ErrInvalid.WithDetail("%s must be true or false", name)
+		return false, fault.ErrInvalid.WithDetail("%s must be true or false", name)
 	}
 	return value == "true", nil
 }
@@ -224,7 +226,7 @@ func parseResume(s string) (cluster string, rv uint64, err error) {
 func parseTTL(s string) (time.Duration, error) {
 	ttl, err := time.ParseDuration(s)
 	if err != nil || ttl < ttlMin || ttl > ttlMax {
-		return 0, ErrInvalid.WithDetail("ttl must be a duration such as 30s or 12h, from %v to %v", ttlMin, ttlMax)
+		return 0, fault.ErrInvalid.WithDetail("ttl must be a duration such as 30s or 12h, from %v to %v", ttlMin, ttlMax)
 	}
 	return ttl, nil
 }
@@ -252,12 +254,12 @@ func refuseHeaders(header http.Header, allowed headerSet) error {
 			continue
 		}
 		if _, ok := header[name]; ok {
-			return ErrInvalid.WithDetail("%s is not supported here, and a write that ignored it could do harm", name)
+			return fault.ErrInvalid.WithDetail("%s is not supported here, and a write that ignored it could do harm", name)
 		}
 	}
 	for _, coding := range header["Content-Encoding"] {
 		if !strings.EqualFold(strings.TrimSpace(coding), "identity") {
-			return ErrEncoding // kept without it, the value would be another
+			return fault.ErrEncoding // kept without it, the value would be another
 		}
 	}
 	return nil
@@ -269,7 +271,7 @@ func refuseHeaders(header http.Header, allowed headerSet) error {
 func refuseUpgrade(header http.Header) error {
 	for _, protocol := range header["Upgrade"] {
 		if !strings.EqualFold(strings.TrimSpace(protocol), "h2c") {
-			return ErrInvalid.WithDetail("there is no upgrade to %.50q, only HTTP/1.1; to follow changes see /-/v1/watch", protocol)
+			return fault.ErrInvalid.WithDetail("there is no upgrade to %.50q, only HTTP/1.1; to follow changes see /-/v1/watch", protocol)
 		}
 	}
 	return nil
@@ -297,7 +299,7 @@ func parseContentType(header http.Header) (string, error) {
 	contentType := strings.TrimSpace(values[0])
 	switch {
 	case len(values) > 1 || servedTypes[contentType] == nil && !isMediaType(contentType):
-		return "", ErrInvalid.WithDetail("Content-Type must be given once and be a media type such as text/plain; charset=utf-8, of at most %d bytes", contentTypeSizeMax)
+		return "", fault.ErrInvalid.WithDetail("Content-Type must be given once and be a media type such as text/plain; charset=utf-8, of at most %d bytes", contentTypeSizeMax)
 	case strings.EqualFold(contentType, formType):
 		return "", nil
 	}
@@ -351,10 +353,10 @@ func parseCondition(header http.Header) (condition, error) {
 	none, hasNone := header["If-None-Match"]
 	switch {
 	case hasMatch && hasNone:
-		return condition{}, ErrInvalid.WithDetail("If-Match and If-None-Match exclude each other")
+		return condition{}, fault.ErrInvalid.WithDetail("If-Match and If-None-Match exclude each other")
 	case hasNone:
 		if len(none) != 1 || strings.TrimSpace(none[0]) != "*" {
-			return condition{}, ErrInvalid.WithDetail("a write takes no If-None-Match but *, which means that the key must not exist")
+			return condition{}, fault.ErrInvalid.WithDetail("a write takes no If-None-Match but *, which means that the key must not exist")
 		}
 		return condition{kind: ifAbsent}, nil
 	case !hasMatch:
@@ -369,7 +371,7 @@ func parseCondition(header http.Header) (condition, error) {
 			return condition{kind: ifMatch, rv: tagVersion(opaque)}, nil
 		}
 	}
-	return condition{}, ErrInvalid.WithDetail(`a write takes one If-Match, either * or one strong ETag in its quotes such as "42"; no list and no weak W/"42"`)
+	return condition{}, fault.ErrInvalid.WithDetail(`a write takes one If-Match, either * or one strong ETag in its quotes such as "42"; no list and no weak W/"42"`)
 }
 
 // parseStrongTag returns what is between the quotes of a strong ETag.
@@ -432,7 +434,7 @@ func (r *request) retryID(c *command, body string) (retryID, error) {
 		key = parseRetryKey(strings.TrimSpace(values[0]))
 	}
 	if key == "" {
-		return retryID{}, ErrInvalid.WithDetail("Idempotency-Key must be given once and have 1 to %d printable ASCII characters", idempotencyKeySizeMax)
+		return retryID{}, fault.ErrInvalid.WithDetail("Idempotency-Key must be given once and have 1 to %d printable ASCII characters", idempotencyKeySizeMax)
 	}
 	digest := sha256.New()
 	var n [8]byte

@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/testkit"
 )
 
@@ -80,7 +81,7 @@ func TestHTTP_ConditionalWrites(t *testing.T) {
 				continue
 			}
 			p := mustProblem(t, a)
-			if p.Outcome != NotApplied || p.Retryable || f.store.version() != present {
+			if p.Outcome != fault.NotApplied || p.Retryable || f.store.version() != present {
 				t.Errorf("%s at %d, %s: %+v", call.method, call.current, tt.header, p)
 			}
 			if a.Code != 412 {
@@ -279,7 +280,7 @@ func TestHTTP_IdempotencyKeys(t *testing.T) {
 		a := f.do("PUT", "/k", "v", "Idempotency-Key: "+value)
 		if want == "" {
 			a.Want(t, 400)
-			if p := mustProblem(t, a); p.Outcome != NotApplied || !strings.HasPrefix(p.Detail, "Idempotency-Key must be given once") {
+			if p := mustProblem(t, a); p.Outcome != fault.NotApplied || !strings.HasPrefix(p.Detail, "Idempotency-Key must be given once") {
 				t.Errorf("%+v", p)
 			}
 			continue
@@ -359,7 +360,7 @@ func TestHTTP_Retries(t *testing.T) {
 			a := f.do(part[0], part[1], part[2], append(part[3:], `Idempotency-Key: "x"`)...)
 			a.Want(t, 422)
 			a.WantHeader(t, "Idempotency-Replayed", "")
-			if p := mustProblem(t, a); p.Code != "idempotency-mismatch" || p.Outcome != NotApplied || p.Retryable {
+			if p := mustProblem(t, a); p.Code != "idempotency-mismatch" || p.Outcome != fault.NotApplied || p.Retryable {
 				t.Errorf("%s: %+v", other, p)
 			}
 		}
@@ -386,12 +387,12 @@ func TestHTTP_RetriedPostHasOneKey(t *testing.T) {
 // When nobody knows whether a write with a key was applied, it can be sent again.
 func TestHTTP_UnknownOutcomeWithKey(t *testing.T) {
 	f := newFront(t)
-	f.backend.fail(ErrUnknown)
+	f.backend.fail(fault.ErrUnknown)
 	for _, tt := range retryTests {
 		a := f.do(tt.method, tt.target, tt.body, append(tt.headers, "Idempotency-Key: x")...)
 		a.Want(t, 504)
 		a.WantHeader(t, "Retry-After", "1")
-		if p := mustProblem(t, a); p.Code != "timeout" || p.Outcome != Unknown || !p.Retryable || !strings.Contains(p.Detail, "same Idempotency-Key") {
+		if p := mustProblem(t, a); p.Code != "timeout" || p.Outcome != fault.Unknown || !p.Retryable || !strings.Contains(p.Detail, "same Idempotency-Key") {
 			t.Errorf("%+v", p)
 		}
 		a = f.do(tt.method, tt.target, tt.body, tt.headers...)
@@ -418,7 +419,7 @@ func FuzzHTTPHeaders(f *testing.F) {
 		c, err := parseCondition(header)
 		switch {
 		case err != nil:
-			if !errors.Is(err, ErrInvalid) || match == "" && none == "" {
+			if !errors.Is(err, fault.ErrInvalid) || match == "" && none == "" {
 				t.Fatal(err)
 			}
 		case match != "" && none != "" || none != "" && c.kind != ifAbsent || match != "" && c.kind != ifMatch && c.kind != ifExists || match == "" && none == "" && c != condition{}:
@@ -435,7 +436,7 @@ func FuzzHTTPHeaders(f *testing.F) {
 		r := request{Request: &http.Request{Method: "PUT", Header: header}, route: keyRoute}
 		id, err := r.retryID(&command{}, "")
 		if err != nil {
-			if !errors.Is(err, ErrInvalid) {
+			if !errors.Is(err, fault.ErrInvalid) {
 				t.Fatal(err)
 			}
 			return
@@ -561,14 +562,14 @@ func TestHTTP_ReplayedPrecondition(t *testing.T) {
 // A read settles nothing: the write may come after it.
 func TestHTTP_UnknownSaysWhatSettlesIt(t *testing.T) {
 	f := newFront(t)
-	f.backend.fail(ErrUnknown)
+	f.backend.fail(fault.ErrUnknown)
 	p := mustProblem(t, f.do("PUT", "/k", "v"))
 	for _, word := range []string{"If-Match", "Idempotency-Key", "settles nothing"} {
 		if !strings.Contains(p.Detail, word) {
 			t.Errorf("%q lacks %s", p.Detail, word)
 		}
 	}
-	if p.Outcome != Unknown {
+	if p.Outcome != fault.Unknown {
 		t.Errorf("%+v", p)
 	}
 }
@@ -592,7 +593,7 @@ func TestHTTP_ReplayedRead(t *testing.T) {
 		a := f.do("POST", "/-/v1/txn", body, "Idempotency-Key: "+key)
 		a.Want(t, 409)
 		a.WantHeader(t, "Idempotency-Replayed", "true")
-		if p := mustProblem(t, a); p.Code != "result-not-kept" || p.Outcome != Applied || p.Retryable || strings.Contains(a.Body, "sss") || len(a.Body) > 1000 {
+		if p := mustProblem(t, a); p.Code != "result-not-kept" || p.Outcome != fault.Applied || p.Retryable || strings.Contains(a.Body, "sss") || len(a.Body) > 1000 {
 			t.Errorf("%s: %.1000s", key, a.Body)
 		}
 	}

@@ -25,6 +25,7 @@ import (
 	"testing"
 	"time"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/proc"
 	"raftrv/internal/testkit"
 )
@@ -368,9 +369,9 @@ func (l *liveClient) judge(o *liveOp, r *liveReply) {
 		o.itemRV, o.rv = r.etag(), r.rv()
 	case o.kind == liveGet && r.status >= 500:
 		o.outcome = liveUnknown
-	case r.problem.Outcome == NotApplied && (r.status == http.StatusServiceUnavailable || r.status == http.StatusInsufficientStorage):
+	case r.problem.Outcome == fault.NotApplied && (r.status == http.StatusServiceUnavailable || r.status == http.StatusInsufficientStorage):
 		o.outcome = liveRefused
-	case r.problem.Outcome == Unknown && r.status == http.StatusGatewayTimeout:
+	case r.problem.Outcome == fault.Unknown && r.status == http.StatusGatewayTimeout:
 		o.outcome = liveUnknown
 	default:
 		o.outcome = liveUnknown

@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/proc"
 	"raftrv/internal/testkit"
 )
@@ -103,7 +104,7 @@ func (c *liveCluster) wantFull(nodes ...*proc.Node) {
 		l := c.client(n)
 		c.eventually(func() error {
 			r := l.raw(http.MethodPut, "refused", "", "v")
-			if r.status != http.StatusInsufficientStorage || r.problem.Code != "disk-full" || r.problem.Outcome != NotApplied || r.header.Get("Retry-After") == "" {
+			if r.status != http.StatusInsufficientStorage || r.problem.Code != "disk-full" || r.problem.Outcome != fault.NotApplied || r.header.Get("Retry-After") == "" {
 				return fmt.Errorf("PUT at node %d, whose disk is full: %d %s %v", n.ID, r.status, r.body, r.err)
 			}
 			return nil
@@ -271,7 +272,7 @@ func TestProcess_Quota(t *testing.T) {
 		l := c.client(n)
 		c.eventually(func() error {
 			r := l.raw(http.MethodPut, fmt.Sprint("refused/", tries.Add(1)), "", strings.Repeat("v", value))
-			if r.status != http.StatusInsufficientStorage || r.problem.Code != "quota-exceeded" || r.problem.Outcome != NotApplied {
+			if r.status != http.StatusInsufficientStorage || r.problem.Code != "quota-exceeded" || r.problem.Outcome != fault.NotApplied {
 				return fmt.Errorf("PUT at node %d beyond the quota: %d %s %v", n.ID, r.status, r.body, r.err)
 			}
 			return nil
@@ -455,7 +456,7 @@ func TestProcess_Overload(t *testing.T) {
 			switch {
 			case r.err != nil:
 				codes["connection closed"]++ // it was refused while the body was on its way
-			case r.status == http.StatusServiceUnavailable && r.problem.Outcome == NotApplied && r.header.Get("Retry-After") != "",
+			case r.status == http.StatusServiceUnavailable && r.problem.Outcome == fault.NotApplied && r.header.Get("Retry-After") != "",
 				r.status == http.StatusGatewayTimeout:
 				codes[r.problem.Code]++
 			default:

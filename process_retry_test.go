@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/proc"
 	"raftrv/internal/testkit"
 )
@@ -304,7 +305,7 @@ func TestProcess_RetriesOfOthers(t *testing.T) {
 	r := victim.do(http.MethodPost, "/-/v1/txn", read, map[string]string{"Idempotency-Key": "read-0"})
 	var p problem
 	testkit.Must(t, json.Unmarshal(r.body, &p))
-	if r.status != http.StatusConflict || p.Code != "result-not-kept" || p.Outcome != Applied {
+	if r.status != http.StatusConflict || p.Code != "result-not-kept" || p.Outcome != fault.Applied {
 		t.Errorf("%d %.300s", r.status, r.body)
 	}
 }

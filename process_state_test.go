@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/proc"
 	"raftrv/internal/testkit"
 )
@@ -71,7 +72,7 @@ func TestProcess_RawBytesSurvive(t *testing.T) {
 		"/-/anything":                   http.StatusNotFound,
 	} {
 		r := l.do(http.MethodPut, l.node.URL()+path, "v")
-		if r.status != want || r.problem.Detail == "" || r.problem.Outcome != NotApplied {
+		if r.status != want || r.problem.Detail == "" || r.problem.Outcome != fault.NotApplied {
 			t.Errorf("PUT %.20q: %d %s, want %d and a reason", path, r.status, r.body, want)
 		}
 	}

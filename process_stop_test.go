@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/proc"
 	"raftrv/internal/testkit"
 )
@@ -90,8 +91,8 @@ func TestProcess_FatalError(t *testing.T) {
 		if first.IsZero() {
 			first = time.Now()
 		}
-		refused := r.status == http.StatusServiceUnavailable && r.problem.Outcome == NotApplied
-		open := r.status == http.StatusGatewayTimeout && r.problem.Outcome == Unknown
+		refused := r.status == http.StatusServiceUnavailable && r.problem.Outcome == fault.NotApplied
+		open := r.status == http.StatusGatewayTimeout && r.problem.Outcome == fault.Unknown
 		if !refused && !open {
 			t.Errorf("PUT while the node fails: %d %s %v", r.status, r.body, r.err)
 		}

@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/proc"
 	"raftrv/internal/testkit"
 )
@@ -46,7 +47,7 @@ type truthAttempt struct {
 	node     int
 	timeout  string
 	status   int // 0 = no answer
-	outcome  Outcome
+	outcome  fault.Outcome
 	code     string
 	rv       uint64
 	replayed bool
@@ -64,10 +65,10 @@ func (a *truthAttempt) ok() bool { return a.status/100 == 2 }
 
 // mayHave says whether the attempt may have applied the write. One whose time was up is answered with what the node
 // remembers if that is known just then, so what is replayed may be its own.
-func (a *truthAttempt) mayHave() bool { return a.ok() || a.status == 0 || a.outcome == Unknown }
+func (a *truthAttempt) mayHave() bool { return a.ok() || a.status == 0 || a.outcome == fault.Unknown }
 
 // refused says whether the client was told that the write has not happened.
-func (a *truthAttempt) refused() bool { return !a.ok() && a.outcome == NotApplied }
+func (a *truthAttempt) refused() bool { return !a.ok() && a.outcome == fault.NotApplied }
 
 // judge says what is false. versions are those at which the write is in the journals.
 func (w *truthWrite) judge(versions []uint64) error {
@@ -244,7 +245,7 @@ func (c *truths) fault() {
 func (c *truths) findLeader() (*proc.Node, error) {
 	s, err := c.Nodes[c.random.IntN(3)].Status(c.context())
 	if err != nil || s.LeaderID == 0 {
-		return nil, errors.Join(err, ErrNoLeader)
+		return nil, errors.Join(err, fault.ErrNoLeader)
 	}
 	return c.Nodes[s.LeaderID-1], nil
 }
@@ -356,7 +357,7 @@ func (c *truths) try(h *http.Client, w *truthWrite, n *proc.Node, timeout string
 		}
 		a.code, a.outcome = p.Code, p.Outcome
 	} else if w.path == "/-/v1/txn?" && !bytes.Contains(body, []byte(`"succeeded":true`)) {
-		a.status, a.code, a.outcome = http.StatusPreconditionFailed, "not succeeded", NotApplied
+		a.status, a.code, a.outcome = http.StatusPreconditionFailed, "not succeeded", fault.NotApplied
 	} else {
 		c.stands(a.rv, w.token)
 	}

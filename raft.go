@@ -14,6 +14,8 @@ import (
 	"go.etcd.io/raft/v3/tracker"
 	"go.uber.org/zap"
 	"google.golang.org/protobuf/proto"
+
+	"raftrv/internal/fault"
 )
 
 // This file is the replica: one member's raft log, its pending proposals, its
@@ -137,7 +139,7 @@ func (b *batch) withdrawLate(now time.Time) (left bool) {
 // back.
 func (b *batch) changeError() error {
 	if b.err == nil && b.results[0].status == statusRefused {
-		return MemberRefused(b.results[0].key)
+		return fault.MemberRefused(b.results[0].key)
 	}
 	return b.err
 }
@@ -463,11 +465,11 @@ func (r *replica) giveUp() {
 		if r.now.Before(b.deadline) {
 			return false
 		}
-		b.err = ErrUnknown
+		b.err = fault.ErrUnknown
 		if b.offers == 0 {
-			b.err = ErrNotProposed
+			b.err = fault.ErrNotProposed
 			if r.leader == 0 {
-				b.err = ErrNoLeader
+				b.err = fault.ErrNoLeader
 			}
 		}
 		r.handBack(b)
@@ -488,7 +490,7 @@ func (r *replica) abandon(b *batch, place int) {
 	b.withdraw(place)
 	if b.withdrawn == len(b.offsets) {
 		r.pending = slices.Delete(r.pending, i, i+1)
-		b.err = ErrUnknown
+		b.err = fault.ErrUnknown
 		r.handBack(b)
 	}
 }
@@ -781,13 +783,13 @@ func (r *replica) applyBatch(e *raftpb.Entry) error {
 	fresh, err := r.store.apply(e.GetIndex(), e.GetTerm(), h, commands, &own.results)
 	switch {
 	case err != nil:
-		own.err = ErrUnknown
+		own.err = fault.ErrUnknown
 	case !fresh:
 		// It was applied at an index that this member received as part of a
 		// snapshot, so its results are not known here.
-		own.err = ErrUnknown.WithDetail("the write was applied, but its result was lost; read the key")
+		own.err = fault.ErrUnknown.WithDetail("the write was applied, but its result was lost; read the key")
 	case own.change == nil && len(own.results) > 0 && own.results[0].status == statusRefused: // in the place of the whole batch
-		own.err = ErrLevel.WithDetail("%s", own.results[0].key)
+		own.err = fault.ErrLevel.WithDetail("%s", own.results[0].key)
 	}
 	if own == r.expiring && (len(own.offsets) == expireMax || len(own.data) >= batchSizeMax) {
 		// Maybe there are more. Not at once: others wait, too.
@@ -959,7 +961,7 @@ const (
 // it hears from would be no majority.
 func (r *replica) refuseChange(c memberChange) error {
 	if r.changeIndex > r.store.applied() {
-		return errors.New(RefusedForNow)
+		return errors.New(fault.RefusedForNow)
 	}
 	if _, ok := r.store.member(c.member.ID); !ok && c.kind == promoteLearner {
 		return nil // applying it says that there is none
@@ -985,7 +987,7 @@ func (r *replica) refuseChange(c memberChange) error {
 	case c.kind == addLearner:
 		return nil // it has no vote
 	case c.kind == promoteLearner && !r.caughtUp(c.member.ID):
-		return fmt.Errorf("member %d %s", c.member.ID, RefusedUntilThen)
+		return fmt.Errorf("member %d %s", c.member.ID, fault.RefusedUntilThen)
 	case voters > 0 && active <= voters/2:
 		return fmt.Errorf("of %d voters after the change only %d would be reachable, which is no majority: first bring the others back, or remove one that is down", voters, active)
 	}
@@ -1126,9 +1128,9 @@ func (r *replica) applyConfChange(e *raftpb.Entry) error {
 	if own := r.takePending(h); own != nil {
 		switch {
 		case !fresh:
-			own.err = ErrUnknown
+			own.err = fault.ErrUnknown
 		case refused != nil:
-			own.err = MemberRefused(refused.Error())
+			own.err = fault.MemberRefused(refused.Error())
 		default:
 			own.results = []result{{rv: r.store.version()}}
 		}

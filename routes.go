@@ -4,6 +4,8 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+
+	"raftrv/internal/fault"
 )
 
 // This file is the table of all calls: which paths there are, what each of them
@@ -209,7 +211,7 @@ func (h *httpAPI) route(w *recorder, r *http.Request) error {
 		w.Header()["Cache-Control"] = c.cache
 	}
 	if c.endless && !r.ProtoAtLeast(1, 1) {
-		return ErrVersion
+		return fault.ErrVersion
 	}
 	if err := refuseUpgrade(r.Header); err != nil {
 		return err
@@ -247,7 +249,7 @@ func (rt *route) parse(variable string) (string, error) {
 func otherMethod(w http.ResponseWriter, r *http.Request, allow []string) error {
 	w.Header()["Allow"] = allow
 	if r.Method != http.MethodOptions {
-		return ErrMethod.WithDetail("%s is not allowed here; allowed: %s", r.Method, allow[0])
+		return fault.ErrMethod.WithDetail("%s is not allowed here; allowed: %s", r.Method, allow[0])
 	}
 	w.WriteHeader(http.StatusNoContent)
 	return nil

@@ -15,6 +15,8 @@ import (
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
+
+	"raftrv/internal/fault"
 )
 
 // This file builds a node from its parts, starts them, waits, and closes them.
@@ -92,7 +94,7 @@ func (n *node) waitVersion(ctx context.Context, timeout time.Duration, rv uint64
 	defer cancel()
 	if err := n.hub.waitVersion(ctx, rv); err != nil {
 		if ctx.Err() != nil {
-			return ErrReadTimeout
+			return fault.ErrReadTimeout
 		}
 		return err
 	}
@@ -303,13 +305,13 @@ func (p *ports) pause(ctx context.Context, d time.Duration) bool {
 
 // serveWaiting answers clients before the node is in a cluster.
 func (p *ports) serveWaiting(w http.ResponseWriter, r *http.Request) {
-	e := ErrNoLeader
+	e := fault.ErrNoLeader
 	switch r.URL.Path {
 	case "/-/livez":
 		writeBody(w, r, http.StatusOK, typeText, []byte("ok\n"))
 		return
 	case "/-/readyz":
-		e = ErrNotReady
+		e = fault.ErrNotReady
 	}
 	e = e.WithDetail("this node is not in a cluster yet, it waits for others; %s", strings.Join(*p.waitsFor.Load(), "; "))
 	problem := problemOf(r, e)
@@ -462,7 +464,7 @@ func (h *closingHandler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // check says whether the node goes on taking requests.
 func (h *closingHandler) check(context.Context) error {
 	if h.closing.Load() {
-		return ErrShuttingDown
+		return fault.ErrShuttingDown
 	}
 	return nil
 }

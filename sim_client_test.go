@@ -6,6 +6,8 @@ import (
 	"math"
 	"strings"
 	"time"
+
+	"raftrv/internal/fault"
 )
 
 // This file is the clients, and the history of what they asked and were told.
@@ -125,9 +127,9 @@ func (p *process) do(op *simOp, timeout time.Duration, done func(simOutcome, err
 		}
 		switch plant := p.sim.plant; {
 		case c.batch == nil:
-			c.fail(ErrNoLeader)
+			c.fail(fault.ErrNoLeader)
 		case plant != nil && plant.deadlines != nil && c.batch.taken:
-			c.fail(ErrUnknown)
+			c.fail(fault.ErrUnknown)
 		default:
 			c.fail(p.loop.giveUp(c.batch, c.place))
 		}
@@ -197,7 +199,7 @@ func (c *simCall) capture() {
 	case c.batch.err != nil:
 		c.fail(c.batch.err)
 	case c.batch.results[c.place].status == statusNone:
-		c.fail(ErrUnknown)
+		c.fail(fault.ErrUnknown)
 	default:
 		c.op.result = c.batch.results[c.place]
 		c.leave(opDone, nil)
@@ -238,7 +240,7 @@ func (c *simCall) fail(err error) {
 	err = c.asRetry(err)
 	outcome := opRefused
 	plant := c.process.sim.plant
-	if outcomeOf(err) == Unknown && !c.op.isRead() && (plant == nil || !plant.refuseUnknown) {
+	if outcomeOf(err) == fault.Unknown && !c.op.isRead() && (plant == nil || !plant.refuseUnknown) {
 		outcome = opOpen
 	}
 	if outcome == opRefused && c.batch != nil && c.batch.change == nil {
@@ -251,7 +253,7 @@ func (c *simCall) fail(err error) {
 // before.
 func (c *simCall) asRetry(err error) error {
 	plant := c.process.sim.plant
-	if e, ok := errors.AsType[*Error](err); ok && c.op.cmd.retry.key != "" && (plant == nil || !plant.refuseRetries) {
+	if e, ok := errors.AsType[*fault.Error](err); ok && c.op.cmd.retry.key != "" && (plant == nil || !plant.refuseRetries) {
 		return e.OfRetry()
 	}
 	return err
@@ -342,7 +344,7 @@ func (c *simCall) settle() {
 	}
 	err = c.asRetry(err)
 	outcome := opRefused
-	if outcomeOf(err) == Unknown {
+	if outcomeOf(err) == fault.Unknown {
 		outcome = opOpen
 	}
 	c.answered = true
@@ -360,12 +362,12 @@ func isClosed(done <-chan struct{}) bool {
 }
 
 // outcomeOf says what an error means for a write.
-func outcomeOf(err error) Outcome {
-	var e *Error
+func outcomeOf(err error) fault.Outcome {
+	var e *fault.Error
 	if errors.As(err, &e) {
 		return e.Outcome
 	}
-	return Unknown
+	return fault.Unknown
 }
 
 // simClient does one operation after the other.
@@ -418,7 +420,7 @@ func (c *simClient) try(op *simOp) {
 	n := s.node(c.node)
 	if _, member := s.check.model.members[n.id]; n.process == nil || !member {
 		c.node = 0
-		op.err = ErrNotReady
+		op.err = fault.ErrNotReady
 		c.finish(op, opRefused)
 		return
 	}

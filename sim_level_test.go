@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"raftrv/internal/fault"
 )
 
 // TestLevel_NewerProposalIsRefused: whoever proposes what this program does not
@@ -17,7 +19,7 @@ func TestLevel_NewerProposalIsRefused(t *testing.T) {
 	for _, n := range s.nodes {
 		p := n.process
 		_, _, err := p.loop.enqueue(&command{op: opPut, key: "k", condition: condition{kind: 9}}, n.clock().Add(time.Second))
-		if e, ok := errors.AsType[*Error](err); !ok || !errors.Is(err, ErrLevel) || e.Outcome != NotApplied {
+		if e, ok := errors.AsType[*fault.Error](err); !ok || !errors.Is(err, fault.ErrLevel) || e.Outcome != fault.NotApplied {
 			t.Errorf("node %d takes it: %v", n.id, err)
 		}
 		if len(p.loop.inbox.queue) > 0 || p.loop.inbox.queueSize != 0 {
@@ -38,7 +40,7 @@ func TestLevel_NewerProposalIsRefused(t *testing.T) {
 				return false
 			}
 		}
-		if !s.runUntil(5*time.Second, ended) || !errors.Is(b.err, ErrLevel) || !strings.Contains(b.err.Error(), "condition 9") {
+		if !s.runUntil(5*time.Second, ended) || !errors.Is(b.err, fault.ErrLevel) || !strings.Contains(b.err.Error(), "condition 9") {
 			t.Fatalf("the batch of node %d: %v; %v", n.id, b.err, s.check.violations)
 		}
 	}

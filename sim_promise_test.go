@@ -7,6 +7,8 @@ import (
 
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
+
+	"raftrv/internal/fault"
 )
 
 // This file is what must hold at every moment, and not only in the end: what a
@@ -219,7 +221,7 @@ func (c *checker) answersReads(p *process, does string) {
 // never be applied.
 func (c *checker) handedBack(p *process, b *batch) {
 	delete(p.waits, b)
-	if b.err != nil && outcomeOf(b.err) == NotApplied && b.change == nil {
+	if b.err != nil && outcomeOf(b.err) == fault.NotApplied && b.change == nil {
 		c.refuse(p.replica.session, b, wholeBatch)
 	}
 }

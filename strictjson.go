@@ -9,6 +9,8 @@ import (
 	"reflect"
 	"strings"
 	"unicode/utf8"
+
+	"raftrv/internal/fault"
 )
 
 // This file reads the JSON of all bodies. encoding/json alone would take names in
@@ -24,7 +26,7 @@ type jsonField struct {
 // decodeBody reads a body that is one JSON object.
 func decodeBody(body string, fields ...jsonField) error {
 	if !utf8.ValidString(body) || hasLoneSurrogate(body) {
-		return ErrInvalid.WithDetail("the body is not Unicode text; keys and values of other bytes go into keyBase64 and valueBase64")
+		return fault.ErrInvalid.WithDetail("the body is not Unicode text; keys and values of other bytes go into keyBase64 and valueBase64")
 	}
 	return decodeObject("", []byte(body), fields...)
 }
@@ -38,14 +40,14 @@ func decodeObject(place string, data []byte, fields ...jsonField) error {
 		if errors.Is(err, io.EOF) {
 			err = io.ErrUnexpectedEOF
 		}
-		return ErrInvalid.WithDetail("%s: %s", placeName(place), strings.TrimPrefix(err.Error(), "json: "))
+		return fault.ErrInvalid.WithDetail("%s: %s", placeName(place), strings.TrimPrefix(err.Error(), "json: "))
 	}
 	token, err := d.Token()
 	if err != nil {
 		return fail(err)
 	}
 	if token != json.Delim('{') {
-		return ErrInvalid.WithDetail("%s: must be a JSON object", placeName(place))
+		return fault.ErrInvalid.WithDetail("%s: must be a JSON object", placeName(place))
 	}
 	var seen uint64 // bit i: field i
 	for d.More() {
@@ -64,7 +66,7 @@ func decodeObject(place string, data []byte, fields ...jsonField) error {
 		seen |= 1 << i
 		if err := d.Decode(fields[i].into); err != nil {
 			if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
-				return ErrInvalid.WithDetail("%s: a JSON %s is no %s", strings.TrimPrefix(place+"."+name, "."), e.Value, jsonKind(e.Type))
+				return fault.ErrInvalid.WithDetail("%s: a JSON %s is no %s", strings.TrimPrefix(place+"."+name, "."), e.Value, jsonKind(e.Type))
 			}
 			return fail(err)
 		}
@@ -73,7 +75,7 @@ func decodeObject(place string, data []byte, fields ...jsonField) error {
 		return fail(err)
 	}
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return ErrInvalid.WithDetail("%s: something follows the JSON object", placeName(place))
+		return fault.ErrInvalid.WithDetail("%s: something follows the JSON object", placeName(place))
 	}
 	return nil
 }

@@ -23,6 +23,8 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 	"google.golang.org/protobuf/proto"
+
+	"raftrv/internal/fault"
 )
 
 // This file brings a snapshot from one member to another: one request, in which
@@ -119,10 +121,10 @@ func reasonOf(err error) string {
 func (l *link) postSnapshot(m *raftpb.Message) (size int64, err error) {
 	n := l.network
 	if n.guard.current().suspect() {
-		return 0, ErrDiverged // its state is for nobody
+		return 0, fault.ErrDiverged // its state is for nobody
 	}
 	if n.guard.isClosed(l.member.ID) {
-		return 0, ErrDiskFull
+		return 0, fault.ErrDiskFull
 	}
 	f, err := os.Open(n.storage.bodyPath(m.GetSnapshot().GetMetadata().GetIndex()))
 	if err != nil {
@@ -183,7 +185,7 @@ func (l *link) receiveSnapshot(w http.ResponseWriter, r *http.Request) {
 		status = http.StatusServiceUnavailable
 	case reasonForRefusal(err) != refusedOther:
 		status = http.StatusBadRequest
-	case errors.Is(err, errNoSpace), errors.Is(err, syscall.ENOSPC), errors.Is(err, ErrDiskFull):
+	case errors.Is(err, errNoSpace), errors.Is(err, syscall.ENOSPC), errors.Is(err, fault.ErrDiskFull):
 		status = http.StatusInsufficientStorage
 	case errors.Is(err, errSnapshotFormat):
 		status = http.StatusUnsupportedMediaType
@@ -198,7 +200,7 @@ func (l *link) receiveSnapshot(w http.ResponseWriter, r *http.Request) {
 func (l *link) takeSnapshot(r *http.Request, control *http.ResponseController) error {
 	n := l.network
 	if n.guard.space.Load().full {
-		return ErrDiskFull
+		return fault.ErrDiskFull
 	}
 	if !n.arriving.CompareAndSwap(false, true) {
 		return errArriving

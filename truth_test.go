@@ -8,6 +8,7 @@ import (
 	"testing"
 	"testing/synctest"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/testkit"
 )
 
@@ -65,8 +66,8 @@ func TestServeWaiting_Outcome(t *testing.T) {
 	p.waiting([]string{"nobody"})
 	for _, tt := range []struct {
 		method, key string
-		want        Outcome
-	}{{"PUT", "", NotApplied}, {"PUT", "k", Unknown}, {"GET", "", ""}, {"GET", "k", ""}} {
+		want        fault.Outcome
+	}{{"PUT", "", fault.NotApplied}, {"PUT", "k", fault.Unknown}, {"GET", "", ""}, {"GET", "k", ""}} {
 		w, r := httptest.NewRecorder(), httptest.NewRequest(tt.method, "/a", nil)
 		if tt.key != "" {
 			r.Header.Set("Idempotency-Key", tt.key)
@@ -74,7 +75,7 @@ func TestServeWaiting_Outcome(t *testing.T) {
 		p.serveWaiting(w, r)
 		var got problem
 		testkit.Must(t, json.Unmarshal(w.Body.Bytes(), &got))
-		if got.Code != "no-leader" || got.Outcome != tt.want || (tt.want == Unknown) != strings.Contains(got.Detail, "this attempt was not applied") {
+		if got.Code != "no-leader" || got.Outcome != tt.want || (tt.want == fault.Unknown) != strings.Contains(got.Detail, "this attempt was not applied") {
 			t.Errorf("%v: %+v", tt, got)
 		}
 	}

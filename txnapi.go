@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"raftrv/internal/fault"
 )
 
 // This file is the HTTP front of transactions: JSON in, JSON out.
@@ -60,11 +62,11 @@ func (h *httpAPI) postTxn(w http.ResponseWriter, r request) error {
 	}
 	setResourceVersion(w.Header(), res.rv)
 	if res.status == statusTooMany {
-		return ErrResultTooLarge.WithDetail("the values to get have more than %d bytes; get fewer in one transaction", h.store.rules().txnResultMax)
+		return fault.ErrResultTooLarge.WithDetail("the values to get have more than %d bytes; get fewer in one transaction", h.store.rules().txnResultMax)
 	}
 	ops := t.branch(res.status)
 	if len(res.ops) < len(ops) { // of a retry
-		return ErrResultNotKept.WithDetail("the transaction was carried out before, with succeeded: %v, at resource version %d; what it read was for who asked first, and is not kept",
+		return fault.ErrResultNotKept.WithDetail("the transaction was carried out before, with succeeded: %v, at resource version %d; what it read was for who asked first, and is not kept",
 			res.status == statusSucceeded, res.rv)
 	}
 	s := newStream(w, r, typeJSON)
@@ -125,7 +127,7 @@ func parseTxn(body string, valueSizeMax, level int) (t txn, err error) {
 		parts []json.RawMessage
 	}{{"if", b.If}, {"then", b.Then}, {"else", b.Else}} {
 		if len(list.parts) > txnOpsMax {
-			return txn{}, ErrInvalid.WithDetail("%s: %d entries; at most %d are taken", list.name, len(list.parts), txnOpsMax)
+			return txn{}, fault.ErrInvalid.WithDetail("%s: %d entries; at most %d are taken", list.name, len(list.parts), txnOpsMax)
 		}
 	}
 	p := txnParser{valueSizeMax: valueSizeMax, level: level}
@@ -146,7 +148,7 @@ type txnParser struct {
 
 func (p *txnParser) fail(place, format string, args ...any) {
 	if p.err == nil {
-		p.err = ErrInvalid.WithDetail("%s: %s", place, fmt.Sprintf(format, args...))
+		p.err = fault.ErrInvalid.WithDetail("%s: %s", place, fmt.Sprintf(format, args...))
 	}
 }
 
@@ -277,7 +279,7 @@ func (p *txnParser) bytes(place string, text, encoded *string) string {
 func (p *txnParser) value(place string, text, encoded *string) string {
 	s := p.bytes(place+".value", text, encoded)
 	if len(s) > p.valueSizeMax && p.err == nil {
-		p.err = ErrTooLarge.WithDetail("%s.value: has %d bytes; at most %d are taken", place, len(s), p.valueSizeMax)
+		p.err = fault.ErrTooLarge.WithDetail("%s.value: has %d bytes; at most %d are taken", place, len(s), p.valueSizeMax)
 	}
 	return s
 }
@@ -294,7 +296,7 @@ func (p *txnParser) ttl(place string, text *string) time.Duration {
 }
 
 func errorDetail(err error) string {
-	if e, ok := errors.AsType[*Error](err); ok {
+	if e, ok := errors.AsType[*fault.Error](err); ok {
 		return e.Detail
 	}
 	return err.Error()

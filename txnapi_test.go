@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"raftrv/internal/fault"
 )
 
 func TestHTTP_Txn(t *testing.T) {
@@ -129,7 +131,7 @@ func TestHTTP_TxnErrors(t *testing.T) {
 			continue
 		}
 		p := mustProblem(t, a)
-		if want := map[int]string{400: "invalid-request", 413: "value-too-large"}[tt.code]; p.Code != want || p.Outcome != NotApplied || !strings.HasPrefix(p.Detail, tt.detail) {
+		if want := map[int]string{400: "invalid-request", 413: "value-too-large"}[tt.code]; p.Code != want || p.Outcome != fault.NotApplied || !strings.HasPrefix(p.Detail, tt.detail) {
 			t.Errorf("%.100s: %+v, want %s", tt.body, p, tt.detail)
 		}
 	}
@@ -146,7 +148,7 @@ func TestTxn_SmallValues(t *testing.T) {
 	if _, err := parseTxn(`{"then":[{"op":"put","key":"longer than a value","value":"12345"}]}`, 5, levelNewest); err != nil {
 		t.Error(err)
 	}
-	if _, err := parseTxn(`{"if":[{"key":"k","valueBase64":"MTIzNDU2"}]}`, 5, levelNewest); !errors.Is(err, ErrTooLarge) {
+	if _, err := parseTxn(`{"if":[{"key":"k","valueBase64":"MTIzNDU2"}]}`, 5, levelNewest); !errors.Is(err, fault.ErrTooLarge) {
 		t.Error(err)
 	}
 }
@@ -162,7 +164,7 @@ func TestHTTP_TxnResultTooLarge(t *testing.T) {
 	} {
 		a := f.do("POST", "/-/v1/txn", body)
 		a.Want(t, 413)
-		if p := mustProblem(t, a); p.Code != "result-too-large" || p.Outcome != NotApplied || !strings.Contains(p.Detail, "4194304") {
+		if p := mustProblem(t, a); p.Code != "result-too-large" || p.Outcome != fault.NotApplied || !strings.Contains(p.Detail, "4194304") {
 			t.Errorf("%+v", p)
 		}
 	}
@@ -189,7 +191,7 @@ func FuzzTxnJSON(f *testing.F) {
 	f.Fuzz(func(t *testing.T, body string) {
 		tx, err := parseTxn(body, 100, levelNewest)
 		if err != nil {
-			if !errors.Is(err, ErrInvalid) && !errors.Is(err, ErrTooLarge) {
+			if !errors.Is(err, fault.ErrInvalid) && !errors.Is(err, fault.ErrTooLarge) {
 				t.Fatal(err)
 			}
 			return

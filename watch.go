@@ -10,6 +10,8 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+
+	"raftrv/internal/fault"
 )
 
 // This file tells watchers of events. There is no queue for each of them: all
@@ -33,7 +35,7 @@ type hub struct {
 
 	readEvents int // that one read passes on at most
 
-	closed atomic.Pointer[Error] // why nobody is told of anything; nil = all are
+	closed atomic.Pointer[fault.Error] // why nobody is told of anything; nil = all are
 	stats  watchStats
 
 	mu       sync.Mutex
@@ -61,9 +63,9 @@ type watchStats struct {
 func (s *watchStats) note(n int, err error) {
 	s.events.Add(uint64(n))
 	switch {
-	case errors.Is(err, ErrSlow):
+	case errors.Is(err, fault.ErrSlow):
 		s.slow.Add(1)
-	case errors.Is(err, ErrExpired):
+	case errors.Is(err, fault.ErrExpired):
 		s.expired.Add(1)
 	}
 }
@@ -86,7 +88,7 @@ func (h *hub) run(ctx context.Context) error {
 		case <-h.wake:
 			h.distribute()
 		case <-ctx.Done():
-			h.close(ErrShuttingDown)
+			h.close(fault.ErrShuttingDown)
 			return nil
 		}
 	}
@@ -208,13 +210,13 @@ func (h *hub) leave(w *watcher) {
 
 // close ends all watches and waits, and what begins until the hub is reopened.
 // With errShuttingDown that is never.
-func (h *hub) close(err *Error) {
+func (h *hub) close(err *fault.Error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.ended {
 		return
 	}
-	h.ended = err == ErrShuttingDown
+	h.ended = err == fault.ErrShuttingDown
 	h.closed.Store(err)
 	h.wakeAll()
 	h.versions.end(err)
@@ -230,7 +232,7 @@ func (h *hub) reopen() {
 }
 
 // gate closes the hub because of err, or reopens it.
-func (h *hub) gate(err *Error) {
+func (h *hub) gate(err *fault.Error) {
 	if err != nil {
 		h.close(err)
 	} else {
@@ -261,7 +263,7 @@ type watcher struct {
 func (h *hub) watch(key string, isPrefix bool, rv uint64) (*watcher, error) {
 	n, ok := h.store.seekEvent(rv)
 	if !ok {
-		return nil, ErrExpired
+		return nil, fault.ErrExpired
 	}
 	h.stats.open.Add(1)
 	w := &watcher{hub: h, key: key, isPrefix: isPrefix, next: n, rv: rv, wake: make(chan struct{}, 1)}
@@ -342,9 +344,9 @@ func (w *watcher) scan(take func(e *event, last bool)) (n int, err error) {
 		case !ok && n > 0:
 			return n, nil // the next read fails
 		case !ok:
-			return 0, ErrExpired
+			return 0, fault.ErrExpired
 		case aging && w.caughtUp && !w.patient && n == 0 && found == nil:
-			return 0, ErrSlow
+			return 0, fault.ErrSlow
 		case len(chunk) == 0:
 			return n, nil
 		}
@@ -488,7 +490,7 @@ type versionWaiters struct {
 }
 
 // add adds a waiter unless closed says why it would wait in vain.
-func (w *versionWaiters) add(v *versionWaiter, closed *atomic.Pointer[Error]) error {
+func (w *versionWaiters) add(v *versionWaiter, closed *atomic.Pointer[fault.Error]) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if err := closed.Load(); err != nil {

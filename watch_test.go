@@ -16,6 +16,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/testkit"
 )
 
@@ -116,7 +117,7 @@ func readAll(w *watcher) (events []event, rv uint64, err error) {
 		events = append(events, c)
 	})
 	if n != len(events) {
-		w.hub.close(ErrInternal) // no test goes on from here
+		w.hub.close(fault.ErrInternal) // no test goes on from here
 	}
 	return events, rv, err
 }
@@ -403,10 +404,10 @@ func TestHub_Slow(t *testing.T) {
 		r.hub.distribute()
 	}
 	_, rv, err := readAll(w)
-	if !errors.Is(err, ErrSlow) || rv != 1+2*chunkEventsMax {
+	if !errors.Is(err, fault.ErrSlow) || rv != 1+2*chunkEventsMax {
 		t.Fatalf("read up to %d, %v; want errSlow after %d", rv, err, 1+2*chunkEventsMax)
 	}
-	if _, again, err := readAll(w); again != rv || !errors.Is(err, ErrSlow) {
+	if _, again, err := readAll(w); again != rv || !errors.Is(err, fault.ErrSlow) {
 		t.Errorf("then read up to %d, %v", again, err)
 	}
 	// It can be resumed, and then gets everything.
@@ -431,11 +432,11 @@ func TestHub_Slow(t *testing.T) {
 	}
 	// Who is behind the window is not resumed, whether or not it was live.
 	for name, w := range map[string]*watcher{"patient": patient, "fresh": fresh} {
-		if _, rv, err := readAll(w); !errors.Is(err, ErrExpired) || rv != w.rv {
+		if _, rv, err := readAll(w); !errors.Is(err, fault.ErrExpired) || rv != w.rv {
 			t.Errorf("%s: up to %d, %v; want errExpired", name, rv, err)
 		}
 	}
-	if _, err := r.hub.watch("", true, r.store.eventsDropped()-1); !errors.Is(err, ErrExpired) {
+	if _, err := r.hub.watch("", true, r.store.eventsDropped()-1); !errors.Is(err, fault.ErrExpired) {
 		t.Errorf("watch from before the window: %v", err)
 	}
 	wantDrained(t, r.watch("nothing", false, r.store.eventsDropped()), r.store.version())
@@ -457,7 +458,7 @@ func TestHub_SnapshotSkips(t *testing.T) {
 	r.store.restore(leader.store.snapshot())
 	r.hub.distribute()
 	for name, w := range map[string]*watcher{"armed": armed, "caught up": caughtUp, "not armed": notArmed} {
-		if got, _, err := drain(w); !errors.Is(err, ErrExpired) || len(got) > 0 {
+		if got, _, err := drain(w); !errors.Is(err, fault.ErrExpired) || len(got) > 0 {
 			t.Errorf("%s: read %v, %v; want errExpired", name, got, err)
 		}
 	}
@@ -495,18 +496,18 @@ func TestHub_Close(t *testing.T) {
 	armed, fresh := r.watch("a", false, 0), r.watch("a", false, 0)
 	wantDrained(t, armed, 0)
 	r.put("a", "v")
-	r.hub.close(ErrShuttingDown)
+	r.hub.close(fault.ErrShuttingDown)
 	if len(armed.wake) != 1 {
 		t.Error("the armed watcher was not woken")
 	}
 	for range 2 {
 		for _, w := range []*watcher{armed, fresh, r.watch("a", false, 0)} {
-			if events, _, err := readAll(w); len(events) > 0 || !errors.Is(err, ErrShuttingDown) {
+			if events, _, err := readAll(w); len(events) > 0 || !errors.Is(err, fault.ErrShuttingDown) {
 				t.Errorf("read %v, %v", events, err)
 			}
 		}
 	}
-	if err := r.hub.waitVersion(t.Context(), 2); !errors.Is(err, ErrShuttingDown) {
+	if err := r.hub.waitVersion(t.Context(), 2); !errors.Is(err, fault.ErrShuttingDown) {
 		t.Errorf("waitVersion: %v", err)
 	}
 	if err := r.hub.waitVersion(t.Context(), 1); err != nil {
@@ -565,7 +566,7 @@ func TestHub_WaitVersion(t *testing.T) {
 		cancel()
 		wg.Wait()
 		for rv := uint64(5); rv <= 6; rv++ {
-			if err := errs[rv]; !errors.Is(err, ErrShuttingDown) && !errors.Is(err, context.Canceled) {
+			if err := errs[rv]; !errors.Is(err, fault.ErrShuttingDown) && !errors.Is(err, context.Canceled) {
 				t.Errorf("%d at the end: %v", rv, err)
 			}
 		}
@@ -712,7 +713,7 @@ func TestHub_WaitVersionEndsTwice(t *testing.T) {
 			wg.Go(func() { _ = h.waitVersion(ctx, rv) })
 		}
 		wg.Go(cancel)
-		wg.Go(func() { h.close(ErrShuttingDown) })
+		wg.Go(func() { h.close(fault.ErrShuttingDown) })
 		wg.Wait()
 	}
 }
@@ -767,9 +768,9 @@ func TestHub_Random(t *testing.T) {
 				switch {
 				case done:
 					return
-				case errors.Is(err, ErrSlow):
+				case errors.Is(err, fault.ErrSlow):
 					ended[0].Add(1)
-				case errors.Is(err, ErrExpired):
+				case errors.Is(err, fault.ErrExpired):
 					ended[1].Add(1)
 				case err != nil:
 					t.Error(err)
@@ -886,7 +887,7 @@ func TestHub_CloseRaces(t *testing.T) {
 					}
 					w.close()
 					if err != nil {
-						if !errors.Is(err, ErrShuttingDown) {
+						if !errors.Is(err, fault.ErrShuttingDown) {
 							t.Error(err)
 						}
 						return
@@ -982,16 +983,16 @@ func TestRestore_NoVersionTwice(t *testing.T) {
 // TestHub_Ends: a hub that has ended is not reopened, and its reason stays.
 func TestHub_Ends(t *testing.T) {
 	h := newHub(newKVStore())
-	h.close(ErrDiverged)
-	h.close(ErrShuttingDown)
-	h.close(ErrDiverged)
+	h.close(fault.ErrDiverged)
+	h.close(fault.ErrShuttingDown)
+	h.close(fault.ErrDiverged)
 	h.reopen()
 	w, err := h.watch("", true, 0)
 	testkit.Must(t, err)
-	if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, ErrShuttingDown) {
+	if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, fault.ErrShuttingDown) {
 		t.Errorf("read: %v", err)
 	}
-	if err := h.waitVersion(t.Context(), 1); !errors.Is(err, ErrShuttingDown) {
+	if err := h.waitVersion(t.Context(), 1); !errors.Is(err, fault.ErrShuttingDown) {
 		t.Errorf("waitVersion: %v", err)
 	}
 }

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 	"unicode/utf8"
+
+	"raftrv/internal/fault"
 )
 
 // This file is the HTTP front's watch: a response that does not end. It is a
@@ -47,7 +49,7 @@ var (
 	typeEvents   = []string{"text/event-stream"}
 	noStore      = []string{"no-store"}
 	noBuffering  = []string{"no"}
-	errKeyPrefix = ErrInvalid.WithDetail("key and prefix exclude each other")
+	errKeyPrefix = fault.ErrInvalid.WithDetail("key and prefix exclude each other")
 )
 
 // watch answers the events above a version as they happen.
@@ -101,7 +103,7 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *keyList, err erro
 	case p.has(paramKey) && p.has(paramPrefix):
 		return nil, errKeyPrefix
 	case n > keySizeMax || n == 0 && !isPrefix:
-		return nil, ErrInvalid.WithDetail("the key or prefix has %d bytes; a key has 1 to %d", n, keySizeMax)
+		return nil, fault.ErrInvalid.WithDetail("the key or prefix has %d bytes; a key has 1 to %d", n, keySizeMax)
 	}
 	resumed, err := p.setLastEventID(r.Header)
 	if err != nil {
@@ -110,7 +112,7 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *keyList, err erro
 	rv, known := p.resourceVersion, resumed || p.has(paramResourceVersion)
 	if p.cluster != "" && p.cluster != h.cluster {
 		if !p.initial {
-			return nil, ErrExpired.WithDetail("that is a version of cluster %s, and this is cluster %s, whose versions stand for something else: list again, or watch with initial=true", p.cluster, h.cluster)
+			return nil, fault.ErrExpired.WithDetail("that is a version of cluster %s, and this is cluster %s, whose versions stand for something else: list again, or watch with initial=true", p.cluster, h.cluster)
 		}
 		s.relist = true
 		p.seen &^= paramResourceVersion // which does not say how new a list is
@@ -131,7 +133,7 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *keyList, err erro
 		}
 		now := h.store.version()
 		if known && rv > now {
-			return nil, ErrInvalid.WithDetail("resource version %d is in the future: the store is at %d", rv, now)
+			return nil, fault.ErrInvalid.WithDetail("resource version %d is in the future: the store is at %d", rv, now)
 		}
 		if !known {
 			rv = now
@@ -168,7 +170,7 @@ func (h *httpAPI) listAndWatch(s *watchStream, r request, filter string, isPrefi
 
 // expired is the answer to a watch that would start before the window.
 func expired(now uint64) error {
-	return ErrExpired.WithDetail("events after the resource version have left the window of this node, which is now at %d: list again, or watch with initial=true", now)
+	return fault.ErrExpired.WithDetail("events after the resource version have left the window of this node, which is now at %d: list again, or watch with initial=true", now)
 }
 
 // setLastEventID reads where a server-sent stream was interrupted, which counts more than the query.
@@ -178,7 +180,7 @@ func (p *params) setLastEventID(header http.Header) (resumed bool, err error) {
 		return false, nil
 	}
 	if p.cluster, p.resourceVersion, err = parseResume(values[0]); err != nil {
-		return false, ErrInvalid.WithDetail("Last-Event-ID must be the id of an event, or a decimal number")
+		return false, fault.ErrInvalid.WithDetail("Last-Event-ID must be the id of an event, or a decimal number")
 	}
 	return true, nil
 }
@@ -285,7 +287,7 @@ func (s *watchStream) writeList(list *keyList) error {
 	for {
 		items, err := list.read()
 		if err != nil {
-			return ErrExpired.WithDetail("the list took so long that too much has changed since it began; try again, and read faster")
+			return fault.ErrExpired.WithDetail("the list took so long that too much has changed since it began; try again, and read faster")
 		}
 		if len(items) == 0 {
 			s.listing, s.part = false, false // the bookmark that follows ends the list
@@ -335,7 +337,7 @@ func (s *watchStream) step() (idle bool, err error) {
 
 // fail ends the watch with a message that says why, unless the client is gone.
 func (s *watchStream) fail(err error) error {
-	e, ok := errors.AsType[*Error](err)
+	e, ok := errors.AsType[*fault.Error](err)
 	if !ok {
 		return err
 	}
@@ -344,7 +346,7 @@ func (s *watchStream) fail(err error) error {
 		ResourceVersion *uint64 `json:"resourceVersion,omitempty"` // to resume from
 	}{problem: newProblem(e)}
 	object.Outcome = "" // of a write
-	if !s.listing && !errors.Is(e, ErrExpired) {
+	if !s.listing && !errors.Is(e, fault.ErrExpired) {
 		object.ResourceVersion = &s.rv
 	}
 	text, err := json.Marshal(object)

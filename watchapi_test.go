@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"raftrv/internal/fault"
 	"raftrv/internal/testkit"
 )
 
@@ -191,7 +192,7 @@ func TestWatch_Start(t *testing.T) {
 	}
 	f.watch("key=nothing&initial=true").want(bookmarkLine(6))
 	f.watch("prefix=nothing&initial=true").want(bookmarkLine(6))
-	f.backend.fail(ErrNoLeader)
+	f.backend.fail(fault.ErrNoLeader)
 	for _, query := range []string{"", "initial=true", "resourceVersion=9"} {
 		if w := f.watch(query); w.status != 503 {
 			t.Errorf("%q without a leader: %d", query, w.status)
@@ -326,9 +327,9 @@ func TestWatch_AnotherCluster(t *testing.T) {
 // version to resume from.
 func TestWatch_ErrorMessage(t *testing.T) {
 	for _, tt := range []struct {
-		err     *Error
+		err     *fault.Error
 		version string
-	}{{ErrShuttingDown, `"resourceVersion":0`}, {ErrExpired, ""}} {
+	}{{fault.ErrShuttingDown, `"resourceVersion":0`}, {fault.ErrExpired, ""}} {
 		f := newFront(t)
 		w := f.watch("resourceVersion=0")
 		f.hub.close(tt.err)
@@ -547,7 +548,7 @@ func TestWatch_Shutdown(t *testing.T) {
 		lines, events := f.watch("resourceVersion=0"), f.watch("", "Accept: text/event-stream")
 		lines.next()
 		events.want("retry: 1000", "", "event: BOOKMARK", "id: abc-1", "data: "+bookmarkLine(1), "")
-		f.hub.close(ErrShuttingDown)
+		f.hub.close(fault.ErrShuttingDown)
 		if m := lines.next(); m.kind != "ERROR" || m.code != "shutting-down" || m.rv != 1 {
 			t.Errorf("%v", m)
 		}
