@@ -72,7 +72,7 @@ type savedBackup struct {
 
 // saveBackup fetches a backup and puts it in place.
 func saveBackup(ctx context.Context, from, path string) (*savedBackup, error) {
-	if err := checkReplaceable(path); err != nil {
+	if err := CheckReplaceable(path); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -113,7 +113,7 @@ func saveBackup(ctx context.Context, from, path string) (*savedBackup, error) {
 	if err := os.Rename(file.Name(), path); err != nil {
 		return nil, err
 	}
-	return &savedBackup{header: resp.Header, size: size}, syncDir(filepath.Dir(path))
+	return &savedBackup{header: resp.Header, size: size}, SyncDir(filepath.Dir(path))
 }
 
 // progress is called for every part.

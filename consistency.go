@@ -175,7 +175,7 @@ func (g *guard) note(differ []uint64) error {
 // replaceFile writes a file whole or not at all.
 func replaceFile(path string, content []byte) error {
 	temporary := path + ".tmp"
-	f, err := os.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, fileMode)
+	f, err := os.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, FileMode)
 	if err != nil {
 		return err
 	}
@@ -186,7 +186,7 @@ func replaceFile(path string, content []byte) error {
 	if err := os.Rename(temporary, path); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(path))
+	return SyncDir(filepath.Dir(path))
 }
 
 // hear takes what the others have told. It returns what that means for this

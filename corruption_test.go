@@ -125,10 +125,10 @@ func writeTree(t *testing.T, dir string, files map[string][]byte) {
 	t.Helper()
 	testkit.Must(t, os.RemoveAll(dir))
 	for _, sub := range []string{walDir, snapDir} {
-		testkit.Must(t, os.MkdirAll(filepath.Join(dir, sub), dirMode))
+		testkit.Must(t, os.MkdirAll(filepath.Join(dir, sub), DirMode))
 	}
 	for name, b := range files {
-		testkit.Must(t, os.WriteFile(filepath.Join(dir, name), b, fileMode))
+		testkit.Must(t, os.WriteFile(filepath.Join(dir, name), b, FileMode))
 	}
 }
 
@@ -655,7 +655,7 @@ func TestCommand_RecoverDamaged(t *testing.T) {
 // the empty member of a new cluster.
 func TestStorage_RefusesAnUnfinishedDirectory(t *testing.T) {
 	dir := t.TempDir()
-	testkit.Must(t, os.WriteFile(filepath.Join(dir, unfinishedName), nil, fileMode))
+	testkit.Must(t, os.WriteFile(filepath.Join(dir, unfinishedName), nil, FileMode))
 	s, err := openStorage(dir, zap.NewNop())
 	testkit.Must(t, err)
 	defer s.close()

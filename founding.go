@@ -273,7 +273,7 @@ func (s *storage) saveFounding(f *founding) error {
 		return err
 	}
 	temp := s.path(foundingName + ".tmp")
-	file, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, fileMode)
+	file, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, FileMode)
 	if err != nil {
 		return err
 	}
@@ -287,7 +287,7 @@ func (s *storage) saveFounding(f *founding) error {
 	if err := os.Rename(temp, s.path(foundingName)); err != nil {
 		return err
 	}
-	return syncDir(s.dir)
+	return SyncDir(s.dir)
 }
 
 // removeFounding deletes the record, before the replica promises anything: with
@@ -297,7 +297,7 @@ func (s *storage) removeFounding() error {
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	return errors.Join(err, syncDir(s.dir))
+	return errors.Join(err, SyncDir(s.dir))
 }
 
 // found makes the directory that of a founding member.

@@ -37,8 +37,8 @@ func unpackGolden(t *testing.T, level int) string {
 		content, err := io.ReadAll(archive)
 		testkit.Must(t, err)
 		path := filepath.Join(dir, filepath.FromSlash(h.Name))
-		testkit.Must(t, os.MkdirAll(filepath.Dir(path), dirMode))
-		testkit.Must(t, os.WriteFile(path, content, fileMode))
+		testkit.Must(t, os.MkdirAll(filepath.Dir(path), DirMode))
+		testkit.Must(t, os.WriteFile(path, content, FileMode))
 	}
 }
 

@@ -498,7 +498,7 @@ func TestJournal_Lease(t *testing.T) {
 	r := newJournalRig(t)
 	j := r.mustOpen()
 	defer j.close()
-	j.lease = takeLease
+	j.lease = TakeLease
 	testkit.Must(t, j.begin())
 	r.run()
 	if err := j.claim(t.Context(), r.store); err != nil {
@@ -517,7 +517,7 @@ func TestJournal_Lease(t *testing.T) {
 		}
 		opened <- f
 	}()
-	for !leaseWanted(j.file) {
+	for !LeaseWanted(j.file) {
 		runtime.Gosched()
 	}
 	j.appendEvent(&event{rv: 1, key: "b"}, true)
@@ -545,7 +545,7 @@ func TestJournal_Lease(t *testing.T) {
 	if !j.leased {
 		t.Error("no lease, although nobody else has the file open")
 	}
-	dropLease(j.file)
+	DropLease(j.file)
 	j.leased = false
 	testkit.Must(t, j.file.Truncate(0))
 	j.lease = func(*os.File) error { return errors.ErrUnsupported }

@@ -21,25 +21,25 @@ func notPrivate(format string, args ...any) error {
 	return notPrivateError(fmt.Sprintf(format, args...))
 }
 
-func isNotPrivate(err error) bool {
+func IsNotPrivate(err error) bool {
 	_, ok := errors.AsType[notPrivateError](err)
 	return ok
 }
 
 // Modes of what a node makes.
 const (
-	dirMode  = 0o700
-	fileMode = 0o600
+	DirMode  = 0o700
+	FileMode = 0o600
 )
 
 const (
-	othersWrite fs.FileMode = 0o022
+	OthersWrite fs.FileMode = 0o022
 	othersAny   fs.FileMode = 0o077
 )
 
-// checkOwner says whether a file belongs to this user, and nobody else has any of
+// CheckOwner says whether a file belongs to this user, and nobody else has any of
 // the permissions in mode.
-func checkOwner(path string, info fs.FileInfo, mode fs.FileMode) error {
+func CheckOwner(path string, info fs.FileInfo, mode fs.FileMode) error {
 	st, ok := info.Sys().(*syscall.Stat_t)
 	switch own := os.Geteuid(); {
 	case !ok:
@@ -49,7 +49,7 @@ func checkOwner(path string, info fs.FileInfo, mode fs.FileMode) error {
 			path, st.Uid, own, own, path)
 	case info.Mode().Perm()&mode == 0:
 		return nil
-	case mode == othersWrite:
+	case mode == OthersWrite:
 		return notPrivate("%s has mode %v, so other users can write to it: if you trust what is there, chmod go-w %s", path, info.Mode(), path)
 	default:
 		return notPrivate("%s has mode %v, and must be for this user only: chmod go= %s", path, info.Mode(), path)
@@ -60,7 +60,7 @@ func errSymlink(path string) error {
 	return notPrivate("%s is a symbolic link, and other users may have a hand in where it leads: put a file or directory in its place", path)
 }
 
-func checkPrivate(path string) error {
+func CheckPrivate(path string) error {
 	info, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -72,16 +72,16 @@ func checkPrivate(path string) error {
 	case !info.IsDir() && !info.Mode().IsRegular():
 		return notPrivate("%s is neither a file nor a directory", path)
 	}
-	return checkOwner(path, info, othersWrite)
+	return CheckOwner(path, info, OthersWrite)
 }
 
-// openPrivate opens a file that nobody else may read, for reading and writing, and
+// OpenPrivate opens a file that nobody else may read, for reading and writing, and
 // makes it if there is none. flags are added.
-func openPrivate(path string, flags int) (*os.File, error) {
+func OpenPrivate(path string, flags int) (*os.File, error) {
 	flags |= os.O_RDWR | syscall.O_NOFOLLOW
-	f, err := os.OpenFile(path, flags|os.O_CREATE|os.O_EXCL, fileMode)
+	f, err := os.OpenFile(path, flags|os.O_CREATE|os.O_EXCL, FileMode)
 	if err == nil {
-		if err := f.Chmod(fileMode); err != nil { // whatever the umask
+		if err := f.Chmod(FileMode); err != nil { // whatever the umask
 			return nil, errors.Join(err, f.Close())
 		}
 		return f, nil
@@ -98,7 +98,7 @@ func openPrivate(path string, flags int) (*os.File, error) {
 	}
 	info, err := f.Stat()
 	if err == nil && info.Mode().IsRegular() { // what else it is is for the caller to say
-		err = checkOwner(path, info, othersAny)
+		err = CheckOwner(path, info, othersAny)
 	}
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
@@ -106,9 +106,9 @@ func openPrivate(path string, flags int) (*os.File, error) {
 	return f, nil
 }
 
-// checkReplaceable refuses to replace what is no plain file: a link may be how
+// CheckReplaceable refuses to replace what is no plain file: a link may be how
 // others want a file to be where they can read it, and a device is needed.
-func checkReplaceable(path string) error {
+func CheckReplaceable(path string) error {
 	info, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -123,8 +123,8 @@ func checkReplaceable(path string) error {
 	return nil
 }
 
-// syncDir makes the names in a directory durable.
-var syncDir = func(path string) error {
+// SyncDir makes the names in a directory durable.
+var SyncDir = func(path string) error {
 	d, err := os.Open(path)
 	if err != nil {
 		return err

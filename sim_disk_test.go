@@ -121,7 +121,7 @@ func (d *simDisk) leave(before image, t tail) error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(d.path(watermarkName), before.mark, fileMode); err != nil {
+	if err := os.WriteFile(d.path(watermarkName), before.mark, FileMode); err != nil {
 		return err
 	}
 	if t == tailKept {
@@ -155,7 +155,7 @@ func (d *simDisk) leave(before image, t tail) error {
 	if t == tailTorn {
 		content = d.tear(before.content, after.content)
 	}
-	return os.WriteFile(before.path, content, fileMode)
+	return os.WriteFile(before.path, content, FileMode)
 }
 
 // dropNames takes the names in the directory of snapshots that are not durable.
@@ -476,7 +476,7 @@ func (d *simDisk) receiveBody(index uint64, body []byte) error {
 	}
 	d.process.sim.check.body(d.process, index, body)
 	temp := filepath.Join(d.path(snapDir), fmt.Sprintf("%s-%016x", tempPrefix, index))
-	if err := os.WriteFile(temp, body, fileMode); err != nil {
+	if err := os.WriteFile(temp, body, FileMode); err != nil {
 		return err
 	}
 	return os.Rename(temp, path)

@@ -321,7 +321,7 @@ func (d disorderlyDisk) writeSnapshot(snap *raftpb.Snapshot, st *state) error {
 		return err
 	}
 	d.process.sim.check.body(d.process, st.index, body)
-	return os.WriteFile(path, body, fileMode)
+	return os.WriteFile(path, body, FileMode)
 }
 
 // swapSessions exchanges the first two session records of a snapshot, if it has
@@ -377,7 +377,7 @@ func truncateLog(n *simNode) {
 		return
 	}
 	clear(content[keep:])
-	err = os.WriteFile(path, content, fileMode)
+	err = os.WriteFile(path, content, FileMode)
 	if err == nil {
 		err = forgetWatermark(n.dir)
 	}
@@ -413,11 +413,11 @@ func damageLog(n *simNode) {
 	at := (used - 1 - s.rand.IntN(min(8, used-3))) * sectorSize
 	damaged := bytes.Clone(content)
 	clear(damaged[at : at+sectorSize])
-	if err := errors.Join(os.WriteFile(path, damaged, fileMode), forgetWatermark(n.dir)); err != nil {
+	if err := errors.Join(os.WriteFile(path, damaged, FileMode), forgetWatermark(n.dir)); err != nil {
 		s.check.violate("simulator", "%v", err)
 	}
 	if isRefused(n.dir) {
-		if err := errors.Join(os.WriteFile(path, content, fileMode), os.WriteFile(mark, markContent, fileMode)); err != nil {
+		if err := errors.Join(os.WriteFile(path, content, FileMode), os.WriteFile(mark, markContent, FileMode)); err != nil {
 			s.check.violate("simulator", "%v", err)
 		}
 	}

@@ -123,8 +123,8 @@ type sim struct {
 func newSim(t *testing.T, cfg simConfig) *sim {
 	cryptotest.SetGlobalRandom(t, cfg.seed) // raft draws election timeouts from crypto/rand
 	smallSegments(t)
-	dirs, files := syncDir, syncFile
-	t.Cleanup(func() { syncDir, syncFile = dirs, files })
+	dirs, files := SyncDir, syncFile
+	t.Cleanup(func() { SyncDir, syncFile = dirs, files })
 	s := &sim{
 		simConfig: cfg,
 		rand:      rand.New(rand.NewPCG(cfg.seed, 0)),
@@ -135,7 +135,7 @@ func newSim(t *testing.T, cfg simConfig) *sim {
 	if cfg.logs {
 		s.logger = simLogger(s)
 	}
-	syncDir, syncFile = s.syncDir, s.syncFile
+	SyncDir, syncFile = s.syncDir, s.syncFile
 	s.check = newChecker(s)
 	s.network = newSimNetwork(s, cfg.net)
 	for i := range cfg.nodes {

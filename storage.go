@@ -139,16 +139,16 @@ type recovered struct {
 
 // openStorage makes the data directory if need be and takes its lock.
 func openStorage(dir string, logger *zap.Logger) (*storage, error) {
-	if err := os.MkdirAll(dir, dirMode); err != nil {
+	if err := os.MkdirAll(dir, DirMode); err != nil {
 		return nil, fmt.Errorf("make data directory: %w", err)
 	}
 	if err := checkPrivateDir(dir); err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(filepath.Join(dir, snapDir), dirMode); err != nil {
+	if err := os.MkdirAll(filepath.Join(dir, snapDir), DirMode); err != nil {
 		return nil, fmt.Errorf("make data directory: %w", err)
 	}
-	lock, err := fileutil.TryLockFile(filepath.Join(dir, lockName), os.O_WRONLY|os.O_CREATE, fileMode)
+	lock, err := fileutil.TryLockFile(filepath.Join(dir, lockName), os.O_WRONLY|os.O_CREATE, FileMode)
 	if errors.Is(err, fileutil.ErrLocked) {
 		return nil, fmt.Errorf("data directory %s is in use by another process", dir)
 	}
@@ -229,7 +229,7 @@ func (s *storage) create(id identity) (*recovered, error) {
 	if s.mark, err = openWatermark(s.dir, true); err != nil {
 		return nil, fmt.Errorf("create watermark: %w", err)
 	}
-	if err := errors.Join(s.mark.write(watermark{}), syncDir(s.dir)); err != nil {
+	if err := errors.Join(s.mark.write(watermark{}), SyncDir(s.dir)); err != nil {
 		return nil, fmt.Errorf("create watermark: %w", err)
 	}
 	if s.wal, err = wal.Create(s.logger, s.path(walDir), metadata); err != nil {
@@ -550,7 +550,7 @@ func (s *storage) rewrite(end logEnd) error {
 		return err
 	}
 	for _, path := range segments {
-		f, err := os.OpenFile(path, os.O_RDWR, fileMode)
+		f, err := os.OpenFile(path, os.O_RDWR, FileMode)
 		if err != nil {
 			return err
 		}
@@ -562,7 +562,7 @@ func (s *storage) rewrite(end logEnd) error {
 			return err
 		}
 	}
-	return errors.Join(syncDir(s.path(walDir)), syncDir(s.path(snapDir)), syncDir(s.dir))
+	return errors.Join(SyncDir(s.path(walDir)), SyncDir(s.path(snapDir)), SyncDir(s.dir))
 }
 
 // loadSnapshot reads the newest usable snapshot that the log has a record of.
@@ -823,7 +823,7 @@ func (s *storage) writeFile(path string, write func(*os.File) error) error {
 	if err := os.Rename(f.Name(), path); err != nil {
 		return err
 	}
-	return syncDir(s.path(snapDir))
+	return SyncDir(s.path(snapDir))
 }
 
 // syncEvery is how much of a large file is written between two syncs. A sync of
@@ -889,10 +889,10 @@ func (s *storage) commitSnapshot(meta *raftpb.Snapshot) error {
 	if err := s.snap.SaveSnap(meta); err != nil {
 		return err
 	}
-	if err := os.Chmod(s.metaPath(record), fileMode); err != nil { // SaveSnap leaves it to the umask
+	if err := os.Chmod(s.metaPath(record), FileMode); err != nil { // SaveSnap leaves it to the umask
 		return err
 	}
-	if err := syncDir(s.path(snapDir)); err != nil {
+	if err := SyncDir(s.path(snapDir)); err != nil {
 		return err
 	}
 	if err := s.wal.SaveSnapshot(record); err != nil {
@@ -942,7 +942,7 @@ func (s *storage) purgeLog() error {
 			return err
 		}
 		path := filepath.Join(s.path(walDir), name)
-		l, err := fileutil.TryLockFile(path, os.O_WRONLY, fileMode)
+		l, err := fileutil.TryLockFile(path, os.O_WRONLY, FileMode)
 		if errors.Is(err, fileutil.ErrLocked) {
 			return nil // this one and all after it are in use
 		}
@@ -1010,7 +1010,7 @@ func checkPrivateDir(dir string) error {
 	if err != nil {
 		return err
 	}
-	if err := checkOwner(dir, info, othersWrite); err != nil {
+	if err := CheckOwner(dir, info, OthersWrite); err != nil {
 		return fmt.Errorf("data directory %w; or choose a --data-dir inside of it, which the node makes by itself", err)
 	}
 	for _, part := range []string{"", walDir, snapDir} {
@@ -1026,7 +1026,7 @@ func checkPrivateDir(dir string) error {
 			if part == filepath.Clean(dir) && !isOurs(name.Name()) {
 				continue // lost+found, say
 			}
-			if err := checkPrivate(filepath.Join(part, name.Name())); err != nil {
+			if err := CheckPrivate(filepath.Join(part, name.Name())); err != nil {
 				return fmt.Errorf("data directory %s: %w", dir, err)
 			}
 		}

@@ -78,7 +78,7 @@ func openWatermark(dir string, create bool) (*watermarkFile, error) {
 	if create {
 		flags |= os.O_CREATE
 	}
-	f, err := os.OpenFile(path, flags, fileMode)
+	f, err := os.OpenFile(path, flags, FileMode)
 	if err != nil {
 		return nil, err
 	}

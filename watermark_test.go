@@ -75,13 +75,13 @@ func TestWatermark_LogGoesBack(t *testing.T) {
 
 	// The watermark that goes first, with none of the write and with its first entry.
 	none, part := crashImage(t, before), crashImage(t, after)
-	testkit.Must(t, os.WriteFile(filepath.Join(none, watermarkName), []byte(testkit.ReadFile(t, filepath.Join(after, watermarkName))), fileMode))
+	testkit.Must(t, os.WriteFile(filepath.Join(none, watermarkName), []byte(testkit.ReadFile(t, filepath.Join(after, watermarkName))), FileMode))
 	segments, err := filepath.Glob(filepath.Join(part, walDir, "*.wal"))
 	testkit.Must(t, err)
 	torn := []byte(testkit.ReadFile(t, segments[len(segments)-1]))
 	offsets := recordOffsets(t, torn)
 	clear(torn[offsets[len(offsets)-2]:]) // the last entry and the hard state
-	testkit.Must(t, os.WriteFile(segments[len(segments)-1], torn, fileMode))
+	testkit.Must(t, os.WriteFile(segments[len(segments)-1], torn, FileMode))
 	testkit.Must(t, wantLogEnd(t, none, 9, 3).close())
 	testkit.Must(t, wantLogEnd(t, part, 5, 2).close())
 	testkit.Must(t, wantLogEnd(t, before, 9, 3).close())
@@ -220,9 +220,9 @@ func TestStorage_NamesBeforeTheRecord(t *testing.T) {
 	dir := t.TempDir()
 	s, r := newDisk(t, dir)
 	durable := map[string]bool{}
-	defer func(before func(string) error) { syncDir = before }(syncDir)
-	sync := syncDir
-	syncDir = func(path string) error {
+	defer func(before func(string) error) { SyncDir = before }(SyncDir)
+	sync := SyncDir
+	SyncDir = func(path string) error {
 		names, err := os.ReadDir(path)
 		for _, name := range names {
 			durable[filepath.Join(path, name.Name())] = true
@@ -302,21 +302,21 @@ func TestStorage_FailingWrites(t *testing.T) {
 			return s.commitSnapshot(snap)
 		},
 		"name of the body": func(t *testing.T, s *storage) error {
-			testkit.Must(t, os.MkdirAll(filepath.Join(s.bodyPath(7), "x"), dirMode))
+			testkit.Must(t, os.MkdirAll(filepath.Join(s.bodyPath(7), "x"), DirMode))
 			st := newState()
 			st.index, st.term = 7, 2
 			return s.writeSnapshot(&raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(uint64(7)), Term: new(uint64(2))}}, &st)
 		},
 		"metadata": func(t *testing.T, s *storage) error {
 			snap := receivedSnapshotAt(t, s, 7, 2)
-			testkit.Must(t, os.MkdirAll(filepath.Join(s.dir, snapDir, fmt.Sprintf("%016x-%016x%s", 2, 7, metaSuffix), "x"), dirMode))
+			testkit.Must(t, os.MkdirAll(filepath.Join(s.dir, snapDir, fmt.Sprintf("%016x-%016x%s", 2, 7, metaSuffix), "x"), DirMode))
 			return s.commitSnapshot(snap)
 		},
 		"directory": func(t *testing.T, s *storage) error {
 			snap := receivedSnapshotAt(t, s, 7, 2)
-			before := syncDir
-			defer func() { syncDir = before }()
-			syncDir = func(string) error { return errors.New("no such luck") }
+			before := SyncDir
+			defer func() { SyncDir = before }()
+			SyncDir = func(string) error { return errors.New("no such luck") }
 			return s.commitSnapshot(snap)
 		},
 	} {
