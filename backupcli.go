@@ -19,6 +19,8 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"go.uber.org/zap"
+
+	"raftrv/internal/fsx"
 )
 
 // This file is the commands that take and use backups, and the one for a
@@ -72,7 +74,7 @@ type savedBackup struct {
 
 // saveBackup fetches a backup and puts it in place.
 func saveBackup(ctx context.Context, from, path string) (*savedBackup, error) {
-	if err := CheckReplaceable(path); err != nil {
+	if err := fsx.CheckReplaceable(path); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -113,7 +115,7 @@ func saveBackup(ctx context.Context, from, path string) (*savedBackup, error) {
 	if err := os.Rename(file.Name(), path); err != nil {
 		return nil, err
 	}
-	return &savedBackup{header: resp.Header, size: size}, SyncDir(filepath.Dir(path))
+	return &savedBackup{header: resp.Header, size: size}, fsx.SyncDir(filepath.Dir(path))
 }
 
 // progress is called for every part.

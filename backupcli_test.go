@@ -17,6 +17,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 
+	"raftrv/internal/fsx"
 	"raftrv/internal/testkit"
 )
 
@@ -24,7 +25,7 @@ import (
 func backupOf(t *testing.T, st state) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "backup")
-	testkit.Must(t, os.WriteFile(path, encodeBackup(t, st), FileMode))
+	testkit.Must(t, os.WriteFile(path, encodeBackup(t, st), fsx.FileMode))
 	return path
 }
 
@@ -49,7 +50,7 @@ func TestSaveBackup(t *testing.T) {
 	}
 	info, err := os.Stat(path)
 	testkit.Must(t, err)
-	if info.Mode().Perm() != FileMode {
+	if info.Mode().Perm() != fsx.FileMode {
 		t.Errorf("mode %v", info.Mode())
 	}
 	for name, serve := range map[string]func(w http.ResponseWriter){
@@ -106,11 +107,11 @@ func TestCommand_SnapshotInspect(t *testing.T) {
 	}
 	b := []byte(testkit.ReadFile(t, path))
 	b[len(b)/2] ^= 1
-	testkit.Must(t, os.WriteFile(path, b, FileMode))
+	testkit.Must(t, os.WriteFile(path, b, fsx.FileMode))
 	if out, err := runCommand(t, "snapshot", "inspect", path); err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "byte") {
 		t.Errorf("%v\n%s", err, out)
 	}
-	testkit.Must(t, os.WriteFile(path, []byte("something else that is longer than a digest"), FileMode))
+	testkit.Must(t, os.WriteFile(path, []byte("something else that is longer than a digest"), fsx.FileMode))
 	if _, err := runCommand(t, "snapshot", "inspect", path); err == nil || !strings.Contains(err.Error(), "no backup of raftrv") {
 		t.Error(err)
 	}
@@ -282,7 +283,7 @@ func TestCommand_Recover(t *testing.T) {
 func TestMakeDirectory_Fails(t *testing.T) {
 	dir := t.TempDir()
 	cfg := configOf(t, "--id", "1", "--cluster", restoreMembers, "--data-dir", filepath.Join(dir, "file", "data"))
-	testkit.Must(t, os.WriteFile(filepath.Join(dir, "file"), nil, FileMode))
+	testkit.Must(t, os.WriteFile(filepath.Join(dir, "file"), nil, fsx.FileMode))
 	b, err := readBackup(backupOf(t, exampleState(t)))
 	testkit.Must(t, err)
 	if err := restoreBackup(cfg, b, 0, zap.NewNop()); err == nil {

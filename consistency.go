@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/fsx"
 )
 
 // This file is the consistency check: members tell each other the sums of their
@@ -175,7 +176,7 @@ func (g *guard) note(differ []uint64) error {
 // replaceFile writes a file whole or not at all.
 func replaceFile(path string, content []byte) error {
 	temporary := path + ".tmp"
-	f, err := os.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, FileMode)
+	f, err := os.OpenFile(temporary, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, fsx.FileMode)
 	if err != nil {
 		return err
 	}
@@ -186,7 +187,7 @@ func replaceFile(path string, content []byte) error {
 	if err := os.Rename(temporary, path); err != nil {
 		return err
 	}
-	return SyncDir(filepath.Dir(path))
+	return fsx.SyncDir(filepath.Dir(path))
 }
 
 // hear takes what the others have told. It returns what that means for this

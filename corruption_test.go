@@ -19,6 +19,7 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/protobuf/proto"
 
+	"raftrv/internal/fsx"
 	"raftrv/internal/testkit"
 )
 
@@ -125,10 +126,10 @@ func writeTree(t *testing.T, dir string, files map[string][]byte) {
 	t.Helper()
 	testkit.Must(t, os.RemoveAll(dir))
 	for _, sub := range []string{walDir, snapDir} {
-		testkit.Must(t, os.MkdirAll(filepath.Join(dir, sub), DirMode))
+		testkit.Must(t, os.MkdirAll(filepath.Join(dir, sub), fsx.DirMode))
 	}
 	for name, b := range files {
-		testkit.Must(t, os.WriteFile(filepath.Join(dir, name), b, FileMode))
+		testkit.Must(t, os.WriteFile(filepath.Join(dir, name), b, fsx.FileMode))
 	}
 }
 
@@ -655,7 +656,7 @@ func TestCommand_RecoverDamaged(t *testing.T) {
 // the empty member of a new cluster.
 func TestStorage_RefusesAnUnfinishedDirectory(t *testing.T) {
 	dir := t.TempDir()
-	testkit.Must(t, os.WriteFile(filepath.Join(dir, unfinishedName), nil, FileMode))
+	testkit.Must(t, os.WriteFile(filepath.Join(dir, unfinishedName), nil, fsx.FileMode))
 	s, err := openStorage(dir, zap.NewNop())
 	testkit.Must(t, err)
 	defer s.close()

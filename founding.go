@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+
+	"raftrv/internal/fsx"
 )
 
 // This file is how a cluster comes to be. It is founded once: every member of the
@@ -273,7 +275,7 @@ func (s *storage) saveFounding(f *founding) error {
 		return err
 	}
 	temp := s.path(foundingName + ".tmp")
-	file, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, FileMode)
+	file, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, fsx.FileMode)
 	if err != nil {
 		return err
 	}
@@ -287,7 +289,7 @@ func (s *storage) saveFounding(f *founding) error {
 	if err := os.Rename(temp, s.path(foundingName)); err != nil {
 		return err
 	}
-	return SyncDir(s.dir)
+	return fsx.SyncDir(s.dir)
 }
 
 // removeFounding deletes the record, before the replica promises anything: with
@@ -297,7 +299,7 @@ func (s *storage) removeFounding() error {
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	return errors.Join(err, SyncDir(s.dir))
+	return errors.Join(err, fsx.SyncDir(s.dir))
 }
 
 // found makes the directory that of a founding member.

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"testing"
 
+	"raftrv/internal/fsx"
 	"raftrv/internal/testkit"
 )
 
@@ -37,8 +38,8 @@ func unpackGolden(t *testing.T, level int) string {
 		content, err := io.ReadAll(archive)
 		testkit.Must(t, err)
 		path := filepath.Join(dir, filepath.FromSlash(h.Name))
-		testkit.Must(t, os.MkdirAll(filepath.Dir(path), DirMode))
-		testkit.Must(t, os.WriteFile(path, content, FileMode))
+		testkit.Must(t, os.MkdirAll(filepath.Dir(path), fsx.DirMode))
+		testkit.Must(t, os.WriteFile(path, content, fsx.FileMode))
 	}
 }
 

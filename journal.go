@@ -19,6 +19,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/fsx"
 )
 
 // This file is the journal: a file to which a node appends a line of JSON for
@@ -114,8 +115,8 @@ type journal struct {
 // openJournal opens or creates the journal of a member of a cluster and cuts off what is not complete.
 // Nobody else can open it until it is closed.
 func openJournal(path, dataDir string, cluster uint64, logger *zap.Logger) (_ *journal, err error) {
-	j := &journal{path: path, cluster: fmt.Sprintf("%x", cluster), logger: logger, lease: TakeLease}
-	if j.mark, err = OpenPrivate(filepath.Join(dataDir, journalPositionName), 0); err != nil {
+	j := &journal{path: path, cluster: fmt.Sprintf("%x", cluster), logger: logger, lease: fsx.TakeLease}
+	if j.mark, err = fsx.OpenPrivate(filepath.Join(dataDir, journalPositionName), 0); err != nil {
 		return nil, fmt.Errorf("open journal: %w", err)
 	}
 	defer func() {
@@ -135,12 +136,12 @@ func openJournal(path, dataDir string, cluster uint64, logger *zap.Logger) (_ *j
 	if j.size > 0 && !j.headed {
 		logger.Info("a journal of an older version goes on: its first line does not say of which cluster it is", zap.String("journal", path))
 	}
-	return j, errors.Join(SyncDir(filepath.Dir(path)), SyncDir(dataDir))
+	return j, errors.Join(fsx.SyncDir(filepath.Dir(path)), fsx.SyncDir(dataDir))
 }
 
 // openJournalFile opens or creates a file of which nobody else makes a journal.
 func openJournalFile(path string) (file *os.File, err error) {
-	if file, err = OpenPrivate(path, os.O_APPEND); err != nil {
+	if file, err = fsx.OpenPrivate(path, os.O_APPEND); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -559,8 +560,8 @@ func (j *journal) claim(ctx context.Context, store *kvstore) error {
 
 // yield lets those go on who wait to open the file, when it ends with a whole version.
 func (j *journal) yield() {
-	if j.leased && !j.split && LeaseWanted(j.file) {
-		DropLease(j.file)
+	if j.leased && !j.split && fsx.LeaseWanted(j.file) {
+		fsx.DropLease(j.file)
 		j.leased, j.shared = false, time.Now()
 	}
 }
@@ -632,7 +633,7 @@ func (j *journal) openNext() (k *journal, err error) {
 		err = fmt.Errorf("it ends at resource version %d, and the journal is at %d", k.written, j.written)
 	}
 	if err == nil {
-		err = SyncDir(filepath.Dir(j.path))
+		err = fsx.SyncDir(filepath.Dir(j.path))
 	}
 	if err != nil {
 		return nil, errors.Join(err, k.file.Close())

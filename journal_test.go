@@ -22,6 +22,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/fsx"
 	"raftrv/internal/testkit"
 )
 
@@ -498,7 +499,7 @@ func TestJournal_Lease(t *testing.T) {
 	r := newJournalRig(t)
 	j := r.mustOpen()
 	defer j.close()
-	j.lease = TakeLease
+	j.lease = fsx.TakeLease
 	testkit.Must(t, j.begin())
 	r.run()
 	if err := j.claim(t.Context(), r.store); err != nil {
@@ -517,7 +518,7 @@ func TestJournal_Lease(t *testing.T) {
 		}
 		opened <- f
 	}()
-	for !LeaseWanted(j.file) {
+	for !fsx.LeaseWanted(j.file) {
 		runtime.Gosched()
 	}
 	j.appendEvent(&event{rv: 1, key: "b"}, true)
@@ -545,7 +546,7 @@ func TestJournal_Lease(t *testing.T) {
 	if !j.leased {
 		t.Error("no lease, although nobody else has the file open")
 	}
-	DropLease(j.file)
+	fsx.DropLease(j.file)
 	j.leased = false
 	testkit.Must(t, j.file.Truncate(0))
 	j.lease = func(*os.File) error { return errors.ErrUnsupported }

@@ -11,6 +11,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"raftrv/internal/fsx"
 	"raftrv/internal/testkit"
 )
 
@@ -74,11 +75,11 @@ func TestCheckPrivateDir(t *testing.T) {
 				testkit.Must(t, err)
 				return
 			}
-			if !IsNotPrivate(err) || !strings.Contains(err.Error(), c.names) || !strings.Contains(err.Error(), c.do) {
+			if !fsx.IsNotPrivate(err) || !strings.Contains(err.Error(), c.names) || !strings.Contains(err.Error(), c.do) {
 				t.Errorf("opened with %v, want an error about %s with %q", err, c.names, c.do)
 			}
 			// What is passed over of a directory that is damaged is not this.
-			if _, err := recoverDirectory(dir, filepath.Join(t.TempDir(), "made"), 0, 0, true, zap.NewNop()); !IsNotPrivate(err) {
+			if _, err := recoverDirectory(dir, filepath.Join(t.TempDir(), "made"), 0, 0, true, zap.NewNop()); !fsx.IsNotPrivate(err) {
 				t.Errorf("recover says %v", err)
 			}
 		})
@@ -96,7 +97,7 @@ func TestCheckPrivateDir(t *testing.T) {
 		}
 		dir := t.TempDir()
 		testkit.Must(t, os.Chown(dir, 12345, 12345))
-		if _, err := openStorage(dir, zap.NewNop()); !IsNotPrivate(err) || !strings.Contains(err.Error(), "chown -R 0 "+dir) {
+		if _, err := openStorage(dir, zap.NewNop()); !fsx.IsNotPrivate(err) || !strings.Contains(err.Error(), "chown -R 0 "+dir) {
 			t.Errorf("opened with %v", err)
 		}
 	})
@@ -109,25 +110,25 @@ func TestOpenPrivate(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "journal")
 	for range 2 { // made, then there
-		f, err := OpenPrivate(path, os.O_APPEND)
+		f, err := fsx.OpenPrivate(path, os.O_APPEND)
 		testkit.Must(t, err)
 		info, err := f.Stat()
 		testkit.Must(t, errors.Join(err, f.Close()))
-		if info.Mode().Perm() != FileMode {
+		if info.Mode().Perm() != fsx.FileMode {
 			t.Errorf("it has mode %v", info.Mode())
 		}
 	}
 	for _, mode := range []fs.FileMode{0o640, 0o602, 0o666} {
 		testkit.Must(t, os.Chmod(path, mode))
-		if _, err := openJournal(path, t.TempDir(), 1, zap.NewNop()); !IsNotPrivate(err) || !strings.Contains(err.Error(), "chmod go= "+path) {
+		if _, err := openJournal(path, t.TempDir(), 1, zap.NewNop()); !fsx.IsNotPrivate(err) || !strings.Contains(err.Error(), "chmod go= "+path) {
 			t.Errorf("mode %v: %v", mode, err)
 		}
 	}
-	testkit.Must(t, os.Chmod(path, FileMode))
+	testkit.Must(t, os.Chmod(path, fsx.FileMode))
 	for name, to := range map[string]string{"link": path, "dangling": filepath.Join(dir, "nowhere")} {
 		link := filepath.Join(dir, name)
 		testkit.Must(t, os.Symlink(to, link))
-		if _, err := openJournal(link, t.TempDir(), 1, zap.NewNop()); !IsNotPrivate(err) || !strings.Contains(err.Error(), link+" is a symbolic link") {
+		if _, err := openJournal(link, t.TempDir(), 1, zap.NewNop()); !fsx.IsNotPrivate(err) || !strings.Contains(err.Error(), link+" is a symbolic link") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -136,7 +137,7 @@ func TestOpenPrivate(t *testing.T) {
 	}
 	if os.Geteuid() == 0 {
 		testkit.Must(t, os.Chown(path, 12345, 12345))
-		if _, err := openJournal(path, t.TempDir(), 1, zap.NewNop()); !IsNotPrivate(err) {
+		if _, err := openJournal(path, t.TempDir(), 1, zap.NewNop()); !fsx.IsNotPrivate(err) {
 			t.Errorf("another user's: %v", err)
 		}
 	}
@@ -149,7 +150,7 @@ func TestCheckReplaceable(t *testing.T) {
 	testkit.Must(t, os.WriteFile(file, nil, 0o600))
 	testkit.Must(t, os.Symlink(file, link))
 	for _, path := range []string{file, filepath.Join(dir, "new")} {
-		testkit.Must(t, CheckReplaceable(path))
+		testkit.Must(t, fsx.CheckReplaceable(path))
 	}
 	for path, words := range map[string]string{link: "is a symbolic link", dir: "is no file", os.DevNull: "is no file"} {
 		if _, err := saveBackup(t.Context(), "http://127.0.0.1:1", path); err == nil || !strings.Contains(err.Error(), words) {

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"testing"
 
+	"raftrv/internal/fsx"
 	"raftrv/internal/proc"
 	"raftrv/internal/testkit"
 )
@@ -110,7 +111,7 @@ func writeGolden(t *testing.T, c *liveCluster, level int) {
 	zip := gzip.NewWriter(&out)
 	archive := tar.NewWriter(zip)
 	for name, content := range files {
-		testkit.Must(t, archive.WriteHeader(&tar.Header{Name: name, Mode: FileMode, Size: int64(len(content))}))
+		testkit.Must(t, archive.WriteHeader(&tar.Header{Name: name, Mode: fsx.FileMode, Size: int64(len(content))}))
 		_, err := archive.Write(content)
 		testkit.Must(t, err)
 	}

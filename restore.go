@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/fsx"
 )
 
 // This file makes data directories of new clusters: from a backup, or from what
@@ -45,23 +47,23 @@ func makeDirectory(dir string, logger *zap.Logger, fill func(*storage) error) (e
 	if err := checkEmpty(dir); err != nil {
 		return err
 	}
-	if err := os.MkdirAll(dir, DirMode); err != nil {
+	if err := os.MkdirAll(dir, fsx.DirMode); err != nil {
 		return err
 	}
 	if err := checkPrivateDir(dir); err != nil {
 		return err
 	}
 	unfinished := filepath.Join(dir, unfinishedName)
-	if err := os.WriteFile(unfinished, nil, FileMode); err != nil {
+	if err := os.WriteFile(unfinished, nil, fsx.FileMode); err != nil {
 		return err
 	}
-	if err := SyncDir(dir); err != nil {
+	if err := fsx.SyncDir(dir); err != nil {
 		return err
 	}
 	if err := fillDirectory(dir, logger, fill); err != nil {
 		return fmt.Errorf("make data directory %s: %w; delete it before you try again", dir, err)
 	}
-	return errors.Join(os.Remove(unfinished), SyncDir(dir), SyncDir(filepath.Dir(filepath.Clean(dir))))
+	return errors.Join(os.Remove(unfinished), fsx.SyncDir(dir), fsx.SyncDir(filepath.Dir(filepath.Clean(dir))))
 }
 
 func fillDirectory(dir string, logger *zap.Logger, fill func(*storage) error) (err error) {
@@ -130,7 +132,7 @@ func recoverDirectory(from, to string, id, above uint64, anyway bool, logger *za
 	}
 	var damage error
 	rec, err := readDirectory(from, logger)
-	if err != nil && anyway && !IsNotPrivate(err) {
+	if err != nil && anyway && !fsx.IsNotPrivate(err) {
 		damage = err
 		rec, err = readWhatIsLeft(from, to, logger)
 	}

@@ -13,6 +13,8 @@ import (
 	"go.etcd.io/etcd/client/pkg/v3/fileutil"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
+
+	"raftrv/internal/fsx"
 )
 
 // diskConfig says how slow a disk is.
@@ -121,7 +123,7 @@ func (d *simDisk) leave(before image, t tail) error {
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(d.path(watermarkName), before.mark, FileMode); err != nil {
+	if err := os.WriteFile(d.path(watermarkName), before.mark, fsx.FileMode); err != nil {
 		return err
 	}
 	if t == tailKept {
@@ -155,7 +157,7 @@ func (d *simDisk) leave(before image, t tail) error {
 	if t == tailTorn {
 		content = d.tear(before.content, after.content)
 	}
-	return os.WriteFile(before.path, content, FileMode)
+	return os.WriteFile(before.path, content, fsx.FileMode)
 }
 
 // dropNames takes the names in the directory of snapshots that are not durable.
@@ -476,7 +478,7 @@ func (d *simDisk) receiveBody(index uint64, body []byte) error {
 	}
 	d.process.sim.check.body(d.process, index, body)
 	temp := filepath.Join(d.path(snapDir), fmt.Sprintf("%s-%016x", tempPrefix, index))
-	if err := os.WriteFile(temp, body, FileMode); err != nil {
+	if err := os.WriteFile(temp, body, fsx.FileMode); err != nil {
 		return err
 	}
 	return os.Rename(temp, path)

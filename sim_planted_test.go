@@ -20,6 +20,8 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 	"google.golang.org/protobuf/proto"
+
+	"raftrv/internal/fsx"
 )
 
 // This file plants bugs: the faults that programs like this one have had. Each
@@ -321,7 +323,7 @@ func (d disorderlyDisk) writeSnapshot(snap *raftpb.Snapshot, st *state) error {
 		return err
 	}
 	d.process.sim.check.body(d.process, st.index, body)
-	return os.WriteFile(path, body, FileMode)
+	return os.WriteFile(path, body, fsx.FileMode)
 }
 
 // swapSessions exchanges the first two session records of a snapshot, if it has
@@ -377,7 +379,7 @@ func truncateLog(n *simNode) {
 		return
 	}
 	clear(content[keep:])
-	err = os.WriteFile(path, content, FileMode)
+	err = os.WriteFile(path, content, fsx.FileMode)
 	if err == nil {
 		err = forgetWatermark(n.dir)
 	}
@@ -413,11 +415,11 @@ func damageLog(n *simNode) {
 	at := (used - 1 - s.rand.IntN(min(8, used-3))) * sectorSize
 	damaged := bytes.Clone(content)
 	clear(damaged[at : at+sectorSize])
-	if err := errors.Join(os.WriteFile(path, damaged, FileMode), forgetWatermark(n.dir)); err != nil {
+	if err := errors.Join(os.WriteFile(path, damaged, fsx.FileMode), forgetWatermark(n.dir)); err != nil {
 		s.check.violate("simulator", "%v", err)
 	}
 	if isRefused(n.dir) {
-		if err := errors.Join(os.WriteFile(path, content, FileMode), os.WriteFile(mark, markContent, FileMode)); err != nil {
+		if err := errors.Join(os.WriteFile(path, content, fsx.FileMode), os.WriteFile(mark, markContent, fsx.FileMode)); err != nil {
 			s.check.violate("simulator", "%v", err)
 		}
 	}

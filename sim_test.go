@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/fsx"
 )
 
 // This file is the heart of the simulator: a cluster whose clock, network,
@@ -123,8 +125,8 @@ type sim struct {
 func newSim(t *testing.T, cfg simConfig) *sim {
 	cryptotest.SetGlobalRandom(t, cfg.seed) // raft draws election timeouts from crypto/rand
 	smallSegments(t)
-	dirs, files := SyncDir, syncFile
-	t.Cleanup(func() { SyncDir, syncFile = dirs, files })
+	dirs, files := fsx.SyncDir, syncFile
+	t.Cleanup(func() { fsx.SyncDir, syncFile = dirs, files })
 	s := &sim{
 		simConfig: cfg,
 		rand:      rand.New(rand.NewPCG(cfg.seed, 0)),
@@ -135,7 +137,7 @@ func newSim(t *testing.T, cfg simConfig) *sim {
 	if cfg.logs {
 		s.logger = simLogger(s)
 	}
-	SyncDir, syncFile = s.syncDir, s.syncFile
+	fsx.SyncDir, syncFile = s.syncDir, s.syncFile
 	s.check = newChecker(s)
 	s.network = newSimNetwork(s, cfg.net)
 	for i := range cfg.nodes {

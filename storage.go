@@ -24,6 +24,8 @@ import (
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
+
+	"raftrv/internal/fsx"
 )
 
 // This file is a member's data directory:
@@ -139,16 +141,16 @@ type recovered struct {
 
 // openStorage makes the data directory if need be and takes its lock.
 func openStorage(dir string, logger *zap.Logger) (*storage, error) {
-	if err := os.MkdirAll(dir, DirMode); err != nil {
+	if err := os.MkdirAll(dir, fsx.DirMode); err != nil {
 		return nil, fmt.Errorf("make data directory: %w", err)
 	}
 	if err := checkPrivateDir(dir); err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(filepath.Join(dir, snapDir), DirMode); err != nil {
+	if err := os.MkdirAll(filepath.Join(dir, snapDir), fsx.DirMode); err != nil {
 		return nil, fmt.Errorf("make data directory: %w", err)
 	}
-	lock, err := fileutil.TryLockFile(filepath.Join(dir, lockName), os.O_WRONLY|os.O_CREATE, FileMode)
+	lock, err := fileutil.TryLockFile(filepath.Join(dir, lockName), os.O_WRONLY|os.O_CREATE, fsx.FileMode)
 	if errors.Is(err, fileutil.ErrLocked) {
 		return nil, fmt.Errorf("data directory %s is in use by another process", dir)
 	}
@@ -229,7 +231,7 @@ func (s *storage) create(id identity) (*recovered, error) {
 	if s.mark, err = openWatermark(s.dir, true); err != nil {
 		return nil, fmt.Errorf("create watermark: %w", err)
 	}
-	if err := errors.Join(s.mark.write(watermark{}), SyncDir(s.dir)); err != nil {
+	if err := errors.Join(s.mark.write(watermark{}), fsx.SyncDir(s.dir)); err != nil {
 		return nil, fmt.Errorf("create watermark: %w", err)
 	}
 	if s.wal, err = wal.Create(s.logger, s.path(walDir), metadata); err != nil {
@@ -550,7 +552,7 @@ func (s *storage) rewrite(end logEnd) error {
 		return err
 	}
 	for _, path := range segments {
-		f, err := os.OpenFile(path, os.O_RDWR, FileMode)
+		f, err := os.OpenFile(path, os.O_RDWR, fsx.FileMode)
 		if err != nil {
 			return err
 		}
@@ -562,7 +564,7 @@ func (s *storage) rewrite(end logEnd) error {
 			return err
 		}
 	}
-	return errors.Join(SyncDir(s.path(walDir)), SyncDir(s.path(snapDir)), SyncDir(s.dir))
+	return errors.Join(fsx.SyncDir(s.path(walDir)), fsx.SyncDir(s.path(snapDir)), fsx.SyncDir(s.dir))
 }
 
 // loadSnapshot reads the newest usable snapshot that the log has a record of.
@@ -823,7 +825,7 @@ func (s *storage) writeFile(path string, write func(*os.File) error) error {
 	if err := os.Rename(f.Name(), path); err != nil {
 		return err
 	}
-	return SyncDir(s.path(snapDir))
+	return fsx.SyncDir(s.path(snapDir))
 }
 
 // syncEvery is how much of a large file is written between two syncs. A sync of
@@ -889,10 +891,10 @@ func (s *storage) commitSnapshot(meta *raftpb.Snapshot) error {
 	if err := s.snap.SaveSnap(meta); err != nil {
 		return err
 	}
-	if err := os.Chmod(s.metaPath(record), FileMode); err != nil { // SaveSnap leaves it to the umask
+	if err := os.Chmod(s.metaPath(record), fsx.FileMode); err != nil { // SaveSnap leaves it to the umask
 		return err
 	}
-	if err := SyncDir(s.path(snapDir)); err != nil {
+	if err := fsx.SyncDir(s.path(snapDir)); err != nil {
 		return err
 	}
 	if err := s.wal.SaveSnapshot(record); err != nil {
@@ -942,7 +944,7 @@ func (s *storage) purgeLog() error {
 			return err
 		}
 		path := filepath.Join(s.path(walDir), name)
-		l, err := fileutil.TryLockFile(path, os.O_WRONLY, FileMode)
+		l, err := fileutil.TryLockFile(path, os.O_WRONLY, fsx.FileMode)
 		if errors.Is(err, fileutil.ErrLocked) {
 			return nil // this one and all after it are in use
 		}
@@ -1010,7 +1012,7 @@ func checkPrivateDir(dir string) error {
 	if err != nil {
 		return err
 	}
-	if err := CheckOwner(dir, info, OthersWrite); err != nil {
+	if err := fsx.CheckOwner(dir, info, fsx.OthersWrite); err != nil {
 		return fmt.Errorf("data directory %w; or choose a --data-dir inside of it, which the node makes by itself", err)
 	}
 	for _, part := range []string{"", walDir, snapDir} {
@@ -1026,7 +1028,7 @@ func checkPrivateDir(dir string) error {
 			if part == filepath.Clean(dir) && !isOurs(name.Name()) {
 				continue // lost+found, say
 			}
-			if err := CheckPrivate(filepath.Join(part, name.Name())); err != nil {
+			if err := fsx.CheckPrivate(filepath.Join(part, name.Name())); err != nil {
 				return fmt.Errorf("data directory %s: %w", dir, err)
 			}
 		}

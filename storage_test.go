@@ -14,6 +14,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 
+	"raftrv/internal/fsx"
 	"raftrv/internal/testkit"
 )
 
@@ -172,7 +173,7 @@ func TestStorage_PurgeKeepsTwoSnapshotsAndTheLogForBoth(t *testing.T) {
 	damaged := filepath.Join(dir, snapDir, fmt.Sprintf("%016x%s", 900, bodySuffix))
 	b := []byte(testkit.ReadFile(t, damaged))
 	b[len(b)/2] ^= 1
-	testkit.Must(t, os.WriteFile(damaged, b, FileMode))
+	testkit.Must(t, os.WriteFile(damaged, b, fsx.FileMode))
 	s, r = newDisk(t, dir)
 	defer s.close()
 	if r.state.index != 600 {
@@ -226,7 +227,7 @@ func crashImage(t *testing.T, dir string) string {
 	testkit.Must(t, os.CopyFS(image, os.DirFS(dir)))
 	testkit.Must(t, filepath.Walk(image, func(path string, info os.FileInfo, err error) error {
 		if err == nil && !info.IsDir() {
-			err = os.Chmod(path, FileMode)
+			err = os.Chmod(path, fsx.FileMode)
 		}
 		return err
 	}))
@@ -242,7 +243,7 @@ func tearTail(t *testing.T, dir string) {
 	b := []byte(testkit.ReadFile(t, path))
 	end := bytes.LastIndex(b, []byte("vvvv"))
 	clear(b[end-1500:])
-	testkit.Must(t, os.WriteFile(path, b, FileMode))
+	testkit.Must(t, os.WriteFile(path, b, fsx.FileMode))
 }
 
 // writeEntries saves entries 2 to last, each of about 2 kB.
@@ -304,7 +305,7 @@ func TestStorage_NoticesEveryFlippedBit(t *testing.T) {
 	for offset := int64(0); offset < end.offset; offset += 7 {
 		damaged := bytes.Clone(whole)
 		damaged[offset] ^= 1 << (offset % 8)
-		testkit.Must(t, os.WriteFile(segments[0], damaged, FileMode))
+		testkit.Must(t, os.WriteFile(segments[0], damaged, fsx.FileMode))
 		if last, err := lastEntryOf(dir); err != nil {
 			refused++
 		} else if served++; last != 6 {
@@ -370,7 +371,7 @@ func TestWatermark_SurvivesATornWrite(t *testing.T) {
 	for i := range watermarkSize { // the fifth write went to slot 1
 		torn := bytes.Clone(whole)
 		clear(torn[watermarkSlot+i:])
-		testkit.Must(t, os.WriteFile(path, torn, FileMode))
+		testkit.Must(t, os.WriteFile(path, torn, fsx.FileMode))
 		w, err := openWatermark(dir, false)
 		testkit.Must(t, err)
 		if w.last.index < 3 {
@@ -416,7 +417,7 @@ func TestStorage_NewerSnapshot(t *testing.T) {
 	e.bytes([]byte(snapshotMagic))
 	e.uint(99)
 	testkit.Must(t, e.w.Flush())
-	testkit.Must(t, os.WriteFile(newest, b.Bytes(), FileMode))
+	testkit.Must(t, os.WriteFile(newest, b.Bytes(), fsx.FileMode))
 	s, err := openStorage(dir, zap.NewNop())
 	testkit.Must(t, err)
 	defer s.close()

@@ -14,6 +14,8 @@ import (
 	"go.etcd.io/etcd/server/v3/storage/wal/walpb"
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
+
+	"raftrv/internal/fsx"
 )
 
 // This file notices that a log lost something that was on disk.
@@ -78,7 +80,7 @@ func openWatermark(dir string, create bool) (*watermarkFile, error) {
 	if create {
 		flags |= os.O_CREATE
 	}
-	f, err := os.OpenFile(path, flags, FileMode)
+	f, err := os.OpenFile(path, flags, fsx.FileMode)
 	if err != nil {
 		return nil, err
 	}

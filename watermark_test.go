@@ -14,6 +14,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 
+	"raftrv/internal/fsx"
 	"raftrv/internal/testkit"
 )
 
@@ -75,13 +76,13 @@ func TestWatermark_LogGoesBack(t *testing.T) {
 
 	// The watermark that goes first, with none of the write and with its first entry.
 	none, part := crashImage(t, before), crashImage(t, after)
-	testkit.Must(t, os.WriteFile(filepath.Join(none, watermarkName), []byte(testkit.ReadFile(t, filepath.Join(after, watermarkName))), FileMode))
+	testkit.Must(t, os.WriteFile(filepath.Join(none, watermarkName), []byte(testkit.ReadFile(t, filepath.Join(after, watermarkName))), fsx.FileMode))
 	segments, err := filepath.Glob(filepath.Join(part, walDir, "*.wal"))
 	testkit.Must(t, err)
 	torn := []byte(testkit.ReadFile(t, segments[len(segments)-1]))
 	offsets := recordOffsets(t, torn)
 	clear(torn[offsets[len(offsets)-2]:]) // the last entry and the hard state
-	testkit.Must(t, os.WriteFile(segments[len(segments)-1], torn, FileMode))
+	testkit.Must(t, os.WriteFile(segments[len(segments)-1], torn, fsx.FileMode))
 	testkit.Must(t, wantLogEnd(t, none, 9, 3).close())
 	testkit.Must(t, wantLogEnd(t, part, 5, 2).close())
 	testkit.Must(t, wantLogEnd(t, before, 9, 3).close())
@@ -220,9 +221,9 @@ func TestStorage_NamesBeforeTheRecord(t *testing.T) {
 	dir := t.TempDir()
 	s, r := newDisk(t, dir)
 	durable := map[string]bool{}
-	defer func(before func(string) error) { SyncDir = before }(SyncDir)
-	sync := SyncDir
-	SyncDir = func(path string) error {
+	defer func(before func(string) error) { fsx.SyncDir = before }(fsx.SyncDir)
+	sync := fsx.SyncDir
+	fsx.SyncDir = func(path string) error {
 		names, err := os.ReadDir(path)
 		for _, name := range names {
 			durable[filepath.Join(path, name.Name())] = true
@@ -302,21 +303,21 @@ func TestStorage_FailingWrites(t *testing.T) {
 			return s.commitSnapshot(snap)
 		},
 		"name of the body": func(t *testing.T, s *storage) error {
-			testkit.Must(t, os.MkdirAll(filepath.Join(s.bodyPath(7), "x"), DirMode))
+			testkit.Must(t, os.MkdirAll(filepath.Join(s.bodyPath(7), "x"), fsx.DirMode))
 			st := newState()
 			st.index, st.term = 7, 2
 			return s.writeSnapshot(&raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(uint64(7)), Term: new(uint64(2))}}, &st)
 		},
 		"metadata": func(t *testing.T, s *storage) error {
 			snap := receivedSnapshotAt(t, s, 7, 2)
-			testkit.Must(t, os.MkdirAll(filepath.Join(s.dir, snapDir, fmt.Sprintf("%016x-%016x%s", 2, 7, metaSuffix), "x"), DirMode))
+			testkit.Must(t, os.MkdirAll(filepath.Join(s.dir, snapDir, fmt.Sprintf("%016x-%016x%s", 2, 7, metaSuffix), "x"), fsx.DirMode))
 			return s.commitSnapshot(snap)
 		},
 		"directory": func(t *testing.T, s *storage) error {
 			snap := receivedSnapshotAt(t, s, 7, 2)
-			before := SyncDir
-			defer func() { SyncDir = before }()
-			SyncDir = func(string) error { return errors.New("no such luck") }
+			before := fsx.SyncDir
+			defer func() { fsx.SyncDir = before }()
+			fsx.SyncDir = func(string) error { return errors.New("no such luck") }
 			return s.commitSnapshot(snap)
 		},
 	} {
