@@ -35,11 +35,11 @@ func (h *httpAPI) getSnapshot(w http.ResponseWriter, r request) error {
 		return err
 	}
 	busy := fault.ErrTooManyRequests.WithDetail("%d backups are on their way already, or as many to this address as may be; retry later or at another node", backupsMax)
-	address := addressOf(r.RemoteAddr)
-	if !h.backups.take(address, 1) {
+	address := AddressOf(r.RemoteAddr)
+	if !h.backups.Take(address, 1) {
 		return busy
 	}
-	defer h.backups.give(address, 1)
+	defer h.backups.Give(address, 1)
 	b, err := h.store.backup()
 	if err != nil {
 		return busy

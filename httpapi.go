@@ -150,10 +150,10 @@ type httpAPI struct {
 	browsers   *browsers
 	metrics    *httpMetrics
 	exposition http.Handler // of all metrics
-	scrapes    shares       // of the metrics, under way
-	bodies     shares       // bytes of large ones
-	lists      shares       // that are read, and streams
-	backups    shares
+	scrapes    Shares       // of the metrics, under way
+	bodies     Shares       // bytes of large ones
+	lists      Shares       // that are read, and streams
+	backups    Shares
 }
 
 func newHTTPAPI(cfg httpConfig) http.Handler {
@@ -165,11 +165,11 @@ func newHTTPAPI(cfg httpConfig) http.Handler {
 }
 
 // share divides what there is for all clients.
-func (cfg *httpConfig) share(all int64) shares {
+func (cfg *httpConfig) share(all int64) Shares {
 	if cfg.oneAddress {
-		return newShares(all, all)
+		return New(all, all)
 	}
-	return newShares(all, mostOf(all))
+	return New(all, MostOf(all))
 }
 
 // newHTTPServer returns a server with the limits of this file. The caller
@@ -629,7 +629,7 @@ func (h *httpAPI) readBody(w http.ResponseWriter, r *http.Request, sizeMax int) 
 		if size <= bodyFree {
 			return nil
 		}
-		if more := int64(size) - rec.held; h.bodies.take(addressOf(r.RemoteAddr), more) {
+		if more := int64(size) - rec.held; h.bodies.Take(AddressOf(r.RemoteAddr), more) {
 			rec.held += more
 			return nil
 		}

@@ -559,9 +559,9 @@ func TestHTTP_BodiesAreGivenBack(t *testing.T) {
 	f := newFront(t)
 	large := strings.Repeat("v", testValueSizeMax)
 	other := netip.MustParseAddr("192.0.2.1")
-	held := mostOf(bodiesSizeMax)
-	f.api.bodies.all = held + testValueSizeMax - 1
-	if !f.api.bodies.take(other, held) {
+	held := MostOf(bodiesSizeMax)
+	f.api.bodies.All = held + testValueSizeMax - 1
+	if !f.api.bodies.Take(other, held) {
 		t.Fatal("not taken")
 	}
 	for range 3 {
@@ -571,12 +571,12 @@ func TestHTTP_BodiesAreGivenBack(t *testing.T) {
 		}
 	}
 	f.do("PUT", "/k", "small").Want(t, 201)
-	if got := f.api.bodies.taken; got != held {
+	if got := f.api.bodies.Taken; got != held {
 		t.Errorf("%d bytes are held, want %d", got, held)
 	}
-	f.api.bodies.give(other, 1) // it just fits
+	f.api.bodies.Give(other, 1) // it just fits
 	f.do("PUT", "/k", large).Want(t, 204)
-	if got := f.api.bodies.taken; got != held-1 {
+	if got := f.api.bodies.Taken; got != held-1 {
 		t.Errorf("%d bytes are held, want %d", got, held-1)
 	}
 }
@@ -1560,7 +1560,7 @@ func TestHTTP_AnnouncedBodies(t *testing.T) {
 		}
 	}
 	f.do("PUT", "/k", strings.Repeat("v", 20<<10)).Want(t, 201)
-	if got := f.api.bodies.taken; got != 0 {
+	if got := f.api.bodies.Taken; got != 0 {
 		t.Errorf("%d bytes are held for bodies that did not come", got)
 	}
 }
@@ -1579,16 +1579,16 @@ func TestHTTP_BodiesCount(t *testing.T) {
 			t.Fatal(err)
 		}
 		for held := int64(0); held < txnBodySizeMax-100; {
-			f.api.bodies.mu.Lock()
-			held = f.api.bodies.taken
-			f.api.bodies.mu.Unlock()
+			f.api.bodies.Mu.Lock()
+			held = f.api.bodies.Taken
+			f.api.bodies.Mu.Unlock()
 			time.Sleep(time.Millisecond)
 		}
 		_ = c.(*net.TCPConn).CloseWrite()
 		testkit.ReadAnswer(t, bufio.NewReader(c), "POST").Want(t, 400)
 		f.do("PUT", "/k", "v").Want(t, 201)
-		if f.api.bodies.taken != 0 {
-			t.Errorf("%d bytes are held", f.api.bodies.taken)
+		if f.api.bodies.Taken != 0 {
+			t.Errorf("%d bytes are held", f.api.bodies.Taken)
 		}
 	}
 }

@@ -86,7 +86,7 @@ func (h *httpAPI) answered(rec *recorder, r *http.Request) {
 		rec.status = http.StatusOK
 	}
 	if rec.held > 0 {
-		h.bodies.give(addressOf(r.RemoteAddr), rec.held)
+		h.bodies.Give(AddressOf(r.RemoteAddr), rec.held)
 	}
 	m := &h.metrics.calls[rec.call]
 	m.count(rec.status)

@@ -178,12 +178,12 @@ func (h *httpAPI) openList(r request, prefix, after string, n int) (*keyList, er
 func (h *httpAPI) openScan(r request, prefix, after string) (*keyList, error) {
 	ctx, cancel := context.WithTimeout(r.Context(), min(r.params.timeout, placeTimeout))
 	defer cancel()
-	address := addressOf(r.RemoteAddr)
-	if h.lists.await(ctx, address, 1) {
+	address := AddressOf(r.RemoteAddr)
+	if h.lists.Await(ctx, address, 1) {
 		if sc, err := h.store.scan(prefix, after); err == nil {
-			return &keyList{rv: sc.rv, scan: sc, leave: func() { h.lists.give(address, 1) }}, nil
+			return &keyList{rv: sc.rv, scan: sc, leave: func() { h.lists.Give(address, 1) }}, nil
 		}
-		h.lists.give(address, 1)
+		h.lists.Give(address, 1)
 	}
 	return nil, fault.ErrTooManyRequests.WithDetail("%d lists are on their way already, or as many of this address as may be; retry later or at another node", listsMax)
 }

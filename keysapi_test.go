@@ -537,7 +537,7 @@ func TestHTTP_ListPlaces(t *testing.T) {
 		f.put(fmt.Sprintf("key-%03d", i), "v")
 	}
 	here, other := netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("192.0.2.1")
-	for f.api.lists.take(here, 1) {
+	for f.api.lists.Take(here, 1) {
 	}
 	stream := []string{"Accept: application/x-ndjson"}
 	f.do("GET", "/-/v1/keys", "", stream...).Want(t, 429)
@@ -545,22 +545,22 @@ func TestHTTP_ListPlaces(t *testing.T) {
 	f.do("GET", "/-/v1/watch?initial=true", "").Want(t, 429)
 	f.do("GET", "/-/v1/keys?prefix=key-00", "").Want(t, 200)
 	f.do("GET", "/-/v1/snapshot", "").Want(t, 200)
-	if !f.api.lists.take(other, 1) {
+	if !f.api.lists.Take(other, 1) {
 		t.Error("nothing is left for others")
 	}
 	go func() { // while it waits
 		time.Sleep(placeTimeout / 4)
-		f.api.lists.give(here, 1)
+		f.api.lists.Give(here, 1)
 	}()
 	f.do("GET", "/-/v1/keys", "").Want(t, 200)
 	f.do("GET", "/-/v1/keys", "", stream...).Want(t, 200)
 
-	for f.api.backups.take(here, 1) {
+	for f.api.backups.Take(here, 1) {
 	}
 	f.do("GET", "/-/v1/snapshot", "").Want(t, 429)
 	f.do("GET", "/-/v1/keys", "", stream...).Want(t, 200)
-	if f.api.lists.taken != mostOf(listsMax) || f.api.backups.taken != mostOf(backupsMax) {
-		t.Errorf("%d lists, %d backups", f.api.lists.taken, f.api.backups.taken)
+	if f.api.lists.Taken != MostOf(listsMax) || f.api.backups.Taken != MostOf(backupsMax) {
+		t.Errorf("%d lists, %d backups", f.api.lists.Taken, f.api.backups.Taken)
 	}
 }
 

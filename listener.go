@@ -59,8 +59,8 @@ type listener struct {
 	net.Listener
 	config   listenerConfig
 	refusals sync.WaitGroup
-	places   shares // of connections
-	kept     shares // of those beyond
+	places   Shares // of connections
+	kept     Shares // of those beyond
 
 	mu       sync.Mutex
 	closed   bool // by closeAll: no connection may be added
@@ -89,8 +89,8 @@ func newListener(inner net.Listener, config listenerConfig) *listener {
 	return &listener{
 		Listener: inner,
 		config:   config,
-		places:   newShares(int64(config.connectionsMax), int64(cmp.Or(config.addressMax, config.connectionsMax))),
-		kept:     newShares(int64(config.keptMax), mostOf(int64(config.keptMax))),
+		places:   New(int64(config.connectionsMax), int64(cmp.Or(config.addressMax, config.connectionsMax))),
+		kept:     New(int64(config.keptMax), MostOf(int64(config.keptMax))),
 		conns:    map[*conn]struct{}{},
 		refusing: map[net.Conn]struct{}{},
 	}
@@ -116,14 +116,14 @@ func (l *listener) Accept() (net.Conn, error) {
 func (l *listener) admit(inner net.Conn) *conn {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	c := &conn{Conn: inner, listener: l, address: addressOf(inner.RemoteAddr().String())}
+	c := &conn{Conn: inner, listener: l, address: AddressOf(inner.RemoteAddr().String())}
 	switch {
 	case l.closed:
 		_ = inner.Close() // unused
-	case l.places.take(c.address, 1):
+	case l.places.Take(c.address, 1):
 		c.place = &l.places
 		return l.add(c)
-	case l.kept.take(c.address, 1):
+	case l.kept.Take(c.address, 1):
 		c.place, c.kept, c.until = &l.kept, true, time.Now().Add(keptTimeout)
 		return l.add(c)
 	case len(l.refusing) < refusalsMax && l.config.refusal != nil:
@@ -194,7 +194,7 @@ type conn struct {
 	net.Conn
 	listener *listener
 	address  netip.Addr
-	place    *shares // where it has its place
+	place    *Shares // where it has its place
 
 	// kept says that it has a place that is kept for those who look after the node,
 	// for whom it must turn out to be before until. Only whoever serves it may use
@@ -246,7 +246,7 @@ func (c *conn) Close() error {
 	l.mu.Lock()
 	if _, open := l.conns[c]; open {
 		delete(l.conns, c)
-		c.place.give(c.address, 1)
+		c.place.Give(c.address, 1)
 	}
 	l.mu.Unlock()
 	return c.Conn.Close()

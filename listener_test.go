@@ -318,7 +318,7 @@ func TestListener_Addresses(t *testing.T) {
 	}
 	greedy := dialFrom(t, "127.0.0.1", l)
 	dialFrom(t, "127.0.0.2", l)
-	if got := addressOf(mustAccept(t, l).RemoteAddr().String()).String(); got != "127.0.0.2" {
+	if got := AddressOf(mustAccept(t, l).RemoteAddr().String()).String(); got != "127.0.0.2" {
 		t.Errorf("accepted %s", got)
 	}
 	if n, err := greedy.Read(make([]byte, 1)); n > 0 || err == nil {

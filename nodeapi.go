@@ -144,11 +144,11 @@ func (h *httpAPI) getReady(w http.ResponseWriter, r request) error {
 
 // getMetrics answers in Prometheus' text format.
 func (h *httpAPI) getMetrics(w http.ResponseWriter, r request) error {
-	address := addressOf(r.RemoteAddr)
-	if !h.scrapes.take(address, 1) {
+	address := AddressOf(r.RemoteAddr)
+	if !h.scrapes.Take(address, 1) {
 		return fault.ErrTooManyRequests.WithDetail("%d others are getting the metrics, at most that many can; retry later", metricsInFlight)
 	}
-	defer h.scrapes.give(address, 1)
+	defer h.scrapes.Give(address, 1)
 	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(scrapeTimeout)) // not supported by a test's writer
 	w.Header()["Vary"] = append(slices.Clone(h.browsers.varyAccept), "Accept-Encoding")
 	whole := wholeAnswer{ResponseWriter: w, code: http.StatusOK}

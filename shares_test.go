@@ -10,7 +10,7 @@ import (
 
 func TestShares(t *testing.T) {
 	a, b := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("192.0.2.2")
-	s := newShares(10, 6)
+	s := New(10, 6)
 	for i, step := range []struct {
 		address netip.Addr
 		n       int64
@@ -20,29 +20,29 @@ func TestShares(t *testing.T) {
 	} {
 		ok := true
 		if step.n < 0 {
-			s.give(step.address, -step.n)
+			s.Give(step.address, -step.n)
 		} else {
-			ok = s.take(step.address, step.n)
+			ok = s.Take(step.address, step.n)
 		}
 		if ok != step.want {
 			t.Fatalf("step %d: %v", i, ok)
 		}
 	}
-	if s.taken != 0 || len(s.by) != 0 {
-		t.Errorf("left over: %d, %v", s.taken, s.by)
+	if s.Taken != 0 || len(s.by) != 0 {
+		t.Errorf("left over: %d, %v", s.Taken, s.by)
 	}
 }
 
 func TestShares_Await(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := netip.MustParseAddr("192.0.2.1")
-		s := newShares(1, 1)
+		s := New(1, 1)
 		took := make(chan bool)
 		start := func(timeout time.Duration) {
 			ctx, cancel := context.WithTimeout(t.Context(), timeout)
 			go func() {
 				defer cancel()
-				took <- s.await(ctx, a, 1)
+				took <- s.Await(ctx, a, 1)
 			}()
 		}
 		start(time.Second)
@@ -55,7 +55,7 @@ func TestShares_Await(t *testing.T) {
 		}
 		start(time.Minute)
 		synctest.Wait()
-		s.give(a, 1)
+		s.Give(a, 1)
 		if !<-took {
 			t.Error("it was given back")
 		}
@@ -67,7 +67,7 @@ func TestAddressOf(t *testing.T) {
 		"192.0.2.1:80": "192.0.2.1", "[::ffff:192.0.2.1]:80": "192.0.2.1", "[::1]:80": "::1", "[fe80::1%eth0]:80": "fe80::",
 		"[2001:db8:1:2:3:4:5:6]:80": "2001:db8:1:2::", "pipe": "invalid IP", "": "invalid IP",
 	} {
-		if got := addressOf(in).String(); got != want {
+		if got := AddressOf(in).String(); got != want {
 			t.Errorf("%q: %s, want %s", in, got, want)
 		}
 	}
