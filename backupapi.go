@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/shares"
 )
 
 // Headers of a backup. The digest is that of RFC 9530, and comes behind the body.
@@ -35,7 +36,7 @@ func (h *httpAPI) getSnapshot(w http.ResponseWriter, r request) error {
 		return err
 	}
 	busy := fault.ErrTooManyRequests.WithDetail("%d backups are on their way already, or as many to this address as may be; retry later or at another node", backupsMax)
-	address := AddressOf(r.RemoteAddr)
+	address := shares.AddressOf(r.RemoteAddr)
 	if !h.backups.Take(address, 1) {
 		return busy
 	}

@@ -23,6 +23,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/shares"
 )
 
 // This file is the HTTP front: it turns requests into commands and reads, and
@@ -149,11 +150,11 @@ type httpAPI struct {
 	httpConfig
 	browsers   *browsers
 	metrics    *httpMetrics
-	exposition http.Handler // of all metrics
-	scrapes    Shares       // of the metrics, under way
-	bodies     Shares       // bytes of large ones
-	lists      Shares       // that are read, and streams
-	backups    Shares
+	exposition http.Handler  // of all metrics
+	scrapes    shares.Shares // of the metrics, under way
+	bodies     shares.Shares // bytes of large ones
+	lists      shares.Shares // that are read, and streams
+	backups    shares.Shares
 }
 
 func newHTTPAPI(cfg httpConfig) http.Handler {
@@ -165,11 +166,11 @@ func newHTTPAPI(cfg httpConfig) http.Handler {
 }
 
 // share divides what there is for all clients.
-func (cfg *httpConfig) share(all int64) Shares {
+func (cfg *httpConfig) share(all int64) shares.Shares {
 	if cfg.oneAddress {
-		return New(all, all)
+		return shares.New(all, all)
 	}
-	return New(all, MostOf(all))
+	return shares.New(all, shares.MostOf(all))
 }
 
 // newHTTPServer returns a server with the limits of this file. The caller
@@ -629,7 +630,7 @@ func (h *httpAPI) readBody(w http.ResponseWriter, r *http.Request, sizeMax int) 
 		if size <= bodyFree {
 			return nil
 		}
-		if more := int64(size) - rec.held; h.bodies.Take(AddressOf(r.RemoteAddr), more) {
+		if more := int64(size) - rec.held; h.bodies.Take(shares.AddressOf(r.RemoteAddr), more) {
 			rec.held += more
 			return nil
 		}

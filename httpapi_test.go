@@ -26,6 +26,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/shares"
 	"raftrv/internal/testkit"
 )
 
@@ -559,7 +560,7 @@ func TestHTTP_BodiesAreGivenBack(t *testing.T) {
 	f := newFront(t)
 	large := strings.Repeat("v", testValueSizeMax)
 	other := netip.MustParseAddr("192.0.2.1")
-	held := MostOf(bodiesSizeMax)
+	held := shares.MostOf(bodiesSizeMax)
 	f.api.bodies.All = held + testValueSizeMax - 1
 	if !f.api.bodies.Take(other, held) {
 		t.Fatal("not taken")

@@ -11,6 +11,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
+
+	"raftrv/internal/shares"
 )
 
 // This file counts and logs what the HTTP front answers. It is on the hot path
@@ -86,7 +88,7 @@ func (h *httpAPI) answered(rec *recorder, r *http.Request) {
 		rec.status = http.StatusOK
 	}
 	if rec.held > 0 {
-		h.bodies.Give(AddressOf(r.RemoteAddr), rec.held)
+		h.bodies.Give(shares.AddressOf(r.RemoteAddr), rec.held)
 	}
 	m := &h.metrics.calls[rec.call]
 	m.count(rec.status)

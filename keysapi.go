@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/shares"
 )
 
 // This file is the HTTP front's view of keys as JSON: one item, lists, and the
@@ -178,7 +179,7 @@ func (h *httpAPI) openList(r request, prefix, after string, n int) (*keyList, er
 func (h *httpAPI) openScan(r request, prefix, after string) (*keyList, error) {
 	ctx, cancel := context.WithTimeout(r.Context(), min(r.params.timeout, placeTimeout))
 	defer cancel()
-	address := AddressOf(r.RemoteAddr)
+	address := shares.AddressOf(r.RemoteAddr)
 	if h.lists.Await(ctx, address, 1) {
 		if sc, err := h.store.scan(prefix, after); err == nil {
 			return &keyList{rv: sc.rv, scan: sc, leave: func() { h.lists.Give(address, 1) }}, nil

@@ -20,6 +20,7 @@ import (
 	"unicode/utf8"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/shares"
 	"raftrv/internal/testkit"
 )
 
@@ -559,7 +560,7 @@ func TestHTTP_ListPlaces(t *testing.T) {
 	}
 	f.do("GET", "/-/v1/snapshot", "").Want(t, 429)
 	f.do("GET", "/-/v1/keys", "", stream...).Want(t, 200)
-	if f.api.lists.Taken != MostOf(listsMax) || f.api.backups.Taken != MostOf(backupsMax) {
+	if f.api.lists.Taken != shares.MostOf(listsMax) || f.api.backups.Taken != shares.MostOf(backupsMax) {
 		t.Errorf("%d lists, %d backups", f.api.lists.Taken, f.api.backups.Taken)
 	}
 }

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"raftrv/internal/shares"
 )
 
 // This file is the TCP side of every front end and of the peer port: a listener
@@ -59,8 +61,8 @@ type listener struct {
 	net.Listener
 	config   listenerConfig
 	refusals sync.WaitGroup
-	places   Shares // of connections
-	kept     Shares // of those beyond
+	places   shares.Shares // of connections
+	kept     shares.Shares // of those beyond
 
 	mu       sync.Mutex
 	closed   bool // by closeAll: no connection may be added
@@ -89,8 +91,8 @@ func newListener(inner net.Listener, config listenerConfig) *listener {
 	return &listener{
 		Listener: inner,
 		config:   config,
-		places:   New(int64(config.connectionsMax), int64(cmp.Or(config.addressMax, config.connectionsMax))),
-		kept:     New(int64(config.keptMax), MostOf(int64(config.keptMax))),
+		places:   shares.New(int64(config.connectionsMax), int64(cmp.Or(config.addressMax, config.connectionsMax))),
+		kept:     shares.New(int64(config.keptMax), shares.MostOf(int64(config.keptMax))),
 		conns:    map[*conn]struct{}{},
 		refusing: map[net.Conn]struct{}{},
 	}
@@ -116,7 +118,7 @@ func (l *listener) Accept() (net.Conn, error) {
 func (l *listener) admit(inner net.Conn) *conn {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	c := &conn{Conn: inner, listener: l, address: AddressOf(inner.RemoteAddr().String())}
+	c := &conn{Conn: inner, listener: l, address: shares.AddressOf(inner.RemoteAddr().String())}
 	switch {
 	case l.closed:
 		_ = inner.Close() // unused
@@ -194,7 +196,7 @@ type conn struct {
 	net.Conn
 	listener *listener
 	address  netip.Addr
-	place    *Shares // where it has its place
+	place    *shares.Shares // where it has its place
 
 	// kept says that it has a place that is kept for those who look after the node,
 	// for whom it must turn out to be before until. Only whoever serves it may use

@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 
+	"raftrv/internal/shares"
 	"raftrv/internal/testkit"
 )
 
@@ -318,7 +319,7 @@ func TestListener_Addresses(t *testing.T) {
 	}
 	greedy := dialFrom(t, "127.0.0.1", l)
 	dialFrom(t, "127.0.0.2", l)
-	if got := AddressOf(mustAccept(t, l).RemoteAddr().String()).String(); got != "127.0.0.2" {
+	if got := shares.AddressOf(mustAccept(t, l).RemoteAddr().String()).String(); got != "127.0.0.2" {
 		t.Errorf("accepted %s", got)
 	}
 	if n, err := greedy.Read(make([]byte, 1)); n > 0 || err == nil {

@@ -21,6 +21,7 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/shares"
 )
 
 // This file is the HTTP front for those who look after a node: status,
@@ -144,7 +145,7 @@ func (h *httpAPI) getReady(w http.ResponseWriter, r request) error {
 
 // getMetrics answers in Prometheus' text format.
 func (h *httpAPI) getMetrics(w http.ResponseWriter, r request) error {
-	address := AddressOf(r.RemoteAddr)
+	address := shares.AddressOf(r.RemoteAddr)
 	if !h.scrapes.Take(address, 1) {
 		return fault.ErrTooManyRequests.WithDetail("%d others are getting the metrics, at most that many can; retry later", metricsInFlight)
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/shares"
 	"raftrv/internal/testkit"
 )
 
@@ -555,7 +556,7 @@ func TestOpenAPI_Statuses(t *testing.T) {
 	}
 	// A scrape more than one address may have at a time.
 	scraped := newFront(t, func(c *httpConfig) { c.registry.MustRegister(slowCollector{}) })
-	slowScrapes := make(chan int, MostOf(metricsInFlight)+1)
+	slowScrapes := make(chan int, shares.MostOf(metricsInFlight)+1)
 	for range cap(slowScrapes) {
 		go func() { slowScrapes <- scraped.do("GET", "/-/metrics", "").Code }()
 	}
@@ -564,7 +565,7 @@ func TestOpenAPI_Statuses(t *testing.T) {
 	}
 	note("GET", "/-/metrics", 429)
 	close(slowCollected)
-	for range MostOf(metricsInFlight) {
+	for range shares.MostOf(metricsInFlight) {
 		if code := <-slowScrapes; code != 200 {
 			t.Errorf("%d, want 200", code)
 		}
