@@ -246,7 +246,7 @@ func (n *peerNetwork) knock(id uint64) {
 
 // found returns those of members that have said who they are, with the addresses
 // where they did.
-func (n *peerNetwork) found(members []member) (found []member) {
+func (n *peerNetwork) found(members []Member) (found []Member) {
 	if n == nil {
 		return members // there is no network in this test
 	}
@@ -262,8 +262,8 @@ func (n *peerNetwork) found(members []member) (found []member) {
 
 // checkAddress refuses to give a member an address where somebody else answers.
 // That nobody does is fine: members are added before they are started.
-func (n *node) checkAddress(ctx context.Context, m member) error {
-	if m.PeerURL == "" || slices.ContainsFunc(n.store.members(), func(o member) bool { return o.PeerURL == m.PeerURL }) {
+func (n *node) checkAddress(ctx context.Context, m Member) error {
+	if m.PeerURL == "" || slices.ContainsFunc(n.store.Members(), func(o Member) bool { return o.PeerURL == m.PeerURL }) {
 		return nil // nothing new, or refused as that of another
 	}
 	info, err := askPeer(ctx, m.PeerURL)
@@ -271,14 +271,14 @@ func (n *node) checkAddress(ctx context.Context, m member) error {
 	switch {
 	case errors.Is(is, errSilent):
 		return nil
-	case is != nil && err == nil && info.Cluster == fmt.Sprintf("%x", n.cluster) && slices.Contains(n.store.removed(), info.Node):
+	case is != nil && err == nil && info.Cluster == fmt.Sprintf("%x", n.cluster) && slices.Contains(n.store.Removed(), info.Node):
 		return nil // it is about to end
 	case is != nil:
 		return fault.ErrMember.WithDetail("%s is not the peer URL of node %d of this cluster: %v", m.PeerURL, m.ID, is)
 	}
 	// It may be the same process, at two addresses.
 	twice := m.ID == n.config.id && info.Process != n.process
-	for _, now := range n.network.found([]member{{ID: m.ID}}) {
+	for _, now := range n.network.found([]Member{{ID: m.ID}}) {
 		old, err := askPeer(ctx, now.PeerURL)
 		twice = recognize(m.ID, n.cluster, old, err) == nil && old.Process != info.Process
 	}
@@ -293,8 +293,8 @@ func (n *node) checkAddress(ctx context.Context, m member) error {
 // so a majority of the other voters that it knows must list it. If it has applied
 // that itself, one that knows, too, is enough: see applyConfChange.
 func (n *node) isRemoved(ctx context.Context) (removed bool, by, of []uint64) {
-	var voters []member
-	for _, m := range n.store.members() {
+	var voters []Member
+	for _, m := range n.store.Members() {
 		if m.ID != n.config.id && !m.Learner {
 			voters, of = append(voters, m), append(of, m.ID)
 		}
@@ -305,7 +305,7 @@ func (n *node) isRemoved(ctx context.Context) (removed bool, by, of []uint64) {
 		}
 	}
 	slices.Sort(by)
-	known := slices.Contains(n.store.removed(), n.config.id)
+	known := slices.Contains(n.store.Removed(), n.config.id)
 	return len(by) > len(voters)/2 || known && len(by) > 0, by, of
 }
 

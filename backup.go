@@ -27,12 +27,12 @@ import (
 
 const (
 	backupMagic   = "RAFTRVBK"
-	backupFormat  = 1
+	BackupFormat  = 1
 	backupHeadMax = 64 << 10 // bytes
 )
 
-// backupHead says where a backup comes from.
-type backupHead struct {
+// BackupHead says where a backup comes from.
+type BackupHead struct {
 	Format  int       `json:"format"`
 	Cluster string    `json:"cluster"` // hexadecimal
 	Member  uint64    `json:"member"`
@@ -44,55 +44,55 @@ type backupHead struct {
 // list it reads the live tree in small parts, so it takes no memory that
 // grows with the state. Its methods are for one goroutine.
 type backup struct {
-	rest  state // everything but the items
-	items *scan
+	Rest  State // everything but the items
+	items *Scan
 }
 
-// backup begins a backup. The caller must close it.
-func (s *kvstore) backup() (*backup, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// Backup begins a backup. The caller must close it.
+func (s *Store) Backup() (*backup, error) {
+	s.Mu.Lock()
+	defer s.Mu.Unlock()
 	items, err := s.scanLocked("", "")
 	if err != nil {
 		return nil, err
 	}
-	rest := newState()
-	rest.setLevel(s.state.level)
-	rest.elapsed, rest.seen = s.state.elapsed, s.state.seen
-	rest.index, rest.term, rest.rv, rest.now = s.state.index, s.state.term, s.state.rv, s.state.now
-	rest.retries = s.state.retries.copy()
-	rest.members, rest.removed = maps.Clone(s.state.members), maps.Clone(s.state.removed)
-	rest.events.dropped = rest.rv
-	return &backup{rest: rest, items: items}, nil
+	rest := NewState()
+	rest.SetLevel(s.State.Level)
+	rest.elapsed, rest.seen = s.State.elapsed, s.State.seen
+	rest.Index, rest.Term, rest.RV, rest.Now = s.State.Index, s.State.Term, s.State.RV, s.State.Now
+	rest.Retries = s.State.Retries.copy()
+	rest.Members, rest.Removed = maps.Clone(s.State.Members), maps.Clone(s.State.Removed)
+	rest.Events.Dropped = rest.RV
+	return &backup{Rest: rest, items: items}, nil
 }
 
-func (b *backup) close() { b.items.close() }
+func (b *backup) Close() { b.items.Close() }
 
-// writeTo streams the backup. Between two parts it calls rest.
-func (b *backup) writeTo(w io.Writer, head backupHead, rest func()) error {
+// Encode streams the backup. Between two parts it calls rest.
+func (b *backup) Encode(w io.Writer, head BackupHead, rest func()) error {
 	digest := sha256.New()
 	out := io.MultiWriter(w, digest)
 	if err := head.writeTo(out); err != nil {
 		return err
 	}
-	e := newSnapshotEncoder(out)
-	if err := b.rest.writeHead(e); err != nil {
+	e := NewSnapshotEncoder(out)
+	if err := b.Rest.writeHead(e); err != nil {
 		return err
 	}
 	for n := 0; ; {
 		rest()
-		items, err := b.items.read()
+		items, err := b.items.Read()
 		if err != nil {
 			return err
 		}
 		if len(items) == 0 {
-			if err := b.rest.writeEnd(e, n); err != nil {
+			if err := b.Rest.writeEnd(e, n); err != nil {
 				return err
 			}
 			break
 		}
 		for _, it := range items {
-			e.keyItem(it.key, it.item)
+			e.keyItem(it.Key, it.Item)
 		}
 		if e.err != nil {
 			return e.err
@@ -103,7 +103,7 @@ func (b *backup) writeTo(w io.Writer, head backupHead, rest func()) error {
 	return err
 }
 
-func (h backupHead) writeTo(w io.Writer) error {
+func (h BackupHead) writeTo(w io.Writer) error {
 	b, err := json.Marshal(h)
 	if err != nil {
 		return err
@@ -113,16 +113,16 @@ func (h backupHead) writeTo(w io.Writer) error {
 	return err
 }
 
-// backupFile is a backup that was read and found whole.
-type backupFile struct {
-	backupHead
-	digest string // hexadecimal
-	size   int64
-	state  state
+// BackupFile is a backup that was read and found whole.
+type BackupFile struct {
+	BackupHead
+	Digest string // hexadecimal
+	Size   int64
+	State  State
 }
 
-// readBackup reads a backup and checks all of it.
-func readBackup(path string) (*backupFile, error) {
+// ReadBackup reads a backup and checks all of it.
+func ReadBackup(path string) (*BackupFile, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
@@ -132,39 +132,39 @@ func readBackup(path string) (*backupFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &backupFile{size: info.Size()}
-	if err := b.read(f); err != nil {
+	b := &BackupFile{Size: info.Size()}
+	if err := b.Read(f); err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return b, nil
 }
 
-func (b *backupFile) read(f io.ReaderAt) error {
-	if b.size < sha256.Size {
-		return fmt.Errorf("%w: it has %d bytes", errSnapshotDamage, b.size)
+func (b *BackupFile) Read(f io.ReaderAt) error {
+	if b.Size < sha256.Size {
+		return fmt.Errorf("%w: it has %d bytes", ErrSnapshotDamage, b.Size)
 	}
 	digest := sha256.New()
-	body := io.TeeReader(io.NewSectionReader(f, 0, b.size-sha256.Size), digest)
+	body := io.TeeReader(io.NewSectionReader(f, 0, b.Size-sha256.Size), digest)
 	start, err := b.readHead(body)
 	if err != nil {
 		return err
 	}
-	if b.state, err = readStateAt(body, start); err != nil {
+	if b.State, err = readStateAt(body, start); err != nil {
 		return err
 	}
-	b.digest = hex.EncodeToString(digest.Sum(nil))
+	b.Digest = hex.EncodeToString(digest.Sum(nil))
 	var want [sha256.Size]byte
-	if _, err := f.ReadAt(want[:], b.size-sha256.Size); err != nil {
+	if _, err := f.ReadAt(want[:], b.Size-sha256.Size); err != nil {
 		return err
 	}
-	if b.digest != hex.EncodeToString(want[:]) {
-		return fmt.Errorf("%w: its SHA-256 is %s, at byte %d it says %x", errSnapshotDamage, b.digest, b.size-sha256.Size, want)
+	if b.Digest != hex.EncodeToString(want[:]) {
+		return fmt.Errorf("%w: its SHA-256 is %s, at byte %d it says %x", ErrSnapshotDamage, b.Digest, b.Size-sha256.Size, want)
 	}
 	return nil
 }
 
 // readHead reads the head and returns its size.
-func (b *backupFile) readHead(r io.Reader) (int64, error) {
+func (b *BackupFile) readHead(r io.Reader) (int64, error) {
 	var magic [len(backupMagic)]byte
 	if _, err := io.ReadFull(r, magic[:]); err != nil {
 		return 0, headError(err)
@@ -178,32 +178,32 @@ func (b *backupFile) readHead(r io.Reader) (int64, error) {
 	}
 	length := binary.LittleEndian.Uint32(size[:])
 	if length > backupHeadMax {
-		return 0, fmt.Errorf("%w: head of %d bytes, at byte 8", errSnapshotDamage, length)
+		return 0, fmt.Errorf("%w: head of %d bytes, at byte 8", ErrSnapshotDamage, length)
 	}
 	head := make([]byte, length)
 	if _, err := io.ReadFull(r, head); err != nil {
 		return 0, headError(err)
 	}
-	if err := json.Unmarshal(head, &b.backupHead); err != nil {
-		return 0, fmt.Errorf("%w: head, at byte %d: %w", errSnapshotDamage, len(magic)+len(size), err)
+	if err := json.Unmarshal(head, &b.BackupHead); err != nil {
+		return 0, fmt.Errorf("%w: head, at byte %d: %w", ErrSnapshotDamage, len(magic)+len(size), err)
 	}
-	if b.Format != backupFormat {
-		return 0, fmt.Errorf("backup format %d is not known to this program (knows %d): use the version that wrote it, %q", b.Format, backupFormat, b.Version)
+	if b.Format != BackupFormat {
+		return 0, fmt.Errorf("backup format %d is not known to this program (knows %d): use the version that wrote it, %q", b.Format, BackupFormat, b.Version)
 	}
 	return int64(len(magic)+len(size)) + int64(length), nil
 }
 
 func headError(err error) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return fmt.Errorf("%w: it breaks off in its head", errSnapshotDamage)
+		return fmt.Errorf("%w: it breaks off in its head", ErrSnapshotDamage)
 	}
 	return err
 }
 
-// bytes returns how many bytes the keys and values have.
-func (b *backupFile) bytes() (n int64) {
-	b.state.items.Scan(func(key string, it item) bool {
-		n += int64(len(key) + len(it.value))
+// Bytes returns how many bytes the keys and values have.
+func (b *BackupFile) Bytes() (n int64) {
+	b.State.Items.Scan(func(key string, it Item) bool {
+		n += int64(len(key) + len(it.Value))
 		return true
 	})
 	return n

@@ -41,17 +41,17 @@ func (h *httpAPI) getSnapshot(w http.ResponseWriter, r request) error {
 		return busy
 	}
 	defer h.backups.Give(address, 1)
-	b, err := h.store.backup()
+	b, err := h.store.Backup()
 	if err != nil {
 		return busy
 	}
-	defer b.close()
-	head := backupHead{Format: backupFormat, Cluster: h.backend.status().ClusterID, Member: h.id, Time: time.Now().UTC().Truncate(time.Second), Version: h.version}
+	defer b.Close()
+	head := BackupHead{Format: BackupFormat, Cluster: h.backend.status().ClusterID, Member: h.id, Time: time.Now().UTC().Truncate(time.Second), Version: h.version}
 	header := w.Header()
-	setResourceVersion(header, b.rest.rv)
+	setResourceVersion(header, b.Rest.RV)
 	header[headerCluster] = []string{head.Cluster}
-	header[headerIndex] = []string{strconv.FormatUint(b.rest.index, 10)}
-	header[headerTerm] = []string{strconv.FormatUint(b.rest.term, 10)}
+	header[headerIndex] = []string{strconv.FormatUint(b.Rest.Index, 10)}
+	header[headerTerm] = []string{strconv.FormatUint(b.Rest.Term, 10)}
 	s := newStream(w, r, typeBytes)
 	defer s.free()
 	if s.isHead {
@@ -59,8 +59,8 @@ func (h *httpAPI) getSnapshot(w http.ResponseWriter, r request) error {
 	}
 	header["Trailer"] = []string{headerDigest}
 	digest := sha256.New()
-	t := turns{store: h.store, began: time.Now(), rv: b.rest.rv}
-	if err := b.writeTo(io.MultiWriter(s, digest), head, t.rest); err != nil {
+	t := turns{store: h.store, began: time.Now(), rv: b.Rest.RV}
+	if err := b.Encode(io.MultiWriter(s, digest), head, t.rest); err != nil {
 		h.logger.Warn("cut off a backup", zap.Error(err))
 		s.abort(http.StatusInternalServerError)
 	}

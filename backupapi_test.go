@@ -22,27 +22,27 @@ func TestHTTP_Snapshot(t *testing.T) {
 	a := f.do("GET", "/-/v1/snapshot", "")
 	a.Want(t, 200)
 	a.WantHeader(t, "Resource-Version", "1000")
-	a.WantHeader(t, "Raft-Index", fmt.Sprint(f.store.applied()))
+	a.WantHeader(t, "Raft-Index", fmt.Sprint(f.store.Applied()))
 	a.WantHeader(t, "Content-Type", "application/octet-stream")
-	got := &backupFile{size: int64(len(a.Body))}
-	err := got.read(strings.NewReader(a.Body))
+	got := &BackupFile{Size: int64(len(a.Body))}
+	err := got.Read(strings.NewReader(a.Body))
 	testkit.Must(t, err)
-	want := f.store.snapshot()
-	wantSameItems(t, &got.state, &want)
+	want := f.store.Snapshot()
+	wantSameItems(t, &got.State, &want)
 	if a.Header.Get("Cluster-Id") != got.Cluster || got.Member != 1 || got.Version != "v0" {
-		t.Errorf("%+v, header %v", got.backupHead, a.Header)
+		t.Errorf("%+v, header %v", got.BackupHead, a.Header)
 	}
 	f.do("HEAD", "/-/v1/snapshot", "").WantHeader(t, "Resource-Version", "1000")
 	f.do("GET", "/-/v1/snapshot?prefix=key", "").Want(t, 400)
 	f.do("GET", "/-/v1/snapshot?resourceVersion=1000", "").Want(t, 200)
-	if left := len(f.store.state.scans); left != 0 {
+	if left := len(f.store.State.Scans); left != 0 {
 		t.Errorf("%d scans are left", left)
 	}
 }
 
 // Who reads slowly gets all of it. Who does not read is cut off.
 func TestHTTP_SlowSnapshot(t *testing.T) {
-	const most = streamWriteTimeout * 2 * frameSize / streamPaceSize // for one part
+	const most = streamWriteTimeout * 2 * FrameSize / streamPaceSize // for one part
 	for _, pause := range []time.Duration{most / 2, 2 * most} {
 		t.Run(pause.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -55,7 +55,7 @@ func TestHTTP_SlowSnapshot(t *testing.T) {
 				testkit.Must(t, err)
 				res, err := http.ReadResponse(bufio.NewReader(c), nil)
 				testkit.Must(t, err)
-				digest, part := sha256.New(), make([]byte, 2*frameSize) // a write never waits for two of them
+				digest, part := sha256.New(), make([]byte, 2*FrameSize) // a write never waits for two of them
 				for err == nil {
 					time.Sleep(pause)
 					var n int
@@ -67,7 +67,7 @@ func TestHTTP_SlowSnapshot(t *testing.T) {
 					t.Errorf("whole: %v; %v, trailer %v", isWhole, err, res.Trailer)
 				}
 				synctest.Wait()
-				if left := len(f.store.state.scans); left != 0 {
+				if left := len(f.store.State.Scans); left != 0 {
 					t.Errorf("%d scans are left", left)
 				}
 			})

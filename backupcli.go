@@ -143,7 +143,7 @@ func newInspectCommand() *cobra.Command {
 if anything is damaged or missing.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			b, err := readBackup(args[0])
+			b, err := ReadBackup(args[0])
 			if err != nil {
 				return err
 			}
@@ -152,23 +152,23 @@ if anything is damaged or missing.`,
 	}
 }
 
-func (b *backupFile) print(w io.Writer) error {
+func (b *BackupFile) print(w io.Writer) error {
 	var members []string
-	for _, m := range b.state.sortedMembers() {
+	for _, m := range b.State.SortedMembers() {
 		members = append(members, fmt.Sprintf("%d=%s", m.ID, m.PeerURL))
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	for _, line := range [][2]string{
-		{"checksum", "ok, SHA-256 " + b.digest},
+		{"checksum", "ok, SHA-256 " + b.Digest},
 		{"format", fmt.Sprint(b.Format)},
 		{"taken", fmt.Sprintf("%s from node %d by raftrv %s", b.Time.Format(time.RFC3339), b.Member, b.Version)},
 		{"cluster", b.Cluster},
 		{"members", strings.Join(members, ",")},
-		{"resource version", fmt.Sprint(b.state.rv)},
-		{"raft index", fmt.Sprint(b.state.index)},
-		{"raft term", fmt.Sprint(b.state.term)},
-		{"keys", fmt.Sprint(b.state.items.Len())},
-		{"bytes", fmt.Sprintf("%d of keys and values, %d of the file", b.bytes(), b.size)},
+		{"resource version", fmt.Sprint(b.State.RV)},
+		{"raft index", fmt.Sprint(b.State.Index)},
+		{"raft term", fmt.Sprint(b.State.Term)},
+		{"keys", fmt.Sprint(b.State.Items.Len())},
+		{"bytes", fmt.Sprintf("%d of keys and values, %d of the file", b.Bytes(), b.Size)},
 	} {
 		fmt.Fprintf(t, "%s\t%s\n", line[0], line[1])
 	}
@@ -198,17 +198,17 @@ wants to resume from an old one is answered 410: list again.`,
 				return err
 			}
 			syscall.Umask(0o077)
-			b, err := readBackup(args[0])
+			b, err := ReadBackup(args[0])
 			if err != nil {
 				return err
 			}
-			before, keys := b.state.rv, b.state.items.Len()
+			before, keys := b.State.RV, b.State.Items.Len()
 			if err := restoreBackup(cfg, b, above, zap.NewNop()); err != nil {
 				return err
 			}
 			out := cmd.OutOrStdout()
 			fmt.Fprintf(out, "restored %d keys into %s, node %d of a new cluster (the backup is of cluster %s)\n", keys, cfg.dataDir, cfg.id, b.Cluster)
-			fmt.Fprintf(out, "the resource version is %d, in the backup it was %d\n", b.state.rv, before)
+			fmt.Fprintf(out, "the resource version is %d, in the backup it was %d\n", b.State.RV, before)
 			fmt.Fprintf(out, "when all nodes are restored from this file, start each:\n  %s\n", serveCommand(cfg.id, cfg.cluster, cfg.token, cfg.dataDir))
 			return nil
 		},

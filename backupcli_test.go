@@ -22,7 +22,7 @@ import (
 )
 
 // backupOf writes a backup of a state to a file.
-func backupOf(t *testing.T, st state) string {
+func backupOf(t *testing.T, st State) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "backup")
 	testkit.Must(t, os.WriteFile(path, encodeBackup(t, st), fsx.FileMode))
@@ -43,9 +43,9 @@ func TestSaveBackup(t *testing.T) {
 	defer node.Close()
 	saved, err := saveBackup(t.Context(), node.URL+"/", path)
 	testkit.Must(t, err)
-	got, err := readBackup(path)
+	got, err := ReadBackup(path)
 	testkit.Must(t, err)
-	if got.state.rv != old.rv || saved.size != got.size {
+	if got.State.RV != old.RV || saved.size != got.Size {
 		t.Errorf("%+v", got)
 	}
 	info, err := os.Stat(path)
@@ -166,7 +166,7 @@ func TestCommand_SnapshotRestore(t *testing.T) {
 			testkit.Must(t, s.close())
 			s, rec := openRestored(t, dir)
 			checkRestored(t, rec, &old)
-			bodies[testkit.ReadFile(t, s.bodyPath(firstIndex))], directories[rec.identity.Directory] = true, true
+			bodies[testkit.ReadFile(t, s.bodyPath(FirstIndex))], directories[rec.identity.Directory] = true, true
 			if own, err := s.loadFounding(); own != nil || err != nil || rec.identity.Cluster != step.cluster {
 				t.Errorf("%+v, %v, cluster %x", own, err, rec.identity.Cluster)
 			}
@@ -196,25 +196,25 @@ func openRestored(t *testing.T, dir string) (*storage, *recovered) {
 }
 
 // checkRestored looks at a restored state, of which old is the origin.
-func checkRestored(t *testing.T, rec *recovered, old *state) {
+func checkRestored(t *testing.T, rec *recovered, old *State) {
 	t.Helper()
 	got := rec.state
-	if got.rv != old.rv+versionJump || got.index != firstIndex || !rec.untouched() {
-		t.Errorf("version %d, index %d, untouched %v; version in the backup %d", got.rv, got.index, rec.untouched(), old.rv)
+	if got.RV != old.RV+VersionJump || got.Index != FirstIndex || !rec.untouched() {
+		t.Errorf("version %d, index %d, untouched %v; version in the backup %d", got.RV, got.Index, rec.untouched(), old.RV)
 	}
-	if len(got.sessions) != 0 || len(got.removed) != 0 || len(got.members) != 3 || got.members[2].Learner || len(rec.confState.GetVoters()) != 3 {
-		t.Errorf("sessions %v, members %v, removed %v, %v", got.sessions, got.members, got.removed, rec.confState)
+	if len(got.Sessions) != 0 || len(got.Removed) != 0 || len(got.Members) != 3 || got.Members[2].Learner || len(rec.confState.GetVoters()) != 3 {
+		t.Errorf("sessions %v, members %v, removed %v, %v", got.Sessions, got.Members, got.Removed, rec.confState)
 	}
-	if _, ok := got.events.seek(got.rv - 1); ok {
+	if _, ok := got.Events.Seek(got.RV - 1); ok {
 		t.Error("a watch could go on from an old version")
 	}
-	if _, ok := got.events.seek(got.rv); !ok {
+	if _, ok := got.Events.Seek(got.RV); !ok {
 		t.Error("no watch can begin")
 	}
-	got.rv = old.rv
+	got.RV = old.RV
 	wantSameItems(t, &got, old)
-	if got.retries.records.Len() != old.retries.records.Len() {
-		t.Errorf("%d outcomes of retries, want %d", got.retries.records.Len(), old.retries.records.Len())
+	if got.Retries.Records.Len() != old.Retries.Records.Len() {
+		t.Errorf("%d outcomes of retries, want %d", got.Retries.Records.Len(), old.Retries.Records.Len())
 	}
 }
 
@@ -225,10 +225,10 @@ func TestCommand_Recover(t *testing.T) {
 	parent := t.TempDir()
 	from, to := filepath.Join(parent, "data"), filepath.Join(parent, "data-recovered")
 	s, rec := newDisk(t, from)
-	rec.state.members[2] = member{ID: 2, PeerURL: "http://127.0.0.1:2"}
-	rec.state.members[3] = member{ID: 3, PeerURL: "http://127.0.0.1:3"}
-	rec.state.removed[4] = true
-	st := &kvstore{state: rec.state}
+	rec.state.Members[2] = Member{ID: 2, PeerURL: "http://127.0.0.1:2"}
+	rec.state.Members[3] = Member{ID: 3, PeerURL: "http://127.0.0.1:3"}
+	rec.state.Removed[4] = true
+	st := &Store{State: rec.state}
 	snapshotAt(t, s, st, 20)
 	e := putEntry(21, 3, "not known to be committed", "v")
 	testkit.Must(t, s.save(&raftpb.HardState{Term: new(uint64(3)), Commit: new(uint64(20))}, []*raftpb.Entry{e}))
@@ -269,14 +269,14 @@ func TestCommand_Recover(t *testing.T) {
 	s, rec = openRestored(t, to)
 	defer s.close()
 	got := rec.state
-	if len(got.members) != 1 || got.members[1].PeerURL != "http://127.0.0.1:1" || !got.removed[2] || !got.removed[3] || !got.removed[4] || got.removed[1] {
-		t.Errorf("members %v, removed %v", got.members, got.removed)
+	if len(got.Members) != 1 || got.Members[1].PeerURL != "http://127.0.0.1:1" || !got.Removed[2] || !got.Removed[3] || !got.Removed[4] || got.Removed[1] {
+		t.Errorf("members %v, removed %v", got.Members, got.Removed)
 	}
-	if rec.identity.Cluster == 7 || got.rv != st.version()+versionJump {
-		t.Errorf("cluster %x, version %d", rec.identity.Cluster, got.rv)
+	if rec.identity.Cluster == 7 || got.RV != st.Version()+VersionJump {
+		t.Errorf("cluster %x, version %d", rec.identity.Cluster, got.RV)
 	}
-	got.rv = st.version()
-	wantSameItems(t, &got, &st.state)
+	got.RV = st.Version()
+	wantSameItems(t, &got, &st.State)
 }
 
 // What cannot be made completely is not taken for something that it is not.
@@ -284,7 +284,7 @@ func TestMakeDirectory_Fails(t *testing.T) {
 	dir := t.TempDir()
 	cfg := configOf(t, "--id", "1", "--cluster", restoreMembers, "--data-dir", filepath.Join(dir, "file", "data"))
 	testkit.Must(t, os.WriteFile(filepath.Join(dir, "file"), nil, fsx.FileMode))
-	b, err := readBackup(backupOf(t, exampleState(t)))
+	b, err := ReadBackup(backupOf(t, exampleState(t)))
 	testkit.Must(t, err)
 	if err := restoreBackup(cfg, b, 0, zap.NewNop()); err == nil {
 		t.Error("made a directory in a file")

@@ -15,17 +15,17 @@ import (
 // eventsRig applies what a loop would have put into batches.
 type eventsRig struct {
 	t     *testing.T
-	store *kvstore
+	store *Store
 }
 
-func (r *eventsRig) apply(commands ...command) (out []result) {
+func (r *eventsRig) apply(commands ...Command) (out []Result) {
 	r.t.Helper()
 	var data []byte
 	for i := range commands {
-		data = commands[i].appendTo(data)
+		data = commands[i].AppendTo(data)
 	}
-	n := r.store.applied() + 1
-	_, err := r.store.apply(n, 1, batchHeader{session: 1, seq: n, time: int64(n)}, data, &out)
+	n := r.store.Applied() + 1
+	_, err := r.store.Apply(n, 1, BatchHeader{Session: 1, Seq: n, Time: int64(n)}, data, &out)
 	testkit.Must(r.t, err)
 	return out
 }
@@ -44,54 +44,54 @@ func TestEntryEvents_Bounded(t *testing.T) {
 		n     int
 		value int // size
 		ttl   bool
-		do    func(key func(i int) string) []command // nil = let them expire
+		do    func(key func(i int) string) []Command // nil = let them expire
 	}{
 		{name: "prefix, large values", keys: keyOf(8), n: 70, value: 1 << 20, do: deleteAll},
-		{name: "prefix, many keys", keys: keyOf(8), n: deletePrefixMax, value: deletedValueMax, do: deleteAll},
-		{name: "prefix, many long keys", keys: keyOf(400), n: deletePrefixMax, value: deletedValueMax, do: deleteAll},
-		{name: "prefix, longest keys", keys: keyOf(keySizeMax), n: 3900, value: deletedValueMax, do: deleteAll},
-		{name: "prefixes", keys: keyOf(4), n: many, do: func(func(int) string) (cs []command) {
+		{name: "prefix, many keys", keys: keyOf(8), n: DeletePrefixMax, value: DeletedValueMax, do: deleteAll},
+		{name: "prefix, many long keys", keys: keyOf(400), n: DeletePrefixMax, value: DeletedValueMax, do: deleteAll},
+		{name: "prefix, longest keys", keys: keyOf(KeySizeMax), n: 3900, value: DeletedValueMax, do: deleteAll},
+		{name: "prefixes", keys: keyOf(4), n: many, do: func(func(int) string) (cs []Command) {
 			for i := range 16 {
-				cs = append(cs, command{op: opDeletePrefix, key: fmt.Sprintf("%x", i)})
+				cs = append(cs, Command{Op: OpDeletePrefix, Key: fmt.Sprintf("%x", i)})
 			}
 			return cs
 		}},
-		{name: "deletes", keys: keyOf(4), n: many, value: deletedValueMax, do: func(key func(int) string) (cs []command) {
+		{name: "deletes", keys: keyOf(4), n: many, value: DeletedValueMax, do: func(key func(int) string) (cs []Command) {
 			for i := range many {
-				cs = append(cs, command{op: opDelete, key: key(i)})
+				cs = append(cs, Command{Op: OpDelete, Key: key(i)})
 			}
 			return cs
 		}},
-		{name: "puts and deletes of overdue keys", keys: keyOf(4), n: many, value: deletedValueMax, ttl: true, do: func(key func(int) string) (cs []command) {
+		{name: "puts and deletes of overdue keys", keys: keyOf(4), n: many, value: DeletedValueMax, ttl: true, do: func(key func(int) string) (cs []Command) {
 			for i := range many {
-				cs = append(cs, command{op: opPut, key: key(i)}, command{op: opDelete, key: key(i)})
+				cs = append(cs, Command{Op: OpPut, Key: key(i)}, Command{Op: OpDelete, Key: key(i)})
 			}
 			return cs
 		}},
-		{name: "transactions", keys: keyOf(4), n: many, value: deletedValueMax, ttl: true, do: func(key func(int) string) (cs []command) {
-			for i := 0; i+3*txnOpsMax <= many; i += 3 * txnOpsMax {
-				var x txn
-				for j := range txnOpsMax {
-					x.compare = append(x.compare, comparison{kind: byAbsent, key: key(i + j)})
-					x.then = append(x.then, command{op: opPut, key: key(i + txnOpsMax + j)})
-					x.otherwise = append(x.otherwise, command{op: opDelete, key: key(i + 2*txnOpsMax + j)})
+		{name: "transactions", keys: keyOf(4), n: many, value: DeletedValueMax, ttl: true, do: func(key func(int) string) (cs []Command) {
+			for i := 0; i+3*TxnOpsMax <= many; i += 3 * TxnOpsMax {
+				var x Txn
+				for j := range TxnOpsMax {
+					x.Compare = append(x.Compare, Comparison{Kind: ByAbsent, Key: key(i + j)})
+					x.Then = append(x.Then, Command{Op: OpPut, Key: key(i + TxnOpsMax + j)})
+					x.Otherwise = append(x.Otherwise, Command{Op: OpDelete, Key: key(i + 2*TxnOpsMax + j)})
 				}
-				cs = append(cs, command{op: opTxn, value: x.encode()})
+				cs = append(cs, Command{Op: OpTxn, Value: x.Encode()})
 			}
 			return cs
 		}},
-		{name: "expiry of long keys", keys: keyOf(keySizeMax), n: 3000, value: deletedValueMax, ttl: true},
+		{name: "expiry of long keys", keys: keyOf(KeySizeMax), n: 3000, value: DeletedValueMax, ttl: true},
 		{name: "expiry of large values", keys: keyOf(8), n: 1200, value: 64 << 10, ttl: true},
-		{name: "mixed", keys: keyOf(4), n: many, value: 100, ttl: true, do: func(key func(int) string) (cs []command) {
+		{name: "mixed", keys: keyOf(4), n: many, value: 100, ttl: true, do: func(key func(int) string) (cs []Command) {
 			random := rand.New(rand.NewPCG(1, 2))
 			for range many {
 				switch k := key(random.IntN(2 * many)); random.IntN(200) {
 				case 0:
-					cs = append(cs, command{op: opDeletePrefix, key: k[:2]})
+					cs = append(cs, Command{Op: OpDeletePrefix, Key: k[:2]})
 				case 1:
-					cs = append(cs, command{op: opPut, key: k, value: strings.Repeat("x", 100_000)})
+					cs = append(cs, Command{Op: OpPut, Key: k, Value: strings.Repeat("x", 100_000)})
 				default:
-					cs = append(cs, command{op: []op{opPut, opDelete}[random.IntN(2)], key: k})
+					cs = append(cs, Command{Op: []Op{OpPut, OpDelete}[random.IntN(2)], Key: k})
 				}
 			}
 			return cs
@@ -99,14 +99,14 @@ func TestEntryEvents_Bounded(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			r := &eventsRig{t: t, store: newKVStore()}
-			r.apply(raiseLevel(2))
+			r := &eventsRig{t: t, store: New()}
+			r.apply(RaiseLevel(2))
 			value := strings.Repeat("v", tt.value)
-			var load []command
+			var load []Command
 			for i := range tt.n {
-				c := command{op: opPut, key: tt.keys(i), value: value}
+				c := Command{Op: OpPut, Key: tt.keys(i), Value: value}
 				if tt.ttl {
-					c.expires = 1
+					c.Expires = 1
 				}
 				load = append(load, c)
 			}
@@ -115,7 +115,7 @@ func TestEntryEvents_Bounded(t *testing.T) {
 				r.applyAsLoop(tt.do(tt.keys))
 			}
 			for tt.do == nil {
-				due := r.store.expired(1<<40, expireMax, batchSizeMax)
+				due := r.store.Expired(1<<40, expireMax, batchSizeMax)
 				if len(due) == 0 {
 					break
 				}
@@ -125,15 +125,15 @@ func TestEntryEvents_Bounded(t *testing.T) {
 	}
 }
 
-func deleteAll(func(int) string) []command { return []command{{op: opDeletePrefix, key: "0"}} }
+func deleteAll(func(int) string) []Command { return []Command{{Op: OpDeletePrefix, Key: "0"}} }
 
 // applyAsLoop applies commands in the batches that a loop makes of them.
-func (r *eventsRig) applyAsLoop(commands []command) {
+func (r *eventsRig) applyAsLoop(commands []Command) {
 	r.t.Helper()
 	l := newLoop(time.Millisecond, func() {}, zap.NewNop())
-	l.status.Store(&replicaStatus{level: levelNewest})
+	l.status.Store(&replicaStatus{level: LevelNewest})
 	batches := []*batch{nil}
-	var batch []command
+	var batch []Command
 	flush := func() {
 		if len(batch) > 0 {
 			r.applyChecked(batch...)
@@ -156,27 +156,27 @@ func (r *eventsRig) applyAsLoop(commands []command) {
 }
 
 // applyChecked applies a batch and looks at the events that it makes.
-func (r *eventsRig) applyChecked(batch ...command) {
+func (r *eventsRig) applyChecked(batch ...Command) {
 	r.t.Helper()
-	events := &r.store.state.events
-	before := events.end()
+	events := &r.store.State.Events
+	before := events.End()
 	for i, res := range r.apply(batch...) {
-		if res.status == statusTooMany {
-			r.t.Errorf("command %d, %d of %q, is refused", i, batch[i].op, batch[i].key)
+		if res.Status == StatusTooMany {
+			r.t.Errorf("command %d, %d of %q, is refused", i, batch[i].Op, batch[i].Key)
 		}
 	}
 	size, n := uint64(0), before
-	for n < events.end() {
-		part, _, ok := events.from(n)
+	for n < events.End() {
+		part, _, ok := events.From(n)
 		if !ok {
 			r.t.Fatal("events of the newest entry have left the window")
 		}
 		for i := range part {
-			size += part[i].size()
+			size += part[i].Size()
 		}
 		n += uint64(len(part))
 	}
-	if size > eventBytesMaxDefault/2 || n-before > eventsMaxDefault/2 {
+	if size > EventBytesMaxDefault/2 || n-before > EventsMaxDefault/2 {
 		r.t.Errorf("%d commands make %d events of %d bytes", len(batch), n-before, size)
 	}
 }

@@ -62,7 +62,7 @@ func withBrowserHeader(part []byte) []byte {
 
 // browsers decides who may ask.
 type browsers struct {
-	store   *kvstore
+	store   *Store
 	names   []string // host names of this node, lower case
 	origins []string // that may read and write
 	check   http.CrossOriginProtection
@@ -74,7 +74,7 @@ type browsers struct {
 }
 
 // newBrowsers needs origins that checkOrigin accepts.
-func newBrowsers(store *kvstore, names, origins []string) *browsers {
+func newBrowsers(store *Store, names, origins []string) *browsers {
 	b := &browsers{store: store, names: names, origins: origins, varyAccept: varyAccept}
 	for _, origin := range origins {
 		if err := b.check.AddTrustedOrigin(origin); err != nil {
@@ -144,7 +144,7 @@ func (b *browsers) isOwnHost(host string) bool {
 	for _, name := range b.names {
 		known[name] = true
 	}
-	for _, m := range b.store.members() {
+	for _, m := range b.store.Members() {
 		if u, err := url.Parse(m.ClientURL); err == nil {
 			known[strings.ToLower(u.Hostname())] = true
 		}

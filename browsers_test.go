@@ -29,7 +29,7 @@ func (f *front) sendAs(host, method, target, body string, headers ...string) tes
 // Host. So only names that are the node's own are served.
 func TestBrowsers_Host(t *testing.T) {
 	f := newFront(t, func(c *httpConfig) { c.hosts = []string{"own.example"} })
-	f.store.state.members[2] = member{ID: 2, PeerURL: "http://b:1", ClientURL: "http://Second.example:2"}
+	f.store.State.Members[2] = Member{ID: 2, PeerURL: "http://b:1", ClientURL: "http://Second.example:2"}
 	f.put("secret", "s")
 	tests := []struct {
 		host string
@@ -61,9 +61,9 @@ func TestBrowsers_Host(t *testing.T) {
 		}
 	}
 	// The members are looked at again.
-	f.store.mu.Lock()
-	f.store.state.members[3] = member{ID: 3, PeerURL: "http://c:1", ClientURL: "http://third.example:3"}
-	f.store.mu.Unlock()
+	f.store.Mu.Lock()
+	f.store.State.Members[3] = Member{ID: 3, PeerURL: "http://c:1", ClientURL: "http://third.example:3"}
+	f.store.Mu.Unlock()
 	f.sendAs("third.example", "GET", "/secret", "").Want(t, 200)
 	// The absolute form of a target counts, as it does for net/http.
 	f.sendAs("127.0.0.1", "GET", "http://evil.example/secret", "").Want(t, 421)
@@ -101,7 +101,7 @@ func TestBrowsers_CrossOriginWrites(t *testing.T) {
 			}
 		}
 	}
-	if rv, calls := f.store.version(), f.backend.takeMemberCalls(); rv != 0 || len(calls) != 0 {
+	if rv, calls := f.store.Version(), f.backend.takeMemberCalls(); rv != 0 || len(calls) != 0 {
 		t.Errorf("version %d, calls %v", rv, calls)
 	}
 	// The own page, a person at the address bar and a program may.
@@ -113,7 +113,7 @@ func TestBrowsers_CrossOriginWrites(t *testing.T) {
 	} {
 		f.sendAs("127.0.0.1:12380", "PUT", "/k", "v", headers...)
 	}
-	if rv := f.store.version(); rv != 4 {
+	if rv := f.store.Version(); rv != 4 {
 		t.Errorf("version %d", rv)
 	}
 }
@@ -154,7 +154,7 @@ func TestBrowsers_AllowedOrigin(t *testing.T) {
 		}
 	}
 	// Nobody else, by no spelling, and no page of a foreign name for this node.
-	before := f.store.version()
+	before := f.store.Version()
 	for _, origin := range []string{"https://evil.example", "http://app.example", "https://app.example:8443", "https://app.example.evil.example", "https://APP.example", "null", "*", ""} {
 		for _, r := range [][3]string{{"GET", "/k", ""}, {"PUT", "/k", "w"}, {"OPTIONS", "/k", ""}} {
 			a := f.sendAs("127.0.0.1", r[0], r[1], r[2], "Origin: "+origin, "Sec-Fetch-Site: cross-site", "Access-Control-Request-Method: PUT")
@@ -167,7 +167,7 @@ func TestBrowsers_AllowedOrigin(t *testing.T) {
 	if a.Want(t, 421); isCORS(a) {
 		t.Errorf("%v", a.Header)
 	}
-	if rv := f.store.version(); rv != before {
+	if rv := f.store.Version(); rv != before {
 		t.Errorf("version %d", rv)
 	}
 	// Where no origin is allowed there is not a word of CORS.
@@ -254,7 +254,7 @@ func TestBrowsers_EveryAnswer(t *testing.T) {
 
 // Whether a request may be made costs nothing where it is by an address.
 func TestBrowsers_AdmitAllocatesNothing(t *testing.T) {
-	b := newBrowsers(newKVStore(), []string{"node.example"}, nil)
+	b := newBrowsers(New(), []string{"node.example"}, nil)
 	for _, host := range []string{"127.0.0.1:12380", "[::1]:12380", "10.0.0.1", "localhost:1", "node.example:1"} {
 		b.isOwnHost(host) // the first look at a name gathers all
 		r := &http.Request{Method: "PUT", Host: host, Header: http.Header{}}

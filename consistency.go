@@ -73,7 +73,7 @@ func newOpinion(dir string) *opinion {
 	return o
 }
 
-func (o *opinion) current() verdict { return verdict(o.verdict.Load()) }
+func (o *opinion) current() Verdict { return Verdict(o.verdict.Load()) }
 
 // release lets those go on who wait for the first comparison.
 func (o *opinion) release() { o.checkedOnce.Do(func() { close(o.checked) }) }
@@ -85,10 +85,10 @@ func (g *guard) begin() error {
 	switch {
 	case err == nil:
 		g.noted = true
-		g.set(diverged)
-		g.report(unchecked, diverged, nil)
+		g.set(Diverged)
+		g.report(Unchecked, Diverged, nil)
 	case errors.Is(err, os.ErrNotExist):
-		g.set(unchecked)
+		g.set(Unchecked)
 	default:
 		return err
 	}
@@ -97,25 +97,25 @@ func (g *guard) begin() error {
 
 // set changes the opinion. The gate opens before anybody is told that the node
 // serves, and closes after everybody is told that it does not.
-func (g *guard) set(v verdict) {
-	if g.gate != nil && v == sound {
+func (g *guard) set(v Verdict) {
+	if g.gate != nil && v == Sound {
 		g.gate(nil)
 	}
 	g.verdict.Store(int32(v))
-	if g.gate != nil && v != sound {
+	if g.gate != nil && v != Sound {
 		g.gate(v.err())
 	}
-	if v != unchecked {
+	if v != Unchecked {
 		g.release()
 	}
 }
 
 // err is what requests are told.
-func (v verdict) err() *fault.Error {
+func (v Verdict) err() *fault.Error {
 	switch v {
-	case sound:
+	case Sound:
 		return nil
-	case unchecked:
+	case Unchecked:
 		return fault.ErrUnchecked
 	default:
 		return fault.ErrDiverged
@@ -131,20 +131,20 @@ func (g *guard) serving() error {
 }
 
 // suspect says whether the node has reason to think that its state is wrong.
-func (v verdict) suspect() bool { return v == doubtful || v == diverged }
+func (v Verdict) suspect() bool { return v == Doubtful || v == Diverged }
 
 // judge compares this node's state with those of others.
-func (g *guard) judge(others map[uint64]health) (before, now verdict) {
+func (g *guard) judge(others map[uint64]health) (before, now Verdict) {
 	before = g.current()
 	now, differ := g.compare(others)
-	if before == diverged || now == unchecked {
+	if before == Diverged || now == Unchecked {
 		now = before
 	}
 	if now != before {
 		g.set(now)
 		g.report(before, now, differ)
 	}
-	if now == diverged && !g.noted && g.path != "" {
+	if now == Diverged && !g.noted && g.path != "" {
 		if err := g.note(differ); err != nil {
 			g.logger.Error("cannot write down that this node's state is wrong; it is tried again", zap.Error(err))
 		} else {
@@ -155,17 +155,17 @@ func (g *guard) judge(others map[uint64]health) (before, now verdict) {
 }
 
 // compare says what others have told means for this node's state.
-func (g *guard) compare(others map[uint64]health) (v verdict, differ []uint64) {
-	told := map[uint64]sums{}
+func (g *guard) compare(others map[uint64]health) (v Verdict, differ []uint64) {
+	told := map[uint64]Sums{}
 	for id, h := range others {
 		told[id] = h.Sums
 	}
-	return judge(g.store.ownSums(), g.id, told, g.store.voters())
+	return Judge(g.store.OwnSums(), g.id, told, g.store.Voters())
 }
 
 // note writes the verdict down, so that it lasts.
 func (g *guard) note(differ []uint64) error {
-	sum := g.store.sums().Now
+	sum := g.store.Sums().Now
 	text, err := json.Marshal(divergedNote{Member: g.id, Index: sum.Index, Sum: fmt.Sprintf("%016x", sum.Sum), DiffersFrom: differ, Time: time.Now()})
 	if err != nil {
 		return err
@@ -192,9 +192,9 @@ func replaceFile(path string, content []byte) error {
 
 // hear takes what the others have told. It returns what that means for this
 // node's state.
-func (g *guard) hear(others map[uint64]health, leader uint64) (before, now verdict) {
+func (g *guard) hear(others map[uint64]health, leader uint64) (before, now Verdict) {
 	g.others.Store(&others)
-	voters, full := g.store.voters(), 0
+	voters, full := g.store.Voters(), 0
 	for _, id := range voters {
 		if others[id].DiskFull || id == g.id && g.space.Load().full {
 			full++
@@ -205,16 +205,16 @@ func (g *guard) hear(others map[uint64]health, leader uint64) (before, now verdi
 }
 
 // report logs what an operator should know.
-func (g *guard) report(before, now verdict, differ []uint64) {
+func (g *guard) report(before, now Verdict, differ []uint64) {
 	switch {
-	case now == diverged:
+	case now == Diverged:
 		g.logger.Error("the state of this node is not that of the majority: it serves nothing any more, also after a restart", zap.Uint64("node", g.id),
 			zap.Uint64s("differsFrom", differ), zap.String("file", g.path), zap.String("do", fmt.Sprintf("remove it (curl -X DELETE http://NODE/-/v1/members/%d), "+
 				"then add it under a new ID, with an empty --data-dir and --join; keep the old directory to find the reason", g.id)))
-	case now == doubtful:
+	case now == Doubtful:
 		g.logger.Error("this node and others have different states and there is no majority for any: it serves nothing until there is one for its own", zap.Uint64("node", g.id),
 			zap.Uint64s("differsFrom", differ), zap.String("do", "bring back the members that are down; if there are none, keep the one that you trust and remove the others"))
-	case before == unchecked:
+	case before == Unchecked:
 		g.logger.Info("a majority has the state of this node: it serves", zap.Uint64("node", g.id), zap.Uint64s("differ", differ))
 	default:
 		g.logger.Warn("a majority has the state of this node: it serves again", zap.Uint64("node", g.id), zap.Uint64s("differ", differ))
@@ -233,7 +233,7 @@ func (n *node) exchange(ctx context.Context) error {
 			return nil
 		}
 		every, leader := exchangeEvery, n.loop.status.Load().leader
-		if n.guard.current() == unchecked {
+		if n.guard.current() == Unchecked {
 			every = firstExchangeEvery
 			if leader == 0 || !n.informed.Load() {
 				timer.Reset(every) // nobody could be served, and who is a voter may be out of date
@@ -250,7 +250,7 @@ func (n *node) exchange(ctx context.Context) error {
 				return nil
 			})
 		}
-		if now != unchecked {
+		if now != Unchecked {
 			every = exchangeEvery
 		}
 		timer.Reset(every)
@@ -260,8 +260,8 @@ func (n *node) exchange(ctx context.Context) error {
 // judgeEarly looks at the first answers of a round while others may still come,
 // since one member may need long to be known as silent.
 func (n *node) judgeEarly(others map[uint64]health) {
-	if n.guard.current() == unchecked && n.informed.Load() {
-		if v, _ := n.guard.compare(others); v == sound {
+	if n.guard.current() == Unchecked && n.informed.Load() {
+		if v, _ := n.guard.compare(others); v == Sound {
 			n.guard.judge(others)
 		}
 	}
@@ -272,7 +272,7 @@ func (n *node) judgeEarly(others map[uint64]health) {
 func (n *node) askOthers(ctx context.Context, heard func(map[uint64]health)) map[uint64]health {
 	var asking sync.WaitGroup
 	answers := make(chan health)
-	for _, m := range n.network.found(n.store.members()) {
+	for _, m := range n.network.found(n.store.Members()) {
 		if m.ID == n.config.id {
 			continue
 		}
@@ -309,7 +309,7 @@ func (n *node) askOthers(ctx context.Context, heard func(map[uint64]health)) map
 // awaitServing returns once the node may serve, or why it may not, and what is
 // left of timeout.
 func (n *node) awaitServing(ctx context.Context, timeout time.Duration) (left time.Duration, err error) {
-	if n.guard.current() != unchecked {
+	if n.guard.current() != Unchecked {
 		return timeout, n.guard.serving()
 	}
 	start := time.Now()
@@ -331,7 +331,7 @@ func (n *node) awaitServing(ctx context.Context, timeout time.Duration) (left ti
 // a leader there is nobody to compare with, and whoever asks for no more than
 // what this node has is answered: it may be the last one that is left.
 func (n *node) serving(ctx context.Context, timeout time.Duration) error {
-	if n.guard.current() == unchecked && n.loop.status.Load().leader == 0 {
+	if n.guard.current() == Unchecked && n.loop.status.Load().leader == 0 {
 		return nil
 	}
 	_, err := n.awaitServing(ctx, timeout)

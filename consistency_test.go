@@ -28,24 +28,24 @@ func TestOpinion(t *testing.T) {
 	g := newTestGuard(t, &free)
 	testkit.Must(t, g.begin())
 	applyTo(t, g.store, somePut)
-	own := health{Sums: g.store.sums()}
-	other := health{Sums: sums{Now: checkpoint{Index: own.Sums.Now.Index, Sum: own.Sums.Now.Sum + 1}}}
-	elsewhere := health{Sums: sums{Now: checkpoint{Index: own.Sums.Now.Index + 1, Sum: 7}}}
+	own := health{Sums: g.store.Sums()}
+	other := health{Sums: Sums{Now: Checkpoint{Index: own.Sums.Now.Index, Sum: own.Sums.Now.Sum + 1}}}
+	elsewhere := health{Sums: Sums{Now: Checkpoint{Index: own.Sums.Now.Index + 1, Sum: 7}}}
 	for i, step := range []struct {
 		others map[uint64]health
-		want   verdict
+		want   Verdict
 	}{
-		{nil, unchecked},
-		{map[uint64]health{2: elsewhere, 3: elsewhere}, unchecked},
-		{map[uint64]health{2: other}, doubtful},
-		{nil, doubtful},
-		{map[uint64]health{2: elsewhere, 3: elsewhere}, doubtful},
-		{map[uint64]health{2: other, 3: own}, sound},
-		{nil, sound},
-		{map[uint64]health{2: elsewhere}, sound},
-		{map[uint64]health{2: other, 3: other}, diverged},
-		{nil, diverged},
-		{map[uint64]health{2: own, 3: own}, diverged},
+		{nil, Unchecked},
+		{map[uint64]health{2: elsewhere, 3: elsewhere}, Unchecked},
+		{map[uint64]health{2: other}, Doubtful},
+		{nil, Doubtful},
+		{map[uint64]health{2: elsewhere, 3: elsewhere}, Doubtful},
+		{map[uint64]health{2: other, 3: own}, Sound},
+		{nil, Sound},
+		{map[uint64]health{2: elsewhere}, Sound},
+		{map[uint64]health{2: other, 3: other}, Diverged},
+		{nil, Diverged},
+		{map[uint64]health{2: own, 3: own}, Diverged},
 	} {
 		if _, v := g.hear(step.others, 2); v != step.want {
 			t.Errorf("step %d: %v, want %v", i, v, step.want)
@@ -59,11 +59,11 @@ func TestOpinion(t *testing.T) {
 // TestOpinion_Lasts: that a node's state is wrong is remembered over restarts, and nothing else is.
 func TestOpinion_Lasts(t *testing.T) {
 	dir := t.TempDir()
-	start := func(want verdict) *guard {
+	start := func(want Verdict) *guard {
 		t.Helper()
-		s := newKVStore()
+		s := New()
 		for _, id := range []uint64{1, 2, 3} {
-			s.state.members[id] = member{ID: id}
+			s.State.Members[id] = Member{ID: id}
 		}
 		applyTo(t, s, somePut)
 		g := newGuard(&config{id: 1, dataDir: dir}, s, func() int { return 0 }, zap.NewNop())
@@ -73,18 +73,18 @@ func TestOpinion_Lasts(t *testing.T) {
 		}
 		return g
 	}
-	g := start(unchecked)
-	own := health{Sums: g.store.sums()}
-	other := health{Sums: sums{Now: checkpoint{Index: own.Sums.Now.Index, Sum: own.Sums.Now.Sum + 1}}}
+	g := start(Unchecked)
+	own := health{Sums: g.store.Sums()}
+	other := health{Sums: Sums{Now: Checkpoint{Index: own.Sums.Now.Index, Sum: own.Sums.Now.Sum + 1}}}
 	g.hear(map[uint64]health{2: own}, 2)
-	g = start(unchecked)
+	g = start(Unchecked)
 	g.hear(map[uint64]health{2: other}, 2)
-	g = start(unchecked)
+	g = start(Unchecked)
 	// A disk that cannot take the note gets it later.
 	path := filepath.Join(dir, divergedName)
 	testkit.Must(t, os.Mkdir(path+".tmp", 0o700))
 	g.hear(map[uint64]health{2: other, 3: other}, 2)
-	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) || g.current() != diverged {
+	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) || g.current() != Diverged {
 		t.Fatalf("%v: %v", g.current(), err)
 	}
 	testkit.Must(t, os.Remove(path+".tmp"))
@@ -95,11 +95,11 @@ func TestOpinion_Lasts(t *testing.T) {
 	if err := json.Unmarshal(text, &note); err != nil || note.Member != 1 || note.Index != own.Sums.Now.Index {
 		t.Errorf("%s: %v", text, err)
 	}
-	g = start(diverged)
+	g = start(Diverged)
 	g.hear(map[uint64]health{2: own, 3: own}, 2)
-	start(diverged)
+	start(Diverged)
 	testkit.Must(t, os.Remove(path)) // by a person
-	start(unchecked)
+	start(Unchecked)
 }
 
 // peerAnswers is a member of which only the answer to others runs.
@@ -120,12 +120,12 @@ func newExchangeRig(t *testing.T) *exchangeRig {
 	n, _ := idleNode(t)
 	n.config.id, n.informed, n.cluster = 1, new(atomic.Bool), 7
 	n.guard.id = 1
-	n.store.state.members[1] = member{ID: 1, PeerURL: "http://127.0.0.1:1"}
+	n.store.State.Members[1] = Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
 	r := &exchangeRig{node: n, peers: map[uint64]*peerAnswers{}}
 	for _, id := range []uint64{2, 3} {
 		p := new(peerAnswers)
 		r.peers[id] = p
-		n.store.state.members[id] = member{ID: id, PeerURL: fmt.Sprintf("http://%d", id)}
+		n.store.State.Members[id] = Member{ID: id, PeerURL: fmt.Sprintf("http://%d", id)}
 	}
 	before := peerClient.Transport
 	peerClient.Transport = r
@@ -167,7 +167,7 @@ func (r *exchangeRig) RoundTrip(req *http.Request) (*http.Response, error) {
 
 // say makes a member answer with the state of the node, or with another one.
 func (r *exchangeRig) say(id uint64, same bool) {
-	h := health{Member: id, Sums: r.store.sums()}
+	h := health{Member: id, Sums: r.store.Sums()}
 	if !same {
 		h.Sums.Now.Sum++
 	}
@@ -175,7 +175,7 @@ func (r *exchangeRig) say(id uint64, same bool) {
 }
 
 // wait waits for a verdict, and for the watches to be what it says.
-func (r *exchangeRig) wait(t *testing.T, want verdict) {
+func (r *exchangeRig) wait(t *testing.T, want Verdict) {
 	t.Helper()
 	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
 		err := r.hub.closed.Load()
@@ -191,7 +191,7 @@ func (r *exchangeRig) wait(t *testing.T, want verdict) {
 func TestExchange(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newExchangeRig(t)
-		r.wait(t, unchecked)
+		r.wait(t, Unchecked)
 		served := make(chan error, 1)
 		go func() { served <- r.serving(t.Context(), time.Minute) }()
 
@@ -199,43 +199,43 @@ func TestExchange(t *testing.T) {
 		r.say(2, true)
 		r.loop.status.Store(&replicaStatus{leader: 2})
 		time.Sleep(5 * exchangeEvery)
-		r.wait(t, unchecked)
+		r.wait(t, Unchecked)
 		// One member that needs long does not hold up the first comparison.
 		r.peers[3].delay.Store(int64(time.Minute))
 		start := time.Now()
 		r.informed.Store(true)
-		r.wait(t, sound)
+		r.wait(t, Sound)
 		if took := time.Since(start); took > peerDialTimeout/2 {
 			t.Errorf("it took %v, waiting for a member that does not answer", took)
 		}
 		testkit.Must(t, <-served)
 		r.peers[3].delay.Store(0)
 
-		w, err := r.hub.watch("", true, r.store.version())
+		w, err := r.hub.watch("", true, r.store.Version())
 		testkit.Must(t, err)
 		defer w.close()
 		r.say(2, false)
-		r.wait(t, doubtful)
-		if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, fault.ErrDiverged) {
+		r.wait(t, Doubtful)
+		if _, _, err := w.read(func(*Event, bool) {}); !errors.Is(err, fault.ErrDiverged) {
 			t.Errorf("watch of a node in doubt: %v", err)
 		}
 		if err := r.serving(t.Context(), time.Minute); !errors.Is(err, fault.ErrDiverged) {
 			t.Errorf("serving in doubt: %v", err)
 		}
 		// Another member at its address is nobody's voice.
-		h := health{Member: 2, Sums: r.store.sums()}
+		h := health{Member: 2, Sums: r.store.Sums()}
 		r.peers[3].health.Store(&h)
 		time.Sleep(5 * exchangeEvery)
-		r.wait(t, doubtful)
+		r.wait(t, Doubtful)
 
 		r.say(3, true)
-		r.wait(t, sound)
-		again, err := r.hub.watch("", true, r.store.version())
+		r.wait(t, Sound)
+		again, err := r.hub.watch("", true, r.store.Version())
 		testkit.Must(t, err)
 		defer again.close()
 		applyTo(t, r.store, somePut)
 		r.hub.distribute()
-		if n, _, err := again.read(func(*event, bool) {}); n != 1 || err != nil {
+		if n, _, err := again.read(func(*Event, bool) {}); n != 1 || err != nil {
 			t.Errorf("watch after the doubt: %d events, %v", n, err)
 		}
 	})
@@ -285,7 +285,7 @@ func TestAskOthers_OnlyTheExchangeJudges(t *testing.T) {
 		r.informed.Store(true) // and there is no leader, so the exchange asks nobody
 		r.say(2, true)
 		r.say(3, true)
-		if got := r.askOthers(t.Context(), nil); len(got) != 2 || r.guard.current() != unchecked {
+		if got := r.askOthers(t.Context(), nil); len(got) != 2 || r.guard.current() != Unchecked {
 			t.Errorf("%d have answered, and the node is %v, want 2, unchecked", len(got), r.guard.current())
 		}
 	})

@@ -11,7 +11,7 @@ import (
 func TestHTTP_ContentType(t *testing.T) {
 	const none = "application/octet-stream"
 	f := newFront(t)
-	f.store.state.setLevel(3)
+	f.store.State.SetLevel(3)
 	for _, tt := range []struct{ sent, kept, served string }{
 		{"application/json", "application/json", "application/json"},
 		{"text/plain; charset=utf-8", "text/plain; charset=utf-8", "text/plain; charset=utf-8"},
@@ -62,7 +62,7 @@ func TestHTTP_ContentType(t *testing.T) {
 	}
 	for _, bad := range [][]string{
 		{"text"}, {"/"}, {"text/"}, {"/plain"}, {"text/plain; charset"}, {"text/plain; charset=\"utf-8"}, {"text/plain, text/html"}, {"text/plain; a=b; a=c"},
-		{"text plain/x"}, {"text/pl\x00ain"}, {"text/plain; name=\"\xe4\""}, {"text/" + strings.Repeat("x", contentTypeSizeMax)}, {"text/plain", "text/html"}, {"text/plain", "text/plain"},
+		{"text plain/x"}, {"text/pl\x00ain"}, {"text/plain; name=\"\xe4\""}, {"text/" + strings.Repeat("x", ContentTypeSizeMax)}, {"text/plain", "text/html"}, {"text/plain", "text/plain"},
 	} {
 		var headers []string
 		for _, v := range bad {
@@ -76,7 +76,7 @@ func TestHTTP_ContentType(t *testing.T) {
 	}
 	// A write without a type is one of a value without a type, and no other version than before.
 	f.do("PUT", "/k", "1", "Content-Type: text/csv").Want(t, 204)
-	rv := f.store.version()
+	rv := f.store.Version()
 	a := f.do("PUT", "/k", "2")
 	a.WantHeader(t, "ETag", fmt.Sprintf("%q", fmt.Sprint(rv+1)))
 	f.do("GET", "/k", "").WantHeader(t, "Content-Type", none)
@@ -101,19 +101,19 @@ func TestHTTP_ContentType(t *testing.T) {
 // TestHTTP_ContentTypeBefore: while a member does not know content types nobody keeps them.
 func TestHTTP_ContentTypeBefore(t *testing.T) {
 	f := newFront(t)
-	f.store.state.setLevel(2)
+	f.store.State.SetLevel(2)
 	f.do("PUT", "/k", "1", "Content-Type: application/json").Want(t, 201)
 	f.do("POST", "/-/v1/txn", `{"then":[{"op":"put","key":"t","value":"x","contentType":"text/csv"}]}`).Want(t, 200)
 	for _, key := range []string{"k", "t"} {
 		f.do("GET", "/"+key, "").WantHeader(t, "Content-Type", "application/octet-stream")
 	}
-	for _, c := range []command{{op: opPut, key: "k", contentType: "a/b"}, {op: opPut, key: "k", retry: retryID{key: "r", client: 1}}} {
-		if err := checkCommands(c.appendTo(nil), 2); err == nil || !strings.Contains(err.Error(), "this needs 3") {
+	for _, c := range []Command{{Op: OpPut, Key: "k", ContentType: "a/b"}, {Op: OpPut, Key: "k", Retry: RetryID{Key: "r", Client: 1}}} {
+		if err := CheckCommands(c.AppendTo(nil), 2); err == nil || !strings.Contains(err.Error(), "this needs 3") {
 			t.Errorf("%+v: %v", c, err)
 		}
 	}
-	header := command{op: opPut, key: "k", contentType: "a/b\r\nSet-Cookie: x=y"}
-	if err := checkCommands(header.appendTo(nil), 3); err == nil {
+	header := Command{Op: OpPut, Key: "k", ContentType: "a/b\r\nSet-Cookie: x=y"}
+	if err := CheckCommands(header.AppendTo(nil), 3); err == nil {
 		t.Error("a member may propose any header")
 	}
 }

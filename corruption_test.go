@@ -42,7 +42,7 @@ type directory struct {
 type logWriter struct {
 	t     *testing.T
 	disk  *storage
-	store *kvstore
+	store *Store
 	term  uint64
 	made  *directory
 	value func(n int) string
@@ -50,7 +50,7 @@ type logWriter struct {
 
 func newLogWriter(t *testing.T, value func(n int) string) *logWriter {
 	disk, rec := newDisk(t, filepath.Join(memoryDir(t), "data"))
-	return &logWriter{t: t, disk: disk, store: &kvstore{state: rec.state}, term: 1, value: value, made: &directory{states: map[uint64][]byte{}}}
+	return &logWriter{t: t, disk: disk, store: &Store{State: rec.state}, term: 1, value: value, made: &directory{states: map[uint64][]byte{}}}
 }
 
 // save appends entries and says that they are committed.
@@ -59,7 +59,7 @@ func (r *logWriter) save(ents ...*raftpb.Entry) {
 	for _, e := range ents {
 		testkit.Must(r.t, r.store.applyEntry(e))
 		r.made.last = e.GetIndex()
-		r.made.states[r.made.last] = encodeState(r.t, &r.store.state)
+		r.made.states[r.made.last] = encodeState(r.t, &r.store.State)
 	}
 	r.made.hard = &raftpb.HardState{Term: new(r.term), Vote: new(uint64(1)), Commit: new(r.made.last)}
 	testkit.Must(r.t, r.disk.save(r.made.hard, ents))
@@ -69,7 +69,7 @@ func (r *logWriter) save(ents ...*raftpb.Entry) {
 func (r *logWriter) put(n int) {
 	r.t.Helper()
 	for range n {
-		index := r.store.applied() + 1
+		index := r.store.Applied() + 1
 		r.save(putEntry(index, r.term, fmt.Sprintf("key-%d", index%50), r.value(int(index*index*7%2500))))
 	}
 }
@@ -77,19 +77,19 @@ func (r *logWriter) put(n int) {
 // addLearner appends a configuration change.
 func (r *logWriter) addLearner(id uint64) {
 	r.t.Helper()
-	b, err := newMemberChange(memberChange{kind: addLearner, member: member{ID: id, PeerURL: fmt.Sprint("http://l:", id)}}, time.Time{})
+	b, err := newMemberChange(MemberChange{Kind: AddLearner, Member: Member{ID: id, PeerURL: fmt.Sprint("http://l:", id)}}, time.Time{})
 	testkit.Must(r.t, err)
-	batchHeader{session: 9, seq: 500 + id}.put(b.data)
+	BatchHeader{Session: 9, Seq: 500 + id}.Put(b.data)
 	b.change.Context = b.data
 	data, err := proto.Marshal(b.change)
 	testkit.Must(r.t, err)
-	r.save(&raftpb.Entry{Type: raftpb.EntryConfChange.Enum(), Term: new(r.term), Index: new(r.store.applied() + 1), Data: data})
+	r.save(&raftpb.Entry{Type: raftpb.EntryConfChange.Enum(), Term: new(r.term), Index: new(r.store.Applied() + 1), Data: data})
 }
 
 func (r *logWriter) snapshot() {
 	r.t.Helper()
-	view := r.store.snapshot()
-	snap := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(view.index), Term: new(view.term), ConfState: &raftpb.ConfState{Voters: []uint64{1}}}}
+	view := r.store.Snapshot()
+	snap := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(view.Index), Term: new(view.Term), ConfState: &raftpb.ConfState{Voters: []uint64{1}}}}
 	testkit.Must(r.t, r.disk.writeSnapshot(snap, &view))
 	testkit.Must(r.t, r.disk.commitSnapshot(snap))
 	testkit.Must(r.t, r.disk.purge())
@@ -197,11 +197,11 @@ func (d *directory) start(t *testing.T, dir string) (outcome startOutcome, why e
 	if err != nil {
 		return judgeRefusal(dir, err), err
 	}
-	from := rec.state.index
+	from := rec.state.Index
 	testkit.Must(t, rec.replay())
 	outcome, why = d.judge(rec, from)
 	if outcome != lostSilently {
-		why = goesOn(t, s, rec.state.index, from)
+		why = goesOn(t, s, rec.state.Index, from)
 		if why != nil {
 			outcome = lostSilently
 		}
@@ -226,9 +226,9 @@ func (d *directory) judge(rec *recovered, from uint64) (startOutcome, error) {
 	if err != nil {
 		return lostSilently, err
 	}
-	index := rec.state.index
+	index := rec.state.Index
 	var got bytes.Buffer
-	if err := rec.state.writeTo(&got); err != nil {
+	if err := rec.state.Encode(&got); err != nil {
 		return lostSilently, err
 	}
 	switch {
@@ -271,7 +271,7 @@ func goesOn(t *testing.T, s *storage, index, from uint64) error {
 	}
 	last, err := rec.log.LastIndex()
 	testkit.Must(t, err)
-	if last != index+1 || rec.state.index != from {
+	if last != index+1 || rec.state.Index != from {
 		return fmt.Errorf("after another write: the log ends at %d, want %d", last, index+1)
 	}
 	return again.close()
@@ -639,10 +639,10 @@ func TestCommand_RecoverDamaged(t *testing.T) {
 		var index uint64
 		_, err = fmt.Sscanf(out[strings.Index(out, "entries up to"):], "entries up to %d", &index)
 		testkit.Must(t, err)
-		want, err := readState(bytes.NewReader(made.states[index]))
+		want, err := ReadState(bytes.NewReader(made.states[index]))
 		testkit.Must(t, err)
 		s, rec := openRestored(t, to)
-		rec.state.rv -= versionJump
+		rec.state.RV -= VersionJump
 		wantSameItems(t, &rec.state, &want)
 		testkit.Must(t, s.close())
 		t.Logf("%s: up to entry %d of %d", what, index, made.last)

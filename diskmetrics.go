@@ -52,7 +52,7 @@ func (d *measuredDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 }
 
 // writeSnapshot implements disk.
-func (d *measuredDisk) writeSnapshot(snap *raftpb.Snapshot, st *state) error {
+func (d *measuredDisk) writeSnapshot(snap *raftpb.Snapshot, st *State) error {
 	start := time.Now()
 	if err := d.storage.writeSnapshot(snap, st); err != nil {
 		return err

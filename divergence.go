@@ -32,15 +32,15 @@ const (
 	sumAlgorithm2 = 2
 )
 
-func (s *state) sumAlgorithm() int {
-	if s.level < 2 {
+func (s *State) sumAlgorithm() int {
+	if s.Level < 2 {
 		return sumAlgorithm1
 	}
 	return sumAlgorithm2
 }
 
 // fold makes the entry that was just applied part of the sum.
-func (s *state) fold(content uint64) {
+func (s *State) fold(content uint64) {
 	if s.sumAlgorithm() == sumAlgorithm1 {
 		s.foldOld(content)
 		return
@@ -50,53 +50,53 @@ func (s *state) fold(content uint64) {
 	}
 	var b [22 * 8]byte
 	for i, v := range [...]uint64{
-		sumAlgorithm2, uint64(s.level), s.sum, s.index, s.term, content,
-		s.rv, s.digest, uint64(s.items.Len()), s.size, uint64(s.expiry.Len()),
-		uint64(s.now), uint64(s.elapsed), uint64(s.seen),
-		s.sessionsDigest, uint64(len(s.sessions)),
-		s.retries.digest, uint64(s.retries.records.Len()), s.retries.bytes, s.retries.next,
-		s.membersDigest, s.events.end(),
+		sumAlgorithm2, uint64(s.Level), s.Sum, s.Index, s.Term, content,
+		s.RV, s.digest, uint64(s.Items.Len()), s.size, uint64(s.Expiry.Len()),
+		uint64(s.Now), uint64(s.elapsed), uint64(s.seen),
+		s.SessionsDigest, uint64(len(s.Sessions)),
+		s.Retries.Digest, uint64(s.Retries.Records.Len()), s.Retries.Bytes, s.Retries.next,
+		s.membersDigest, s.Events.End(),
 	} {
 		binary.LittleEndian.PutUint64(b[8*i:], v)
 	}
-	s.sum = xxhash.Sum64(b[:])
+	s.Sum = xxhash.Sum64(b[:])
 }
 
-func (s *state) foldOld(content uint64) {
+func (s *State) foldOld(content uint64) {
 	var b [9 * 8]byte
 	for i, v := range [...]uint64{
-		s.sum, s.index, s.term, content,
-		s.rv, s.digest, uint64(s.items.Len()), uint64(len(s.members)), uint64(len(s.removed)),
+		s.Sum, s.Index, s.Term, content,
+		s.RV, s.digest, uint64(s.Items.Len()), uint64(len(s.Members)), uint64(len(s.Removed)),
 	} {
 		binary.LittleEndian.PutUint64(b[8*i:], v)
 	}
-	s.sum = xxhash.Sum64(b[:])
+	s.Sum = xxhash.Sum64(b[:])
 }
 
 // digest returns what a batch is to the sum. One that is skipped is something else.
-func (h batchHeader) digest(commands []byte, fresh bool) uint64 {
+func (h BatchHeader) digest(commands []byte, fresh bool) uint64 {
 	if !fresh {
 		return 0
 	}
 	var b [4 * 8]byte
-	for i, v := range [...]uint64{h.session, h.seq, uint64(h.time), xxhash.Sum64(commands)} {
+	for i, v := range [...]uint64{h.Session, h.Seq, uint64(h.Time), xxhash.Sum64(commands)} {
 		binary.LittleEndian.PutUint64(b[8*i:], v)
 	}
 	return xxhash.Sum64(b[:])
 }
 
 // digestMembers returns the digest of who is a member, and who was.
-func (s *state) digestMembers() uint64 {
+func (s *State) digestMembers() uint64 {
 	var d xxhash.Digest
 	d.Reset()
-	for _, m := range s.sortedMembers() {
+	for _, m := range s.SortedMembers() {
 		b, err := json.Marshal(m)
 		if err != nil {
 			b = nil // never
 		}
 		_, _ = d.Write(append(b, '\n')) // never fails
 	}
-	for _, id := range slices.Sorted(maps.Keys(s.removed)) {
+	for _, id := range slices.Sorted(maps.Keys(s.Removed)) {
 		_, _ = d.Write(binary.LittleEndian.AppendUint64(nil, id))
 	}
 	return d.Sum64()
@@ -118,20 +118,20 @@ func (s *session) digest(id uint64) uint64 {
 }
 
 // digest returns what the outcome of a request adds to the digest of all.
-func (r *retryRecord) digest(n uint64) uint64 {
-	ops := uint64(len(r.first.ops))
-	for i := range r.first.ops {
-		op := &r.first.ops[i]
-		ops = ops*31 + op.item.digest("") + uint64(op.status)
+func (r *RetryRecord) digest(n uint64) uint64 {
+	ops := uint64(len(r.First.Ops))
+	for i := range r.First.Ops {
+		op := &r.First.Ops[i]
+		ops = ops*31 + op.Item.digest("") + uint64(op.Status)
 	}
 	var b [11 * 8]byte
 	for i, v := range [...]uint64{
-		n, xxhash.Sum64String(r.id.key), binary.LittleEndian.Uint64(r.id.digest[:8]), binary.LittleEndian.Uint64(r.id.digest[8:]),
-		uint64(r.time), uint64(r.first.status), r.first.rv, r.first.current, r.first.count, xxhash.Sum64String(r.first.key), ops,
+		n, xxhash.Sum64String(r.ID.Key), binary.LittleEndian.Uint64(r.ID.Digest[:8]), binary.LittleEndian.Uint64(r.ID.Digest[8:]),
+		uint64(r.Time), uint64(r.First.Status), r.First.RV, r.First.Current, r.First.Count, xxhash.Sum64String(r.First.Key), ops,
 	} {
 		binary.LittleEndian.PutUint64(b[8*i:], v)
 	}
-	return xxhash.Sum64(b[:]) ^ r.id.client // which is a hash itself, and 0 below level 3
+	return xxhash.Sum64(b[:]) ^ r.ID.Client // which is a hash itself, and 0 below level 3
 }
 
 // withWord makes a word part of a digest, which stays as it was without one.
@@ -145,16 +145,16 @@ func withWord(digest uint64, word string) uint64 {
 // digest returns what an item adds to the digest of all items. What a write
 // replaces is subtracted as it is by then, so damage in between stays in the
 // digest.
-func (it *item) digest(key string) uint64 {
+func (it *Item) digest(key string) uint64 {
 	var b [5 * 8]byte
-	for i, v := range [...]uint64{xxhash.Sum64String(key), xxhash.Sum64String(it.value), it.rv, it.created, uint64(it.expires)} {
+	for i, v := range [...]uint64{xxhash.Sum64String(key), xxhash.Sum64String(it.Value), it.RV, it.Created, uint64(it.Expires)} {
 		binary.LittleEndian.PutUint64(b[8*i:], v)
 	}
-	return withWord(xxhash.Sum64(b[:]), it.contentType)
+	return withWord(xxhash.Sum64(b[:]), it.ContentType)
 }
 
-// checkpoint is the sum of a state.
-type checkpoint struct {
+// Checkpoint is the sum of a state.
+type Checkpoint struct {
 	Index uint64 `json:"index"`
 	Sum   uint64 `json:"sum,string"`
 
@@ -174,32 +174,32 @@ const recentKept = 4096
 
 // checkpoints are the last ones of a member, by index.
 type checkpoints struct {
-	earlier [checkpointsKept]checkpoint
-	recent  [recentKept]checkpoint
+	earlier [checkpointsKept]Checkpoint
+	recent  [recentKept]Checkpoint
 }
 
-func (s *state) checkpoint() checkpoint {
-	return checkpoint{Index: s.index, Sum: s.sum, Algorithm: s.sumAlgorithm()}
+func (s *State) checkpoint() Checkpoint {
+	return Checkpoint{Index: s.Index, Sum: s.Sum, Algorithm: s.sumAlgorithm()}
 }
 
-func (c *checkpoints) note(s *state) {
-	if s.index%checkpointEvery == 0 {
-		c.earlier[s.index/checkpointEvery%checkpointsKept] = s.checkpoint()
+func (c *checkpoints) note(s *State) {
+	if s.Index%checkpointEvery == 0 {
+		c.earlier[s.Index/checkpointEvery%checkpointsKept] = s.checkpoint()
 	}
-	c.recent[s.index%recentKept] = s.checkpoint()
+	c.recent[s.Index%recentKept] = s.checkpoint()
 }
 
-// sums are what a member tells the others: the sum of its state, and earlier ones.
-type sums struct {
-	Now     checkpoint   `json:"now"`
-	Earlier []checkpoint `json:"earlier,omitempty"`
+// Sums are what a member tells the others: the sum of its state, and earlier ones.
+type Sums struct {
+	Now     Checkpoint   `json:"now"`
+	Earlier []Checkpoint `json:"earlier,omitempty"`
 
-	recent *[recentKept]checkpoint // of a member's own sums
+	recent *[recentKept]Checkpoint // of a member's own sums
 }
 
 // at returns the sum of an algorithm at an index.
-func (s *sums) at(index uint64, algorithm int) (sum uint64, ok bool) {
-	is := func(c checkpoint) bool { return c.Index == index && c.Algorithm == algorithm }
+func (s *Sums) at(index uint64, algorithm int) (sum uint64, ok bool) {
+	is := func(c Checkpoint) bool { return c.Index == index && c.Algorithm == algorithm }
 	if is(s.Now) {
 		return s.Now.Sum, true
 	}
@@ -216,11 +216,11 @@ func (s *sums) at(index uint64, algorithm int) (sum uint64, ok bool) {
 	return 0, false
 }
 
-// sums returns what there is to compare.
-func (s *kvstore) sums() sums {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	r := sums{Now: s.state.checkpoint()}
+// Sums returns what there is to compare.
+func (s *Store) Sums() Sums {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	r := Sums{Now: s.State.checkpoint()}
 	for _, c := range s.checkpoints.earlier {
 		if c.Index != 0 {
 			r.Earlier = append(r.Earlier, c)
@@ -229,19 +229,19 @@ func (s *kvstore) sums() sums {
 	return r
 }
 
-// ownSums returns what a member compares with what others tell.
-func (s *kvstore) ownSums() sums {
-	r := s.sums()
-	s.mu.RLock()
-	defer s.mu.RUnlock()
+// OwnSums returns what a member compares with what others tell.
+func (s *Store) OwnSums() Sums {
+	r := s.Sums()
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
 	recent := s.checkpoints.recent
 	r.recent = &recent
 	return r
 }
 
-// voters returns the members that have a vote.
-func (s *kvstore) voters() (ids []uint64) {
-	for _, m := range s.members() {
+// Voters returns the members that have a vote.
+func (s *Store) Voters() (ids []uint64) {
+	for _, m := range s.Members() {
 		if !m.Learner {
 			ids = append(ids, m.ID)
 		}
@@ -252,9 +252,9 @@ func (s *kvstore) voters() (ids []uint64) {
 // compare says whether two members have the same sum at the highest index of
 // which both know one of the same algorithm. Sums are chained: there is no need to
 // look at the others.
-func (s *sums) compare(other *sums) (known, same bool) {
+func (s *Sums) compare(other *Sums) (known, same bool) {
 	highest := uint64(0)
-	for _, c := range append([]checkpoint{other.Now}, other.Earlier...) {
+	for _, c := range append([]Checkpoint{other.Now}, other.Earlier...) {
 		if c.Index == 0 || c.Index < highest {
 			continue
 		}
@@ -265,26 +265,26 @@ func (s *sums) compare(other *sums) (known, same bool) {
 	return known, same
 }
 
-// verdict is what a member thinks of its own state.
-type verdict int32
+// Verdict is what a member thinks of its own state.
+type Verdict int32
 
 const (
-	sound verdict = iota
-	// doubtful: some member has another state and no majority says who is right.
-	doubtful
-	// diverged: a majority has the same state, and it is another one.
-	diverged
-	// unchecked: nothing is known yet.
-	unchecked
+	Sound Verdict = iota
+	// Doubtful: some member has another state and no majority says who is right.
+	Doubtful
+	// Diverged: a majority has the same state, and it is another one.
+	Diverged
+	// Unchecked: nothing is known yet.
+	Unchecked
 )
 
-func (v verdict) String() string { return [...]string{"sound", "doubtful", "diverged", "unchecked"}[v] }
+func (v Verdict) String() string { return [...]string{"sound", "doubtful", "diverged", "unchecked"}[v] }
 
-// judge compares a member's sums with those of the voters that answered, which
+// Judge compares a member's sums with those of the voters that answered, which
 // may be none. It is sound only if a majority of the voters has its state, and
 // unchecked if nobody has another one either. differ are the voters that have
 // another one. A learner has no voice, but an opinion.
-func judge(own sums, self uint64, others map[uint64]sums, voters []uint64) (v verdict, differ []uint64) {
+func Judge(own Sums, self uint64, others map[uint64]Sums, voters []uint64) (v Verdict, differ []uint64) {
 	agree := 0
 	for _, id := range voters {
 		o, answered := others[id]
@@ -301,9 +301,9 @@ func judge(own sums, self uint64, others map[uint64]sums, voters []uint64) (v ve
 	}
 	switch {
 	case agree > len(voters)/2:
-		return sound, differ
+		return Sound, differ
 	case len(differ) == 0:
-		return unchecked, nil
+		return Unchecked, nil
 	}
 	for _, id := range differ {
 		o, size := others[id], 1
@@ -317,8 +317,8 @@ func judge(own sums, self uint64, others map[uint64]sums, voters []uint64) (v ve
 			}
 		}
 		if size > len(voters)/2 {
-			return diverged, differ
+			return Diverged, differ
 		}
 	}
-	return doubtful, differ
+	return Doubtful, differ
 }

@@ -11,38 +11,38 @@ import (
 // resource versions, so that a watch can start in the past. It is part of the
 // replicated state.
 
-// eventKind says what happened to a key. The numbers are in snapshots.
-type eventKind byte
+// EventKind says what happened to a key. The numbers are in snapshots.
+type EventKind byte
 
 const (
-	eventAdded    eventKind = 1
-	eventModified eventKind = 2
-	eventDeleted  eventKind = 3
-	eventExpired  eventKind = 4 // deleted because its time had come
+	EventAdded    EventKind = 1
+	EventModified EventKind = 2
+	EventDeleted  EventKind = 3
+	EventExpired  EventKind = 4 // deleted because its time had come
 )
 
-// event is one change of one key.
-type event struct {
-	rv   uint64
-	prev uint64 // the key's version before; 0 if it did not exist
-	time int64  // unix milliseconds, that of its entry; see state.pass
-	kind eventKind
-	last bool // no other event has the same rv after this one
-	cut  bool // of a deletion: the value was not kept
-	key  string
-	item item // as written; of a deletion the last one
+// Event is one change of one key.
+type Event struct {
+	RV   uint64
+	Prev uint64 // the key's version before; 0 if it did not exist
+	Time int64  // unix milliseconds, that of its entry; see state.pass
+	Kind EventKind
+	Last bool // no other event has the same rv after this one
+	Cut  bool // of a deletion: the value was not kept
+	Key  string
+	Item Item // as written; of a deletion the last one
 }
 
 const eventOverhead = 96 // the struct itself
 
-func (e *event) size() uint64 {
-	return uint64(len(e.key)+len(e.item.value)) + eventOverhead
+func (e *Event) Size() uint64 {
+	return uint64(len(e.Key)+len(e.Item.Value)) + eventOverhead
 }
 
 // Default bounds of the window.
 const (
-	eventsMaxDefault     = 65_536
-	eventBytesMaxDefault = 64 << 20
+	EventsMaxDefault     = 65_536
+	EventBytesMaxDefault = 64 << 20
 )
 
 // Events are kept and dropped in chunks, whose size is a rule of the feature
@@ -54,76 +54,76 @@ const (
 type eventChunk struct {
 	first  uint64 // number of events[0] among all events ever
 	bytes  uint64
-	events []event // not empty
+	Events []Event // not empty
 }
 
 func (c *eventChunk) full(r *rules) bool {
-	return len(c.events) >= r.chunkEventsMax || c.bytes >= r.chunkBytesMax
+	return len(c.Events) >= r.chunkEventsMax || c.bytes >= r.chunkBytesMax
 }
 
 // eventLog is the window. Appending does not disturb a copy.
 type eventLog struct {
-	chunks  []eventChunk // all but the last are full
-	first   uint64       // number of the oldest event among all events ever
-	count   uint64
+	Chunks  []eventChunk // all but the last are full
+	First   uint64       // number of the oldest event among all events ever
+	Count   uint64
 	bytes   uint64
-	dropped uint64 // version of the newest event that is gone, or partly gone
+	Dropped uint64 // version of the newest event that is gone, or partly gone
 
 	countMax uint64
 	bytesMax uint64
 	rules    *rules // nil = those of level 1
 
 	newest uint64 // number of the first event of the newest entry that has any
-	hold   *hold  // for whom the window waits; nil = for nobody
+	hold   *Hold  // for whom the window waits; nil = for nobody
 }
 
-// hold is how far somebody has read for whom the window waits: it drops nothing
+// Hold is how far somebody has read for whom the window waits: it drops nothing
 // that he has not, but for a bound.
-type hold struct {
-	rv        atomic.Uint64 // all up to this version were read
-	overtaken atomic.Bool   // the bound was reached
+type Hold struct {
+	RV        atomic.Uint64 // all up to this version were read
+	Overtaken atomic.Bool   // the bound was reached
 }
 
 // By how much the window exceeds its bounds while it waits.
 const (
-	holdEventsMax = eventsMaxDefault
-	holdBytesMax  = eventBytesMaxDefault
+	HoldEventsMax = EventsMaxDefault
+	holdBytesMax  = EventBytesMaxDefault
 )
 
-func (l *eventLog) limits() *rules { return cmp.Or(l.rules, &rulesOf[levelFirst]) }
+func (l *eventLog) limits() *rules { return cmp.Or(l.rules, &rulesOf[LevelFirst]) }
 
 func newEventLog() eventLog {
-	return eventLog{countMax: eventsMaxDefault, bytesMax: eventBytesMaxDefault}
+	return eventLog{countMax: EventsMaxDefault, bytesMax: EventBytesMaxDefault}
 }
 
-// copy returns a log that later appends do not change.
-func (l *eventLog) copy() eventLog {
+// Copy returns a log that later appends do not change.
+func (l *eventLog) Copy() eventLog {
 	c := *l
-	c.chunks = slices.Clone(l.chunks)
-	if n := len(c.chunks); n > 0 {
-		c.chunks[n-1].events = slices.Clip(c.chunks[n-1].events) // so that appends to the copy do not meet ours
+	c.Chunks = slices.Clone(l.Chunks)
+	if n := len(c.Chunks); n > 0 {
+		c.Chunks[n-1].Events = slices.Clip(c.Chunks[n-1].Events) // so that appends to the copy do not meet ours
 	}
 	return c
 }
 
 // add adds an event.
-func (l *eventLog) add(e event) {
-	n := len(l.chunks)
-	if n == 0 || l.chunks[n-1].full(l.limits()) {
-		l.chunks = append(l.chunks, eventChunk{first: l.end(), events: make([]event, 0, l.limits().chunkEventsMax)})
+func (l *eventLog) add(e Event) {
+	n := len(l.Chunks)
+	if n == 0 || l.Chunks[n-1].full(l.limits()) {
+		l.Chunks = append(l.Chunks, eventChunk{first: l.End(), Events: make([]Event, 0, l.limits().chunkEventsMax)})
 		n++
 	}
-	c := &l.chunks[n-1]
-	c.events = append(c.events, e)
-	c.bytes += e.size()
-	l.bytes += e.size()
-	l.count++
+	c := &l.Chunks[n-1]
+	c.Events = append(c.Events, e)
+	c.bytes += e.Size()
+	l.bytes += e.Size()
+	l.Count++
 }
 
 // endEntry ends an entry whose events began with number first, and drops what is
 // too much.
 func (l *eventLog) endEntry(first uint64) {
-	if l.end() > first {
+	if l.End() > first {
 		l.newest = first
 		l.trim()
 	}
@@ -133,60 +133,60 @@ func (l *eventLog) endEntry(first uint64) {
 // window holds up to one chunk more. It never drops what nobody can have read
 // yet, the events of the newest entry.
 func (l *eventLog) trim() {
-	for len(l.chunks) > 1 {
-		oldest := &l.chunks[0]
-		n := uint64(len(oldest.events))
-		last := oldest.events[n-1].rv
-		if l.count-n < l.countMax && l.bytes-oldest.bytes < l.bytesMax || oldest.first+n > l.newest {
+	for len(l.Chunks) > 1 {
+		oldest := &l.Chunks[0]
+		n := uint64(len(oldest.Events))
+		last := oldest.Events[n-1].RV
+		if l.Count-n < l.countMax && l.bytes-oldest.bytes < l.bytesMax || oldest.first+n > l.newest {
 			return
 		}
-		if l.hold != nil && l.hold.rv.Load() < last {
-			if l.count-n < l.countMax+holdEventsMax && l.bytes-oldest.bytes < l.bytesMax+holdBytesMax {
+		if l.hold != nil && l.hold.RV.Load() < last {
+			if l.Count-n < l.countMax+HoldEventsMax && l.bytes-oldest.bytes < l.bytesMax+holdBytesMax {
 				return
 			}
-			l.hold.overtaken.Store(true)
+			l.hold.Overtaken.Store(true)
 		}
-		l.dropped = last
-		l.first += n
-		l.count -= n
+		l.Dropped = last
+		l.First += n
+		l.Count -= n
 		l.bytes -= oldest.bytes
-		l.chunks = slices.Delete(l.chunks, 0, 1)
+		l.Chunks = slices.Delete(l.Chunks, 0, 1)
 	}
 }
 
-// end returns the number that the next event gets.
-func (l *eventLog) end() uint64 { return l.first + l.count }
+// End returns the number that the next event gets.
+func (l *eventLog) End() uint64 { return l.First + l.Count }
 
-// seek returns the number of the first event above rv. ok is false if events
+// Seek returns the number of the first event above rv. ok is false if events
 // above rv have left the window.
-func (l *eventLog) seek(rv uint64) (n uint64, ok bool) {
-	if rv < l.dropped {
+func (l *eventLog) Seek(rv uint64) (n uint64, ok bool) {
+	if rv < l.Dropped {
 		return 0, false
 	}
-	i := sort.Search(len(l.chunks), func(i int) bool {
-		events := l.chunks[i].events
-		return events[len(events)-1].rv > rv
+	i := sort.Search(len(l.Chunks), func(i int) bool {
+		events := l.Chunks[i].Events
+		return events[len(events)-1].RV > rv
 	})
-	if i == len(l.chunks) {
-		return l.end(), true
+	if i == len(l.Chunks) {
+		return l.End(), true
 	}
-	c := &l.chunks[i]
-	j := sort.Search(len(c.events), func(j int) bool { return c.events[j].rv > rv })
+	c := &l.Chunks[i]
+	j := sort.Search(len(c.Events), func(j int) bool { return c.Events[j].RV > rv })
 	return c.first + uint64(j), true
 }
 
-// from returns events from number n on, up to the end of their chunk; none if n
+// From returns events from number n on, up to the end of their chunk; none if n
 // is the end. ok is false if event n has left the window, and aging says that it
 // soon will: events were dropped before, and it is in the oldest quarter of what
 // is left, but not of the newest entry. The caller must not change what it gets.
-func (l *eventLog) from(n uint64) (events []event, aging, ok bool) {
-	if n < l.first {
+func (l *eventLog) From(n uint64) (events []Event, aging, ok bool) {
+	if n < l.First {
 		return nil, false, false
 	}
-	if n >= l.end() {
+	if n >= l.End() {
 		return nil, false, true
 	}
-	i := sort.Search(len(l.chunks), func(i int) bool { return l.chunks[i].first > n }) - 1
-	c := &l.chunks[i]
-	return c.events[n-c.first:], l.dropped > 0 && i < len(l.chunks)/4 && n < l.newest, true
+	i := sort.Search(len(l.Chunks), func(i int) bool { return l.Chunks[i].first > n }) - 1
+	c := &l.Chunks[i]
+	return c.Events[n-c.first:], l.Dropped > 0 && i < len(l.Chunks)/4 && n < l.newest, true
 }

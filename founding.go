@@ -46,7 +46,7 @@ type founding struct {
 	Format    int      `json:"format"`
 	Member    uint64   `json:"member"`
 	Directory uint64   `json:"directory,string"` // number of the data directory
-	Members   []member `json:"members"`          // the list: IDs and peer URLs
+	Members   []Member `json:"members"`          // the list: IDs and peer URLs
 	Token     string   `json:"token,omitempty"`  // digest of --cluster-token
 	// Backup is the digest of the backup that the cluster is restored from. The
 	// list and the token are then those that restore was given.
@@ -61,7 +61,7 @@ const foundingFormat = 1
 func newFounding(cfg *config) *founding {
 	f := &founding{Format: foundingFormat, Member: cfg.id, Directory: randomID(), dir: cfg.dataDir}
 	for _, m := range cfg.members {
-		f.Members = append(f.Members, member{ID: m.ID, PeerURL: m.PeerURL})
+		f.Members = append(f.Members, Member{ID: m.ID, PeerURL: m.PeerURL})
 	}
 	if cfg.token != "" {
 		sum := sha256.Sum256([]byte(cfg.token))
@@ -77,7 +77,7 @@ func (f *founding) agrees(o *founding) bool {
 
 // clusterID returns the number of the cluster that these members found: those of
 // the list, with their directories.
-func (f *founding) clusterID(founders []member) uint64 {
+func (f *founding) clusterID(founders []Member) uint64 {
 	h := sha256.New()
 	for _, m := range founders {
 		fmt.Fprintf(h, "%d=%s/%x,", m.ID, m.PeerURL, m.Directory)
@@ -96,7 +96,7 @@ type peerAnswer struct {
 // ask again.
 type foundingStep struct {
 	cluster  uint64   // founded with this number ...
-	founders []member // ... by these; those that do not agree yet are without a directory
+	founders []Member // ... by these; those that do not agree yet are without a directory
 	waiting  []string // for whom, and what they answered
 	refusal  error    // the way out, at once
 	// conflicts are the way out if they last, by member: somebody may be about to
@@ -140,13 +140,13 @@ func (f *founding) decide(process uint64, answers map[uint64]peerAnswer) foundin
 // isFounder says whether a node that has a cluster names this one as a founder
 // of it, with this directory.
 func (f *founding) isFounder(info *peerInfo) bool {
-	return info.Cluster != "" && slices.ContainsFunc(info.Founders, func(m member) bool {
+	return info.Cluster != "" && slices.ContainsFunc(info.Founders, func(m Member) bool {
 		return m.ID == f.Member && m.Directory == f.Directory
 	})
 }
 
 // follow founds what another node has founded with this one.
-func (f *founding) follow(m member, info *peerInfo) (uint64, []member, error) {
+func (f *founding) follow(m Member, info *peerInfo) (uint64, []Member, error) {
 	if slices.Contains(info.Removed, f.Member) {
 		return 0, nil, errRemovedID(f.Member)
 	}
@@ -159,7 +159,7 @@ func (f *founding) follow(m member, info *peerInfo) (uint64, []member, error) {
 
 // judge returns the directory of a member that agrees, or why it does not, if
 // that is more than that it is not there yet.
-func (f *founding) judge(process uint64, m member, a peerAnswer) (directory uint64, refusal, conflict error) {
+func (f *founding) judge(process uint64, m Member, a peerAnswer) (directory uint64, refusal, conflict error) {
 	name := fmt.Sprintf("node %d (%s)", m.ID, m.PeerURL)
 	info := a.info
 	switch {
@@ -217,7 +217,7 @@ func (f *founding) refuse(name string, info *peerInfo) error {
 		"instead give all nodes of --cluster an empty --data-dir, or the same backup", name, info.Cluster, restored(f))
 }
 
-func formatList(members []member) string {
+func formatList(members []Member) string {
 	var urls []string
 	for _, m := range members {
 		urls = append(urls, fmt.Sprintf("%d=%s", m.ID, m.PeerURL))
@@ -303,7 +303,7 @@ func (s *storage) removeFounding() error {
 }
 
 // found makes the directory that of a founding member.
-func (s *storage) found(f *founding, cluster uint64, founders []member) (*recovered, error) {
+func (s *storage) found(f *founding, cluster uint64, founders []Member) (*recovered, error) {
 	rec, err := s.create(identity{Member: f.Member, Cluster: cluster, Directory: f.Directory, Backup: f.Backup, Founders: founders})
 	if err != nil {
 		return nil, adviseRoom(err)
@@ -322,17 +322,17 @@ func adviseRoom(err error) error {
 
 // writeFirstState ends what found began, also after a crash. Every founder
 // writes the same state.
-func (s *storage) writeFirstState(rec *recovered, founders []member) error {
-	st := newState()
-	st.index, st.term = firstIndex, firstTerm
+func (s *storage) writeFirstState(rec *recovered, founders []Member) error {
+	st := NewState()
+	st.Index, st.Term = FirstIndex, FirstTerm
 	if rec.identity.Backup != "" {
 		var err error
-		if st, err = s.readBody(firstIndex, firstTerm); err != nil {
+		if st, err = s.readBody(FirstIndex, FirstTerm); err != nil {
 			return err
 		}
 	}
 	for _, m := range founders {
-		st.members[m.ID] = m
+		st.Members[m.ID] = m
 	}
 	if err := s.bootstrap(rec, st); err != nil {
 		return adviseRoom(err)

@@ -87,9 +87,9 @@ func FuzzPeerInfo(f *testing.F) {
 		}
 		_, _ = p.clusterID()
 		_, _ = p.isOlder(), p.directoryOf(1)
-		_ = commonLevel(p.Members, map[uint64]health{1: p.Health}, 1, levelNewest)
+		_ = commonLevel(p.Members, map[uint64]health{1: p.Health}, 1, LevelNewest)
 		for _, m := range p.Members {
-			_ = m.check()
+			_ = m.Check()
 		}
 		if _, err := json.Marshal(p); err != nil {
 			t.Errorf("it cannot be told again: %v", err)

@@ -20,9 +20,9 @@ import (
 
 // fuzzFront is a front without a server.
 func fuzzFront(f *testing.F) (*httpAPI, *fakeBackend) {
-	store := newKVStore()
-	store.state.members[1] = member{ID: 1, PeerURL: "http://127.0.0.1:1", ClientURL: "http://node1:2"}
-	store.state.setLevel(levelNewest)
+	store := New()
+	store.State.Members[1] = Member{ID: 1, PeerURL: "http://127.0.0.1:1", ClientURL: "http://node1:2"}
+	store.State.SetLevel(LevelNewest)
 	hub := newHub(store)
 	backend := &fakeBackend{store: store}
 	return newHTTPAPI(httpConfig{
@@ -69,10 +69,10 @@ func FuzzHost(f *testing.F) {
 				r.Header.Set(name, value)
 			}
 		}
-		before := backend.store.version()
+		before := backend.store.Version()
 		w := httptest.NewRecorder()
 		h.ServeHTTP(w, r)
-		wrote := backend.store.version() != before
+		wrote := backend.store.Version() != before
 		name := strings.ToLower(host)
 		if i := strings.LastIndexByte(name, ':'); i >= 0 && !strings.HasSuffix(name, "]") {
 			name = name[:i]
@@ -100,8 +100,8 @@ func FuzzContentType(f *testing.F) {
 		if err != nil || kept == "" {
 			return
 		}
-		c := command{op: opPut, key: "k", contentType: kept}
-		if err := checkCommands(c.appendTo(nil), levelNewest); err != nil {
+		c := Command{Op: OpPut, Key: "k", ContentType: kept}
+		if err := CheckCommands(c.AppendTo(nil), LevelNewest); err != nil {
 			t.Errorf("%q is taken, and cannot be proposed: %v", kept, err)
 		}
 		kind, _, err := mime.ParseMediaType(servedType(kept)[0])

@@ -47,23 +47,23 @@ func unpackGolden(t *testing.T, level int) string {
 // for each level, and the program of a next level opens those of this one.
 func TestGolden_DataDirectory(t *testing.T) {
 	smallSegments(t)
-	for level := levelFirst; level <= levelNewest; level++ {
+	for level := LevelFirst; level <= LevelNewest; level++ {
 		dir := unpackGolden(t, level)
 		s, rec := openRestored(t, filepath.Join(dir, "data"))
-		began := rec.state.index
+		began := rec.state.Index
 		testkit.Must(t, rec.replay())
 		st := &rec.state
-		if began == 0 || st.index <= began {
-			t.Errorf("level %d: a snapshot at entry %d, and a log up to %d", level, began, st.index)
+		if began == 0 || st.Index <= began {
+			t.Errorf("level %d: a snapshot at entry %d, and a log up to %d", level, began, st.Index)
 		}
-		if st.level != level || rec.identity.Member != 1 {
-			t.Errorf("level %d: level %d of member %d", level, st.level, rec.identity.Member)
+		if st.Level != level || rec.identity.Member != 1 {
+			t.Errorf("level %d: level %d of member %d", level, st.Level, rec.identity.Member)
 		}
-		if m := st.members[2]; len(st.members) != 2 || m.PeerURL != "http://127.0.0.1:1" || m.Name != "never there" || !m.Learner {
-			t.Errorf("level %d: members %v", level, st.members)
+		if m := st.Members[2]; len(st.Members) != 2 || m.PeerURL != "http://127.0.0.1:1" || m.Name != "never there" || !m.Learner {
+			t.Errorf("level %d: members %v", level, st.Members)
 		}
-		if len(st.sessions) != 2 {
-			t.Errorf("level %d: %d sessions", level, len(st.sessions))
+		if len(st.Sessions) != 2 {
+			t.Errorf("level %d: %d sessions", level, len(st.Sessions))
 		}
 		wantGoldenItems(t, dir, st)
 		wantGoldenEvents(t, dir, st)
@@ -71,8 +71,8 @@ func TestGolden_DataDirectory(t *testing.T) {
 		wantSameAfresh(t, level, st)
 
 		// It goes on as it was: with a snapshot of the same level, which is read again.
-		again, err := readState(bytes.NewReader(encodeState(t, st)))
-		if err != nil || again.level != level || again.sum != st.sum || again.retries.digest != st.retries.digest || again.sessionsDigest != st.sessionsDigest {
+		again, err := ReadState(bytes.NewReader(encodeState(t, st)))
+		if err != nil || again.Level != level || again.Sum != st.Sum || again.Retries.Digest != st.Retries.Digest || again.SessionsDigest != st.SessionsDigest {
 			t.Errorf("level %d: written and read: %v", level, err)
 		}
 		testkit.Must(t, s.close())
@@ -81,7 +81,7 @@ func TestGolden_DataDirectory(t *testing.T) {
 
 // wantSameAfresh: with the snapshot before, more of the log is applied, as it was by the program that wrote the
 // newest snapshot.
-func wantSameAfresh(t *testing.T, level int, want *state) {
+func wantSameAfresh(t *testing.T, level int, want *State) {
 	t.Helper()
 	dir := filepath.Join(unpackGolden(t, level), "data")
 	for _, kind := range []string{"*.snap", "*.snap.db"} {
@@ -90,10 +90,10 @@ func wantSameAfresh(t *testing.T, level int, want *state) {
 		testkit.Must(t, os.Remove(slices.Max(names)))
 	}
 	s, rec := openRestored(t, dir)
-	began := rec.state.index
+	began := rec.state.Index
 	testkit.Must(t, rec.replay())
-	if st := &rec.state; began >= want.index-10 || st.index != want.index || st.sum != want.sum {
-		t.Errorf("level %d: from entry %d on, state %x at entry %d, want %x at entry %d", level, began, st.sum, st.index, want.sum, want.index)
+	if st := &rec.state; began >= want.Index-10 || st.Index != want.Index || st.Sum != want.Sum {
+		t.Errorf("level %d: from entry %d on, state %x at entry %d, want %x at entry %d", level, began, st.Sum, st.Index, want.Sum, want.Index)
 	}
 	testkit.Must(t, s.close())
 }
@@ -101,7 +101,7 @@ func wantSameAfresh(t *testing.T, level int, want *state) {
 // TestGolden_Backup: a backup of any level is inspected, and restored at its level.
 func TestGolden_Backup(t *testing.T) {
 	smallSegments(t)
-	for level := levelFirst; level <= levelNewest; level++ {
+	for level := LevelFirst; level <= LevelNewest; level++ {
 		dir := unpackGolden(t, level)
 		out, err := runCommand(t, "snapshot", "inspect", filepath.Join(dir, "backup"))
 		if err != nil || !strings.Contains(out, "checksum          ok") {
@@ -111,10 +111,10 @@ func TestGolden_Backup(t *testing.T) {
 		_, err = runCommand(t, "snapshot", "restore", filepath.Join(dir, "backup"), "--data-dir", to, "--id", "1", "--cluster", restoreMembers)
 		testkit.Must(t, err)
 		s, _ := openRestored(t, to)
-		st, err := s.readBody(firstIndex, firstTerm)
+		st, err := s.readBody(FirstIndex, FirstTerm)
 		testkit.Must(t, err)
-		if st.level != level || len(st.members) != 3 {
-			t.Errorf("level %d: level %d, members %v", level, st.level, st.members)
+		if st.Level != level || len(st.Members) != 3 {
+			t.Errorf("level %d: level %d, members %v", level, st.Level, st.Members)
 		}
 		wantGoldenItems(t, dir, &st)
 		testkit.Must(t, s.close())
@@ -122,11 +122,11 @@ func TestGolden_Backup(t *testing.T) {
 }
 
 // wantGoldenItems compares the keys of a state, and the outcomes of requests, with what its node listed.
-func wantGoldenItems(t *testing.T, dir string, st *state) {
+func wantGoldenItems(t *testing.T, dir string, st *State) {
 	t.Helper()
 	var lines []string
-	st.items.Scan(func(key string, it item) bool {
-		lines = append(lines, string(appendItemJSON(nil, key, it, false)))
+	st.Items.Scan(func(key string, it Item) bool {
+		lines = append(lines, string(AppendItemJSON(nil, key, it, false)))
 		return true
 	})
 	var want []string
@@ -136,24 +136,24 @@ func wantGoldenItems(t *testing.T, dir string, st *state) {
 		}
 	}
 	if len(want) == 0 || !slices.Equal(lines, want) {
-		t.Errorf("level %d: holds\n%s\nwant\n%s", st.level, strings.Join(lines, "\n"), strings.Join(want, "\n"))
+		t.Errorf("level %d: holds\n%s\nwant\n%s", st.Level, strings.Join(lines, "\n"), strings.Join(want, "\n"))
 	}
 	for _, round := range []string{"one", "two", "three"} {
-		n, known := st.retries.numbers.Get("invoice-" + round)
-		r, _ := st.retries.records.Get(n)
-		it, exists := st.items.Get("g/once-" + round)
-		first, replayed := st.retries.lookup(r.id, st.clock())
-		if !known || !exists || !replayed || first.rv != it.rv || first.status != statusCreated {
-			t.Errorf("level %d: the request invoice-%s: %+v, %v", st.level, round, first, replayed)
+		n, known := st.Retries.Numbers.Get("invoice-" + round)
+		r, _ := st.Retries.Records.Get(n)
+		it, exists := st.Items.Get("g/once-" + round)
+		first, replayed := st.Retries.Lookup(r.ID, st.Clock())
+		if !known || !exists || !replayed || first.RV != it.RV || first.Status != StatusCreated {
+			t.Errorf("level %d: the request invoice-%s: %+v, %v", st.Level, round, first, replayed)
 		}
-		if it, _ := st.items.Get("g/ttl-" + round); it.expires == 0 {
-			t.Errorf("level %d: g/ttl-%s has no deadline", st.level, round)
+		if it, _ := st.Items.Get("g/ttl-" + round); it.Expires == 0 {
+			t.Errorf("level %d: g/ttl-%s has no deadline", st.Level, round)
 		}
 	}
 }
 
 // wantGoldenEvents compares the window of events with what a watch of its node saw.
-func wantGoldenEvents(t *testing.T, dir string, st *state) {
+func wantGoldenEvents(t *testing.T, dir string, st *State) {
 	t.Helper()
 	var want, got []string
 	for line := range strings.Lines(testkit.ReadFile(t, filepath.Join(dir, "events"))) {
@@ -170,20 +170,20 @@ func wantGoldenEvents(t *testing.T, dir string, st *state) {
 			want = append(want, fmt.Sprint(e.Type, " ", e.Object.KeyBase64 != "" || e.Object.Key == "", " ", e.Object.ResourceVersion))
 		}
 	}
-	s := &kvstore{state: *st}
-	n, ok := s.seekEvent(0)
+	s := &Store{State: *st}
+	n, ok := s.SeekEvent(0)
 	for ok {
-		events, _, _ := s.eventsFrom(n)
+		events, _, _ := s.EventsFrom(n)
 		if len(events) == 0 {
 			break
 		}
 		for _, e := range events {
-			kind := map[eventKind]string{eventAdded: "ADDED", eventModified: "MODIFIED", eventDeleted: "DELETED", eventExpired: "DELETED"}[e.kind]
-			got = append(got, fmt.Sprint(kind, " ", e.key == "g/\x00\xff", " ", e.rv))
+			kind := map[EventKind]string{EventAdded: "ADDED", EventModified: "MODIFIED", EventDeleted: "DELETED", EventExpired: "DELETED"}[e.Kind]
+			got = append(got, fmt.Sprint(kind, " ", e.Key == "g/\x00\xff", " ", e.RV))
 		}
 		n += uint64(len(events))
 	}
 	if len(want) == 0 || !slices.Equal(got, want) {
-		t.Errorf("level %d: events\n%q\nwant\n%q", st.level, got, want)
+		t.Errorf("level %d: events\n%q\nwant\n%q", st.Level, got, want)
 	}
 }

@@ -38,7 +38,7 @@ type guard struct {
 	id      uint64
 	reserve uint64 // as configured; 0 = by default
 	quota   uint64 // 0 = none
-	store   *kvstore
+	store   *Store
 	free    func() (uint64, error) // bytes that the disk has
 	waiting func() int             // bytes that wait to be written
 	logger  *zap.Logger
@@ -65,13 +65,13 @@ type space struct {
 // health is what a member tells the others about itself.
 type health struct {
 	Member     uint64 `json:"member"`
-	Sums       sums   `json:"sums"`
+	Sums       Sums   `json:"sums"`
 	Level      int    `json:"level,omitempty"` // that it knows; 0 = it is older than levels
 	DiskFull   bool   `json:"diskFull,omitempty"`
 	DiskClosed bool   `json:"diskClosed,omitempty"`
 }
 
-func newGuard(cfg *config, store *kvstore, waiting func() int, logger *zap.Logger) *guard {
+func newGuard(cfg *config, store *Store, waiting func() int, logger *zap.Logger) *guard {
 	g := &guard{
 		id:      cfg.id,
 		reserve: cfg.diskReserve,
@@ -101,7 +101,7 @@ func (g *guard) diskReserve() uint64 {
 	if g.reserve != 0 {
 		return g.reserve
 	}
-	return 2*floorSegments*segmentBytes() + g.store.snapshotSize()
+	return 2*floorSegments*segmentBytes() + g.store.SnapshotSize()
 }
 
 // copiesOfPut is how often a disk must have room for what is put: in the log, and
@@ -139,10 +139,10 @@ func (g *guard) lookAtDisk() error {
 	return nil
 }
 
-func (g *guard) members() int { return max(1, g.store.memberCount()) }
+func (g *guard) members() int { return max(1, g.store.MemberCount()) }
 
 // admit says whether a command of so many bytes may be proposed.
-func (g *guard) admit(c *command, size int) error {
+func (g *guard) admit(c *Command, size int) error {
 	// The others may take as many bytes at the same time, and this node has to
 	// write them too.
 	cost := int64(size) * int64(g.members())
@@ -173,18 +173,18 @@ func (g *guard) receive(size int) bool {
 }
 
 // grows says whether a command may make the store larger.
-func grows(c *command) bool {
-	switch c.op {
-	case opPut:
+func grows(c *Command) bool {
+	switch c.Op {
+	case OpPut:
 		return true
-	case opTxn:
-		t, err := decodeTxn(c.value)
+	case OpTxn:
+		t, err := DecodeTxn(c.Value)
 		if err != nil {
 			return true
 		}
-		for _, ops := range [][]command{t.then, t.otherwise} {
+		for _, ops := range [][]Command{t.Then, t.Otherwise} {
 			for i := range ops {
-				if ops[i].op == opPut {
+				if ops[i].Op == OpPut {
 					return true
 				}
 			}
@@ -206,17 +206,17 @@ func (g *guard) diskFull() error {
 	return nil
 }
 
-func (g *guard) overQuota(c *command, size int) error {
+func (g *guard) overQuota(c *Command, size int) error {
 	if g.quota == 0 {
 		return nil
 	}
-	now := g.store.size()
-	after := now + uint64(size) + itemOverhead
+	now := g.store.Size()
+	after := now + uint64(size) + ItemOverhead
 	if after+queueSizeMax <= g.quota || after+uint64(g.waiting()) <= g.quota {
 		return nil
 	}
-	if c.op == opPut {
-		if old, _, ok := g.store.get(c.key); ok && len(c.value) <= len(old.value) {
+	if c.Op == OpPut {
+		if old, _, ok := g.store.Get(c.Key); ok && len(c.Value) <= len(old.Value) {
 			return nil
 		}
 	}
@@ -228,12 +228,12 @@ func (g *guard) writable() error {
 	if err := g.diskFull(); err != nil {
 		return err
 	}
-	return g.overQuota(&command{op: opTxn}, 0)
+	return g.overQuota(&Command{Op: OpTxn}, 0)
 }
 
 // describe adds to a status what the guard knows.
 func (g *guard) describe(st *nodeStatus) {
-	sum, space := g.store.sums().Now, g.space.Load()
+	sum, space := g.store.Sums().Now, g.space.Load()
 	st.StateSum = fmt.Sprintf("%016x", sum.Sum)
 	st.AppliedIndex = sum.Index // that it is the sum of
 	st.QuotaBytes = g.quota
@@ -247,7 +247,7 @@ func (g *guard) describe(st *nodeStatus) {
 // health is what the others are told.
 func (g *guard) health() health {
 	s := g.space.Load()
-	return health{Member: g.id, Sums: g.store.sums(), Level: g.store.knows(), DiskFull: s.full, DiskClosed: s.closed}
+	return health{Member: g.id, Sums: g.store.Sums(), Level: g.store.Knows(), DiskFull: s.full, DiskClosed: s.closed}
 }
 
 // isClosed says whether a member has said that it takes no entries.
@@ -279,13 +279,13 @@ func (n *node) watchDisk(ctx context.Context) error {
 // propose is that of the loop, unless the node must not serve or take the command.
 // What is remembered of a retry is answered whatever the node could do with it now:
 // it is committed. That may also become known while the retry waits.
-func (n *node) propose(ctx context.Context, timeout time.Duration, c command) (result, error) {
-	if first, known := n.outcome(c.retry); known {
+func (n *node) propose(ctx context.Context, timeout time.Duration, c Command) (Result, error) {
+	if first, known := n.outcome(c.Retry); known {
 		return first, nil
 	}
 	res, err := n.proposeNew(ctx, timeout, c)
 	if err != nil {
-		if first, known := n.outcome(c.retry); known {
+		if first, known := n.outcome(c.Retry); known {
 			return first, nil
 		}
 	}
@@ -294,24 +294,24 @@ func (n *node) propose(ctx context.Context, timeout time.Duration, c command) (r
 
 // outcome returns what became of an earlier request with an Idempotency-Key, if
 // this node knows and may tell it.
-func (n *node) outcome(id retryID) (first result, known bool) {
-	if id.key == "" || n.guard.serving() != nil && (n.guard.current() != unchecked || n.loop.status.Load().leader != 0) {
-		return result{}, false
+func (n *node) outcome(id RetryID) (first Result, known bool) {
+	if id.Key == "" || n.guard.serving() != nil && (n.guard.current() != Unchecked || n.loop.status.Load().leader != 0) {
+		return Result{}, false
 	}
-	return n.store.outcome(id)
+	return n.store.Outcome(id)
 }
 
-func (n *node) proposeNew(ctx context.Context, timeout time.Duration, c command) (result, error) {
+func (n *node) proposeNew(ctx context.Context, timeout time.Duration, c Command) (Result, error) {
 	timeout, err := n.awaitServing(ctx, timeout)
 	if err != nil {
-		return result{}, err
+		return Result{}, err
 	}
-	if err := n.guard.admit(&c, c.encodedSizeMax()); err != nil {
-		return result{}, err
+	if err := n.guard.admit(&c, c.EncodedSizeMax()); err != nil {
+		return Result{}, err
 	}
 	res, err := n.loop.propose(ctx, timeout, c)
 	if e, ok := errors.AsType[*fault.Error](err); ok && e.Code == fault.ErrLevel.Code {
-		err = e.WithDetail("%s; %s", e.Detail, n.oldMembers(n.store.level()+1))
+		err = e.WithDetail("%s; %s", e.Detail, n.oldMembers(n.store.Level()+1))
 	}
 	return res, err
 }
@@ -322,13 +322,13 @@ func (n *node) proposeNew(ctx context.Context, timeout time.Duration, c command)
 // who is right.
 func (n *node) awaitMembership(ctx context.Context, timeout time.Duration) (left time.Duration, err error) {
 	left, err = n.awaitServing(ctx, timeout)
-	if n.guard.current() == doubtful {
+	if n.guard.current() == Doubtful {
 		err = nil
 	}
 	return left, err
 }
 
-func (n *node) addMember(ctx context.Context, timeout time.Duration, m member) error {
+func (n *node) addMember(ctx context.Context, timeout time.Duration, m Member) error {
 	timeout, err := n.awaitMembership(ctx, timeout)
 	if err != nil {
 		return err
@@ -355,12 +355,12 @@ func (n *node) promoteMember(ctx context.Context, timeout time.Duration, id uint
 	return n.loop.promoteMember(ctx, timeout, id)
 }
 
-func (n *node) updateMember(ctx context.Context, timeout time.Duration, m member) error {
+func (n *node) updateMember(ctx context.Context, timeout time.Duration, m Member) error {
 	timeout, err := n.awaitMembership(ctx, timeout)
 	if err != nil {
 		return err
 	}
-	if err := n.guard.admit(&command{op: opMember}, memberSizeMax); err != nil {
+	if err := n.guard.admit(&Command{Op: OpMember}, memberSizeMax); err != nil {
 		return err
 	}
 	if err := n.checkAddress(ctx, m); err != nil {

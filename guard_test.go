@@ -14,9 +14,9 @@ import (
 // newTestGuard returns the guard of member 1 of three, whose disk has room for so many bytes.
 func newTestGuard(t *testing.T, free *uint64) *guard {
 	t.Helper()
-	s := newKVStore()
+	s := New()
 	for id := range uint64(3) {
-		s.state.members[id+1] = member{ID: id + 1}
+		s.State.Members[id+1] = Member{ID: id + 1}
 	}
 	g := newGuard(&config{id: 1, diskReserve: 1000, quota: 10_000}, s, func() int { return 0 }, zap.NewNop())
 	g.free = func() (uint64, error) { return *free, nil }
@@ -25,8 +25,8 @@ func newTestGuard(t *testing.T, free *uint64) *guard {
 }
 
 var (
-	somePut    = command{op: opPut, key: "k", value: "v"}
-	someDelete = command{op: opDelete, key: "k"}
+	somePut    = Command{Op: OpPut, Key: "k", Value: "v"}
+	someDelete = Command{Op: OpDelete, Key: "k"}
 )
 
 // TestGuard_Disk: between two looks no more is taken than there was room for, since all three members may take
@@ -100,19 +100,19 @@ func TestGuard_OthersFull(t *testing.T) {
 func TestGuard_Quota(t *testing.T) {
 	free := uint64(math.MaxUint64 / 4)
 	g := newTestGuard(t, &free)
-	big := command{op: opPut, key: "big", value: string(make([]byte, 9_900))}
+	big := Command{Op: OpPut, Key: "big", Value: string(make([]byte, 9_900))}
 	testkit.Must(t, g.admit(&big, 9_900))
 	applyTo(t, g.store, big)
-	txn := func(ops ...command) *command {
-		t := txn{then: ops}
-		return &command{op: opTxn, value: t.encode()}
+	txn := func(ops ...Command) *Command {
+		t := Txn{Then: ops}
+		return &Command{Op: OpTxn, Value: t.Encode()}
 	}
-	for name, c := range map[string]*command{"put": &somePut, "transaction": txn(someDelete, somePut)} {
+	for name, c := range map[string]*Command{"put": &somePut, "transaction": txn(someDelete, somePut)} {
 		if err := g.admit(c, 10); !errors.Is(err, fault.ErrQuota) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	for name, c := range map[string]*command{"smaller": {op: opPut, key: "big", value: "v"}, "delete": &someDelete, "prefix": {op: opDeletePrefix, key: "b"}, "transaction": txn(someDelete)} {
+	for name, c := range map[string]*Command{"smaller": {Op: OpPut, Key: "big", Value: "v"}, "delete": &someDelete, "prefix": {Op: OpDeletePrefix, Key: "b"}, "transaction": txn(someDelete)} {
 		if err := g.admit(c, 10); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -120,12 +120,12 @@ func TestGuard_Quota(t *testing.T) {
 	if err := g.writable(); !errors.Is(err, fault.ErrQuota) {
 		t.Error(err)
 	}
-	applyTo(t, g.store, command{op: opDelete, key: "big"})
+	applyTo(t, g.store, Command{Op: OpDelete, Key: "big"})
 	testkit.Must(t, g.admit(&somePut, 10))
 	testkit.Must(t, g.writable())
 
 	// What waits to be written counts as written.
-	waits := 10_000 - int(g.store.size()) - itemOverhead - 100
+	waits := 10_000 - int(g.store.Size()) - ItemOverhead - 100
 	g.waiting = func() int { return waits }
 	testkit.Must(t, g.admit(&somePut, 100))
 	if err := g.admit(&somePut, 101); !errors.Is(err, fault.ErrQuota) {

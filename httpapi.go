@@ -67,7 +67,7 @@ const (
 type backend interface {
 	// propose waits until the command is durable on a quorum and applied here,
 	// at most timeout. ctx ends the wait early when the client is gone.
-	propose(ctx context.Context, timeout time.Duration, c command) (result, error)
+	propose(ctx context.Context, timeout time.Duration, c Command) (Result, error)
 	// linearize returns once this node has applied every write that was
 	// acknowledged before the call.
 	linearize(ctx context.Context, timeout time.Duration) error
@@ -95,7 +95,7 @@ type nodeStatus struct {
 	ResourceVersion uint64   `json:"resourceVersion"`
 	Version         string   `json:"version"`
 	FeatureLevel    int      `json:"featureLevel"` // of the cluster
-	Members         []member `json:"members"`
+	Members         []Member `json:"members"`
 
 	StateBytes       uint64 `json:"stateBytes"` // that the keys and values take, about
 	StateSum         string `json:"stateSum"`   // of all entries up to appliedIndex; hexadecimal
@@ -112,7 +112,7 @@ type nodeStatus struct {
 type httpConfig struct {
 	id           uint64 // of this node; the first part of a key that it makes up
 	cluster      string // as in the status
-	store        *kvstore
+	store        *Store
 	hub          *hub // of the store
 	backend      backend
 	logger       *zap.Logger
@@ -290,24 +290,24 @@ func (h *httpAPI) getKey(w http.ResponseWriter, r request) error {
 	}
 	setItemHeaders(w.Header(), it, rv)
 	if r.Method != http.MethodHead {
-		_, _ = io.WriteString(w, it.value) // fails if the client is gone
+		_, _ = io.WriteString(w, it.Value) // fails if the client is gone
 	}
 	return nil
 }
 
 // read returns the item that a request names, and the store's resource version.
-func (h *httpAPI) read(w http.ResponseWriter, r request) (item, uint64, error) {
+func (h *httpAPI) read(w http.ResponseWriter, r request) (Item, uint64, error) {
 	if err := h.catchUp(r); err != nil {
-		return item{}, 0, err
+		return Item{}, 0, err
 	}
-	it, rv, ok := h.store.get(r.name)
+	it, rv, ok := h.store.Get(r.name)
 	if !ok {
 		setResourceVersion(w.Header(), rv)
-		return item{}, 0, noKey(r.name)
+		return Item{}, 0, noKey(r.name)
 	}
-	if match, ok := r.Header["If-Match"]; ok && !anyTagMatches(match, it.rv, false) {
+	if match, ok := r.Header["If-Match"]; ok && !anyTagMatches(match, it.RV, false) {
 		setResourceVersion(w.Header(), rv)
-		return item{}, 0, preconditionFailed(it.rv)
+		return Item{}, 0, preconditionFailed(it.RV)
 	}
 	return it, rv, nil
 }
@@ -333,9 +333,9 @@ func noKey(key string) error {
 }
 
 // isUnchanged says whether the client has this version already.
-func isUnchanged(r request, it item) bool {
+func isUnchanged(r request, it Item) bool {
 	tags, ok := r.Header["If-None-Match"]
-	return ok && anyTagMatches(tags, it.rv, true)
+	return ok && anyTagMatches(tags, it.RV, true)
 }
 
 func (h *httpAPI) putKey(w http.ResponseWriter, r request) error {
@@ -343,11 +343,11 @@ func (h *httpAPI) putKey(w http.ResponseWriter, r request) error {
 	if err != nil {
 		return err
 	}
-	c := command{op: opPut, key: r.name, value: value}
+	c := Command{Op: OpPut, Key: r.name, Value: value}
 	if err := h.describe(&c, r); err != nil {
 		return err
 	}
-	if c.condition, err = parseCondition(r.Header); err != nil {
+	if c.Condition, err = parseCondition(r.Header); err != nil {
 		return err
 	}
 	res, err := h.propose(w, r, c, value)
@@ -355,38 +355,38 @@ func (h *httpAPI) putKey(w http.ResponseWriter, r request) error {
 		return err
 	}
 	code := http.StatusNoContent
-	if res.status == statusCreated {
+	if res.Status == StatusCreated {
 		code = http.StatusCreated
 	}
-	setWriteHeaders(w.Header(), res.rv)
+	setWriteHeaders(w.Header(), res.RV)
 	w.WriteHeader(code)
 	return nil
 }
 
 // describe makes a put say what a request says of its value.
-func (h *httpAPI) describe(c *command, r request) error {
+func (h *httpAPI) describe(c *Command, r request) error {
 	contentType, err := parseContentType(r.Header)
 	if err != nil {
 		return err
 	}
-	level := h.store.level()
-	c.setTTL(r.params.ttl, level)
+	level := h.store.Level()
+	c.SetTTL(r.params.ttl, level)
 	c.setContentType(contentType, level)
 	return nil
 }
 
 func (h *httpAPI) deleteKey(w http.ResponseWriter, r request) error {
-	c := command{op: opDelete, key: r.name}
+	c := Command{Op: OpDelete, Key: r.name}
 	var err error
-	if c.condition, err = parseCondition(r.Header); err != nil {
+	if c.Condition, err = parseCondition(r.Header); err != nil {
 		return err
 	}
 	res, err := h.propose(w, r, c, "")
 	if err != nil {
 		return err
 	}
-	setResourceVersion(w.Header(), res.rv)
-	if res.status == statusNotFound {
+	setResourceVersion(w.Header(), res.RV)
+	if res.Status == StatusNotFound {
 		return noKey(r.name)
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -395,34 +395,34 @@ func (h *httpAPI) deleteKey(w http.ResponseWriter, r request) error {
 
 // propose carries out the command of a request with this body, once if the
 // request has an Idempotency-Key. What the state machine refused is an error.
-func (h *httpAPI) propose(w http.ResponseWriter, r request, c command, body string) (res result, err error) {
-	if c.retry, err = r.retryID(&c, body); err != nil {
-		return result{}, err
+func (h *httpAPI) propose(w http.ResponseWriter, r request, c Command, body string) (res Result, err error) {
+	if c.Retry, err = r.retryID(&c, body); err != nil {
+		return Result{}, err
 	}
-	if c.retry.key != "" && h.store.level() >= 3 {
-		c.retry.client = clientOf(r.Request)
+	if c.Retry.Key != "" && h.store.Level() >= 3 {
+		c.Retry.Client = clientOf(r.Request)
 	}
 	res, err = h.backend.propose(r.Context(), r.params.timeout, c)
 	if err != nil {
-		if e, ok := errors.AsType[*fault.Error](err); ok && c.retry.key != "" && e.Code == fault.ErrUnknown.Code && e.Outcome == fault.Unknown {
+		if e, ok := errors.AsType[*fault.Error](err); ok && c.Retry.Key != "" && e.Code == fault.ErrUnknown.Code && e.Outcome == fault.Unknown {
 			err = fault.ErrUnknownRetry
 		}
-		return result{}, err
+		return Result{}, err
 	}
-	if res.replayed {
+	if res.Replayed {
 		w.Header()["Idempotency-Replayed"] = replayed
 	}
 	switch {
-	case res.status == statusPrecondition && res.current == 0 && c.op == opDelete && c.condition.kind != ifAbsent:
-		res.status = statusNotFound // as without the condition, which then does not count (RFC 9110, section 13.2.1)
-	case res.status == statusPrecondition:
-		setResourceVersion(w.Header(), res.rv)
-		if res.replayed {
-			return result{}, preconditionFailedThen(res.current)
+	case res.Status == StatusPrecondition && res.Current == 0 && c.Op == OpDelete && c.Condition.Kind != IfAbsent:
+		res.Status = StatusNotFound // as without the condition, which then does not count (RFC 9110, section 13.2.1)
+	case res.Status == StatusPrecondition:
+		setResourceVersion(w.Header(), res.RV)
+		if res.Replayed {
+			return Result{}, preconditionFailedThen(res.Current)
 		}
-		return result{}, preconditionFailed(res.current)
-	case res.status == statusRetryOther:
-		return result{}, fault.ErrRetryOther
+		return Result{}, preconditionFailed(res.Current)
+	case res.Status == StatusRetryOther:
+		return Result{}, fault.ErrRetryOther
 	}
 	return res, nil
 }
@@ -454,7 +454,7 @@ func (h *httpAPI) getVersion(w http.ResponseWriter, r request) error {
 	if err := h.catchUp(r); err != nil {
 		return err
 	}
-	rv := h.store.version()
+	rv := h.store.Version()
 	setResourceVersion(w.Header(), rv)
 	writeText(w, r, strconv.FormatUint(rv, 10)+"\n")
 	return nil
@@ -485,7 +485,7 @@ func (h *httpAPI) patchObject(w http.ResponseWriter, r request) error {
 // create puts the value under a key that nobody else can have chosen.
 func (h *httpAPI) create(w http.ResponseWriter, r request, value string, code int) error {
 	key := strconv.FormatUint(h.id, 10) + "-" + h.newID()
-	c := command{op: opPut, key: key, value: value}
+	c := Command{Op: OpPut, Key: key, Value: value}
 	if err := h.describe(&c, r); err != nil {
 		return err
 	}
@@ -493,8 +493,8 @@ func (h *httpAPI) create(w http.ResponseWriter, r request, value string, code in
 	if err != nil {
 		return err
 	}
-	w.Header()["Location"] = []string{keyPath(res.key)} // a retry gets the key of the first
-	setWriteHeaders(w.Header(), res.rv)
+	w.Header()["Location"] = []string{keyPath(res.Key)} // a retry gets the key of the first
+	setWriteHeaders(w.Header(), res.RV)
 	w.WriteHeader(code)
 	return nil
 }
@@ -589,8 +589,8 @@ func parseKey(escaped string) (string, error) {
 	if err != nil {
 		return "", fault.ErrInvalid.WithDetail("the path has a malformed escape; write %% as %%25")
 	}
-	if len(key) == 0 || len(key) > keySizeMax {
-		return "", fault.ErrInvalid.WithDetail("the key has %d bytes; it must have 1 to %d", len(key), keySizeMax)
+	if len(key) == 0 || len(key) > KeySizeMax {
+		return "", fault.ErrInvalid.WithDetail("the key has %d bytes; it must have 1 to %d", len(key), KeySizeMax)
 	}
 	return key, nil
 }
@@ -608,7 +608,7 @@ func (h *httpAPI) catchUp(r request) error {
 	if !r.params.has(paramResourceVersion) {
 		return h.backend.linearize(r.Context(), r.params.timeout)
 	}
-	if h.store.version() >= r.params.resourceVersion {
+	if h.store.Version() >= r.params.resourceVersion {
 		return h.backend.serving(r.Context(), r.params.timeout)
 	}
 	return h.backend.waitVersion(r.Context(), r.params.timeout, r.params.resourceVersion)
@@ -716,33 +716,33 @@ var (
 
 // setItemHeaders sets the header of a read: an item, and the store's resource
 // version when it was read.
-func setItemHeaders(header http.Header, it item, rv uint64) {
+func setItemHeaders(header http.Header, it Item, rv uint64) {
 	var buf [64]byte
-	b := appendETag(buf[:0], it.rv)
+	b := appendETag(buf[:0], it.RV)
 	etagEnd := len(b)
 	b = strconv.AppendUint(b, rv, 10)
 	rvEnd := len(b)
-	b = strconv.AppendInt(b, int64(len(it.value)), 10)
+	b = strconv.AppendInt(b, int64(len(it.Value)), 10)
 	s := string(b)
 	values := [...]string{s[:etagEnd], s[etagEnd:rvEnd], s[rvEnd:]}
 	header["Etag"] = values[0:1:1]
 	header["Resource-Version"] = values[1:2:2]
 	header["Content-Length"] = values[2:3:3]
-	header["Content-Type"] = servedType(it.contentType)
+	header["Content-Type"] = servedType(it.ContentType)
 	setExpires(header, it)
 }
 
 // setExpires says when an item expires.
-func setExpires(header http.Header, it item) {
-	if it.expires == 0 {
+func setExpires(header http.Header, it Item) {
+	if it.Expires == 0 {
 		return
 	}
-	header["Expires"] = []string{time.UnixMilli(it.expires).UTC().Format(http.TimeFormat)}
+	header["Expires"] = []string{time.UnixMilli(it.Expires).UTC().Format(http.TimeFormat)}
 }
 
 // writeNotModified answers a read of a version that the client has.
-func writeNotModified(w http.ResponseWriter, it item, rv uint64) {
-	setETag(w.Header(), it.rv)
+func writeNotModified(w http.ResponseWriter, it Item, rv uint64) {
+	setETag(w.Header(), it.RV)
 	setResourceVersion(w.Header(), rv)
 	setExpires(w.Header(), it)
 	w.WriteHeader(http.StatusNotModified)

@@ -35,7 +35,7 @@ const testValueSizeMax = 100 << 10 // more than bodyFree
 // fakeBackend is a cluster of one that never fails unless it is told to. Writes
 // go through the real encoding into a real store.
 type fakeBackend struct {
-	store   *kvstore
+	store   *Store
 	applied func() // nil = nobody wants to know
 
 	mu           sync.Mutex
@@ -52,25 +52,25 @@ type fakeBackend struct {
 	canceled error
 }
 
-func (b *fakeBackend) propose(ctx context.Context, timeout time.Duration, c command) (result, error) {
+func (b *fakeBackend) propose(ctx context.Context, timeout time.Duration, c Command) (Result, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.timeout = timeout
 	if b.err != nil {
-		return result{}, b.err
+		return Result{}, b.err
 	}
 	if b.delay > 0 {
 		select {
 		case <-time.After(b.delay):
 		case <-ctx.Done():
 			b.canceled = context.Cause(ctx)
-			return result{}, ctx.Err()
+			return Result{}, ctx.Err()
 		}
 	}
 	b.index++
-	var out []result
-	if _, err := b.store.apply(b.index, 1, batchHeader{session: 1, seq: b.index}, c.appendTo(nil), &out); err != nil {
-		return result{}, err
+	var out []Result
+	if _, err := b.store.Apply(b.index, 1, BatchHeader{Session: 1, Seq: b.index}, c.AppendTo(nil), &out); err != nil {
+		return Result{}, err
 	}
 	if b.applied != nil {
 		b.applied()
@@ -95,7 +95,7 @@ func (b *fakeBackend) waitVersion(_ context.Context, timeout time.Duration, rv u
 	if b.linearizeErr != nil {
 		return b.linearizeErr
 	}
-	if b.store.version() < rv {
+	if b.store.Version() < rv {
 		return fault.ErrReadTimeout
 	}
 	return nil
@@ -122,17 +122,17 @@ func (b *fakeBackend) writable() error {
 func (b *fakeBackend) status() nodeStatus {
 	return nodeStatus{
 		ID: 1, ClusterID: "c0ffee", LeaderID: 2, Role: "follower", Term: 3, CommittedIndex: 4, AppliedIndex: 4,
-		ResourceVersion: b.store.version(), Version: "v0", FeatureLevel: 1, Divergence: "sound", Members: []member{{ID: 1, PeerURL: "http://127.0.0.1:1"}},
+		ResourceVersion: b.store.Version(), Version: "v0", FeatureLevel: 1, Divergence: "sound", Members: []Member{{ID: 1, PeerURL: "http://127.0.0.1:1"}},
 	}
 }
 
 // memberCall is a call of memberBackend.
 type memberCall struct {
 	name   string
-	member member
+	member Member
 }
 
-func (b *fakeBackend) noteMember(timeout time.Duration, name string, m member) error {
+func (b *fakeBackend) noteMember(timeout time.Duration, name string, m Member) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.timeout = timeout
@@ -143,24 +143,24 @@ func (b *fakeBackend) noteMember(timeout time.Duration, name string, m member) e
 	return nil
 }
 
-func (b *fakeBackend) addMember(_ context.Context, timeout time.Duration, m member) error {
+func (b *fakeBackend) addMember(_ context.Context, timeout time.Duration, m Member) error {
 	return b.noteMember(timeout, "add", m)
 }
 
 func (b *fakeBackend) removeMember(_ context.Context, timeout time.Duration, id uint64) error {
-	return b.noteMember(timeout, "remove", member{ID: id})
+	return b.noteMember(timeout, "remove", Member{ID: id})
 }
 
 func (b *fakeBackend) promoteMember(_ context.Context, timeout time.Duration, id uint64) error {
-	return b.noteMember(timeout, "promote", member{ID: id})
+	return b.noteMember(timeout, "promote", Member{ID: id})
 }
 
-func (b *fakeBackend) updateMember(_ context.Context, timeout time.Duration, m member) error {
+func (b *fakeBackend) updateMember(_ context.Context, timeout time.Duration, m Member) error {
 	return b.noteMember(timeout, "update", m)
 }
 
 func (b *fakeBackend) transferLeader(_ context.Context, timeout time.Duration, id uint64) error {
-	return b.noteMember(timeout, "transfer", member{ID: id})
+	return b.noteMember(timeout, "transfer", Member{ID: id})
 }
 
 // takeMemberCalls returns what was called since the last time.
@@ -189,7 +189,7 @@ type front struct {
 	t       *testing.T
 	dial    func() (net.Conn, error)
 	backend *fakeBackend
-	store   *kvstore
+	store   *Store
 	hub     *hub
 	logs    *observer.ObservedLogs
 	config  httpConfig
@@ -269,8 +269,8 @@ var testClient = &http.Client{CheckRedirect: func(*http.Request, []*http.Request
 func serveFront(t *testing.T, l net.Listener, dial func() (net.Conn, error), options ...func(*httpConfig)) *front {
 	core, logs := observer.New(zap.DebugLevel)
 	logger := zap.New(core)
-	store := newKVStore()
-	store.state.members[1] = member{ID: 1, PeerURL: "http://127.0.0.1:1"}
+	store := New()
+	store.State.Members[1] = Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
 	hub := newHub(store)
 	backend := &fakeBackend{store: store, applied: hub.notify}
 	cfg := httpConfig{
@@ -361,7 +361,7 @@ func (f *front) send(method, target string, headers []string, body string) testk
 
 func (f *front) put(key, value string) {
 	f.t.Helper()
-	if _, err := f.backend.propose(f.t.Context(), 0, command{op: opPut, key: key, value: value}); err != nil {
+	if _, err := f.backend.propose(f.t.Context(), 0, Command{Op: OpPut, Key: key, Value: value}); err != nil {
 		f.t.Fatal(err)
 	}
 }
@@ -438,8 +438,8 @@ func TestHTTP_KeysAreTheirBytes(t *testing.T) {
 		{"http://other/a/b", "a/b"},
 		{"HTTPS://other:1//a", "/a"},
 		{"http://other/%2D/x", "-/x"},
-		{"/" + strings.Repeat("k", keySizeMax), strings.Repeat("k", keySizeMax)},
-		{"/" + strings.Repeat("%25", keySizeMax), strings.Repeat("%", keySizeMax)},
+		{"/" + strings.Repeat("k", KeySizeMax), strings.Repeat("k", KeySizeMax)},
+		{"/" + strings.Repeat("%25", KeySizeMax), strings.Repeat("%", KeySizeMax)},
 	}
 	f := newFront(t)
 	for i, tt := range tests {
@@ -447,7 +447,7 @@ func TestHTTP_KeysAreTheirBytes(t *testing.T) {
 		if a := f.do("PUT", tt.path, value); a.Code != http.StatusCreated && a.Code != http.StatusNoContent {
 			t.Errorf("PUT %q: %d %s", tt.path, a.Code, a.Body)
 		}
-		if it, _, _ := f.store.get(tt.key); it.value != value {
+		if it, _, _ := f.store.Get(tt.key); it.Value != value {
 			t.Errorf("PUT %q did not write the key %q", tt.path, tt.key)
 		}
 		for _, path := range []string{tt.path, keyPath(tt.key)} {
@@ -463,8 +463,8 @@ func TestHTTP_RefusesTargets(t *testing.T) {
 		method, target string
 		code           int
 	}{
-		{"PUT", "/" + strings.Repeat("k", keySizeMax+1), 400},
-		{"GET", "/" + strings.Repeat("%25", keySizeMax+1), 400},
+		{"PUT", "/" + strings.Repeat("k", KeySizeMax+1), 400},
+		{"GET", "/" + strings.Repeat("%25", KeySizeMax+1), 400},
 		{"PUT", "/", 405}, // no key
 		{"DELETE", "/", 405},
 		{"PUT", "http://x", 405},
@@ -496,7 +496,7 @@ func TestHTTP_RefusesTargets(t *testing.T) {
 			t.Errorf("%s %.80q: %d %q, want %d", tt.method, tt.target, a.Code, a.Body, tt.code)
 		}
 	}
-	if rv := f.store.version(); rv != 0 {
+	if rv := f.store.Version(); rv != 0 {
 		t.Errorf("%d writes got through", rv)
 	}
 	f.do("GET", "/a", "", "X: "+strings.Repeat("v", headerSizeMax+8<<10)).Want(t, 431)
@@ -549,7 +549,7 @@ func TestHTTP_RefusesLargeValues(t *testing.T) {
 			}
 		})
 	}
-	if rv := f.store.version(); rv != 0 {
+	if rv := f.store.Version(); rv != 0 {
 		t.Errorf("%d writes got through", rv)
 	}
 }
@@ -690,8 +690,8 @@ func (f *front) wantCreated(a testkit.Answer, value string, rv uint64) {
 	if len(location) != len("/1-019ab0c1-0000-7000-8000-000000000000") || location[:3] != "/1-" || location[17] != '7' {
 		f.t.Errorf("Location %q", location)
 	}
-	it, _, _ := f.store.get(strings.TrimPrefix(location, "/"))
-	if it.value != value || it.rv != rv {
+	it, _, _ := f.store.Get(strings.TrimPrefix(location, "/"))
+	if it.Value != value || it.RV != rv {
 		f.t.Errorf("%q holds %+v, want %q", location, it, value)
 	}
 	if got := f.do("GET", location, ""); got.Body != value {
@@ -746,9 +746,9 @@ func TestHTTP_AddMember(t *testing.T) {
 		}
 	}
 	want := []memberCall{
-		{"add", member{ID: 4, PeerURL: "http://127.0.0.1:42379", Promote: true}},
-		{"add", member{ID: 1<<64 - 1, PeerURL: "https://[::1]:1", Promote: true}},
-		{"add", member{ID: 5, PeerURL: "http://node-5.example:65535", Promote: true}},
+		{"add", Member{ID: 4, PeerURL: "http://127.0.0.1:42379", Promote: true}},
+		{"add", Member{ID: 1<<64 - 1, PeerURL: "https://[::1]:1", Promote: true}},
+		{"add", Member{ID: 5, PeerURL: "http://node-5.example:65535", Promote: true}},
 	}
 	if got := f.backend.takeMemberCalls(); !slices.Equal(got, want) {
 		t.Errorf("%+v, want %+v", got, want)
@@ -835,8 +835,8 @@ func TestHTTP_Parameters(t *testing.T) {
 		{"GET", "/-/v1/keys/a?prefix=a", 400, "unknown parameter"},
 		{"DELETE", "/-/v1/keys", 400, "a prefix is needed"},
 		{"DELETE", "/-/v1/keys?prefix=", 400, "a prefix is needed"},
-		{"DELETE", "/-/v1/keys?prefix=" + strings.Repeat("a", keySizeMax+1), 400, "the prefix has 4097 bytes"},
-		{"DELETE", "/-/v1/keys?prefix=" + strings.Repeat("a", keySizeMax), 200, ""},
+		{"DELETE", "/-/v1/keys?prefix=" + strings.Repeat("a", KeySizeMax+1), 400, "the prefix has 4097 bytes"},
+		{"DELETE", "/-/v1/keys?prefix=" + strings.Repeat("a", KeySizeMax), 200, ""},
 		{"DELETE", "/-/v1/keys?prefix=a&limit=1", 400, "unknown parameter"},
 		{"POST", "/-/v1/txn?ttl=3s", 400, "unknown parameter"},
 		{"GET", "/-/livez?timeout=1s", 400, `unknown parameter "timeout"; allowed here: none`},
@@ -1041,7 +1041,7 @@ func TestHTTP_NoConditionIsIgnored(t *testing.T) {
 			}
 		}
 	}
-	if rv := f.store.version(); rv != 0 || refused < 30 {
+	if rv := f.store.Version(); rv != 0 || refused < 30 {
 		t.Errorf("%d writes got through, %d were refused", rv, refused)
 	}
 }
@@ -1150,7 +1150,7 @@ func TestHTTP_Smuggling(t *testing.T) {
 			if n := strings.Count(got, "HTTP/1.1 "); n != 1 {
 				t.Errorf("%d responses: %q", n, got)
 			}
-			if _, _, ok := f.store.get("smuggled"); ok {
+			if _, _, ok := f.store.Get("smuggled"); ok {
 				t.Error("the second request was served")
 			}
 		})
@@ -1217,7 +1217,7 @@ func TestHTTP_SlowBodyIsCut(t *testing.T) {
 		}
 		_, _ = io.Copy(io.Discard, c) // until the server closes
 		writer.Wait()
-		if _, _, ok := f.store.get("k"); ok {
+		if _, _, ok := f.store.Get("k"); ok {
 			t.Error("half a body was stored")
 		}
 	})
@@ -1242,7 +1242,7 @@ func TestHTTP_BrokenBody(t *testing.T) {
 			t.Errorf("%+v", p)
 		}
 	}
-	if _, _, ok := f.store.get("k"); ok {
+	if _, _, ok := f.store.Get("k"); ok {
 		t.Error("half a body was stored")
 	}
 }
@@ -1362,7 +1362,7 @@ func checkTarget(t *testing.T, target string) {
 		t.Fatalf("%q has the path %q", target, path)
 	}
 	key, keyErr := url.PathUnescape(path[1:])
-	if len(key) >= 1 && len(key) <= keySizeMax {
+	if len(key) >= 1 && len(key) <= KeySizeMax {
 		if got, err := parseKey(path[1:]); got != key || err != nil && keyErr == nil {
 			t.Fatalf("%q names %q, %v", path, got, err)
 		}
@@ -1380,7 +1380,7 @@ func checkTarget(t *testing.T, target string) {
 }
 
 func checkKeyPath(t *testing.T, key string) {
-	if len(key) < 1 || len(key) > keySizeMax {
+	if len(key) < 1 || len(key) > KeySizeMax {
 		return
 	}
 	path, query, err := splitTarget(keyPath(key))
@@ -1462,8 +1462,8 @@ func FuzzHTTPPeerURL(f *testing.F) {
 // instantBackend answers at once, so that a benchmark measures the front alone.
 type instantBackend struct{ fakeBackend }
 
-func (*instantBackend) propose(context.Context, time.Duration, command) (result, error) {
-	return result{status: statusReplaced, rv: 123456}, nil
+func (*instantBackend) propose(context.Context, time.Duration, Command) (Result, error) {
+	return Result{Status: StatusReplaced, RV: 123456}, nil
 }
 
 func (*instantBackend) linearize(context.Context, time.Duration) error { return nil }
@@ -1481,15 +1481,15 @@ type benchBody struct{ bytes.Reader }
 func (*benchBody) Close() error { return nil }
 
 func benchFront(b *testing.B) http.Handler {
-	store := newKVStore()
+	store := New()
 	fake := fakeBackend{store: store}
 	value := strings.Repeat("v", 64)
 	for i := range 4096 {
-		if _, err := fake.propose(b.Context(), 0, command{op: opPut, key: "key-" + strconv.Itoa(i), value: value}); err != nil {
+		if _, err := fake.propose(b.Context(), 0, Command{Op: OpPut, Key: "key-" + strconv.Itoa(i), Value: value}); err != nil {
 			b.Fatal(err)
 		}
 	}
-	return newHTTPAPI(httpConfig{store: store, backend: &instantBackend{}, logger: zap.NewNop(), timeout: time.Second, valueSizeMax: valueSizeMaxDefault, registry: prometheus.NewRegistry()})
+	return newHTTPAPI(httpConfig{store: store, backend: &instantBackend{}, logger: zap.NewNop(), timeout: time.Second, valueSizeMax: ValueSizeMaxDefault, registry: prometheus.NewRegistry()})
 }
 
 func BenchmarkHTTP_Put(b *testing.B) {
@@ -1541,7 +1541,7 @@ func TestHTTP_KeptPlaces(t *testing.T) {
 			}
 		}
 		f.do("POST", "/-/v1/members/4", `{"peerURL":"http://127.0.0.4:4"}`).Want(t, 204)
-		if rv := f.store.version(); rv != 0 {
+		if rv := f.store.Version(); rv != 0 {
 			t.Error("something was written")
 		}
 	})

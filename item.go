@@ -19,56 +19,56 @@ import (
 // expiresAtLayout is RFC 3339 with milliseconds, which is what a deadline has.
 const expiresAtLayout = "2006-01-02T15:04:05.000Z"
 
-// appendItemJSON appends an item, without its value if keysOnly.
-func appendItemJSON(buf []byte, key string, it item, keysOnly bool) []byte {
+// AppendItemJSON appends an item, without its value if keysOnly.
+func AppendItemJSON(buf []byte, key string, it Item, keysOnly bool) []byte {
 	buf = append(buf, '{')
-	buf = appendBytesField(buf, "key", key)
+	buf = AppendBytesField(buf, "key", key)
 	if !keysOnly {
 		buf = append(buf, ',')
-		buf = appendBytesField(buf, "value", it.value)
+		buf = AppendBytesField(buf, "value", it.Value)
 	}
-	return appendItemEnd(buf, it)
+	return AppendItemEnd(buf, it)
 }
 
-// appendItemStart appends what comes before the text of a value.
-func appendItemStart(buf []byte, key string, isText bool) []byte {
-	buf = appendBytesField(append(buf, '{'), "key", key)
+// AppendItemStart appends what comes before the text of a value.
+func AppendItemStart(buf []byte, key string, isText bool) []byte {
+	buf = AppendBytesField(append(buf, '{'), "key", key)
 	if isText {
 		return append(buf, `,"value":"`...)
 	}
 	return append(buf, `,"valueBase64":"`...)
 }
 
-// appendPiece appends a piece of a value. The size of all but the last can be divided
+// AppendPiece appends a piece of a value. The size of all but the last can be divided
 // by three.
-func appendPiece(buf []byte, piece string, isText bool) []byte {
+func AppendPiece(buf []byte, piece string, isText bool) []byte {
 	if isText {
 		return appendJSONText(buf, piece)
 	}
 	return base64.StdEncoding.AppendEncode(buf, []byte(piece))
 }
 
-// appendItemEnd appends what comes after the value.
-func appendItemEnd(buf []byte, it item) []byte {
+// AppendItemEnd appends what comes after the value.
+func AppendItemEnd(buf []byte, it Item) []byte {
 	buf = append(buf, `,"resourceVersion":`...)
-	buf = strconv.AppendUint(buf, it.rv, 10)
+	buf = strconv.AppendUint(buf, it.RV, 10)
 	buf = append(buf, `,"createdResourceVersion":`...)
-	buf = strconv.AppendUint(buf, it.created, 10)
-	if it.expires != 0 {
+	buf = strconv.AppendUint(buf, it.Created, 10)
+	if it.Expires != 0 {
 		buf = append(buf, `,"expiresAt":"`...)
-		buf = time.UnixMilli(it.expires).UTC().AppendFormat(buf, expiresAtLayout)
+		buf = time.UnixMilli(it.Expires).UTC().AppendFormat(buf, expiresAtLayout)
 		buf = append(buf, '"')
 	}
-	if it.contentType != "" {
+	if it.ContentType != "" {
 		buf = append(buf, ',')
-		buf = appendBytesField(buf, "contentType", it.contentType)
+		buf = AppendBytesField(buf, "contentType", it.ContentType)
 	}
 	return append(buf, '}')
 }
 
-// appendBytesField appends "name":"text", or "nameBase64":"..." if the bytes are
+// AppendBytesField appends "name":"text", or "nameBase64":"..." if the bytes are
 // not text.
-func appendBytesField(buf []byte, name, s string) []byte {
+func AppendBytesField(buf []byte, name, s string) []byte {
 	buf = append(buf, '"')
 	buf = append(buf, name...)
 	if !utf8.ValidString(s) {
@@ -77,11 +77,11 @@ func appendBytesField(buf []byte, name, s string) []byte {
 		return append(buf, '"')
 	}
 	buf = append(buf, `":`...)
-	return appendJSONString(buf, s)
+	return AppendJSONString(buf, s)
 }
 
-// appendJSONString appends valid UTF-8 as a JSON string.
-func appendJSONString(buf []byte, s string) []byte {
+// AppendJSONString appends valid UTF-8 as a JSON string.
+func AppendJSONString(buf []byte, s string) []byte {
 	return append(appendJSONText(append(buf, '"'), s), '"')
 }
 
@@ -112,24 +112,24 @@ func appendJSONText(buf []byte, s string) []byte {
 	return append(buf, s[start:]...)
 }
 
-// itemFixedSize is the most that an item takes in JSON beside its key and value,
+// ItemFixedSize is the most that an item takes in JSON beside its key and value,
 // with a comma.
-const itemFixedSize = 200
+const ItemFixedSize = 200
 
-// itemSizeMax is the most that an item can take in JSON.
-func itemSizeMax(it keyItem, keysOnly bool) int {
-	n := len(it.key)
+// ItemSizeMax is the most that an item can take in JSON.
+func ItemSizeMax(it KeyItem, keysOnly bool) int {
+	n := len(it.Key)
 	if !keysOnly {
-		n += len(it.value)
+		n += len(it.Value)
 	}
-	return itemFixedSize + 6*n // each byte may be an escape
+	return ItemFixedSize + 6*n // each byte may be an escape
 }
 
-// itemJSONSize is what an item takes in JSON, or a little more.
-func itemJSONSize(it keyItem, keysOnly bool) int {
-	n := itemFixedSize + jsonSize(it.key)
+// ItemJSONSize is what an item takes in JSON, or a little more.
+func ItemJSONSize(it KeyItem, keysOnly bool) int {
+	n := ItemFixedSize + jsonSize(it.Key)
 	if !keysOnly {
-		n += jsonSize(it.value)
+		n += jsonSize(it.Value)
 	}
 	return n
 }

@@ -28,22 +28,22 @@ func newItemMap() *itemMap {
 }
 
 // item puts an item together again.
-func (s *storedItem) item(contentType string) item {
-	return item{value: s.value, rv: s.rv, created: s.created, expires: s.expires, contentType: contentType}
+func (s *storedItem) item(contentType string) Item {
+	return Item{Value: s.value, RV: s.rv, Created: s.created, Expires: s.expires, ContentType: contentType}
 }
 
-func (it *item) stored() storedItem {
-	return storedItem{value: it.value, rv: it.rv, created: it.created, expires: it.expires}
+func (it *Item) stored() storedItem {
+	return storedItem{value: it.Value, rv: it.RV, created: it.Created, expires: it.Expires}
 }
 
 func (m *itemMap) Len() int { return m.stored.Len() }
 
 func (m *itemMap) Copy() *itemMap { return &itemMap{stored: m.stored.Copy(), types: m.types.Copy()} }
 
-func (m *itemMap) Get(key string) (item, bool) {
+func (m *itemMap) Get(key string) (Item, bool) {
 	s, ok := m.stored.Get(key)
 	if !ok {
-		return item{}, false
+		return Item{}, false
 	}
 	return s.item(m.typeOf(key)), true
 }
@@ -59,15 +59,15 @@ func (m *itemMap) typeOf(key string) string {
 }
 
 // Set puts an item and returns the one that it replaces.
-func (m *itemMap) Set(key string, it item) (item, bool) {
-	contentType := m.setType(key, it.contentType)
+func (m *itemMap) Set(key string, it Item) (Item, bool) {
+	contentType := m.setType(key, it.ContentType)
 	old, replaced := m.stored.Set(key, it.stored())
 	return old.item(contentType), replaced
 }
 
 // Load is Set, faster for a key that sorts last.
-func (m *itemMap) Load(key string, it item) {
-	m.setType(key, it.contentType)
+func (m *itemMap) Load(key string, it Item) {
+	m.setType(key, it.ContentType)
 	m.stored.Load(key, it.stored())
 }
 
@@ -86,19 +86,19 @@ func (m *itemMap) setType(key, contentType string) (old string) {
 	return t.Value()
 }
 
-func (m *itemMap) Delete(key string) (item, bool) {
+func (m *itemMap) Delete(key string) (Item, bool) {
 	s, ok := m.stored.Delete(key)
 	if !ok {
-		return item{}, false
+		return Item{}, false
 	}
 	return s.item(m.setType(key, "")), true
 }
 
 // Scan visits all items in key order until visit returns false.
-func (m *itemMap) Scan(visit func(key string, it item) bool) { m.Ascend("", visit) }
+func (m *itemMap) Scan(visit func(key string, it Item) bool) { m.Ascend("", visit) }
 
 // Ascend is Scan from a key on.
-func (m *itemMap) Ascend(from string, visit func(key string, it item) bool) {
+func (m *itemMap) Ascend(from string, visit func(key string, it Item) bool) {
 	types := m.types.Iter()
 	more := types.Seek(from) // it goes along with the items
 	m.stored.Ascend(from, func(key string, s storedItem) bool {
@@ -112,10 +112,10 @@ func (m *itemMap) Ascend(from string, visit func(key string, it item) bool) {
 }
 
 // Max returns the last item.
-func (m *itemMap) Max() (string, item, bool) {
+func (m *itemMap) Max() (string, Item, bool) {
 	key, s, ok := m.stored.Max()
 	if !ok {
-		return "", item{}, false
+		return "", Item{}, false
 	}
 	return key, s.item(m.typeOf(key)), true
 }

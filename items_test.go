@@ -15,20 +15,20 @@ import (
 // TestItems: the tree of items and that of their types are as one, through copies and snapshots.
 func TestItems(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
-	st := newState()
-	st.setLevel(3)
-	m, model := st.items, map[string]item{}
-	check := func(m *itemMap, model map[string]item) {
+	st := NewState()
+	st.SetLevel(3)
+	m, model := st.Items, map[string]Item{}
+	check := func(m *itemMap, model map[string]Item) {
 		t.Helper()
 		from := fmt.Sprint(random.IntN(100))
-		var got, want []keyItem
-		m.Ascend(from, func(key string, it item) bool {
-			got = append(got, keyItem{key, it})
+		var got, want []KeyItem
+		m.Ascend(from, func(key string, it Item) bool {
+			got = append(got, KeyItem{key, it})
 			return true
 		})
 		for _, key := range slices.Sorted(maps.Keys(model)) {
 			if key >= from {
-				want = append(want, keyItem{key, model[key]})
+				want = append(want, KeyItem{key, model[key]})
 			}
 		}
 		if !slices.Equal(got, want) {
@@ -39,7 +39,7 @@ func TestItems(t *testing.T) {
 			if got, ok := m.Get(key); !ok || got != it {
 				t.Fatalf("%s: %v, want %v", key, got, it)
 			}
-			if it.contentType != "" {
+			if it.ContentType != "" {
 				typed++
 			}
 		}
@@ -52,7 +52,7 @@ func TestItems(t *testing.T) {
 		key := fmt.Sprint(random.IntN(100))
 		before, existed := model[key]
 		if random.IntN(3) > 0 {
-			it := item{value: fmt.Sprint(i), rv: uint64(i), created: 1, contentType: types[random.IntN(len(types))]}
+			it := Item{Value: fmt.Sprint(i), RV: uint64(i), Created: 1, ContentType: types[random.IntN(len(types))]}
 			if old, replaced := m.Set(key, it); old != before || replaced != existed {
 				t.Fatalf("%s: replaces %v, %v", key, old, replaced)
 			}
@@ -67,16 +67,16 @@ func TestItems(t *testing.T) {
 			check(m, model)
 			// Who writes to the one does not disturb the other.
 			c, then := m.Copy(), maps.Clone(model)
-			m.Set("x", item{contentType: "x/y"})
+			m.Set("x", Item{ContentType: "x/y"})
 			m.Delete(key)
 			check(c, then)
 			m.Delete("x")
 			delete(model, key)
 		}
 	}
-	again, err := readState(bytes.NewReader(stateBytes(t, st)))
+	again, err := ReadState(bytes.NewReader(stateBytes(t, st)))
 	testkit.Must(t, err)
-	check(again.items, model)
+	check(again.Items, model)
 	// What most items do not have costs them nothing.
 	if size := unsafe.Sizeof(storedItem{}); size != 40 {
 		t.Errorf("an item takes %d bytes", size)

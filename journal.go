@@ -96,7 +96,7 @@ type journal struct {
 	written uint64 // and in the file
 	size    int64  // of the file
 
-	hold     hold // by which the window of events waits
+	hold     Hold // by which the window of events waits
 	caughtUp bool // everything was written once, since the hold began
 
 	headed bool // the file has a first line that was checked
@@ -320,7 +320,7 @@ func (s *backwardScanner) prev() (line []byte, start int64, err error) {
 
 // journalSource is where a journal's events come from.
 type journalSource struct {
-	store     *kvstore
+	store     *Store
 	hub       *hub
 	linearize func(ctx context.Context, timeout time.Duration) error
 	stopped   <-chan struct{} // closed when nothing is applied any more
@@ -335,7 +335,7 @@ func (j *journal) run(ctx context.Context, src journalSource, syncEvery time.Dur
 	}
 	j.logger.Info("journal", zap.String("path", j.path), zap.Uint64("resourceVersion", j.rv))
 	j.beginHold(src.store)
-	defer src.store.holdWindow(nil)
+	defer src.store.HoldWindow(nil)
 	for {
 		err := j.begin()
 		if err == nil {
@@ -348,14 +348,14 @@ func (j *journal) run(ctx context.Context, src journalSource, syncEvery time.Dur
 		switch {
 		case errors.Is(err, errJournalCut):
 			err = j.resumeCut()
-		case errors.Is(err, fault.ErrExpired) && j.caughtUp && j.hold.overtaken.Load():
+		case errors.Is(err, fault.ErrExpired) && j.caughtUp && j.hold.Overtaken.Load():
 			err = errJournalSlow
 		case errors.Is(err, fault.ErrExpired):
 			err = j.skip(ctx, src.store)
 		case err == nil:
 			return nil
 		case errors.Is(err, fault.ErrDiverged), errors.Is(err, fault.ErrUnchecked):
-			src.store.holdWindow(nil)
+			src.store.HoldWindow(nil)
 			err = j.pause(src)
 			j.beginHold(src.store)
 		}
@@ -369,17 +369,17 @@ func (j *journal) run(ctx context.Context, src journalSource, syncEvery time.Dur
 }
 
 // beginHold makes the window wait for what is not in the file.
-func (j *journal) beginHold(store *kvstore) {
+func (j *journal) beginHold(store *Store) {
 	j.caughtUp = false
-	j.hold.rv.Store(j.rv)
-	j.hold.overtaken.Store(false)
-	store.holdWindow(&j.hold)
+	j.hold.RV.Store(j.rv)
+	j.hold.Overtaken.Store(false)
+	store.HoldWindow(&j.hold)
 }
 
 // catchUp waits until the store has what the journal has. After a restart that
 // takes a moment.
 func (j *journal) catchUp(ctx context.Context, src journalSource) error {
-	for src.store.version() < j.rv {
+	for src.store.Version() < j.rv {
 		if err := src.linearize(ctx, journalLinearize); err == nil {
 			break
 		}
@@ -389,7 +389,7 @@ func (j *journal) catchUp(ctx context.Context, src journalSource) error {
 			return nil
 		}
 	}
-	if now := src.store.version(); now < j.rv {
+	if now := src.store.Version(); now < j.rv {
 		return fmt.Errorf("it is at resource version %d, but the store is at %d: does it belong to another cluster?", j.rv, now)
 	}
 	return nil
@@ -419,8 +419,8 @@ func (j *journal) pause(src journalSource) error {
 }
 
 // skip writes that the events that have left the window are missing.
-func (j *journal) skip(ctx context.Context, store *kvstore) error {
-	to := store.eventsDropped()
+func (j *journal) skip(ctx context.Context, store *Store) error {
+	to := store.EventsDropped()
 	if err := j.resume(); err != nil { // half a version may be there
 		return err
 	}
@@ -489,7 +489,7 @@ var closedC = func() chan struct{} {
 }()
 
 // drain appends the last events, of which no hub tells.
-func (j *journal) drain(ctx context.Context, w *watcher, store *kvstore) error {
+func (j *journal) drain(ctx context.Context, w *watcher, store *Store) error {
 	for {
 		n, err := w.scan(j.appendEvent)
 		if errors.Is(err, fault.ErrExpired) {
@@ -505,19 +505,19 @@ func (j *journal) drain(ctx context.Context, w *watcher, store *kvstore) error {
 }
 
 // appendEvent adds the line of an event to what is to be written.
-func (j *journal) appendEvent(e *event, last bool) {
-	if e.rv > j.rv+1 { // the versions of a restored cluster leap once
-		j.buf = appendGap(j.buf, j.rv+1, e.rv-1)
-		j.rv = e.rv - 1
+func (j *journal) appendEvent(e *Event, last bool) {
+	if e.RV > j.rv+1 { // the versions of a restored cluster leap once
+		j.buf = appendGap(j.buf, j.rv+1, e.RV-1)
+		j.rv = e.RV - 1
 	}
 	j.buf = appendJournalLine(j.buf, e, last)
 	if j.part = !last; last {
-		j.rv = e.rv
+		j.rv = e.RV
 	}
 }
 
 // append writes when nobody else has the file open.
-func (j *journal) append(ctx context.Context, store *kvstore) error {
+func (j *journal) append(ctx context.Context, store *Store) error {
 	if len(j.buf) == 0 {
 		return nil
 	}
@@ -529,7 +529,7 @@ func (j *journal) append(ctx context.Context, store *kvstore) error {
 
 // claim returns as soon as nobody else has the file open, or has it for so long that he does
 // not copy it. Whoever opens it afterwards waits for yield.
-func (j *journal) claim(ctx context.Context, store *kvstore) error {
+func (j *journal) claim(ctx context.Context, store *Store) error {
 	if j.yield(); j.leased {
 		return nil
 	}
@@ -542,7 +542,7 @@ func (j *journal) claim(ctx context.Context, store *kvstore) error {
 		if j.shared.IsZero() {
 			j.shared = time.Now()
 		}
-		if !errors.Is(err, syscall.EAGAIN) || time.Since(j.shared) > end || store.windowStrained() {
+		if !errors.Is(err, syscall.EAGAIN) || time.Since(j.shared) > end || store.WindowStrained() {
 			break
 		}
 		select {
@@ -599,7 +599,7 @@ func (j *journal) resumeCut() error {
 
 // next goes on in another file, if there is no longer this one at the path. If it
 // cannot be used the journal stays where it is.
-func (j *journal) next(ctx context.Context, store *kvstore) error {
+func (j *journal) next(ctx context.Context, store *Store) error {
 	now, err := j.file.Stat()
 	if err != nil {
 		return err
@@ -660,7 +660,7 @@ func (j *journal) write() error {
 	if j.dirty.IsZero() {
 		j.dirty = time.Now()
 	}
-	j.hold.rv.Store(j.written)
+	j.hold.RV.Store(j.written)
 	return nil
 }
 
@@ -686,23 +686,23 @@ func appendGap(buf []byte, from, to uint64) []byte {
 }
 
 // appendJournalLine appends the line of an event.
-func appendJournalLine(buf []byte, e *event, last bool) []byte {
+func appendJournalLine(buf []byte, e *Event, last bool) []byte {
 	buf = append(buf, `{"rv":`...)
-	buf = strconv.AppendUint(buf, e.rv, 10)
+	buf = strconv.AppendUint(buf, e.RV, 10)
 	buf = append(buf, ',')
-	buf = appendBytesField(buf, "key", e.key)
+	buf = AppendBytesField(buf, "key", e.Key)
 	buf = append(buf, `,"timestamp":`...)
-	buf = strconv.AppendInt(buf, e.time*int64(time.Millisecond), 10)
-	switch e.kind {
-	case eventDeleted:
+	buf = strconv.AppendInt(buf, e.Time*int64(time.Millisecond), 10)
+	switch e.Kind {
+	case EventDeleted:
 		buf = append(buf, `,"deleted":true`...)
-	case eventExpired:
+	case EventExpired:
 		buf = append(buf, `,"deleted":true,"reason":"expired"`...)
 	default:
-		buf = appendJournalValue(buf, e.item.value)
-		if e.item.contentType != "" {
+		buf = appendJournalValue(buf, e.Item.Value)
+		if e.Item.ContentType != "" {
 			buf = append(buf, ',')
-			buf = appendBytesField(buf, "contentType", e.item.contentType)
+			buf = AppendBytesField(buf, "contentType", e.Item.ContentType)
 		}
 	}
 	if !last {
@@ -727,5 +727,5 @@ func appendJournalValue(buf []byte, value string) []byte {
 		buf = compact.Bytes()
 	}
 	buf = append(buf, `,"objText":`...)
-	return appendJSONString(buf, value)
+	return AppendJSONString(buf, value)
 }

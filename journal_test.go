@@ -113,14 +113,14 @@ func (r *journalRig) story() {
 	r.put("a", `{"b": [1,
 	2.50]}`)
 	r.put("a", "no JSON: \"\n")
-	r.apply(command{op: opExpire, key: "a", condition: condition{kind: ifMatch, rv: 2}})
+	r.apply(Command{Op: OpExpire, Key: "a", Condition: Condition{Kind: IfMatch, RV: 2}})
 	r.apply(
-		command{op: opPut, key: "\xff", value: "\xfe{}"},
-		command{op: opDelete, key: "\xff"},
-		command{op: opPut, key: "k/1", value: ""},
-		command{op: opPut, key: "k/2", value: "12345678901234567890.0"},
-		command{op: opPut, key: "k/3", value: "\"\xff\""},
-		command{op: opDeletePrefix, key: "k/"},
+		Command{Op: OpPut, Key: "\xff", Value: "\xfe{}"},
+		Command{Op: OpDelete, Key: "\xff"},
+		Command{Op: OpPut, Key: "k/1", Value: ""},
+		Command{Op: OpPut, Key: "k/2", Value: "12345678901234567890.0"},
+		Command{Op: OpPut, Key: "k/3", Value: "\"\xff\""},
+		Command{Op: OpDeletePrefix, Key: "k/"},
 	)
 }
 
@@ -255,10 +255,10 @@ func TestJournal_Gap(t *testing.T) {
 	r.put("a", "1")
 	r.cycle()
 	r.setContent(r.content() + `{"rv":2,"key":"k/00000","timestamp":1,"obj":1,"more":true}` + "\n")
-	r.fill(3 * chunkEventsMax)
+	r.fill(3 * ChunkEventsMax)
 	r.history.messages = nil
 	r.smallWindow(1) // of which a chunk is left
-	dropped := r.store.eventsDropped()
+	dropped := r.store.EventsDropped()
 	r.cycle()
 	want := fmt.Sprintf(storyHead+`{"rv":1,"key":"a","timestamp":1000000,"obj":1}`+"\n"+`{"rv":%d,"gap":{"from":2,"to":%[1]d}}`+"\n", dropped)
 	if got := r.content(); !strings.HasPrefix(got, want+fmt.Sprintf(`{"rv":%d,"key":`, dropped+1)) {
@@ -287,16 +287,16 @@ func TestJournal_Gap(t *testing.T) {
 func TestJournal_GapWhileRunning(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		leader := newWatchRig(t)
-		leader.fill(3 * chunkEventsMax)
-		leader.smallWindow(chunkEventsMax)
+		leader.fill(3 * ChunkEventsMax)
+		leader.smallWindow(ChunkEventsMax)
 		r := newJournalRig(t)
 		stop := r.start()
 		r.put("k/000000", "v")
 		synctest.Wait()
-		r.store.restore(leader.store.snapshot())
+		r.store.Restore(leader.store.Snapshot())
 		r.hub.notify()
 		synctest.Wait()
-		r.index = r.store.applied()
+		r.index = r.store.Applied()
 		r.put("z", "v")
 		if err := stop(); err != nil {
 			t.Fatal(err)
@@ -419,7 +419,7 @@ func TestJournal_Rotated(t *testing.T) {
 				stop := r.start()
 				for i := range 4 {
 					r.put("a", fmt.Sprint(i))
-					r.apply(command{op: opPut, key: "k/1"}, command{op: opPut, key: "k/2"}, command{op: opDeletePrefix, key: "k/"})
+					r.apply(Command{Op: OpPut, Key: "k/1"}, Command{Op: OpPut, Key: "k/2"}, Command{Op: OpDeletePrefix, Key: "k/"})
 					synctest.Wait()
 					rename, failing := strings.HasPrefix(way, "rename"), strings.HasPrefix(way, "a directory")
 					switch {
@@ -508,7 +508,7 @@ func TestJournal_Lease(t *testing.T) {
 	if !j.leased {
 		t.Skip("SKIPPED: this file system has no leases")
 	}
-	j.appendEvent(&event{rv: 1, key: "a"}, false)
+	j.appendEvent(&Event{RV: 1, Key: "a"}, false)
 	testkit.Must(t, j.append(t.Context(), r.store))
 	opened := make(chan *os.File)
 	go func() {
@@ -521,7 +521,7 @@ func TestJournal_Lease(t *testing.T) {
 	for !fsx.LeaseWanted(j.file) {
 		runtime.Gosched()
 	}
-	j.appendEvent(&event{rv: 1, key: "b"}, true)
+	j.appendEvent(&Event{RV: 1, Key: "b"}, true)
 	testkit.Must(t, j.append(t.Context(), r.store)) // the rest of the version, and nobody has opened it
 	select {
 	case <-opened:
@@ -530,7 +530,7 @@ func TestJournal_Lease(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	j.appendEvent(&event{rv: 2, key: "a"}, true)
+	j.appendEvent(&Event{RV: 2, Key: "a"}, true)
 	if err := j.append(ctx, r.store); !errors.Is(err, fault.ErrShuttingDown) {
 		t.Errorf("written while it is open: %v", err)
 	}
@@ -541,7 +541,7 @@ func TestJournal_Lease(t *testing.T) {
 		t.Errorf("written after %v", took)
 	}
 	testkit.Must(t, f.Close())
-	j.appendEvent(&event{rv: 3, key: "a"}, true)
+	j.appendEvent(&Event{RV: 3, Key: "a"}, true)
 	testkit.Must(t, j.append(t.Context(), r.store))
 	if !j.leased {
 		t.Error("no lease, although nobody else has the file open")
@@ -550,7 +550,7 @@ func TestJournal_Lease(t *testing.T) {
 	j.leased = false
 	testkit.Must(t, j.file.Truncate(0))
 	j.lease = func(*os.File) error { return errors.ErrUnsupported }
-	j.appendEvent(&event{rv: 4, key: "a"}, true)
+	j.appendEvent(&Event{RV: 4, Key: "a"}, true)
 	if err := j.append(t.Context(), r.store); !errors.Is(err, errJournalCut) {
 		t.Errorf("cut: %v", err)
 	}
@@ -666,7 +666,7 @@ func FuzzJournalLine(f *testing.F) {
 		f.Add(s, s, true)
 	}
 	f.Fuzz(func(t *testing.T, key, value string, last bool) {
-		e := event{rv: 7, time: 1, kind: eventModified, key: key, item: item{value: value}}
+		e := Event{RV: 7, Time: 1, Kind: EventModified, Key: key, Item: Item{Value: value}}
 		text := appendJournalLine(nil, &e, last)
 		if !utf8.Valid(text) || bytes.IndexByte(text, '\n') != len(text)-1 {
 			t.Fatalf("line %q", text)
@@ -789,7 +789,7 @@ func TestJournal_WaitsForSound(t *testing.T) {
 
 // TestJournal_Overtaken: a journal that would miss something ends its node.
 func TestJournal_Overtaken(t *testing.T) {
-	for _, n := range []int{holdEventsMax / 2, holdEventsMax + 4*chunkEventsMax} {
+	for _, n := range []int{HoldEventsMax / 2, HoldEventsMax + 4*ChunkEventsMax} {
 		synctest.Test(t, func(t *testing.T) {
 			r := newJournalRig(t)
 			r.record = false
@@ -797,16 +797,16 @@ func TestJournal_Overtaken(t *testing.T) {
 			stop := r.start()
 			r.put("a", "v")
 			synctest.Wait()
-			put := command{op: opPut, key: "k", value: "v"}
+			put := Command{Op: OpPut, Key: "k", Value: "v"}
 			for range n { // the journal does not read before it is told to
-				index := r.store.applied() + 1
-				_, err := r.store.apply(index, 1, batchHeader{session: 1, seq: index}, put.appendTo(nil), nil)
+				index := r.store.Applied() + 1
+				_, err := r.store.Apply(index, 1, BatchHeader{Session: 1, Seq: index}, put.AppendTo(nil), nil)
 				testkit.Must(t, err)
 			}
 			r.hub.notify()
 			synctest.Wait()
 			err := stop()
-			lost := n > holdEventsMax
+			lost := n > HoldEventsMax
 			if errors.Is(err, errJournalSlow) != lost || !lost && err != nil {
 				t.Errorf("%d events: %v", n, err)
 			}

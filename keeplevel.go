@@ -26,32 +26,32 @@ func (n *node) keepLevel(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		}
-		if n.store.level() >= n.store.knows() || n.loop.status.Load().leader != n.config.id {
+		if n.store.Level() >= n.store.Knows() || n.loop.status.Load().leader != n.config.id {
 			every = levelEveryMin
-			if n.store.level() >= n.store.knows() {
+			if n.store.Level() >= n.store.Knows() {
 				every = levelEveryMax
 			}
 			continue
 		}
 		every = min(2*every, levelEveryMax)
-		r := commonLevel(n.store.members(), n.askOthers(ctx, nil), n.config.id, n.store.knows())
-		if r.level <= n.store.level() {
+		r := commonLevel(n.store.Members(), n.askOthers(ctx, nil), n.config.id, n.store.Knows())
+		if r.Level <= n.store.Level() {
 			continue
 		}
-		res, err := n.propose(ctx, n.config.requestTimeout, raiseLevel(r.level, r.members...))
-		if err == nil && res.status == statusReplaced {
-			n.logger.Info("the feature level of the cluster was raised", zap.Int("level", r.level))
+		res, err := n.propose(ctx, n.config.requestTimeout, RaiseLevel(r.Level, r.Members...))
+		if err == nil && res.Status == StatusReplaced {
+			n.logger.Info("the feature level of the cluster was raised", zap.Int("level", r.Level))
 		}
 	}
 }
 
 // commonLevel returns the highest level that all members know.
-func commonLevel(members []member, others map[uint64]health, self uint64, own int) raising {
-	r := raising{level: own}
+func commonLevel(members []Member, others map[uint64]health, self uint64, own int) Raising {
+	r := Raising{Level: own}
 	for _, m := range members {
-		r.members = append(r.members, m.ID)
+		r.Members = append(r.Members, m.ID)
 		if m.ID != self {
-			r.level = min(r.level, others[m.ID].Level) // 0 without an answer
+			r.Level = min(r.Level, others[m.ID].Level) // 0 without an answer
 		}
 	}
 	return r
@@ -61,17 +61,17 @@ func commonLevel(members []member, others map[uint64]health, self uint64, own in
 func (n *node) oldMembers(level int) string {
 	var old []string
 	others := *n.guard.others.Load()
-	for _, m := range n.store.members() {
+	for _, m := range n.store.Members() {
 		h, answered := others[m.ID]
 		switch {
 		case m.ID == n.config.id:
-			if n.store.knows() < level {
-				old = append(old, fmt.Sprintf("node %d (this one) knows up to %d", m.ID, n.store.knows()))
+			if n.store.Knows() < level {
+				old = append(old, fmt.Sprintf("node %d (this one) knows up to %d", m.ID, n.store.Knows()))
 			}
 		case !answered:
 			old = append(old, fmt.Sprintf("node %d does not answer", m.ID))
 		case h.Level < level:
-			old = append(old, fmt.Sprintf("node %d knows up to %d", m.ID, max(levelFirst, h.Level)))
+			old = append(old, fmt.Sprintf("node %d knows up to %d", m.ID, max(LevelFirst, h.Level)))
 		}
 	}
 	if len(old) == 0 {

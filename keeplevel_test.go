@@ -12,7 +12,7 @@ import (
 
 // TestLevel_Common: who does not answer, or is older than levels, counts.
 func TestLevel_Common(t *testing.T) {
-	members := []member{{ID: 1}, {ID: 2}, {ID: 3, Learner: true}}
+	members := []Member{{ID: 1}, {ID: 2}, {ID: 3, Learner: true}}
 	for name, tt := range map[string]struct {
 		others map[uint64]health
 		want   int
@@ -21,7 +21,7 @@ func TestLevel_Common(t *testing.T) {
 		"one is older":  {map[uint64]health{2: {Level: 2}, 3: {}}, 0},
 		"one is silent": {map[uint64]health{2: {Level: 2}}, 0},
 	} {
-		if got := commonLevel(members, tt.others, 1, 2); got.level != tt.want || !slices.Equal(got.members, []uint64{1, 2, 3}) {
+		if got := commonLevel(members, tt.others, 1, 2); got.Level != tt.want || !slices.Equal(got.Members, []uint64{1, 2, 3}) {
 			t.Errorf("%s: %+v", name, got)
 		}
 	}
@@ -32,7 +32,7 @@ func TestLevel_OldMembers(t *testing.T) {
 	n, _ := idleNode(t)
 	n.config.id = 1
 	for id := range uint64(3) {
-		n.store.state.members[id+1] = member{ID: id + 1}
+		n.store.State.Members[id+1] = Member{ID: id + 1}
 	}
 	const upgrade = ": upgrade what is old, bring back or remove what is down"
 	for _, tt := range []struct {
@@ -46,12 +46,12 @@ func TestLevel_OldMembers(t *testing.T) {
 		{1, map[uint64]health{2: {}, 3: {Level: 2}}, "node 1 (this one) knows up to 1, node 2 knows up to 1" + upgrade},
 		{2, map[uint64]health{2: {Level: 2}, 3: {Level: 3}}, "all members know it, so it will be raised in a moment"},
 	} {
-		n.store.levelMax = tt.own
+		n.store.LevelMax = tt.own
 		n.guard.others.Store(&tt.others)
 		if got := n.oldMembers(2); got != tt.want {
 			t.Errorf("%+v: %q, want %q", tt, got, tt.want)
 		}
-		_, err := n.proposeNew(t.Context(), time.Second, command{op: opPut, key: "k", condition: condition{kind: 9}})
+		_, err := n.proposeNew(t.Context(), time.Second, Command{Op: OpPut, Key: "k", Condition: Condition{Kind: 9}})
 		if e, ok := errors.AsType[*fault.Error](err); !ok || !errors.Is(err, fault.ErrLevel) || e.Outcome != fault.NotApplied || !strings.HasSuffix(e.Detail, "; "+tt.want) {
 			t.Errorf("%+v: refused with %v", tt, err)
 		}
@@ -61,11 +61,11 @@ func TestLevel_OldMembers(t *testing.T) {
 // TestLevel_RaisedInThisTurn: from the moment that the store is at a level, what needs it is taken.
 func TestLevel_RaisedInThisTurn(t *testing.T) {
 	l := newLoneLoop(t, nil, nil)
-	c := command{op: opPut, key: "k", contentType: "text/plain"}
+	c := Command{Op: OpPut, Key: "k", ContentType: "text/plain"}
 	if _, _, err := l.enqueue(&c, time.Now().Add(time.Second)); !errors.Is(err, fault.ErrLevel) {
 		t.Errorf("before: %v", err)
 	}
-	l.replica.store.state.setLevel(3) // which the loop has not published yet
+	l.replica.store.State.SetLevel(3) // which the loop has not published yet
 	if _, _, err := l.enqueue(&c, time.Now().Add(time.Second)); err != nil {
 		t.Errorf("after: %v", err)
 	}

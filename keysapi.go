@@ -27,13 +27,13 @@ const (
 
 	// listSizeMax bounds a JSON list, in bytes, unless one item is larger.
 	listSizeMax = 8 << 20
-	listEndMax  = 64 + 6*keySizeMax
+	listEndMax  = 64 + 6*KeySizeMax
 
 	// A list of no more than this needs no place. It comes to less than a part.
 	fewItems = 128
 	fewBytes = 16 << 10
 
-	listsMax     = scansMax - backupsMax // that are more, and streams, at a time
+	listsMax     = ScansMax - backupsMax // that are more, and streams, at a time
 	placeTimeout = 2 * time.Second
 )
 
@@ -61,11 +61,11 @@ func (h *httpAPI) getItem(w http.ResponseWriter, r request) error {
 		writeNotModified(w, it, rv)
 		return nil
 	}
-	setETag(w.Header(), it.rv)
+	setETag(w.Header(), it.RV)
 	setResourceVersion(w.Header(), rv)
 	setExpires(w.Header(), it)
-	if len(it.value) <= streamBufferSize {
-		writeBody(w, r.Request, http.StatusOK, typeJSON, append(appendItemJSON(nil, r.name, it, false), '\n'))
+	if len(it.Value) <= streamBufferSize {
+		writeBody(w, r.Request, http.StatusOK, typeJSON, append(AppendItemJSON(nil, r.name, it, false), '\n'))
 		return nil
 	}
 	s := newStream(w, r, typeJSON)
@@ -121,15 +121,15 @@ func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 			if n > 0 {
 				s.buf = append(s.buf, ',')
 			}
-			s.appendItem(it.key, it.item, p.keysOnly)
-			last = it.key
+			s.appendItem(it.Key, it.Item, p.keysOnly)
+			last = it.Key
 			n++
 		}
 	}
 	s.buf = append(s.buf, ']')
 	if more {
 		s.buf = append(s.buf, ',')
-		s.buf = appendBytesField(s.buf, "after", last)
+		s.buf = AppendBytesField(s.buf, "after", last)
 	}
 	s.buf = append(s.buf, "}\n"...)
 	s.end()
@@ -138,7 +138,7 @@ func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 
 // mustRead returns the next items of an answer that has begun, and breaks that off
 // if there is no way to know them any more.
-func (h *httpAPI) mustRead(s *stream, list *keyList) []keyItem {
+func (h *httpAPI) mustRead(s *stream, list *keyList) []KeyItem {
 	items, err := list.read()
 	if err != nil {
 		h.logger.Warn("cut off a stream of keys", zap.Error(err))
@@ -148,26 +148,26 @@ func (h *httpAPI) mustRead(s *stream, list *keyList) []keyItem {
 }
 
 // hasRoom says whether a JSON list can take one more item, and then its end.
-func (s *stream) hasRoom(it keyItem, keysOnly bool) bool {
+func (s *stream) hasRoom(it KeyItem, keysOnly bool) bool {
 	room := listSizeMax - listEndMax - s.written - len(s.buf)
-	return itemSizeMax(it, keysOnly) <= room || itemJSONSize(it, keysOnly) <= room
+	return ItemSizeMax(it, keysOnly) <= room || ItemJSONSize(it, keysOnly) <= room
 }
 
 // keyList reads items, all from one version.
 type keyList struct {
 	rv    uint64
-	items []keyItem // if they are few
-	scan  *scan     // otherwise
+	items []KeyItem // if they are few
+	scan  *Scan     // otherwise
 	leave func()    // its place
 }
 
 // openList reads the first n items with a prefix whose keys come after a key. What
 // is more than little takes one of the places for lists.
 func (h *httpAPI) openList(r request, prefix, after string, n int) (*keyList, error) {
-	items, rv := h.store.list(prefix, after, min(n, fewItems+1))
+	items, rv := h.store.List(prefix, after, min(n, fewItems+1))
 	size := uint64(0)
 	for _, it := range items {
-		size += itemSize(it.key, it.item)
+		size += ItemSize(it.Key, it.Item)
 	}
 	if len(items) <= fewItems && size <= fewBytes {
 		return &keyList{rv: rv, items: items}, nil
@@ -181,8 +181,8 @@ func (h *httpAPI) openScan(r request, prefix, after string) (*keyList, error) {
 	defer cancel()
 	address := shares.AddressOf(r.RemoteAddr)
 	if h.lists.Await(ctx, address, 1) {
-		if sc, err := h.store.scan(prefix, after); err == nil {
-			return &keyList{rv: sc.rv, scan: sc, leave: func() { h.lists.Give(address, 1) }}, nil
+		if sc, err := h.store.Scan(prefix, after); err == nil {
+			return &keyList{rv: sc.RV, scan: sc, leave: func() { h.lists.Give(address, 1) }}, nil
 		}
 		h.lists.Give(address, 1)
 	}
@@ -190,9 +190,9 @@ func (h *httpAPI) openScan(r request, prefix, after string) (*keyList, error) {
 }
 
 // read returns the next items, none at the end.
-func (l *keyList) read() ([]keyItem, error) {
+func (l *keyList) read() ([]KeyItem, error) {
 	if l.scan != nil {
-		return l.scan.read()
+		return l.scan.Read()
 	}
 	items := l.items
 	l.items = nil
@@ -201,7 +201,7 @@ func (l *keyList) read() ([]keyItem, error) {
 
 func (l *keyList) close() {
 	if l.scan != nil {
-		l.scan.close()
+		l.scan.Close()
 		l.leave()
 	}
 }
@@ -212,7 +212,7 @@ func (h *httpAPI) asOf(p *params, list *keyList) error {
 	if !p.exact || p.resourceVersion == list.rv {
 		return nil
 	}
-	if !h.store.unchanged(p.prefix, p.after, p.resourceVersion, list.rv) {
+	if !h.store.Unchanged(p.prefix, p.after, p.resourceVersion, list.rv) {
 		return fault.ErrExpired.WithDetail("keys of the list have changed after resource version %d, or too much has changed since for the node to know: "+
 			"begin again with the first page, or take the stream (Accept: %s), which is of one version", p.resourceVersion, typeNDJSON[0])
 	}
@@ -257,8 +257,8 @@ func (h *httpAPI) streamKeys(w http.ResponseWriter, r request) error {
 				return nil
 			}
 			n++
-			last = it.key
-			s.appendItem(it.key, it.item, r.params.keysOnly)
+			last = it.Key
+			s.appendItem(it.Key, it.Item, r.params.keysOnly)
 			s.buf = append(s.buf, '\n')
 		}
 		if len(items) == 0 {
@@ -277,14 +277,14 @@ func appendListEnd(buf []byte, rv uint64, count int, after *string) []byte {
 	buf = strconv.AppendInt(buf, int64(count), 10)
 	if after != nil {
 		buf = append(buf, ',')
-		buf = appendBytesField(buf, "after", *after)
+		buf = AppendBytesField(buf, "after", *after)
 	}
 	return append(buf, "}\n"...)
 }
 
 // turns makes a long read give way to writes.
 type turns struct {
-	store *kvstore
+	store *Store
 	began time.Time // the present turn
 	rv    uint64    // of the store at the last rest
 }
@@ -295,7 +295,7 @@ func (t *turns) rest() {
 	if worked <= streamTurn {
 		return
 	}
-	if now := t.store.version(); now != t.rv {
+	if now := t.store.Version(); now != t.rv {
 		t.rv = now
 		time.Sleep(min(2*worked, streamRestMax))
 	}
@@ -307,21 +307,21 @@ func (h *httpAPI) deletePrefix(w http.ResponseWriter, r request) error {
 	switch n := len(r.params.prefix); {
 	case n == 0:
 		return errNoPrefix
-	case n > keySizeMax:
-		return fault.ErrInvalid.WithDetail("the prefix has %d bytes; no key has more than %d", n, keySizeMax)
+	case n > KeySizeMax:
+		return fault.ErrInvalid.WithDetail("the prefix has %d bytes; no key has more than %d", n, KeySizeMax)
 	}
-	res, err := h.propose(w, r, command{op: opDeletePrefix, key: r.params.prefix}, "")
+	res, err := h.propose(w, r, Command{Op: OpDeletePrefix, Key: r.params.prefix}, "")
 	if err != nil {
 		return err
 	}
-	setResourceVersion(w.Header(), res.rv)
-	if res.status == statusTooMany {
-		return fault.ErrTooManyKeys.WithDetail("more than %d keys have the prefix, or they are so long that their events do not fit into one step; delete by longer prefixes", h.store.rules().deletePrefixMax)
+	setResourceVersion(w.Header(), res.RV)
+	if res.Status == StatusTooMany {
+		return fault.ErrTooManyKeys.WithDetail("more than %d keys have the prefix, or they are so long that their events do not fit into one step; delete by longer prefixes", h.store.Rules().DeletePrefixMax)
 	}
 	return writeJSON(w, r, struct {
 		Deleted         uint64 `json:"deleted"`
 		ResourceVersion uint64 `json:"resourceVersion"`
-	}{res.count, res.rv})
+	}{res.Count, res.RV})
 }
 
 // stream is a response that is written in large parts. The deadline of the
@@ -361,21 +361,21 @@ func (s *stream) free() {
 
 // appendItem appends an item. A large value goes out in pieces, so that it takes no
 // more memory than others.
-func (s *stream) appendItem(key string, it item, keysOnly bool) {
-	if keysOnly || len(it.value) <= streamBufferSize {
-		s.buf = appendItemJSON(s.buf, key, it, keysOnly)
+func (s *stream) appendItem(key string, it Item, keysOnly bool) {
+	if keysOnly || len(it.Value) <= streamBufferSize {
+		s.buf = AppendItemJSON(s.buf, key, it, keysOnly)
 		s.flushLarge()
 		return
 	}
-	isText := utf8.ValidString(it.value)
-	s.buf = appendItemStart(s.buf, key, isText)
-	for rest := it.value; rest != ""; {
+	isText := utf8.ValidString(it.Value)
+	s.buf = AppendItemStart(s.buf, key, isText)
+	for rest := it.Value; rest != ""; {
 		piece := rest[:min(len(rest), streamPieceSize)]
 		rest = rest[len(piece):]
-		s.buf = appendPiece(s.buf, piece, isText)
+		s.buf = AppendPiece(s.buf, piece, isText)
 		s.flushLarge()
 	}
-	s.buf = appendItemEnd(append(s.buf, '"'), it)
+	s.buf = AppendItemEnd(append(s.buf, '"'), it)
 }
 
 // flushLarge writes what was appended if that is enough for a part.

@@ -26,22 +26,22 @@ import (
 
 var itemTests = []struct {
 	key  string
-	it   item
+	it   Item
 	want string
 }{
-	{"a", item{value: "1", rv: 7, created: 3}, `{"key":"a","value":"1","resourceVersion":7,"createdResourceVersion":3}`},
-	{"a", item{rv: 1, created: 1, expires: 1767366245678}, `{"key":"a","value":"","resourceVersion":1,"createdResourceVersion":1,"expiresAt":"2026-01-02T15:04:05.678Z"}`},
-	{"\xff", item{value: "\x80\x00", rv: 1, created: 1}, `{"keyBase64":"/w==","valueBase64":"gAA=","resourceVersion":1,"createdResourceVersion":1}`},
-	{"é\"\\/", item{value: "\x00\x1f\n\r\t\x7f<>&\u2028", rv: 1<<64 - 1, created: 1}, `{"key":"é\"\\/","value":"\u0000\u001f\n\r\t` + "\x7f<>&\u2028" + `","resourceVersion":18446744073709551615,"createdResourceVersion":1}`},
+	{"a", Item{Value: "1", RV: 7, Created: 3}, `{"key":"a","value":"1","resourceVersion":7,"createdResourceVersion":3}`},
+	{"a", Item{RV: 1, Created: 1, Expires: 1767366245678}, `{"key":"a","value":"","resourceVersion":1,"createdResourceVersion":1,"expiresAt":"2026-01-02T15:04:05.678Z"}`},
+	{"\xff", Item{Value: "\x80\x00", RV: 1, Created: 1}, `{"keyBase64":"/w==","valueBase64":"gAA=","resourceVersion":1,"createdResourceVersion":1}`},
+	{"é\"\\/", Item{Value: "\x00\x1f\n\r\t\x7f<>&\u2028", RV: 1<<64 - 1, Created: 1}, `{"key":"é\"\\/","value":"\u0000\u001f\n\r\t` + "\x7f<>&\u2028" + `","resourceVersion":18446744073709551615,"createdResourceVersion":1}`},
 }
 
 func TestItemJSON(t *testing.T) {
 	for _, tt := range itemTests {
-		if got := string(appendItemJSON(nil, tt.key, tt.it, false)); got != tt.want {
+		if got := string(AppendItemJSON(nil, tt.key, tt.it, false)); got != tt.want {
 			t.Errorf("%s\nwant\n%s", got, tt.want)
 		}
 	}
-	got := string(appendItemJSON([]byte("x"), "a", item{value: "1", rv: 2, created: 1}, true))
+	got := string(AppendItemJSON([]byte("x"), "a", Item{Value: "1", RV: 2, Created: 1}, true))
 	if want := `x{"key":"a","resourceVersion":2,"createdResourceVersion":1}`; got != want {
 		t.Errorf("%s, want %s", got, want)
 	}
@@ -51,11 +51,11 @@ func TestItemJSON(t *testing.T) {
 // decoder.
 func FuzzItemJSON(f *testing.F) {
 	for _, tt := range itemTests {
-		f.Add(tt.key, tt.it.value, tt.it.rv, tt.it.expires)
+		f.Add(tt.key, tt.it.Value, tt.it.RV, tt.it.Expires)
 	}
 	f.Fuzz(func(t *testing.T, key, value string, rv uint64, expires int64) {
 		expires &= 1<<47 - 1 // RFC 3339 has years of four digits
-		b := appendItemJSON(nil, key, item{value: value, rv: rv, created: rv / 2, expires: expires}, false)
+		b := AppendItemJSON(nil, key, Item{Value: value, RV: rv, Created: rv / 2, Expires: expires}, false)
 		var got testkit.JSONItem
 		d := json.NewDecoder(strings.NewReader(string(b)))
 		d.DisallowUnknownFields()
@@ -83,10 +83,10 @@ func BenchmarkItemJSON(b *testing.B) {
 	for _, size := range []int{64, 1024} {
 		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
 			var buf []byte
-			it := item{value: strings.Repeat("v", size), rv: 123456, created: 123}
+			it := Item{Value: strings.Repeat("v", size), RV: 123456, Created: 123}
 			b.SetBytes(int64(size))
 			for b.Loop() {
-				buf = appendItemJSON(buf[:0], "some/key-123456", it, false)
+				buf = AppendItemJSON(buf[:0], "some/key-123456", it, false)
 			}
 		})
 	}
@@ -94,7 +94,7 @@ func BenchmarkItemJSON(b *testing.B) {
 
 func TestHTTP_GetItem(t *testing.T) {
 	f := newFront(t)
-	for i, key := range []string{"a", "1", "a/b//c", "a/", "/", "..", "../keys", "", "-", "-/v1/txn", "\x00\xff", "é", "%", "?a=b", " ", strings.Repeat("\xff", keySizeMax)} {
+	for i, key := range []string{"a", "1", "a/b//c", "a/", "/", "..", "../keys", "", "-", "-/v1/txn", "\x00\xff", "é", "%", "?a=b", " ", strings.Repeat("\xff", KeySizeMax)} {
 		target := "/-/v1/keys/" + keyPath(key)[1:]
 		if key == "" {
 			f.do("GET", target, "").Want(t, 404)
@@ -104,7 +104,7 @@ func TestHTTP_GetItem(t *testing.T) {
 		f.put(key, value)
 		a := f.do("GET", target, "")
 		it := testkit.MustDecode[testkit.JSONItem](t, a)
-		rv := f.store.version()
+		rv := f.store.Version()
 		if it.RawKey() != key || it.RawValue() != value || it.ResourceVersion != rv {
 			t.Errorf("GET %s: %s", target, a.Body)
 		}
@@ -123,7 +123,7 @@ func TestHTTP_GetItem(t *testing.T) {
 		t.Errorf("%+v", p)
 	}
 	f.do("GET", "/-/v1/keys/a%zz", "").Want(t, 400)
-	f.do("GET", "/-/v1/keys/"+strings.Repeat("a", keySizeMax+1), "").Want(t, 400)
+	f.do("GET", "/-/v1/keys/"+strings.Repeat("a", KeySizeMax+1), "").Want(t, 400)
 	// A key of many slashes, unescaped.
 	if it := testkit.MustDecode[testkit.JSONItem](t, f.do("GET", "/-/v1/keys/a/b//c", "")); it.RawKey() != "a/b//c" {
 		t.Error(it.RawKey())
@@ -158,7 +158,7 @@ func TestHTTP_List(t *testing.T) {
 		{"?prefix=b%FF", all[5:7], ""},
 		{"?prefix=b%FF%FF", all[6:7], ""},
 		{"?prefix=c", nil, ""},
-		{"?prefix=" + strings.Repeat("c", 2*keySizeMax), nil, ""},
+		{"?prefix=" + strings.Repeat("c", 2*KeySizeMax), nil, ""},
 	} {
 		for _, keysOnly := range []bool{false, true} {
 			target := "/-/v1/keys" + tt.query
@@ -328,7 +328,7 @@ func TestHTTP_ExactPages(t *testing.T) {
 	page := func(after string, rv uint64) testkit.Answer {
 		return f.do("GET", fmt.Sprintf("/-/v1/keys?prefix=k/&limit=3&resourceVersionMatch=exact&resourceVersion=%d&after=%s", rv, after), "")
 	}
-	rv := f.store.version()
+	rv := f.store.Version()
 	f.put("other", "another")
 	f.put("l", "not of the list, nor before it")
 	f.put("k", "nor this")
@@ -358,7 +358,7 @@ func TestHTTP_ExactPages(t *testing.T) {
 		t.Errorf("%s", a.Body)
 	}
 	f.do("GET", fmt.Sprintf("/-/v1/keys?prefix=k/&resourceVersionMatch=exact&resourceVersion=%d", rv), "", "Accept: application/x-ndjson").Want(t, 410)
-	rv = f.store.version()
+	rv = f.store.Version()
 	f.fillWindow()
 	page("", rv).Want(t, 410) // nobody knows
 	for _, query := range []string{"resourceVersionMatch=exact", "resourceVersionMatch=exact&resourceVersion=0", "resourceVersionMatch=Exact&resourceVersion=1"} {
@@ -368,7 +368,7 @@ func TestHTTP_ExactPages(t *testing.T) {
 
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := newKVStore()
+		store := New()
 		turn := turns{store: store, began: time.Now()}
 		for _, tt := range []struct {
 			writes       bool
@@ -384,8 +384,8 @@ func TestTurns(t *testing.T) {
 			{true, streamTurn, 0}, // or where one would have been
 		} {
 			if tt.writes {
-				c := command{op: opPut, key: "a", value: "1"}
-				if _, err := store.apply(store.applied()+1, 1, batchHeader{session: 1, seq: store.applied() + 1}, c.appendTo(nil), nil); err != nil {
+				c := Command{Op: OpPut, Key: "a", Value: "1"}
+				if _, err := store.Apply(store.Applied()+1, 1, BatchHeader{Session: 1, Seq: store.Applied() + 1}, c.AppendTo(nil), nil); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -425,7 +425,7 @@ func TestHTTP_StreamBesideWrites(t *testing.T) {
 			f.put(fmt.Sprintf("key-%05d-more", i), "new")
 		}
 	}
-	if _, err := f.backend.propose(t.Context(), 0, command{op: opDeletePrefix, key: "key-4"}); err != nil {
+	if _, err := f.backend.propose(t.Context(), 0, Command{Op: OpDeletePrefix, Key: "key-4"}); err != nil {
 		t.Fatal(err)
 	}
 	body, err := io.ReadAll(res.Body)
@@ -445,12 +445,12 @@ func TestHTTP_StreamBesideWrites(t *testing.T) {
 
 func TestHTTP_TooManyStreams(t *testing.T) {
 	f := newFront(t)
-	for range scansMax {
-		sc, err := f.store.scan("", "")
+	for range ScansMax {
+		sc, err := f.store.Scan("", "")
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer sc.close()
+		defer sc.Close()
 	}
 	a := f.do("GET", "/-/v1/keys", "", "Accept: application/x-ndjson")
 	a.Want(t, 429)
@@ -469,7 +469,7 @@ func TestHTTP_ListSize(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newFront(t)
-			n := min(listSizeMax*9/8/len(appendItemJSON(nil, "key-000000", item{value: value, rv: 1000, created: 1000}, false)), 9000)
+			n := min(listSizeMax*9/8/len(AppendItemJSON(nil, "key-000000", Item{Value: value, RV: 1000, Created: 1000}, false)), 9000)
 			for i := range n {
 				f.put(fmt.Sprintf("key-%06d", i), value)
 			}
@@ -496,7 +496,7 @@ func TestHTTP_ListSize(t *testing.T) {
 		})
 	}
 	f := newFront(t)
-	f.store.state.items.Set("a", item{value: strings.Repeat("v", listSizeMax), rv: 1}) // larger than --max-value-bytes was once
+	f.store.State.Items.Set("a", Item{Value: strings.Repeat("v", listSizeMax), RV: 1}) // larger than --max-value-bytes was once
 	f.put("b", "v")
 	if list := testkit.MustDecode[testkit.JSONList](t, f.do("GET", "/-/v1/keys", "")); len(list.Items) != 1 || list.After == nil || *list.After != "a" {
 		t.Errorf("%d items of which one is too large", len(list.Items))
@@ -514,17 +514,17 @@ func TestStream_LargeValues(t *testing.T) {
 	} {
 		w := httptest.NewRecorder()
 		s := newStream(w, request{Request: httptest.NewRequest("GET", "/", nil)}, typeJSON)
-		it := item{value: value, rv: 7, created: 3, expires: 1}
+		it := Item{Value: value, RV: 7, Created: 3, Expires: 1}
 		s.appendItem("k", it, false)
 		if got := cap(s.buf); got > 4*streamBufferSize {
 			t.Errorf("it took %d bytes", got)
 		}
 		s.end()
-		if want := appendItemJSON(nil, "k", it, false); !bytes.Equal(w.Body.Bytes(), want) {
+		if want := AppendItemJSON(nil, "k", it, false); !bytes.Equal(w.Body.Bytes(), want) {
 			t.Errorf("%d bytes, want %d", w.Body.Len(), len(want))
 		}
-		size, exact := itemJSONSize(keyItem{"k", it}, false), w.Body.Len()
-		if most := itemSizeMax(keyItem{"k", it}, false); size < exact || size > exact+itemFixedSize || most < size {
+		size, exact := ItemJSONSize(KeyItem{Key: "k", Item: it}, false), w.Body.Len()
+		if most := ItemSizeMax(KeyItem{Key: "k", Item: it}, false); size < exact || size > exact+ItemFixedSize || most < size {
 			t.Errorf("size %d, at most %d, is %d", size, most, exact)
 		}
 	}
@@ -606,7 +606,7 @@ func TestHTTP_SlowStream(t *testing.T) {
 					t.Errorf("%d lines, then %v", lines, err)
 				}
 				synctest.Wait()
-				if left := len(f.store.state.scans); left != 0 {
+				if left := len(f.store.State.Scans); left != 0 {
 					t.Errorf("%d scans are left", left)
 				}
 			})
@@ -618,7 +618,7 @@ func TestHTTP_SlowStream(t *testing.T) {
 func TestHTTP_StreamThatFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newPipeFront(t)
-		for i := range scanPart { // the first part, most of which waits for the client
+		for i := range ScanPart { // the first part, most of which waits for the client
 			f.put(fmt.Sprintf("a%03d", i), strings.Repeat("v", 1<<10))
 		}
 		const n = 70
@@ -662,26 +662,26 @@ func TestHTTP_DeletePrefix(t *testing.T) {
 	if got := testkit.MustDecode[deleted](t, f.do("DELETE", "/-/v1/keys?prefix=a/", "")); got != (deleted{0, 5}) {
 		t.Errorf("%+v", got)
 	}
-	if list, _ := f.store.list("", "", 10); len(list) != 2 || list[0].key != "a" || list[1].key != "b" {
+	if list, _ := f.store.List("", "", 10); len(list) != 2 || list[0].Key != "a" || list[1].Key != "b" {
 		t.Errorf("%+v", list)
 	}
-	for i := range deletePrefixMax + 1 {
+	for i := range DeletePrefixMax + 1 {
 		f.put(fmt.Sprintf("many/%d", i), "v")
 	}
-	before := f.store.version()
+	before := f.store.Version()
 	a = f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: a")
 	a.Want(t, 413)
-	if p := mustProblem(t, a); p.Code != "too-many-keys" || p.Outcome != fault.NotApplied || !strings.Contains(p.Detail, strconv.Itoa(deletePrefixMax)) {
+	if p := mustProblem(t, a); p.Code != "too-many-keys" || p.Outcome != fault.NotApplied || !strings.Contains(p.Detail, strconv.Itoa(DeletePrefixMax)) {
 		t.Errorf("%+v", p)
 	}
-	if rv := f.store.version(); rv != before {
+	if rv := f.store.Version(); rv != before {
 		t.Errorf("version %d, want %d", rv, before)
 	}
 	f.do("DELETE", "/many/0", "").Want(t, 204)
 	a = f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: a")
 	a.Want(t, 413) // the same request, the same answer
 	a.WantHeader(t, "Idempotency-Replayed", "true")
-	if got := testkit.MustDecode[deleted](t, f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: b")); got != (deleted{deletePrefixMax, before + 2}) {
+	if got := testkit.MustDecode[deleted](t, f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: b")); got != (deleted{DeletePrefixMax, before + 2}) {
 		t.Errorf("%+v", got)
 	}
 }
@@ -702,7 +702,7 @@ var streamed = map[string]func(body string) error{
 		if err := os.WriteFile(path, []byte(body), 0o600); err != nil {
 			return nil // which fails the test
 		}
-		_, err := readBackup(path)
+		_, err := ReadBackup(path)
 		return err
 	},
 	"/-/v1/watch": func(body string) error {
@@ -761,7 +761,7 @@ func TestHTTP_StreamsEndVisibly(t *testing.T) {
 func TestHTTP_StreamThatFailsOverHTTP10(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newPipeFront(t)
-		for i := range scanPart {
+		for i := range ScanPart {
 			f.put(fmt.Sprintf("a%03d", i), strings.Repeat("v", 1<<10))
 		}
 		const n = 70
@@ -785,7 +785,7 @@ func TestHTTP_StreamThatFailsOverHTTP10(t *testing.T) {
 			t.Fatal(err)
 		}
 		if items, _, err := readStream(string(body)); err == nil {
-			t.Errorf("%d items of %d pass for all", len(items), scanPart+n)
+			t.Errorf("%d items of %d pass for all", len(items), ScanPart+n)
 		}
 		synctest.Wait()
 		if got := testkit.Gather(t, f.config.registry)[`raftrv_http_requests_total{code="500",method="GET",route="/-/v1/keys"}`]; got != 1 {

@@ -16,18 +16,18 @@ import (
 // This file is the state machine: what an applied entry does to the state, and
 // how it is read. It knows neither raft nor HTTP, does no I/O and has no clock.
 
-// item is the value of one key.
-type item struct {
-	value   string
-	rv      uint64 // resource version of the last write
-	created uint64 // resource version of the write that created the key
-	expires int64  // unix milliseconds; 0 = never
+// Item is the value of one key.
+type Item struct {
+	Value   string
+	RV      uint64 // resource version of the last write
+	Created uint64 // resource version of the write that created the key
+	Expires int64  // unix milliseconds; 0 = never
 
-	contentType string // of the value; empty = not said
+	ContentType string // of the value; empty = not said
 }
 
-// member is one node of the cluster, as the replicated state knows it.
-type member struct {
+// Member is one node of the cluster, as the replicated state knows it.
+type Member struct {
 	ID        uint64 `json:"id"`
 	Name      string `json:"name,omitempty"`
 	PeerURL   string `json:"peerURL"`
@@ -45,10 +45,10 @@ type member struct {
 }
 
 // memberFields is a member without extra, and without methods.
-type memberFields member
+type memberFields Member
 
 // MarshalJSON adds the fields that only newer programs know.
-func (m member) MarshalJSON() ([]byte, error) {
+func (m Member) MarshalJSON() ([]byte, error) {
 	b, err := json.Marshal(memberFields(m))
 	if err != nil || m.extra == "" {
 		return b, err
@@ -57,7 +57,7 @@ func (m member) MarshalJSON() ([]byte, error) {
 }
 
 // UnmarshalJSON keeps the fields that it does not know.
-func (m *member) UnmarshalJSON(b []byte) error {
+func (m *Member) UnmarshalJSON(b []byte) error {
 	if err := json.Unmarshal(b, (*memberFields)(m)); err != nil {
 		return err
 	}
@@ -103,39 +103,39 @@ func mergeFields(old, update string) string {
 	return encodeFields(fields)
 }
 
-// state is everything that is replicated. A copy of it at one raft index is a
+// State is everything that is replicated. A copy of it at one raft index is a
 // snapshot.
-type state struct {
-	level int    // feature level of the cluster, see level.go
-	index uint64 // raft index of the last applied entry
-	term  uint64 // and its term
-	rv    uint64 // resource version of the last write, for the whole store
+type State struct {
+	Level int    // feature level of the cluster, see level.go
+	Index uint64 // raft index of the last applied entry
+	Term  uint64 // and its term
+	RV    uint64 // resource version of the last write, for the whole store
 	size  uint64 // bytes that the items take, about
-	now   int64  // unix milliseconds, see pass
-	sum   uint64 // of all entries up to index and what they did, see divergence.go
+	Now   int64  // unix milliseconds, see pass
+	Sum   uint64 // of all entries up to index and what they did, see divergence.go
 
 	// From level 2 on, see pass: milliseconds by which what ages does so, and the
 	// time up to which they were counted.
 	elapsed, seen int64
 
 	// Invariant: every item's rv <= state.rv.
-	items    *itemMap
-	expiry   *btree.Set[string] // expiryKey of each item that has a deadline
-	events   eventLog
-	retries  retryTable
-	sessions sessions
-	members  map[uint64]member
-	removed  map[uint64]bool // ids that were members; never used again
+	Items    *itemMap
+	Expiry   *btree.Set[string] // expiryKey of each item that has a deadline
+	Events   eventLog
+	Retries  retryTable
+	Sessions Sessions
+	Members  map[uint64]Member
+	Removed  map[uint64]bool // ids that were members; never used again
 
 	digest         uint64 // of the items
-	sessionsDigest uint64
+	SessionsDigest uint64
 	membersDigest  uint64
 	membersStale   bool // membersDigest is not that of members and removed
 
-	changed []event // by the command that is being applied
+	Changed []Event // by the command that is being applied
 	entry   entrySize
-	scans   []*scan // that read these items now; not replicated
-	updates int     // of members, by commands; not replicated
+	Scans   []*Scan // that read these items now; not replicated
+	Updates int     // of members, by commands; not replicated
 }
 
 // entrySize is how much the entry that is being applied has added to the window.
@@ -144,211 +144,211 @@ type entrySize struct {
 	deleted uint64 // of them of deleted values
 }
 
-func newState() state {
-	return state{
-		level:        levelFirst,
+func NewState() State {
+	return State{
+		Level:        LevelFirst,
 		membersStale: true,
-		items:        newItemMap(),
-		expiry:       new(btree.Set[string]),
-		events:       newEventLog(),
-		retries:      newRetryTable(),
-		sessions:     sessions{},
-		members:      map[uint64]member{},
-		removed:      map[uint64]bool{},
+		Items:        newItemMap(),
+		Expiry:       new(btree.Set[string]),
+		Events:       newEventLog(),
+		Retries:      NewRetryTable(),
+		Sessions:     Sessions{},
+		Members:      map[uint64]Member{},
+		Removed:      map[uint64]bool{},
 	}
 }
 
-// copy returns a state that later writes to s do not change. The map is copied
+// Copy returns a state that later writes to s do not change. The map is copied
 // on write, so this takes microseconds at any size.
-func (s *state) copy() state {
+func (s *State) Copy() State {
 	c := *s
-	c.items = s.items.Copy()
-	c.expiry = s.expiry.Copy()
-	c.events = s.events.copy()
-	c.retries = s.retries.copy()
-	c.changed, c.scans = nil, nil
-	c.sessions = s.sessions.copy()
-	c.members = maps.Clone(s.members)
-	c.removed = maps.Clone(s.removed)
+	c.Items = s.Items.Copy()
+	c.Expiry = s.Expiry.Copy()
+	c.Events = s.Events.Copy()
+	c.Retries = s.Retries.copy()
+	c.Changed, c.Scans = nil, nil
+	c.Sessions = s.Sessions.copy()
+	c.Members = maps.Clone(s.Members)
+	c.Removed = maps.Clone(s.Removed)
 	return c
 }
 
-// kvstore guards a state: one goroutine applies, any number read.
-type kvstore struct {
-	levelMax    int // that this node takes part in; 0 = what the program knows
-	mu          sync.RWMutex
-	state       state
+// Store guards a state: one goroutine applies, any number read.
+type Store struct {
+	LevelMax    int // that this node takes part in; 0 = what the program knows
+	Mu          sync.RWMutex
+	State       State
 	checkpoints checkpoints // of what was applied here
 	steps       []step      // of the entry that is being applied; kept for its memory
 }
 
-func newKVStore() *kvstore {
-	return &kvstore{state: newState()}
+func New() *Store {
+	return &Store{State: NewState()}
 }
 
-// get returns the item of a key and the store's resource version, both from
+// Get returns the item of a key and the store's resource version, both from
 // the same moment.
-func (s *kvstore) get(key string) (it item, rv uint64, ok bool) {
-	s.mu.RLock()
-	it, ok = s.state.items.Get(key)
-	rv = s.state.rv
-	s.mu.RUnlock()
+func (s *Store) Get(key string) (it Item, rv uint64, ok bool) {
+	s.Mu.RLock()
+	it, ok = s.State.Items.Get(key)
+	rv = s.State.RV
+	s.Mu.RUnlock()
 	return it, rv, ok
 }
 
-// version returns the store's resource version.
-func (s *kvstore) version() uint64 {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.state.rv
+// Version returns the store's resource version.
+func (s *Store) Version() uint64 {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	return s.State.RV
 }
 
-// outcome returns what became of a request that was carried out before.
-func (s *kvstore) outcome(id retryID) (first result, known bool) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.state.retries.lookup(id, s.state.clock())
+// Outcome returns what became of a request that was carried out before.
+func (s *Store) Outcome(id RetryID) (first Result, known bool) {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	return s.State.Retries.Lookup(id, s.State.Clock())
 }
 
-// size returns about how many bytes the items take.
-func (s *kvstore) size() uint64 {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.state.size
+// Size returns about how many bytes the items take.
+func (s *Store) Size() uint64 {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	return s.State.size
 }
 
-// snapshotSize returns about how many bytes a snapshot takes.
-func (s *kvstore) snapshotSize() uint64 {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.state.snapshotSize()
+// SnapshotSize returns about how many bytes a snapshot takes.
+func (s *Store) SnapshotSize() uint64 {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	return s.State.SnapshotSize()
 }
 
-func (s *state) snapshotSize() uint64 { return s.size + s.events.bytes + s.retries.bytes }
+func (s *State) SnapshotSize() uint64 { return s.size + s.Events.bytes + s.Retries.Bytes }
 
 // storeStats is how much a store holds.
 type storeStats struct {
-	keys   int
-	bytes  uint64 // of keys and values, about
-	events int    // in the window
+	Keys   int
+	Bytes  uint64 // of keys and values, about
+	Events int    // in the window
 }
 
-func (s *kvstore) stats() storeStats {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return storeStats{keys: s.state.items.Len(), bytes: s.state.size, events: int(s.state.events.count)}
+func (s *Store) Stats() storeStats {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	return storeStats{Keys: s.State.Items.Len(), Bytes: s.State.size, Events: int(s.State.Events.Count)}
 }
 
-// applied returns the raft index of the last applied entry.
-func (s *kvstore) applied() uint64 {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.state.index
+// Applied returns the raft index of the last applied entry.
+func (s *Store) Applied() uint64 {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	return s.State.Index
 }
 
-// members returns the members in the order of their ids.
-func (s *kvstore) members() []member {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.state.sortedMembers()
+// Members returns the members in the order of their ids.
+func (s *Store) Members() []Member {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	return s.State.SortedMembers()
 }
 
-func (s *state) sortedMembers() []member {
-	return slices.SortedFunc(maps.Values(s.members), func(a, b member) int { return cmp.Compare(a.ID, b.ID) })
+func (s *State) SortedMembers() []Member {
+	return slices.SortedFunc(maps.Values(s.Members), func(a, b Member) int { return cmp.Compare(a.ID, b.ID) })
 }
 
-// member returns one member.
-func (s *kvstore) member(id uint64) (member, bool) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	m, ok := s.state.members[id]
+// Member returns one member.
+func (s *Store) Member(id uint64) (Member, bool) {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	m, ok := s.State.Members[id]
 	return m, ok
 }
 
-// memberUpdates counts the updates of members that were applied here.
-func (s *kvstore) memberUpdates() int {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.state.updates
+// MemberUpdates counts the updates of members that were applied here.
+func (s *Store) MemberUpdates() int {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	return s.State.Updates
 }
 
-// memberCount returns how many members there are. Every write asks.
-func (s *kvstore) memberCount() int {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return len(s.state.members)
+// MemberCount returns how many members there are. Every write asks.
+func (s *Store) MemberCount() int {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	return len(s.State.Members)
 }
 
-// tellsRemoved says whether this member, self, tells the one with that id that it was
+// TellsRemoved says whether this member, self, tells the one with that id that it was
 // removed, which ends it. A learner that knows does not: a voter may need the
 // vote of the removed member to find out that its removal is committed.
-func (s *kvstore) tellsRemoved(self, id uint64) bool {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	m, ok := s.state.members[self]
-	return s.state.removed[id] && ok && !m.Learner
+func (s *Store) TellsRemoved(self, id uint64) bool {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	m, ok := s.State.Members[self]
+	return s.State.Removed[id] && ok && !m.Learner
 }
 
-// removed returns the ids that were members once, in order.
-func (s *kvstore) removed() []uint64 {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return slices.Sorted(maps.Keys(s.state.removed))
+// Removed returns the ids that were members once, in order.
+func (s *Store) Removed() []uint64 {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	return slices.Sorted(maps.Keys(s.State.Removed))
 }
 
-// snapshot returns a copy of the state as it is now.
-func (s *kvstore) snapshot() state {
-	s.mu.Lock() // not RLock: the copy marks the tree's nodes as shared
-	defer s.mu.Unlock()
-	return s.state.copy()
+// Snapshot returns a copy of the state as it is now.
+func (s *Store) Snapshot() State {
+	s.Mu.Lock() // not RLock: the copy marks the tree's nodes as shared
+	defer s.Mu.Unlock()
+	return s.State.Copy()
 }
 
-// restore replaces the state, but for the bounds of the window of events, which
+// Restore replaces the state, but for the bounds of the window of events, which
 // are this node's and count from the next entry on. Readers see the old state or
 // the new one whole.
-func (s *kvstore) restore(st state) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	st.events.countMax, st.events.bytesMax = s.state.events.countMax, s.state.events.bytesMax
-	st.events.hold = s.state.events.hold
-	s.state, s.checkpoints = st, checkpoints{}
+func (s *Store) Restore(st State) {
+	s.Mu.Lock()
+	defer s.Mu.Unlock()
+	st.Events.countMax, st.Events.bytesMax = s.State.Events.countMax, s.State.Events.bytesMax
+	st.Events.hold = s.State.Events.hold
+	s.State, s.checkpoints = st, checkpoints{}
 }
 
-// setWindow sets the bounds of the window of events, which count from the next
+// SetWindow sets the bounds of the window of events, which count from the next
 // entry on: a member that has restarted keeps what the others keep, who know
 // which events are of the newest entry.
-func (s *kvstore) setWindow(countMax, bytesMax uint64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.state.events.countMax, s.state.events.bytesMax = countMax, bytesMax
-	s.state.events.newest = s.state.events.end()
+func (s *Store) SetWindow(countMax, bytesMax uint64) {
+	s.Mu.Lock()
+	defer s.Mu.Unlock()
+	s.State.Events.countMax, s.State.Events.bytesMax = countMax, bytesMax
+	s.State.Events.newest = s.State.Events.End()
 }
 
-// trimWindow drops what is beyond the bounds of the window, as the next entry would.
-func (s *kvstore) trimWindow() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.state.events.trim()
+// TrimWindow drops what is beyond the bounds of the window, as the next entry would.
+func (s *Store) TrimWindow() {
+	s.Mu.Lock()
+	defer s.Mu.Unlock()
+	s.State.Events.trim()
 }
 
-// holdWindow makes the window of events wait for a reader; nil ends that.
-func (s *kvstore) holdWindow(h *hold) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.state.events.hold = h
+// HoldWindow makes the window of events wait for a reader; nil ends that.
+func (s *Store) HoldWindow(h *Hold) {
+	s.Mu.Lock()
+	defer s.Mu.Unlock()
+	s.State.Events.hold = h
 }
 
-// apply applies the commands of the batch at index. When out is not nil it
+// Apply applies the commands of the batch at index. When out is not nil it
 // receives one result for each command. fresh is false if the batch was applied
 // before, at a lower index; then nothing changes and out stays empty.
 //
 // An error means that this program cannot read what the cluster has agreed on,
 // so it must stop. Nothing has changed then: neither a snapshot nor a checksum
 // of this node may tell of an entry that it did not carry out.
-func (s *kvstore) apply(index, term uint64, h batchHeader, commands []byte, out *[]result) (fresh bool, err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err := s.state.follows(index); err != nil {
+func (s *Store) Apply(index, term uint64, h BatchHeader, commands []byte, out *[]Result) (fresh bool, err error) {
+	s.Mu.Lock()
+	defer s.Mu.Unlock()
+	if err := s.State.Follows(index); err != nil {
 		return false, err
 	}
 	if s.steps, err = decodeSteps(s.steps[:0], commands); err != nil {
@@ -357,117 +357,117 @@ func (s *kvstore) apply(index, term uint64, h batchHeader, commands []byte, out 
 	defer clear(s.steps) // they keep values alive
 	for i := range s.steps {
 		c := &s.steps[i]
-		if need := c.level; need > s.state.level {
-			return false, fmt.Errorf("command %d: the cluster is at feature level %d, and this needs %d", i+1, s.state.level, need)
+		if need := c.level; need > s.State.Level {
+			return false, fmt.Errorf("command %d: the cluster is at feature level %d, and this needs %d", i+1, s.State.Level, need)
 		}
-		if c.op == opLevel {
-			if err := s.checkLevel(c.raise.level); err != nil {
+		if c.Op == OpLevel {
+			if err := s.CheckLevel(c.raise.Level); err != nil {
 				return false, err
 			}
 		}
 	}
-	s.state.index, s.state.term = index, term
-	if !s.state.first(h) {
+	s.State.Index, s.State.Term = index, term
+	if !s.State.first(h) {
 		s.seal(h.digest(commands, false))
 		return false, nil
 	}
-	s.state.pass(h.time)
-	first := s.state.events.end()
-	s.state.entry = entrySize{}
+	s.State.pass(h.Time)
+	first := s.State.Events.End()
+	s.State.entry = entrySize{}
 	for i := range s.steps {
-		r := s.state.applyStep(&s.steps[i])
+		r := s.State.applyStep(&s.steps[i])
 		if out != nil {
 			*out = append(*out, r)
 		}
 	}
-	s.state.events.endEntry(first)
+	s.State.Events.endEntry(first)
 	s.seal(h.digest(commands, true))
 	return true, nil
 }
 
 // step is a command that can be carried out: all of it is known.
 type step struct {
-	command
+	Command
 	level  int     // from which on it is known
-	txn    txn     // of opTxn, instead of the value
-	update member  // of opMember
-	raise  raising // of opLevel
+	txn    Txn     // of opTxn, instead of the value
+	update Member  // of opMember
+	raise  Raising // of opLevel
 }
 
 // decodeSteps reads a batch and appends its commands to steps.
 func decodeSteps(steps []step, commands []byte) ([]step, error) {
-	d := fields{data: commands}
-	for n := 1; len(d.data) > 0; n++ {
+	d := Fields{Data: commands}
+	for n := 1; len(d.Data) > 0; n++ {
 		v := d.outerCommand(false)
 		st := step{level: v.level}
-		if d.err == nil {
+		if d.Err == nil {
 			switch v.op {
-			case opTxn:
+			case OpTxn:
 				var level int
-				st.txn, level, d.err = decodeTxnLevel(v.value)
+				st.txn, level, d.Err = decodeTxnLevel(v.value)
 				st.level = max(st.level, level)
 				v.value = nil
-			case opMember:
-				st.update, d.err = decodeMember(v.value)
-			case opLevel:
-				st.raise, d.err = decodeRaising(v.value)
+			case OpMember:
+				st.update, d.Err = DecodeMember(v.value)
+			case OpLevel:
+				st.raise, d.Err = DecodeRaising(v.value)
 			}
 		}
-		if d.err != nil {
-			return steps, fmt.Errorf("command %d: %w", n, d.err)
+		if d.Err != nil {
+			return steps, fmt.Errorf("command %d: %w", n, d.Err)
 		}
-		st.command = v.command()
+		st.Command = v.command()
 		steps = append(steps, st)
 	}
 	return steps, nil
 }
 
-// skip applies an entry that holds nothing.
-func (s *kvstore) skip(index, term uint64) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err := s.state.follows(index); err != nil {
+// Skip applies an entry that holds nothing.
+func (s *Store) Skip(index, term uint64) error {
+	s.Mu.Lock()
+	defer s.Mu.Unlock()
+	if err := s.State.Follows(index); err != nil {
 		return err
 	}
-	s.state.index, s.state.term = index, term
+	s.State.Index, s.State.Term = index, term
 	s.seal(0)
 	return nil
 }
 
 // seal ends an entry: what it was and did becomes part of the sum.
-func (s *kvstore) seal(content uint64) {
-	s.state.fold(content)
-	s.checkpoints.note(&s.state)
+func (s *Store) seal(content uint64) {
+	s.State.fold(content)
+	s.checkpoints.note(&s.State)
 }
 
-// follows says whether index is that of the next entry.
-func (s *state) follows(index uint64) error {
-	if index != s.index+1 {
-		return fmt.Errorf("entry %d does not follow the applied index %d", index, s.index)
+// Follows says whether index is that of the next entry.
+func (s *State) Follows(index uint64) error {
+	if index != s.Index+1 {
+		return fmt.Errorf("entry %d does not follow the applied index %d", index, s.Index)
 	}
 	return nil
 }
 
 // applyStep carries out a command, or answers it like the request that it
 // repeats.
-func (s *state) applyStep(c *step) result {
-	if c.op == opNop {
-		return result{} // it never happened: a retry must not find it
+func (s *State) applyStep(c *step) Result {
+	if c.Op == OpNop {
+		return Result{} // it never happened: a retry must not find it
 	}
-	if c.retry.key != "" {
-		if first, known := s.retries.lookup(c.retry, s.clock()); known {
+	if c.Retry.Key != "" {
+		if first, known := s.Retries.Lookup(c.Retry, s.Clock()); known {
 			return first
 		}
 	}
 	s.expireOverdue(c)
 	r := s.execute(c)
-	r.key = c.key
-	if c.op == opRefuse {
-		r.key = c.value
+	r.Key = c.Key
+	if c.Op == OpRefuse {
+		r.Key = c.Value
 	}
 	s.commit(&r)
-	if c.retry.key != "" {
-		s.retries.add(c.retry, s.kept(c, r), s.clock())
+	if c.Retry.Key != "" {
+		s.Retries.add(c.Retry, s.kept(c, r), s.Clock())
 	}
 	return r
 }
@@ -475,10 +475,10 @@ func (s *state) applyStep(c *step) result {
 // kept returns what of a result is remembered for a retry of its request. What
 // a transaction has read is not, from level 3 on: it may be large, and be no
 // business of who asks again. The other results of it would be half an answer.
-func (s *state) kept(c *step, r result) result {
-	isGet := func(o command) bool { return o.op == opGet }
-	if s.level >= 3 && c.op == opTxn && slices.ContainsFunc(c.txn.branch(r.status), isGet) {
-		r.ops = nil
+func (s *State) kept(c *step, r Result) Result {
+	isGet := func(o Command) bool { return o.Op == OpGet }
+	if s.Level >= 3 && c.Op == OpTxn && slices.ContainsFunc(c.txn.Branch(r.Status), isGet) {
+		r.Ops = nil
 	}
 	return r
 }
@@ -486,155 +486,155 @@ func (s *state) kept(c *step, r result) result {
 // expireOverdue deletes keys that a command is about to look at and whose time has
 // come, if they are still there because nobody has proposed that yet. So a lock is
 // free, and cannot be renewed, from its deadline on. They get a version of their own.
-func (s *state) expireOverdue(c *step) {
-	if first, ok := s.expiry.Min(); s.level < 2 || !ok || expiryTime(first) > s.now {
+func (s *State) expireOverdue(c *step) {
+	if first, ok := s.Expiry.Min(); s.Level < 2 || !ok || expiryTime(first) > s.Now {
 		return
 	}
 	expire := func(key string) {
-		if it, ok := s.items.Get(key); ok && it.expires != 0 && it.expires <= s.now {
-			s.delete(key, eventExpired)
+		if it, ok := s.Items.Get(key); ok && it.Expires != 0 && it.Expires <= s.Now {
+			s.delete(key, EventExpired)
 		}
 	}
-	switch c.op {
-	case opPut, opDelete:
-		expire(c.key)
-	case opTxn:
-		for i := range c.txn.compare {
-			expire(c.txn.compare[i].key)
+	switch c.Op {
+	case OpPut, OpDelete:
+		expire(c.Key)
+	case OpTxn:
+		for i := range c.txn.Compare {
+			expire(c.txn.Compare[i].Key)
 		}
-		for _, ops := range [][]command{c.txn.then, c.txn.otherwise} {
+		for _, ops := range [][]Command{c.txn.Then, c.txn.Otherwise} {
 			for i := range ops {
-				expire(ops[i].key)
+				expire(ops[i].Key)
 			}
 		}
 	}
-	s.commit(&result{})
+	s.commit(&Result{})
 }
 
 // execute makes the changes of a command and leaves their events in changed.
 // What it does not know never gets here.
-func (s *state) execute(c *step) result {
-	switch c.op {
-	case opPut, opDelete, opExpire:
-		it, exists := s.items.Get(c.key)
-		if !c.condition.holds(it, exists) {
-			return result{status: statusPrecondition, current: it.rv}
+func (s *State) execute(c *step) Result {
+	switch c.Op {
+	case OpPut, OpDelete, OpExpire:
+		it, exists := s.Items.Get(c.Key)
+		if !c.Condition.Holds(it, exists) {
+			return Result{Status: StatusPrecondition, Current: it.RV}
 		}
-		switch c.op {
-		case opPut:
-			return result{status: s.put(&c.command)}
-		case opExpire:
-			return result{status: s.delete(c.key, eventExpired)}
+		switch c.Op {
+		case OpPut:
+			return Result{Status: s.Put(&c.Command)}
+		case OpExpire:
+			return Result{Status: s.delete(c.Key, EventExpired)}
 		default:
-			return result{status: s.delete(c.key, eventDeleted)}
+			return Result{Status: s.delete(c.Key, EventDeleted)}
 		}
-	case opDeletePrefix:
-		return s.deletePrefix(c.key)
-	case opTxn:
+	case OpDeletePrefix:
+		return s.deletePrefix(c.Key)
+	case OpTxn:
 		return s.executeTxn(&c.txn)
-	case opMember:
-		return s.updateMember(c.update)
-	case opLevel:
+	case OpMember:
+		return s.UpdateMember(c.update)
+	case OpLevel:
 		return s.raise(c.raise)
 	default: // opRefuse
-		return result{status: statusRefused}
+		return Result{Status: StatusRefused}
 	}
 }
 
 // commit gives the changes of a command their resource version.
-func (s *state) commit(r *result) {
-	if len(s.changed) == 0 {
-		r.rv = s.rv
+func (s *State) commit(r *Result) {
+	if len(s.Changed) == 0 {
+		r.RV = s.RV
 		return
 	}
-	s.rv++
-	r.rv = s.rv
-	s.changed[len(s.changed)-1].last = true
-	for _, e := range s.changed {
-		s.events.add(e)
-		s.entry.bytes += e.size()
+	s.RV++
+	r.RV = s.RV
+	s.Changed[len(s.Changed)-1].Last = true
+	for _, e := range s.Changed {
+		s.Events.add(e)
+		s.entry.bytes += e.Size()
 	}
-	clear(s.changed)
-	s.changed = s.changed[:0]
+	clear(s.Changed)
+	s.Changed = s.Changed[:0]
 }
 
 // nextRV is the version that the changes of the current command get.
-func (s *state) nextRV() uint64 { return s.rv + 1 }
+func (s *State) nextRV() uint64 { return s.RV + 1 }
 
-func (s *state) put(c *command) status {
-	key := c.key
-	it := item{value: c.value, rv: s.nextRV(), created: s.nextRV(), expires: c.deadline(s.now), contentType: intern(c.contentType)}
-	e := event{rv: it.rv, time: s.now, kind: eventAdded, key: key}
-	old, replaced := s.items.Get(key)
+func (s *State) Put(c *Command) Status {
+	key := c.Key
+	it := Item{Value: c.Value, RV: s.nextRV(), Created: s.nextRV(), Expires: c.Deadline(s.Now), ContentType: intern(c.ContentType)}
+	e := Event{RV: it.RV, Time: s.Now, Kind: EventAdded, Key: key}
+	old, replaced := s.Items.Get(key)
 	if replaced {
-		it.created = old.created
-		e.kind, e.prev = eventModified, old.rv
-		s.forget(key, old)
+		it.Created = old.Created
+		e.Kind, e.Prev = EventModified, old.RV
+		s.Forget(key, old)
 	}
-	s.items.Set(key, it)
-	s.remember(key, it)
-	e.item = it
-	s.changed = append(s.changed, e)
+	s.Items.Set(key, it)
+	s.Remember(key, it)
+	e.Item = it
+	s.Changed = append(s.Changed, e)
 	if replaced {
-		return statusReplaced
+		return StatusReplaced
 	}
-	return statusCreated
+	return StatusCreated
 }
 
-func (s *state) delete(key string, kind eventKind) status {
-	old, ok := s.items.Delete(key)
+func (s *State) delete(key string, kind EventKind) Status {
+	old, ok := s.Items.Delete(key)
 	if !ok {
-		return statusNotFound
+		return StatusNotFound
 	}
-	s.forget(key, old)
-	e := event{rv: s.nextRV(), prev: old.rv, time: s.now, kind: kind, key: key, item: old}
-	if n := uint64(len(old.value)); n <= s.rules().deletedValueMax && s.entry.deleted+n <= s.rules().deletedBytesMax {
+	s.Forget(key, old)
+	e := Event{RV: s.nextRV(), Prev: old.RV, Time: s.Now, Kind: kind, Key: key, Item: old}
+	if n := uint64(len(old.Value)); n <= s.rules().deletedValueMax && s.entry.deleted+n <= s.rules().deletedBytesMax {
 		s.entry.deleted += n
 	} else {
-		e.item.value, e.cut = "", true
+		e.Item.Value, e.Cut = "", true
 	}
-	s.changed = append(s.changed, e)
-	return statusDeleted
+	s.Changed = append(s.Changed, e)
+	return StatusDeleted
 }
 
-// remember and forget keep what is derived from the items.
-func (s *state) remember(key string, it item) {
-	s.size += itemSize(key, it)
+// Remember and forget keep what is derived from the items.
+func (s *State) Remember(key string, it Item) {
+	s.size += ItemSize(key, it)
 	s.digest += it.digest(key)
-	if it.expires != 0 {
-		s.expiry.Insert(expiryKey(it.expires, key))
+	if it.Expires != 0 {
+		s.Expiry.Insert(expiryKey(it.Expires, key))
 	}
 }
 
-func (s *state) forget(key string, it item) {
+func (s *State) Forget(key string, it Item) {
 	s.keepForScans(key, it)
-	s.size -= itemSize(key, it)
+	s.size -= ItemSize(key, it)
 	s.digest -= it.digest(key)
-	if it.expires != 0 {
-		s.expiry.Delete(expiryKey(it.expires, key))
+	if it.Expires != 0 {
+		s.Expiry.Delete(expiryKey(it.Expires, key))
 	}
 }
 
-func (s *state) deletePrefix(prefix string) result {
-	most := s.rules().deletePrefixMax
+func (s *State) deletePrefix(prefix string) Result {
+	most := s.rules().DeletePrefixMax
 	keys := s.keysWith(prefix, most+1)
 	bytes := s.entry.bytes
 	for _, key := range keys {
 		bytes += uint64(len(key)) + eventOverhead
 	}
 	if len(keys) > most || bytes > s.rules().deletePrefixBytesMax {
-		return result{status: statusTooMany}
+		return Result{Status: StatusTooMany}
 	}
 	for _, key := range keys {
-		s.delete(key, eventDeleted)
+		s.delete(key, EventDeleted)
 	}
-	return result{status: statusDeleted, count: uint64(len(keys))}
+	return Result{Status: StatusDeleted, Count: uint64(len(keys))}
 }
 
 // keysWith returns the first n keys with a prefix.
-func (s *state) keysWith(prefix string, n int) []string {
+func (s *State) keysWith(prefix string, n int) []string {
 	var keys []string
-	s.items.Ascend(prefix, func(key string, _ item) bool {
+	s.Items.Ascend(prefix, func(key string, _ Item) bool {
 		if !strings.HasPrefix(key, prefix) || len(keys) == n {
 			return false
 		}
@@ -644,40 +644,40 @@ func (s *state) keysWith(prefix string, n int) []string {
 	return keys
 }
 
-func (s *state) executeTxn(t *txn) result {
-	r, ops := result{status: statusSucceeded}, t.then
-	for i := range t.compare {
-		if it, exists := s.items.Get(t.compare[i].key); !t.compare[i].holds(it, exists) {
-			r.status, ops = statusFailed, t.otherwise
+func (s *State) executeTxn(t *Txn) Result {
+	r, ops := Result{Status: StatusSucceeded}, t.Then
+	for i := range t.Compare {
+		if it, exists := s.Items.Get(t.Compare[i].Key); !t.Compare[i].Holds(it, exists) {
+			r.Status, ops = StatusFailed, t.Otherwise
 			break
 		}
 	}
-	r.ops = make([]opResult, len(ops))
-	if s.resultSize(ops) > s.rules().txnResultMax {
-		return result{status: statusTooMany}
+	r.Ops = make([]OpResult, len(ops))
+	if s.resultSize(ops) > s.rules().TxnResultMax {
+		return Result{Status: StatusTooMany}
 	}
 	for i := range ops {
-		r.ops[i] = s.executeOp(&ops[i])
+		r.Ops[i] = s.executeOp(&ops[i])
 	}
 	return r
 }
 
 // resultSize returns the bytes of the values that the operations will return.
-func (s *state) resultSize(ops []command) int {
+func (s *State) resultSize(ops []Command) int {
 	n := 0
 	written := map[string]int{} // size of what an operation before has put
 	for i := range ops {
 		c := &ops[i]
-		switch c.op {
-		case opPut:
-			written[c.key] = len(c.value)
-		case opDelete:
-			written[c.key] = 0
-		case opGet:
-			size, ok := written[c.key]
+		switch c.Op {
+		case OpPut:
+			written[c.Key] = len(c.Value)
+		case OpDelete:
+			written[c.Key] = 0
+		case OpGet:
+			size, ok := written[c.Key]
 			if !ok {
-				it, _ := s.items.Get(c.key)
-				size = len(it.value)
+				it, _ := s.Items.Get(c.Key)
+				size = len(it.Value)
 			}
 			n += size
 		}
@@ -685,18 +685,18 @@ func (s *state) resultSize(ops []command) int {
 	return n
 }
 
-func (s *state) executeOp(c *command) opResult {
-	switch c.op {
-	case opPut:
-		return opResult{status: s.put(c)}
-	case opDelete:
-		return opResult{status: s.delete(c.key, eventDeleted)}
+func (s *State) executeOp(c *Command) OpResult {
+	switch c.Op {
+	case OpPut:
+		return OpResult{Status: s.Put(c)}
+	case OpDelete:
+		return OpResult{Status: s.delete(c.Key, EventDeleted)}
 	default:
-		it, ok := s.items.Get(c.key)
+		it, ok := s.Items.Get(c.Key)
 		if !ok {
-			return opResult{status: statusNotFound}
+			return OpResult{Status: StatusNotFound}
 		}
-		return opResult{status: statusFound, item: it}
+		return OpResult{Status: StatusFound, Item: it}
 	}
 }
 
@@ -708,39 +708,39 @@ func expiryKey(at int64, key string) string {
 // expiryTime returns the time in an expiryKey.
 func expiryTime(k string) int64 { return int64(binary.BigEndian.Uint64([]byte(k[:8]))) }
 
-// expired returns commands that expire up to n of the items whose time is not
+// Expired returns commands that expire up to n of the items whose time is not
 // after now, with about so many bytes of keys.
-func (s *kvstore) expired(now int64, n, bytes int) []command {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	var due []command
-	s.state.expiry.Scan(func(k string) bool {
+func (s *Store) Expired(now int64, n, bytes int) []Command {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	var due []Command
+	s.State.Expiry.Scan(func(k string) bool {
 		at, key := expiryTime(k), k[8:]
 		if at > now || len(due) == n || bytes <= 0 {
 			return false
 		}
 		bytes -= len(key)
-		it, _ := s.state.items.Get(key)
-		due = append(due, command{op: opExpire, key: key, condition: condition{kind: ifMatch, rv: it.rv}})
+		it, _ := s.State.Items.Get(key)
+		due = append(due, Command{Op: OpExpire, Key: key, Condition: Condition{Kind: IfMatch, RV: it.RV}})
 		return true
 	})
 	return due
 }
 
-// unchanged says whether no key with a prefix and above another key has changed after version from, up
+// Unchanged says whether no key with a prefix and above another key has changed after version from, up
 // to version to. If the window no longer tells, it says no.
-func (s *kvstore) unchanged(prefix, after string, from, to uint64) bool {
-	n, ok := s.seekEvent(from)
+func (s *Store) Unchanged(prefix, after string, from, to uint64) bool {
+	n, ok := s.SeekEvent(from)
 	for ok {
-		var events []event
-		if events, _, ok = s.eventsFrom(n); ok && len(events) == 0 {
+		var events []Event
+		if events, _, ok = s.EventsFrom(n); ok && len(events) == 0 {
 			return true
 		}
 		for i := range events {
 			switch e := &events[i]; {
-			case e.rv > to:
+			case e.RV > to:
 				return true
-			case e.key > after && strings.HasPrefix(e.key, prefix):
+			case e.Key > after && strings.HasPrefix(e.Key, prefix):
 				return false
 			}
 		}
@@ -749,126 +749,126 @@ func (s *kvstore) unchanged(prefix, after string, from, to uint64) bool {
 	return false
 }
 
-// windowStrained says whether the window has waited for its reader for so long that it soon
+// WindowStrained says whether the window has waited for its reader for so long that it soon
 // goes on without him.
-func (s *kvstore) windowStrained() bool {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	l := &s.state.events
-	return l.count > l.countMax+holdEventsMax/2 || l.bytes > l.bytesMax+holdBytesMax/2
+func (s *Store) WindowStrained() bool {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	l := &s.State.Events
+	return l.Count > l.countMax+HoldEventsMax/2 || l.bytes > l.bytesMax+holdBytesMax/2
 }
 
-// seekEvent returns where in the window the events above rv start.
-func (s *kvstore) seekEvent(rv uint64) (n uint64, ok bool) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.state.events.seek(rv)
+// SeekEvent returns where in the window the events above rv start.
+func (s *Store) SeekEvent(rv uint64) (n uint64, ok bool) {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	return s.State.Events.Seek(rv)
 }
 
-// eventsFrom returns some of the events from number n on; see eventLog.from.
-func (s *kvstore) eventsFrom(n uint64) (events []event, aging, ok bool) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.state.events.from(n)
+// EventsFrom returns some of the events from number n on; see eventLog.from.
+func (s *Store) EventsFrom(n uint64) (events []Event, aging, ok bool) {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	return s.State.Events.From(n)
 }
 
-// eventsDropped returns up to which version events have left the window.
-func (s *kvstore) eventsDropped() uint64 {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.state.events.dropped
+// EventsDropped returns up to which version events have left the window.
+func (s *Store) EventsDropped() uint64 {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	return s.State.Events.Dropped
 }
 
-// itemOverhead is what an item costs in memory beside its key and value: two
+// ItemOverhead is what an item costs in memory beside its key and value: two
 // string headers, two numbers and its share of the tree, in bytes.
-const itemOverhead = 80
+const ItemOverhead = 80
 
 // typeOverhead is what it costs in memory that an item has a content type. The
 // type itself is shared by all that have it.
 const typeOverhead = 48
 
-func itemSize(key string, it item) uint64 {
-	size := uint64(len(key)+len(it.value)) + itemOverhead
-	if it.contentType != "" {
+func ItemSize(key string, it Item) uint64 {
+	size := uint64(len(key)+len(it.Value)) + ItemOverhead
+	if it.ContentType != "" {
 		size += typeOverhead
 	}
 	return size
 }
 
-// memberChange is what a configuration change does to the members.
-type memberChange struct {
-	kind   memberChangeKind
-	member member // of promote and remove only the ID counts
+// MemberChange is what a configuration change does to the members.
+type MemberChange struct {
+	Kind   MemberChangeKind
+	Member Member // of promote and remove only the ID counts
 }
 
-type memberChangeKind int
+type MemberChangeKind int
 
 const (
-	addLearner memberChangeKind = iota
-	promoteLearner
-	removeMember
+	AddLearner MemberChangeKind = iota
+	PromoteLearner
+	RemoveMember
 )
 
-// applyMember applies a configuration change at index. refused says why it must
+// ApplyMember applies a configuration change at index. refused says why it must
 // not happen; every member comes to the same conclusion. A batch that was
 // applied before is not fresh and changes nothing.
-func (s *kvstore) applyMember(index, term uint64, h batchHeader, c memberChange) (fresh bool, refused, err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err := s.state.follows(index); err != nil {
+func (s *Store) ApplyMember(index, term uint64, h BatchHeader, c MemberChange) (fresh bool, refused, err error) {
+	s.Mu.Lock()
+	defer s.Mu.Unlock()
+	if err := s.State.Follows(index); err != nil {
 		return false, nil, err
 	}
-	s.state.index, s.state.term = index, term
-	if !s.state.first(h) {
+	s.State.Index, s.State.Term = index, term
+	if !s.State.first(h) {
 		s.seal(h.digest(nil, false))
 		return false, nil, nil
 	}
-	refused = s.state.changeMember(c)
-	s.seal(h.digest(binary.AppendUvarint([]byte{byte(c.kind)}, c.member.ID), true))
+	refused = s.State.ChangeMember(c)
+	s.seal(h.digest(binary.AppendUvarint([]byte{byte(c.Kind)}, c.Member.ID), true))
 	return true, refused, nil
 }
 
-func (s *state) changeMember(c memberChange) error {
-	id := c.member.ID
-	old, exists := s.members[id]
+func (s *State) ChangeMember(c MemberChange) error {
+	id := c.Member.ID
+	old, exists := s.Members[id]
 	s.membersStale = true
 	switch {
-	case s.removed[id]:
+	case s.Removed[id]:
 		return fmt.Errorf("member %d was removed, and an ID is never used again: take another one", id)
-	case c.kind == addLearner && exists:
+	case c.Kind == AddLearner && exists:
 		return fmt.Errorf("member %d exists already, at %s", id, old.PeerURL)
-	case c.kind != addLearner && !exists:
+	case c.Kind != AddLearner && !exists:
 		return fmt.Errorf("there is no member %d", id)
-	case c.kind == promoteLearner && !old.Learner:
+	case c.Kind == PromoteLearner && !old.Learner:
 		return fmt.Errorf("member %d is a voter already", id)
-	case c.kind == removeMember && !old.Learner && s.voters() == 1:
+	case c.Kind == RemoveMember && !old.Learner && s.voters() == 1:
 		return fmt.Errorf("member %d is the last voter", id)
 	}
-	switch c.kind {
-	case removeMember:
-		delete(s.members, id)
-		s.removed[id] = true
+	switch c.Kind {
+	case RemoveMember:
+		delete(s.Members, id)
+		s.Removed[id] = true
 		return nil
-	case promoteLearner:
+	case PromoteLearner:
 		old.Learner, old.Promote = false, false
-		s.members[id] = old
+		s.Members[id] = old
 		return nil
 	default:
-		if owner := s.peerURLOwner(c.member); owner != 0 {
-			return fmt.Errorf("member %d already has the peer URL %s", owner, c.member.PeerURL)
+		if owner := s.peerURLOwner(c.Member); owner != 0 {
+			return fmt.Errorf("member %d already has the peer URL %s", owner, c.Member.PeerURL)
 		}
-		c.member.Learner = true
-		if s.level < 2 {
-			c.member.extra = ""
+		c.Member.Learner = true
+		if s.Level < 2 {
+			c.Member.extra = ""
 		}
-		s.members[id] = c.member
+		s.Members[id] = c.Member
 		return nil
 	}
 }
 
 // peerURLOwner returns the ID of another member that has m's peer URL, or 0.
-func (s *state) peerURLOwner(m member) uint64 {
-	for _, other := range s.members {
+func (s *State) peerURLOwner(m Member) uint64 {
+	for _, other := range s.Members {
 		if other.ID != m.ID && other.PeerURL == m.PeerURL {
 			return other.ID
 		}
@@ -877,9 +877,9 @@ func (s *state) peerURLOwner(m member) uint64 {
 }
 
 // voters returns how many members vote.
-func (s *state) voters() int {
+func (s *State) voters() int {
 	n := 0
-	for _, m := range s.members {
+	for _, m := range s.Members {
 		if !m.Learner {
 			n++
 		}
@@ -887,34 +887,34 @@ func (s *state) voters() int {
 	return n
 }
 
-// decodeMember reads who a member is.
-func decodeMember[T string | []byte](value T) (m member, err error) {
+// DecodeMember reads who a member is.
+func DecodeMember[T string | []byte](value T) (m Member, err error) {
 	if err := json.Unmarshal([]byte(value), &m); err != nil {
-		return m, fmt.Errorf("%w: member: %w", errMalformed, err)
+		return m, fmt.Errorf("%w: member: %w", ErrMalformed, err)
 	}
 	return m, nil
 }
 
-// updateMember changes what is known of a member: the fields that are set.
-func (s *state) updateMember(update member) result {
-	m, ok := s.members[update.ID]
+// UpdateMember changes what is known of a member: the fields that are set.
+func (s *State) UpdateMember(update Member) Result {
+	m, ok := s.Members[update.ID]
 	if !ok {
-		return result{status: statusNotFound}
+		return Result{Status: StatusNotFound}
 	}
 	m.Name = cmp.Or(update.Name, m.Name)
 	m.PeerURL = cmp.Or(update.PeerURL, m.PeerURL)
 	m.ClientURL = cmp.Or(update.ClientURL, m.ClientURL)
 	m.Directory = cmp.Or(update.Directory, m.Directory)
-	if s.level >= 2 {
+	if s.Level >= 2 {
 		m.extra = mergeFields(m.extra, update.extra)
 	}
 	if s.peerURLOwner(m) != 0 {
-		return result{status: statusPrecondition}
+		return Result{Status: StatusPrecondition}
 	}
-	s.members[m.ID] = m
+	s.Members[m.ID] = m
 	s.membersStale = true
-	s.updates++
-	return result{status: statusReplaced}
+	s.Updates++
+	return Result{Status: StatusReplaced}
 }
 
 // session remembers which batches of one process lifetime were applied. A
@@ -928,48 +928,48 @@ type session struct {
 	seen [sessionWindow / 64]uint64
 }
 
-type sessions map[uint64]*session
+type Sessions map[uint64]*session
 
 // first records the batch of the present entry and says whether it had not been
 // seen.
-func (s *state) first(h batchHeader) bool {
-	s.leap(h.time)
-	if s.sessions[h.session] == nil && len(s.sessions) >= s.rules().sessionsMax {
-		oldest := s.sessions.oldest()
-		s.sessionsDigest -= s.sessions[oldest].digest(oldest)
-		delete(s.sessions, oldest)
+func (s *State) first(h BatchHeader) bool {
+	s.leap(h.Time)
+	if s.Sessions[h.Session] == nil && len(s.Sessions) >= s.rules().sessionsMax {
+		oldest := s.Sessions.oldest()
+		s.SessionsDigest -= s.Sessions[oldest].digest(oldest)
+		delete(s.Sessions, oldest)
 	}
-	s.sessionsDigest -= s.sessions[h.session].digest(h.session)
-	fresh := s.sessions.first(h, s.index)
-	s.sessionsDigest += s.sessions[h.session].digest(h.session)
+	s.SessionsDigest -= s.Sessions[h.Session].digest(h.Session)
+	fresh := s.Sessions.first(h, s.Index)
+	s.SessionsDigest += s.Sessions[h.Session].digest(h.Session)
 	return fresh
 }
 
 // first does that in the table, which has room. A number below the window counts
 // as seen: its proposer gave it up long ago.
-func (t sessions) first(h batchHeader, index uint64) bool {
-	s := t[h.session]
+func (t Sessions) first(h BatchHeader, index uint64) bool {
+	s := t[h.Session]
 	if s == nil {
 		s = &session{}
-		t[h.session] = s
+		t[h.Session] = s
 	}
 	s.used = index
-	if h.seq > s.max {
-		if h.seq-s.max >= sessionWindow {
+	if h.Seq > s.max {
+		if h.Seq-s.max >= sessionWindow {
 			clear(s.seen[:])
 		} else {
-			for q := s.max + 1; q < h.seq; q++ {
+			for q := s.max + 1; q < h.Seq; q++ {
 				s.set(q, false)
 			}
 		}
-		s.max = h.seq
-		s.set(h.seq, true)
+		s.max = h.Seq
+		s.set(h.Seq, true)
 		return true
 	}
-	if s.max-h.seq >= sessionWindow || s.has(h.seq) {
+	if s.max-h.Seq >= sessionWindow || s.has(h.Seq) {
 		return false
 	}
-	s.set(h.seq, true)
+	s.set(h.Seq, true)
 	return true
 }
 
@@ -989,7 +989,7 @@ func (s *session) set(seq uint64, on bool) {
 
 // oldest returns the session that was used longest ago. No two were last used by
 // the same entry, so every member forgets the same one.
-func (t sessions) oldest() (oldest uint64) {
+func (t Sessions) oldest() (oldest uint64) {
 	for id, s := range t {
 		if t[oldest] == nil || s.used < t[oldest].used {
 			oldest = id
@@ -998,8 +998,8 @@ func (t sessions) oldest() (oldest uint64) {
 	return oldest
 }
 
-func (t sessions) copy() sessions {
-	c := make(sessions, len(t))
+func (t Sessions) copy() Sessions {
+	c := make(Sessions, len(t))
 	for id, s := range t {
 		d := *s
 		c[id] = &d

@@ -23,10 +23,10 @@ type plainModel struct {
 	level   int
 	elapsed int64 // of level 2: by which outcomes age
 	counted int64 // up to which time elapsed was counted
-	items   map[string]item
+	items   map[string]Item
 	rv      uint64
 	now     int64
-	events  []event
+	events  []Event
 	retries map[string]plainRetry
 	read    []string           // what the last command has read
 	seen    map[[2]uint64]bool // session and seq of the batches that were applied
@@ -35,30 +35,30 @@ type plainModel struct {
 type plainRetry struct {
 	digest [16]byte
 	time   int64
-	first  result
+	first  Result
 }
 
 func newPlainModel() *plainModel {
-	return &plainModel{items: map[string]item{}, retries: map[string]plainRetry{}, seen: map[[2]uint64]bool{}}
+	return &plainModel{items: map[string]Item{}, retries: map[string]plainRetry{}, seen: map[[2]uint64]bool{}}
 }
 
 // batch applies commands, unless it has done so before.
-func (m *plainModel) batch(h batchHeader, commands []command) (results []result) {
-	id := [2]uint64{h.session, h.seq}
+func (m *plainModel) batch(h BatchHeader, commands []Command) (results []Result) {
+	id := [2]uint64{h.Session, h.Seq}
 	if m.seen[id] {
 		return nil
 	}
 	m.seen[id] = true
 	if m.level == 1 {
-		m.now = max(m.now, h.time)
+		m.now = max(m.now, h.Time)
 		m.elapsed = m.now
 	} else {
-		m.now = h.time
-		if h.time > m.counted {
-			m.elapsed += min(h.time-m.counted, ageStepMillis)
+		m.now = h.Time
+		if h.Time > m.counted {
+			m.elapsed += min(h.Time-m.counted, AgeStepMillis)
 		}
-		if h.time > m.counted || m.counted-h.time > ageStepMillis {
-			m.counted = h.time
+		if h.Time > m.counted || m.counted-h.Time > AgeStepMillis {
+			m.counted = h.Time
 		}
 	}
 	for _, c := range commands {
@@ -67,28 +67,28 @@ func (m *plainModel) batch(h batchHeader, commands []command) (results []result)
 	return results
 }
 
-func (m *plainModel) apply(c command) result {
-	if old, ok := m.retries[c.retry.key]; ok && c.op != opNop && m.elapsed-old.time <= retryAgeMillis {
-		if old.digest != c.retry.digest {
-			return result{status: statusRetryOther}
+func (m *plainModel) apply(c Command) Result {
+	if old, ok := m.retries[c.Retry.Key]; ok && c.Op != OpNop && m.elapsed-old.time <= RetryAgeMillis {
+		if old.digest != c.Retry.Digest {
+			return Result{Status: StatusRetryOther}
 		}
 		r := old.first
-		r.replayed = true
+		r.Replayed = true
 		return r
 	}
-	if c.op == opNop {
-		return result{}
+	if c.Op == OpNop {
+		return Result{}
 	}
 	m.version(func() { m.expireOverdue(c) })
-	var r result
+	var r Result
 	m.version(func() { r = m.execute(c) })
-	r.rv, r.key = m.rv, c.key
-	if c.retry.key != "" {
+	r.RV, r.Key = m.rv, c.Key
+	if c.Retry.Key != "" {
 		kept := r
 		if m.level >= 3 && len(m.read) > 0 {
-			kept.ops = nil
+			kept.Ops = nil
 		}
-		m.retries[c.retry.key] = plainRetry{c.retry.digest, m.elapsed, kept}
+		m.retries[c.Retry.Key] = plainRetry{c.Retry.Digest, m.elapsed, kept}
 	}
 	return r
 }
@@ -99,76 +99,76 @@ func (m *plainModel) version(f func()) {
 	f()
 	if len(m.events) > before {
 		m.rv++
-		m.events[len(m.events)-1].last = true
+		m.events[len(m.events)-1].Last = true
 	}
 }
 
 // expireOverdue expires what a command names and is overdue, at level 2.
-func (m *plainModel) expireOverdue(c command) {
-	ops := []command{c}
-	if c.op == opTxn {
-		t, err := decodeTxn(c.value)
+func (m *plainModel) expireOverdue(c Command) {
+	ops := []Command{c}
+	if c.Op == OpTxn {
+		t, err := DecodeTxn(c.Value)
 		if err != nil {
 			panic(err)
 		}
 		ops = nil
-		for _, cond := range t.compare {
-			ops = append(ops, command{op: opGet, key: cond.key})
+		for _, cond := range t.Compare {
+			ops = append(ops, Command{Op: OpGet, Key: cond.Key})
 		}
-		ops = append(append(ops, t.then...), t.otherwise...)
+		ops = append(append(ops, t.Then...), t.Otherwise...)
 	}
 	for _, o := range ops {
-		it, ok := m.items[o.key]
-		if m.level >= 2 && ok && it.expires != 0 && it.expires <= m.now && (o.op == opPut || o.op == opDelete || o.op == opGet) {
-			m.change(command{op: opExpire, key: o.key})
+		it, ok := m.items[o.Key]
+		if m.level >= 2 && ok && it.Expires != 0 && it.Expires <= m.now && (o.Op == OpPut || o.Op == OpDelete || o.Op == OpGet) {
+			m.change(Command{Op: OpExpire, Key: o.Key})
 		}
 	}
 }
 
-func (m *plainModel) execute(c command) result {
+func (m *plainModel) execute(c Command) Result {
 	m.read = nil
-	old, exists := m.items[c.key]
-	ok := map[conditionKind]bool{always: true, ifMatch: exists && old.rv == c.condition.rv, ifExists: exists, ifAbsent: !exists}[c.condition.kind]
-	switch c.op {
-	case opPut, opDelete, opExpire:
+	old, exists := m.items[c.Key]
+	ok := map[ConditionKind]bool{Always: true, IfMatch: exists && old.RV == c.Condition.RV, IfExists: exists, IfAbsent: !exists}[c.Condition.Kind]
+	switch c.Op {
+	case OpPut, OpDelete, OpExpire:
 		if !ok {
-			return result{status: statusPrecondition, current: old.rv}
+			return Result{Status: StatusPrecondition, Current: old.RV}
 		}
-		return result{status: m.change(c)}
-	case opDeletePrefix:
-		r := result{status: statusDeleted}
+		return Result{Status: m.change(c)}
+	case OpDeletePrefix:
+		r := Result{Status: StatusDeleted}
 		for _, key := range slices.Sorted(maps.Keys(m.items)) {
-			if strings.HasPrefix(key, c.key) {
-				m.change(command{op: opDelete, key: key})
-				r.count++
+			if strings.HasPrefix(key, c.Key) {
+				m.change(Command{Op: OpDelete, Key: key})
+				r.Count++
 			}
 		}
 		return r
 	default:
-		t, err := decodeTxn(c.value)
+		t, err := DecodeTxn(c.Value)
 		if err != nil {
 			panic(err)
 		}
-		r, ops := result{status: statusSucceeded}, t.then
-		for _, cond := range t.compare {
-			it, exists := m.items[cond.key]
-			if !map[comparisonKind]bool{
-				byVersion: it.rv == cond.rv, byCreated: it.created == cond.rv,
-				byExists: exists, byAbsent: !exists, byValue: exists && it.value == cond.value,
-			}[cond.kind] {
-				r.status, ops = statusFailed, t.otherwise
+		r, ops := Result{Status: StatusSucceeded}, t.Then
+		for _, cond := range t.Compare {
+			it, exists := m.items[cond.Key]
+			if !map[ComparisonKind]bool{
+				ByVersion: it.RV == cond.RV, ByCreated: it.Created == cond.RV,
+				ByExists: exists, ByAbsent: !exists, ByValue: exists && it.Value == cond.Value,
+			}[cond.Kind] {
+				r.Status, ops = StatusFailed, t.Otherwise
 			}
 		}
 		for _, o := range ops {
-			if o.op == opGet {
-				m.read = append(m.read, o.key)
+			if o.Op == OpGet {
+				m.read = append(m.read, o.Key)
 			}
-			if o.op != opGet {
-				r.ops = append(r.ops, opResult{status: m.change(o)})
-			} else if it, ok := m.items[o.key]; ok {
-				r.ops = append(r.ops, opResult{status: statusFound, item: it})
+			if o.Op != OpGet {
+				r.Ops = append(r.Ops, OpResult{Status: m.change(o)})
+			} else if it, ok := m.items[o.Key]; ok {
+				r.Ops = append(r.Ops, OpResult{Status: StatusFound, Item: it})
 			} else {
-				r.ops = append(r.ops, opResult{status: statusNotFound})
+				r.Ops = append(r.Ops, OpResult{Status: StatusNotFound})
 			}
 		}
 		return r
@@ -176,34 +176,34 @@ func (m *plainModel) execute(c command) result {
 }
 
 // change puts or deletes one key.
-func (m *plainModel) change(c command) status {
-	old, exists := m.items[c.key]
-	e := event{rv: m.rv + 1, prev: old.rv, time: m.now, key: c.key, item: old}
-	r := statusDeleted
+func (m *plainModel) change(c Command) Status {
+	old, exists := m.items[c.Key]
+	e := Event{RV: m.rv + 1, Prev: old.RV, Time: m.now, Key: c.Key, Item: old}
+	r := StatusDeleted
 	switch {
-	case c.op == opPut:
-		e.item = item{value: c.value, rv: e.rv, created: e.rv, expires: c.deadline(m.now), contentType: c.contentType}
-		e.kind, r = eventAdded, statusCreated
+	case c.Op == OpPut:
+		e.Item = Item{Value: c.Value, RV: e.RV, Created: e.RV, Expires: c.Deadline(m.now), ContentType: c.ContentType}
+		e.Kind, r = EventAdded, StatusCreated
 		if exists {
-			e.item.created = old.created
-			e.kind, r = eventModified, statusReplaced
+			e.Item.Created = old.Created
+			e.Kind, r = EventModified, StatusReplaced
 		}
-		m.items[c.key] = e.item
+		m.items[c.Key] = e.Item
 	case !exists:
-		return statusNotFound
+		return StatusNotFound
 	default:
-		e.kind = eventDeleted
-		if c.op == opExpire {
-			e.kind = eventExpired
+		e.Kind = EventDeleted
+		if c.Op == OpExpire {
+			e.Kind = EventExpired
 		}
-		delete(m.items, c.key)
+		delete(m.items, c.Key)
 	}
 	m.events = append(m.events, e)
 	return r
 }
 
 // drawCommand returns a command that may do something: few keys, few versions.
-func drawCommand(t *rapid.T, m *plainModel) command {
+func drawCommand(t *rapid.T, m *plainModel) Command {
 	key := rapid.SampledFrom([]string{"a", "a/1", "a/2", "a/2/x", "b", "b\xff", "\xff\xff", "c"})
 	value := rapid.SampledFrom([]string{"", "x", "y", "\x00\xff"})
 	version := rapid.Uint64Range(0, m.rv+1)
@@ -219,51 +219,51 @@ func drawCommand(t *rapid.T, m *plainModel) command {
 		}
 		return rapid.SampledFrom([]string{"", "", "a/b", "text/plain; charset=utf-8"}).Draw(t, "content type")
 	}
-	c := command{key: key.Draw(t, "key")}
-	switch rapid.SampledFrom([]op{opNop, opPut, opPut, opPut, opDelete, opDelete, opDeletePrefix, opTxn, opTxn}).Draw(t, "op") {
-	case opNop:
-		c.op = opNop
-	case opPut:
-		c.op, c.value, c.expires, c.contentType = opPut, value.Draw(t, "value"), expires(t), contentType(t)
-	case opDelete:
-		c.op = opDelete
-	case opDeletePrefix:
-		c.op, c.key = opDeletePrefix, c.key[:1]
-	case opTxn:
-		var tx txn
+	c := Command{Key: key.Draw(t, "key")}
+	switch rapid.SampledFrom([]Op{OpNop, OpPut, OpPut, OpPut, OpDelete, OpDelete, OpDeletePrefix, OpTxn, OpTxn}).Draw(t, "op") {
+	case OpNop:
+		c.Op = OpNop
+	case OpPut:
+		c.Op, c.Value, c.Expires, c.ContentType = OpPut, value.Draw(t, "value"), expires(t), contentType(t)
+	case OpDelete:
+		c.Op = OpDelete
+	case OpDeletePrefix:
+		c.Op, c.Key = OpDeletePrefix, c.Key[:1]
+	case OpTxn:
+		var tx Txn
 		for range rapid.IntRange(0, 2).Draw(t, "compare") {
 			k := key.Draw(t, "key")
-			rv := m.items[k].rv // so that it often holds
+			rv := m.items[k].RV // so that it often holds
 			if rapid.IntRange(0, 3).Draw(t, "other") == 0 {
 				rv = version.Draw(t, "version")
 			}
-			tx.compare = append(tx.compare, comparison{kind: rapid.SampledFrom([]comparisonKind{byVersion, byCreated, byExists, byAbsent, byValue}).Draw(t, "comparison"), key: k, rv: rv, value: value.Draw(t, "value")})
+			tx.Compare = append(tx.Compare, Comparison{Kind: rapid.SampledFrom([]ComparisonKind{ByVersion, ByCreated, ByExists, ByAbsent, ByValue}).Draw(t, "comparison"), Key: k, RV: rv, Value: value.Draw(t, "value")})
 		}
-		for _, ops := range []*[]command{&tx.then, &tx.otherwise} {
+		for _, ops := range []*[]Command{&tx.Then, &tx.Otherwise} {
 			for range rapid.IntRange(0, 4).Draw(t, "ops") {
-				o := command{op: rapid.SampledFrom([]op{opPut, opDelete, opGet}).Draw(t, "op"), key: key.Draw(t, "key")}
-				if o.op == opPut {
-					o.value, o.expires, o.contentType = value.Draw(t, "value"), expires(t), contentType(t)
+				o := Command{Op: rapid.SampledFrom([]Op{OpPut, OpDelete, OpGet}).Draw(t, "op"), Key: key.Draw(t, "key")}
+				if o.Op == OpPut {
+					o.Value, o.Expires, o.ContentType = value.Draw(t, "value"), expires(t), contentType(t)
 				}
 				*ops = append(*ops, o)
 			}
 		}
-		c = command{op: opTxn, value: tx.encode()}
+		c = Command{Op: OpTxn, Value: tx.Encode()}
 	}
-	if c.op == opPut || c.op == opDelete {
-		c.condition.kind = rapid.SampledFrom([]conditionKind{always, always, ifMatch, ifMatch, ifExists, ifAbsent}).Draw(t, "condition")
-		if c.condition.kind == ifMatch {
-			c.condition.rv = m.items[c.key].rv
+	if c.Op == OpPut || c.Op == OpDelete {
+		c.Condition.Kind = rapid.SampledFrom([]ConditionKind{Always, Always, IfMatch, IfMatch, IfExists, IfAbsent}).Draw(t, "condition")
+		if c.Condition.Kind == IfMatch {
+			c.Condition.RV = m.items[c.Key].RV
 			if rapid.IntRange(0, 3).Draw(t, "other") == 0 {
-				c.condition.rv = version.Draw(t, "version")
+				c.Condition.RV = version.Draw(t, "version")
 			}
 		}
 	}
 	if rapid.IntRange(0, 2).Draw(t, "retry") == 0 {
-		c.retry.key = rapid.SampledFrom([]string{"r", "s", "t"}).Draw(t, "retry key")
-		c.retry.digest[0] = rapid.ByteRange(0, 1).Draw(t, "digest")
+		c.Retry.Key = rapid.SampledFrom([]string{"r", "s", "t"}).Draw(t, "retry key")
+		c.Retry.Digest[0] = rapid.ByteRange(0, 1).Draw(t, "digest")
 		if m.level >= 3 {
-			c.retry.client = rapid.Uint64Range(0, 2).Draw(t, "client")
+			c.Retry.Client = rapid.Uint64Range(0, 2).Draw(t, "client")
 		}
 	}
 	return c
@@ -273,65 +273,65 @@ func drawCommand(t *rapid.T, m *plainModel) command {
 // twice or late in between.
 func TestKVStore_Model(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		m, s := newPlainModel(), newKVStore()
-		other := newKVStore() // of another member: applies the same, restores at other times
-		m.level = rapid.IntRange(levelFirst, levelNewest).Draw(t, "level")
-		for _, s := range []*kvstore{s, other} {
-			s.state.setLevel(m.level)
+		m, s := newPlainModel(), New()
+		other := New() // of another member: applies the same, restores at other times
+		m.level = rapid.IntRange(LevelFirst, LevelNewest).Draw(t, "level")
+		for _, s := range []*Store{s, other} {
+			s.State.SetLevel(m.level)
 		}
 		now := int64(1_000_000)
 		type sent struct {
-			h        batchHeader
-			commands []command
+			h        BatchHeader
+			commands []Command
 		}
 		var batches []sent
 		seqs := map[uint64]uint64{}
 		apply := func(b sent) {
 			var data []byte
 			for i := range b.commands {
-				data = b.commands[i].appendTo(data)
+				data = b.commands[i].AppendTo(data)
 			}
-			var out []result
-			fresh, err := s.apply(s.applied()+1, 1, b.h, data, &out)
+			var out []Result
+			fresh, err := s.Apply(s.Applied()+1, 1, b.h, data, &out)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, err := other.apply(other.applied()+1, 1, b.h, data, nil); err != nil {
+			if _, err := other.Apply(other.Applied()+1, 1, b.h, data, nil); err != nil {
 				t.Fatal(err)
 			}
 			for i := range out {
-				if len(out[i].ops) == 0 {
-					out[i].ops = nil // a snapshot does not tell it from an empty one
+				if len(out[i].Ops) == 0 {
+					out[i].Ops = nil // a snapshot does not tell it from an empty one
 				}
 			}
-			wantFresh := !m.seen[[2]uint64{b.h.session, b.h.seq}]
+			wantFresh := !m.seen[[2]uint64{b.h.Session, b.h.Seq}]
 			if want := m.batch(b.h, b.commands); fresh != wantFresh || !reflect.DeepEqual(out, want) {
 				t.Fatalf("%+v\nfresh %v, %+v\nwant %v, %+v", b, fresh, out, wantFresh, want)
 			}
 		}
-		propose := func(commands []command) {
+		propose := func(commands []Command) {
 			session := rapid.Uint64Range(1, 3).Draw(t, "session")
 			// Some numbers are lost on their way, or arrive later.
 			seqs[session] += rapid.SampledFrom([]uint64{1, 1, 1, 2, 7}).Draw(t, "step")
-			now += rapid.SampledFrom([]int64{0, 1, 1000, -500, ageStepMillis, -2 * ageStepMillis, retryAgeMillis / 2}).Draw(t, "time")
-			b := sent{batchHeader{session: session, seq: seqs[session], time: now}, commands}
+			now += rapid.SampledFrom([]int64{0, 1, 1000, -500, AgeStepMillis, -2 * AgeStepMillis, RetryAgeMillis / 2}).Draw(t, "time")
+			b := sent{BatchHeader{Session: session, Seq: seqs[session], Time: now}, commands}
 			batches = append(batches, b)
 			apply(b)
 		}
-		roundTrip := func(s *kvstore) {
-			b := stateBytes(t, s.snapshot())
-			st, err := readState(bytes.NewReader(b))
+		roundTrip := func(s *Store) {
+			b := stateBytes(t, s.Snapshot())
+			st, err := ReadState(bytes.NewReader(b))
 			if err != nil {
 				t.Fatal(err)
 			}
 			if again := stateBytes(t, st); !bytes.Equal(b, again) {
 				t.Fatalf("a restored state is written as %d other bytes, not %d", len(again), len(b))
 			}
-			s.restore(st)
+			s.Restore(st)
 		}
 		t.Repeat(map[string]func(*rapid.T){
 			"batch": func(t *rapid.T) {
-				var commands []command
+				var commands []Command
 				for range rapid.IntRange(0, 4).Draw(t, "commands") {
 					commands = append(commands, drawCommand(t, m))
 				}
@@ -345,10 +345,10 @@ func TestKVStore_Model(t *testing.T) {
 			},
 			"expire": func(t *rapid.T) {
 				at := m.now + rapid.Int64Range(0, 2000).Draw(t, "after")
-				due := s.expired(at, 3, 1<<20)
+				due := s.Expired(at, 3, 1<<20)
 				want := 0
 				for _, it := range m.items {
-					if it.expires != 0 && it.expires <= at {
+					if it.Expires != 0 && it.Expires <= at {
 						want++
 					}
 				}
@@ -356,13 +356,13 @@ func TestKVStore_Model(t *testing.T) {
 					t.Fatalf("%d are due, want %d", len(due), want)
 				}
 				for i, c := range due {
-					it := m.items[c.key]
-					if it.expires == 0 || it.expires > at || i > 0 && it.expires < m.items[due[i-1].key].expires {
+					it := m.items[c.Key]
+					if it.Expires == 0 || it.Expires > at || i > 0 && it.Expires < m.items[due[i-1].Key].Expires {
 						t.Fatalf("%+v is due at %d", c, at)
 					}
 				}
 				if rapid.Bool().Draw(t, "too late") && len(due) > 0 {
-					propose([]command{{op: opPut, key: due[0].key, value: "newer"}})
+					propose([]Command{{Op: OpPut, Key: due[0].Key, Value: "newer"}})
 				}
 				propose(due)
 			},
@@ -370,7 +370,7 @@ func TestKVStore_Model(t *testing.T) {
 			"snapshot of the other": func(*rapid.T) { roundTrip(other) },
 			"": func(t *rapid.T) {
 				checkStore(t, s, m)
-				if !bytes.Equal(stateBytes(t, s.snapshot()), stateBytes(t, other.snapshot())) {
+				if !bytes.Equal(stateBytes(t, s.Snapshot()), stateBytes(t, other.Snapshot())) {
 					t.Fatal("two members at the same index write different snapshots")
 				}
 			},
@@ -378,40 +378,40 @@ func TestKVStore_Model(t *testing.T) {
 	})
 }
 
-func stateBytes(t tester, st state) []byte {
+func stateBytes(t tester, st State) []byte {
 	t.Helper()
 	var b bytes.Buffer
-	if err := st.writeTo(&b); err != nil {
+	if err := st.Encode(&b); err != nil {
 		t.Fatal(err)
 	}
 	return b.Bytes()
 }
 
 // checkStore compares all that can be read.
-func checkStore(t tester, s *kvstore, m *plainModel) {
+func checkStore(t tester, s *Store, m *plainModel) {
 	t.Helper()
-	items, rv := s.list("", "", len(m.items)+1)
-	if rv != m.rv || s.version() != m.rv || !slices.Equal(items, modelList(m.items, "", "")) {
+	items, rv := s.List("", "", len(m.items)+1)
+	if rv != m.rv || s.Version() != m.rv || !slices.Equal(items, modelList(m.items, "", "")) {
 		t.Fatalf("version %d, %+v\nwant %d, %+v", rv, items, m.rv, m.items)
 	}
 	size, expiring := uint64(0), 0
 	for key, it := range m.items {
-		if got, _, ok := s.get(key); !ok || got != it {
+		if got, _, ok := s.Get(key); !ok || got != it {
 			t.Fatalf("%q is %+v, want %+v", key, got, it)
 		}
-		size += itemSize(key, it)
-		if it.expires != 0 {
+		size += ItemSize(key, it)
+		if it.Expires != 0 {
 			expiring++
 		}
 	}
-	if s.size() != size || s.state.expiry.Len() != expiring {
-		t.Fatalf("size %d, want %d; %d expire, want %d", s.size(), size, s.state.expiry.Len(), expiring)
+	if s.Size() != size || s.State.Expiry.Len() != expiring {
+		t.Fatalf("size %d, want %d; %d expire, want %d", s.Size(), size, s.State.Expiry.Len(), expiring)
 	}
-	var events []event
-	n, ok := s.seekEvent(0)
-	for part := []event{{}}; len(part) > 0; n += uint64(len(part)) {
+	var events []Event
+	n, ok := s.SeekEvent(0)
+	for part := []Event{{}}; len(part) > 0; n += uint64(len(part)) {
 		var inWindow bool
-		if part, _, inWindow = s.eventsFrom(n); !ok || !inWindow {
+		if part, _, inWindow = s.EventsFrom(n); !ok || !inWindow {
 			t.Fatalf("event %d is not in the window", n)
 		}
 		events = append(events, part...)
@@ -423,61 +423,61 @@ func checkStore(t tester, s *kvstore, m *plainModel) {
 
 // A command that was withdrawn never happened, so its Idempotency-Key is free.
 func TestKVStore_WithdrawnCommandIsNotRemembered(t *testing.T) {
-	w := &writer{t: t, store: newKVStore()}
-	c := command{op: opPut, key: "k", value: "v", retry: retryID{key: "r"}}
-	data := c.appendTo(nil)
-	data[0] = byte(opNop) // as batch.withdraw does
-	if _, err := w.store.apply(1, 1, batchHeader{session: 2, seq: 1}, data, nil); err != nil {
+	w := &writer{t: t, store: New()}
+	c := Command{Op: OpPut, Key: "k", Value: "v", Retry: RetryID{Key: "r"}}
+	data := c.AppendTo(nil)
+	data[0] = byte(OpNop) // as batch.withdraw does
+	if _, err := w.store.Apply(1, 1, BatchHeader{Session: 2, Seq: 1}, data, nil); err != nil {
 		t.Fatal(err)
 	}
-	if r := w.apply(c); r.status != statusCreated || r.replayed || r.rv != 1 {
+	if r := w.apply(c); r.Status != StatusCreated || r.Replayed || r.RV != 1 {
 		t.Errorf("%+v", r)
 	}
-	if r := w.apply(c); r.status != statusCreated || !r.replayed || r.rv != 1 {
+	if r := w.apply(c); r.Status != StatusCreated || !r.Replayed || r.RV != 1 {
 		t.Errorf("%+v", r)
 	}
 }
 
 func TestKVStore_TxnResultIsBounded(t *testing.T) {
-	w := &writer{t: t, store: newKVStore()}
-	half := strings.Repeat("v", txnResultMax/2)
+	w := &writer{t: t, store: New()}
+	half := strings.Repeat("v", TxnResultMax/2)
 	w.put("old", half)
-	get := func(key string, n int) []command {
-		return slices.Repeat([]command{{op: opGet, key: key}}, n)
+	get := func(key string, n int) []Command {
+		return slices.Repeat([]Command{{Op: OpGet, Key: key}}, n)
 	}
-	put := []command{{op: opPut, key: "new", value: half}}
+	put := []Command{{Op: OpPut, Key: "new", Value: half}}
 	for i, tt := range []struct {
-		then []command
-		want status
+		then []Command
+		want Status
 	}{
-		{get("old", 2), statusSucceeded},
-		{get("old", 3), statusTooMany},
-		{append(get("none", 3), get("old", 2)...), statusSucceeded},
-		{append(slices.Clone(put), get("new", 3)...), statusTooMany},
-		{append(slices.Clone(put), get("new", 2)...), statusSucceeded},
-		{append([]command{{op: opDelete, key: "old"}}, get("old", 9)...), statusSucceeded},
+		{get("old", 2), StatusSucceeded},
+		{get("old", 3), StatusTooMany},
+		{append(get("none", 3), get("old", 2)...), StatusSucceeded},
+		{append(slices.Clone(put), get("new", 3)...), StatusTooMany},
+		{append(slices.Clone(put), get("new", 2)...), StatusSucceeded},
+		{append([]Command{{Op: OpDelete, Key: "old"}}, get("old", 9)...), StatusSucceeded},
 	} {
-		before := w.store.version()
-		r := w.apply(command{op: opTxn, value: (&txn{then: tt.then}).encode()})
-		if r.status != tt.want || r.status == statusTooMany && (r.ops != nil || w.store.version() != before) {
-			t.Errorf("%d: status %d, %d results", i, r.status, len(r.ops))
+		before := w.store.Version()
+		r := w.apply(Command{Op: OpTxn, Value: (&Txn{Then: tt.then}).Encode()})
+		if r.Status != tt.want || r.Status == StatusTooMany && (r.Ops != nil || w.store.Version() != before) {
+			t.Errorf("%d: status %d, %d results", i, r.Status, len(r.Ops))
 		}
 	}
 }
 
 func TestKVStore_RefusesGapsAndUnknownCommands(t *testing.T) {
-	s := newKVStore()
-	if _, err := s.apply(2, 1, batchHeader{session: 1, seq: 1}, nil, nil); err == nil {
+	s := New()
+	if _, err := s.Apply(2, 1, BatchHeader{Session: 1, Seq: 1}, nil, nil); err == nil {
 		t.Error("index 2 was applied after 0")
 	}
-	if err := s.skip(2, 1); err == nil {
+	if err := s.Skip(2, 1); err == nil {
 		t.Error("index 2 was skipped after 0")
 	}
-	unknown := command{op: 200, key: "k"}
-	if _, err := s.apply(1, 1, batchHeader{session: 1, seq: 1}, unknown.appendTo(nil), nil); err == nil || !strings.Contains(err.Error(), "newer than this program") {
+	unknown := Command{Op: 200, Key: "k"}
+	if _, err := s.Apply(1, 1, BatchHeader{Session: 1, Seq: 1}, unknown.AppendTo(nil), nil); err == nil || !strings.Contains(err.Error(), "newer than this program") {
 		t.Error(err)
 	}
-	if _, err := s.apply(1, 1, batchHeader{session: 1, seq: 2}, []byte{byte(opPut)}, nil); !errors.Is(err, errMalformed) {
+	if _, err := s.Apply(1, 1, BatchHeader{Session: 1, Seq: 2}, []byte{byte(OpPut)}, nil); !errors.Is(err, ErrMalformed) {
 		t.Error(err)
 	}
 }
@@ -486,53 +486,53 @@ func TestKVStore_RefusesGapsAndUnknownCommands(t *testing.T) {
 // some places, and returns the digest of the last snapshot.
 func randomHistory(t tester, seed uint64, restart bool) string {
 	random := rand.New(rand.NewPCG(seed, 1))
-	s := newKVStore()
-	s.state.setLevel(levelFirst + int(seed%levelNewest))
-	s.state.members[2] = member{ID: 2, PeerURL: "http://b:1", extra: `{"b":1,"c":2}`}
-	s.state.members[1] = member{ID: 1, PeerURL: "http://a:1"}
+	s := New()
+	s.State.SetLevel(LevelFirst + int(seed%LevelNewest))
+	s.State.Members[2] = Member{ID: 2, PeerURL: "http://b:1", extra: `{"b":1,"c":2}`}
+	s.State.Members[1] = Member{ID: 1, PeerURL: "http://a:1"}
 	for id := range uint64(20) {
-		s.state.removed[id+10] = true
+		s.State.Removed[id+10] = true
 	}
 	key := func() string { return fmt.Sprintf("key-%d", random.IntN(500)) }
 	now := int64(1_700_000_000_000)
 	for i := range uint64(3000) {
 		var data []byte
 		for range random.IntN(4) {
-			c := command{op: opPut, key: key(), value: strings.Repeat("v", random.IntN(300))}
+			c := Command{Op: OpPut, Key: key(), Value: strings.Repeat("v", random.IntN(300))}
 			switch random.IntN(10) {
 			case 0:
-				c = command{op: opDelete, key: key()}
+				c = Command{Op: OpDelete, Key: key()}
 			case 1:
-				c = command{op: opDeletePrefix, key: key()}
+				c = Command{Op: OpDeletePrefix, Key: key()}
 			case 2:
-				c.expires = now + random.Int64N(100_000)
+				c.Expires = now + random.Int64N(100_000)
 			case 3:
-				c = command{op: opTxn, value: (&txn{then: []command{{op: opGet, key: key()}, c, {op: opDelete, key: "x"}}}).encode()}
+				c = Command{Op: OpTxn, Value: (&Txn{Then: []Command{{Op: OpGet, Key: key()}, c, {Op: OpDelete, Key: "x"}}}).Encode()}
 			}
 			if random.IntN(3) == 0 {
-				c.retry = retryID{key: strconv.Itoa(random.IntN(400)), digest: [16]byte{byte(random.IntN(2))}}
+				c.Retry = RetryID{Key: strconv.Itoa(random.IntN(400)), Digest: [16]byte{byte(random.IntN(2))}}
 			}
-			data = c.appendTo(data)
+			data = c.AppendTo(data)
 		}
 		now += random.Int64N(20_000)
-		for _, c := range s.expired(now-random.Int64N(10_000), 10, 1<<20) {
-			data = c.appendTo(data)
+		for _, c := range s.Expired(now-random.Int64N(10_000), 10, 1<<20) {
+			data = c.AppendTo(data)
 		}
-		h := batchHeader{session: random.Uint64N(200), seq: i, time: now}
-		if _, err := s.apply(i+1, 1, h, data, nil); err != nil {
+		h := BatchHeader{Session: random.Uint64N(200), Seq: i, Time: now}
+		if _, err := s.Apply(i+1, 1, h, data, nil); err != nil {
 			t.Fatal(err)
 		}
 		if restart && random.IntN(300) == 0 {
-			st, err := readState(bytes.NewReader(stateBytes(t, s.snapshot())))
+			st, err := ReadState(bytes.NewReader(stateBytes(t, s.Snapshot())))
 			if err != nil {
 				t.Fatal(err)
 			}
-			s.restore(st)
+			s.Restore(st)
 		} else if !restart {
 			random.IntN(300)
 		}
 	}
-	return fmt.Sprintf("%x", sha256.Sum256(stateBytes(t, s.snapshot())))
+	return fmt.Sprintf("%x", sha256.Sum256(stateBytes(t, s.Snapshot())))
 }
 
 const historySeedVariable = "RAFTRV_TEST_HISTORY_SEED"
@@ -566,11 +566,11 @@ func TestKVStore_SameBytesInEveryProcess(t *testing.T) {
 // A batch is applied once, in whatever order those of a session arrive. What
 // lies too far back counts as applied.
 func TestSessions_Window(t *testing.T) {
-	st := newState()
-	s := st.sessions
+	st := NewState()
+	s := st.Sessions
 	first := func(session, seq uint64) bool {
-		st.index++
-		return st.first(batchHeader{session: session, seq: seq})
+		st.Index++
+		return st.first(BatchHeader{Session: session, Seq: seq})
 	}
 	const far = 5 * sessionWindow
 	for i, step := range []struct {
@@ -605,7 +605,7 @@ func TestSessions_Window(t *testing.T) {
 	for id, session := range s {
 		digest += session.digest(id)
 	}
-	if st.sessionsDigest != digest {
+	if st.SessionsDigest != digest {
 		t.Error("the digest is not that of the sessions")
 	}
 }
@@ -613,23 +613,23 @@ func TestSessions_Window(t *testing.T) {
 // A key that was written after its deadline was noticed stays: what expires is
 // that version, and no other.
 func TestKVStore_ExpiryIsOfOneVersion(t *testing.T) {
-	w := &writer{t: t, store: newKVStore()}
-	w.apply(command{op: opPut, key: "k", value: "old", expires: 1000})
-	due := w.store.expired(1000, 10, 1<<20)
-	if len(due) != 1 || due[0].key != "k" {
+	w := &writer{t: t, store: New()}
+	w.apply(Command{Op: OpPut, Key: "k", Value: "old", Expires: 1000})
+	due := w.store.Expired(1000, 10, 1<<20)
+	if len(due) != 1 || due[0].Key != "k" {
 		t.Fatalf("%+v are due", due)
 	}
-	w.apply(command{op: opPut, key: "k", value: "renewed", expires: 5000})
-	if r := w.apply(due[0]); r.status != statusPrecondition {
+	w.apply(Command{Op: OpPut, Key: "k", Value: "renewed", Expires: 5000})
+	if r := w.apply(due[0]); r.Status != StatusPrecondition {
 		t.Errorf("%+v", r)
 	}
-	if it, _, ok := w.store.get("k"); !ok || it.value != "renewed" {
+	if it, _, ok := w.store.Get("k"); !ok || it.Value != "renewed" {
 		t.Errorf("the renewed key is gone: %+v", it)
 	}
-	for _, c := range w.store.expired(5000, 10, 1<<20) {
+	for _, c := range w.store.Expired(5000, 10, 1<<20) {
 		w.apply(c)
 	}
-	if _, _, ok := w.store.get("k"); ok {
+	if _, _, ok := w.store.Get("k"); ok {
 		t.Error("it never expires")
 	}
 }
@@ -639,27 +639,27 @@ func BenchmarkKVStore_Apply(b *testing.B) {
 	for _, n := range []int{1, 64} {
 		for _, kind := range []string{"put", "retry", "txn"} {
 			b.Run(fmt.Sprintf("%s/commands=%d", kind, n), func(b *testing.B) {
-				s := newKVStore()
-				s.state.setLevel(levelNewest)
+				s := New()
+				s.State.SetLevel(LevelNewest)
 				value := strings.Repeat("v", 100)
 				index := uint64(0)
 				var data []byte
-				var out []result
+				var out []Result
 				for b.Loop() {
 					index++
 					data = data[:0]
 					for i := range n {
-						c := command{op: opPut, key: "key/" + strconv.Itoa((int(index)*7919+i)%10_000), value: value}
+						c := Command{Op: OpPut, Key: "key/" + strconv.Itoa((int(index)*7919+i)%10_000), Value: value}
 						switch kind {
 						case "retry":
-							c.retry.key = strconv.Itoa(int(index)*n + i)
+							c.Retry.Key = strconv.Itoa(int(index)*n + i)
 						case "txn":
-							t := txn{compare: []comparison{{kind: byExists, key: c.key}}, then: []command{c, {op: opGet, key: c.key}}, otherwise: []command{c}}
-							c = command{op: opTxn, value: t.encode()}
+							t := Txn{Compare: []Comparison{{Kind: ByExists, Key: c.Key}}, Then: []Command{c, {Op: OpGet, Key: c.Key}}, Otherwise: []Command{c}}
+							c = Command{Op: OpTxn, Value: t.Encode()}
 						}
-						data = c.appendTo(data)
+						data = c.AppendTo(data)
 					}
-					if _, err := s.apply(index, 1, batchHeader{session: 1 + index%3, seq: index, time: int64(index)}, data, &out); err != nil {
+					if _, err := s.Apply(index, 1, BatchHeader{Session: 1 + index%3, Seq: index, Time: int64(index)}, data, &out); err != nil {
 						b.Fatal(err)
 					}
 					out = out[:0]

@@ -99,8 +99,8 @@ func labBasicAgreement(l *lab) {
 		if i == 0 {
 			first = index
 		}
-		if op.result.rv != i+1 || index != first+i {
-			l.Fatalf("write %d has version %d and entry %d, the first one has entry %d", i+1, op.result.rv, index, first)
+		if op.result.RV != i+1 || index != first+i {
+			l.Fatalf("write %d has version %d and entry %d, the first one has entry %d", i+1, op.result.RV, index, first)
 		}
 	}
 }
@@ -164,7 +164,7 @@ func labConcurrentStarts(l *lab) {
 	versions := map[uint64]bool{}
 	for _, op := range ops {
 		l.wait(l.T, op)
-		versions[op.result.rv] = true
+		versions[op.result.RV] = true
 	}
 	if len(versions) != len(ops) {
 		l.Fatalf("%d writes have %d versions", len(ops), len(versions))
@@ -508,8 +508,8 @@ func labCrashAll(l *lab) {
 		after := l.one(len(l.nodes))
 		i, _ := l.index(before)
 		j, _ := l.index(after)
-		if j < i+1 || after.result.rv != before.result.rv+1 {
-			l.Fatalf("entry %d, version %d, came after %d and %d", j, after.result.rv, i, before.result.rv)
+		if j < i+1 || after.result.RV != before.result.RV+1 {
+			l.Fatalf("entry %d, version %d, came after %d and %d", j, after.result.RV, i, before.result.RV)
 		}
 	}
 }

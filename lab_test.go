@@ -290,7 +290,7 @@ func (l *lab) flood(n *simNode, count int, timeout time.Duration) {
 	p.loop.call(func() error {
 		for range count {
 			b := newBatch(nil)
-			b.add(&command{op: opPut, key: "x", value: l.value()})
+			b.add(&Command{Op: OpPut, Key: "x", Value: l.value()})
 			b.deadline = n.clock().Add(timeout)
 			p.replica.propose(b)
 		}
@@ -317,7 +317,7 @@ func (l *lab) holders(op *simOp) int {
 	}
 	n := 0
 	for _, node := range l.up() {
-		if node.process.store.applied() >= index {
+		if node.process.store.Applied() >= index {
 			n++
 		}
 	}

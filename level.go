@@ -24,8 +24,8 @@ import (
 // a note in the replicated state, which members of level 1 drop.
 
 const (
-	levelFirst  = 1
-	levelNewest = 3 // that this program knows
+	LevelFirst  = 1
+	LevelNewest = 3 // that this program knows
 )
 
 // What is written from level 2 on: snapshots of format 3, sums of algorithm 2,
@@ -44,13 +44,13 @@ type rules struct {
 	// deletePrefixMax bounds how many keys one command deletes. It keeps the time
 	// that applying takes well below an election timeout, and the events within
 	// half of the default window, so that watchers can resume before them.
-	deletePrefixMax      int
+	DeletePrefixMax      int
 	deletePrefixBytesMax uint64 // of the keys and events, without values
 	// The events of one entry must stay within half of the default window. So they
 	// keep only small values of what was deleted, and only so many bytes of them.
 	deletedValueMax uint64
 	deletedBytesMax uint64
-	txnResultMax    int // bytes of the values that one transaction returns
+	TxnResultMax    int // bytes of the values that one transaction returns
 
 	// Bounds of the table that makes a batch apply once. A session is one process
 	// lifetime of a proposing node and has at most maxInFlight batches on the way, so
@@ -83,118 +83,118 @@ type rules struct {
 }
 
 const (
-	deletePrefixMax      = 32_768
+	DeletePrefixMax      = 32_768
 	deletePrefixBytesMax = 16 << 20
-	deletedValueMax      = 1 << 10
+	DeletedValueMax      = 1 << 10
 	deletedBytesMax      = 8 << 20
 	unlimited            = math.MaxUint64
-	txnResultMax         = 4 << 20
+	TxnResultMax         = 4 << 20
 	sessionsMax          = 128
 	sessionWindow        = 1024 // newest sequence numbers of a session that are remembered, at all levels
 	retriesMax           = 65_536
 	retryBytesMax        = 64 << 20
-	retryAgeMillis       = 60 * 60 * 1000
+	RetryAgeMillis       = 60 * 60 * 1000
 	retrySizeMin         = 1 << 10
-	ageStepMillis        = 60 * 1000
+	AgeStepMillis        = 60 * 1000
 	versionsPerMilli     = 100
-	chunkEventsMax       = 512
+	ChunkEventsMax       = 512
 	chunkBytesMax        = 1 << 20
 )
 
 // rulesOf has the rules of each level.
-var rulesOf = [levelNewest + 1]rules{
-	1: {deletePrefixMax, unlimited, unlimited, unlimited, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, 0, 0, 0, 0, chunkEventsMax, chunkBytesMax},
-	2: {deletePrefixMax, deletePrefixBytesMax, deletedValueMax, deletedBytesMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, 0, ageStepMillis, versionsPerMilli, 0, chunkEventsMax, chunkBytesMax},
-	3: {deletePrefixMax, deletePrefixBytesMax, deletedValueMax, deletedBytesMax, txnResultMax, sessionsMax, retriesMax, retryBytesMax, retryAgeMillis, retrySizeMin, ageStepMillis, versionsPerMilli, versionJump - 1, chunkEventsMax, chunkBytesMax},
+var rulesOf = [LevelNewest + 1]rules{
+	1: {DeletePrefixMax, unlimited, unlimited, unlimited, TxnResultMax, sessionsMax, retriesMax, retryBytesMax, RetryAgeMillis, 0, 0, 0, 0, ChunkEventsMax, chunkBytesMax},
+	2: {DeletePrefixMax, deletePrefixBytesMax, DeletedValueMax, deletedBytesMax, TxnResultMax, sessionsMax, retriesMax, retryBytesMax, RetryAgeMillis, 0, AgeStepMillis, versionsPerMilli, 0, ChunkEventsMax, chunkBytesMax},
+	3: {DeletePrefixMax, deletePrefixBytesMax, DeletedValueMax, deletedBytesMax, TxnResultMax, sessionsMax, retriesMax, retryBytesMax, RetryAgeMillis, retrySizeMin, AgeStepMillis, versionsPerMilli, VersionJump - 1, ChunkEventsMax, chunkBytesMax},
 }
 
 // rules are those of the state's level.
-func (s *state) rules() *rules { return &rulesOf[s.level] }
+func (s *State) rules() *rules { return &rulesOf[s.Level] }
 
-// rules are those of the cluster's level.
-func (s *kvstore) rules() *rules { return &rulesOf[s.level()] }
+// Rules are those of the cluster's level.
+func (s *Store) Rules() *rules { return &rulesOf[s.Level()] }
 
-// level returns the feature level of the cluster, as far as this member has
+// Level returns the feature level of the cluster, as far as this member has
 // applied its log.
-func (s *kvstore) level() int {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.state.level
+func (s *Store) Level() int {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	return s.State.Level
 }
 
-// knows returns the highest level that this node takes part in.
-func (s *kvstore) knows() int { return cmp.Or(s.levelMax, levelNewest) }
+// Knows returns the highest level that this node takes part in.
+func (s *Store) Knows() int { return cmp.Or(s.LevelMax, LevelNewest) }
 
-// checkLevel says why this node cannot go on with a state of a level.
-func (s *kvstore) checkLevel(level int) error {
-	if level <= s.knows() {
+// CheckLevel says why this node cannot go on with a state of a level.
+func (s *Store) CheckLevel(level int) error {
+	if level <= s.Knows() {
 		return nil
 	}
 	return fmt.Errorf("the cluster is at feature level %d, and this node knows up to %d: start it with the version that the other nodes run, "+
-		"without --feature-level-max; there is no way back to a lower level", level, s.knows())
+		"without --feature-level-max; there is no way back to a lower level", level, s.Knows())
 }
 
-// setLevel makes the rules of a level those of the state.
-func (s *state) setLevel(level int) {
-	s.level = level
-	s.events.rules, s.retries.rules = s.rules(), s.rules()
+// SetLevel makes the rules of a level those of the state.
+func (s *State) SetLevel(level int) {
+	s.Level = level
+	s.Events.rules, s.Retries.rules = s.rules(), s.rules()
 }
 
-// raising is what an opLevel command asks for. It lists the members that know
+// Raising is what an opLevel command asks for. It lists the members that know
 // the level: if there is another one by then, nothing happens.
-type raising struct {
-	level   int
-	members []uint64
+type Raising struct {
+	Level   int
+	Members []uint64
 }
 
-func (r raising) encode() string {
-	buf := binary.AppendUvarint(nil, uint64(r.level))
-	buf = binary.AppendUvarint(buf, uint64(len(r.members)))
-	for _, id := range r.members {
+func (r Raising) Encode() string {
+	buf := binary.AppendUvarint(nil, uint64(r.Level))
+	buf = binary.AppendUvarint(buf, uint64(len(r.Members)))
+	for _, id := range r.Members {
 		buf = binary.AppendUvarint(buf, id)
 	}
 	return string(buf)
 }
 
-func decodeRaising(value []byte) (r raising, err error) {
-	d := fields{data: value}
+func DecodeRaising(value []byte) (r Raising, err error) {
+	d := Fields{Data: value}
 	level := d.uint()
-	for n := d.uint(); n > 0 && d.err == nil; n-- {
-		r.members = append(r.members, d.uint())
+	for n := d.uint(); n > 0 && d.Err == nil; n-- {
+		r.Members = append(r.Members, d.uint())
 	}
 	switch {
-	case d.err != nil:
-		return raising{}, d.err
-	case level > levelNewest || len(d.data) > 0:
-		return raising{}, newer("feature level", level)
+	case d.Err != nil:
+		return Raising{}, d.Err
+	case level > LevelNewest || len(d.Data) > 0:
+		return Raising{}, Newer("feature level", level)
 	}
-	r.level = int(level)
+	r.Level = int(level)
 	return r, nil
 }
 
 // raise carries out an opLevel command.
-func (s *state) raise(r raising) result {
-	for id := range s.members {
-		if !slices.Contains(r.members, id) {
-			return result{status: statusPrecondition}
+func (s *State) raise(r Raising) Result {
+	for id := range s.Members {
+		if !slices.Contains(r.Members, id) {
+			return Result{Status: StatusPrecondition}
 		}
 	}
-	for s.level < r.level {
-		s.setLevel(s.level + 1)
-		switch s.level {
+	for s.Level < r.Level {
+		s.SetLevel(s.Level + 1)
+		switch s.Level {
 		case 2:
-			s.elapsed, s.seen = s.now, s.now
+			s.elapsed, s.seen = s.Now, s.Now
 		case 3:
-			s.retries = s.retries.withoutReads()
+			s.Retries = s.Retries.withoutReads()
 		}
 	}
-	return result{status: statusReplaced}
+	return Result{Status: StatusReplaced}
 }
 
-// clockSkewMax is how far the time of a batch may be from the leader's clock.
+// ClockSkewMax is how far the time of a batch may be from the leader's clock.
 // A leader puts its own time into one that is further off: so no clock but that of
 // a leader counts, and a node whose clock is wrong can write.
-const clockSkewMax = 10 * time.Second
+const ClockSkewMax = 10 * time.Second
 
 // pass lets the time of an entry pass.
 //
@@ -203,12 +203,12 @@ const clockSkewMax = 10 * time.Second
 // by another clock, elapsed, which no entry can move by more than a step: a clock
 // that is wrong by decades costs a minute, once for each time that it becomes the
 // leader's. It stands still rather than going too fast.
-func (s *state) pass(now int64) {
-	if s.level < 2 {
-		s.now = max(s.now, now)
+func (s *State) pass(now int64) {
+	if s.Level < 2 {
+		s.Now = max(s.Now, now)
 		return
 	}
-	s.now = now
+	s.Now = now
 	step := uint64(s.rules().ageStepMillis)
 	switch {
 	case now > s.seen:
@@ -219,27 +219,27 @@ func (s *state) pass(now int64) {
 	}
 }
 
-// clock is the time by which the outcomes of requests age.
-func (s *state) clock() int64 {
-	if s.level < 2 {
-		return s.now
+// Clock is the time by which the outcomes of requests age.
+func (s *State) Clock() int64 {
+	if s.Level < 2 {
+		return s.Now
 	}
 	return s.elapsed
 }
 
-// raiseLevel is a command that raises the level, if only these are members.
-func raiseLevel(level int, members ...uint64) command {
-	return command{op: opLevel, value: raising{level: level, members: members}.encode()}
+// RaiseLevel is a command that raises the level, if only these are members.
+func RaiseLevel(level int, members ...uint64) Command {
+	return Command{Op: OpLevel, Value: Raising{Level: level, Members: members}.Encode()}
 }
 
-// setTTL makes a put expire so long after it is applied. As long as not all members
+// SetTTL makes a put expire so long after it is applied. As long as not all members
 // know how to, that is so long after now.
-func (c *command) setTTL(ttl time.Duration, level int) {
+func (c *Command) SetTTL(ttl time.Duration, level int) {
 	switch {
 	case ttl == 0:
 	case level < 2:
-		c.expires = time.Now().Add(ttl).UnixMilli()
+		c.Expires = time.Now().Add(ttl).UnixMilli()
 	default:
-		c.ttl = ttl.Milliseconds()
+		c.TTL = ttl.Milliseconds()
 	}
 }

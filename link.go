@@ -27,7 +27,7 @@ import (
 // A link is never changed: a member that moves, or is silent, gets a new one.
 type link struct {
 	network *peerNetwork
-	member  member
+	member  Member
 	http    *rafthttp.Transport
 	handler http.Handler // of what the member sends
 	outbox  *snapshotOutbox
@@ -49,7 +49,7 @@ type link struct {
 }
 
 // openLink connects to a member, which may be away. outbox is that of the link before.
-func (n *peerNetwork) openLink(m member, outbox *snapshotOutbox) (*link, error) {
+func (n *peerNetwork) openLink(m Member, outbox *snapshotOutbox) (*link, error) {
 	urls := []string{m.PeerURL}
 	if _, err := types.NewURLs(urls); err != nil { // rafthttp would panic
 		return nil, fmt.Errorf("member %d: %w", m.ID, err)

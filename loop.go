@@ -83,7 +83,7 @@ type inbox struct {
 // message is a raft message, with the body it came with if it is a snapshot.
 type message struct {
 	*raftpb.Message
-	body *state
+	body *State
 }
 
 // replicaStatus is what other goroutines may know of the replica.
@@ -184,7 +184,7 @@ func (l *loop) turn(ticked bool) error {
 			return err
 		}
 		r.now = l.clock() // the disk may have taken seconds, which must not count for what is proposed now
-		if rv := r.store.version(); rv != l.version {
+		if rv := r.store.Version(); rv != l.version {
 			l.version = rv
 			l.applied()
 		}
@@ -250,7 +250,7 @@ func (l *loop) nextRound() *readRound {
 
 func (l *loop) publish() {
 	r := l.replica
-	s := replicaStatus{term: r.term, leader: r.leader, committed: r.committed, role: r.roleName(), level: r.store.level()}
+	s := replicaStatus{term: r.term, leader: r.leader, committed: r.committed, role: r.roleName(), level: r.store.Level()}
 	if old := *l.status.Load(); old != s {
 		if s.leader != old.leader && s.leader != 0 {
 			l.metrics.leaderChanges.Inc()
@@ -399,43 +399,43 @@ func messageSize(m *raftpb.Message) int {
 }
 
 // propose replicates a command and returns what applying it came to.
-func (l *loop) propose(ctx context.Context, timeout time.Duration, c command) (result, error) {
+func (l *loop) propose(ctx context.Context, timeout time.Duration, c Command) (Result, error) {
 	b, i, err := l.enqueue(&c, l.clock().Add(timeout))
 	if err != nil {
-		return result{}, err
+		return Result{}, err
 	}
 	if err := l.await(ctx, b.done, timeout); err != nil {
-		return result{}, l.giveUp(b, i)
+		return Result{}, l.giveUp(b, i)
 	}
 	if b.err != nil {
-		return result{}, b.err
+		return Result{}, b.err
 	}
-	if b.results[i].status == statusNone { // it came too late for the proposal that counted
-		return result{}, fault.ErrUnknown
+	if b.results[i].Status == StatusNone { // it came too late for the proposal that counted
+		return Result{}, fault.ErrUnknown
 	}
 	return b.results[i], nil
 }
 
 // enqueue adds a command to the open batch and returns its place there.
-func (l *loop) enqueue(c *command, deadline time.Time) (b *batch, i int, err error) {
+func (l *loop) enqueue(c *Command, deadline time.Time) (b *batch, i int, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	size := c.encodedSizeMax()
+	size := c.EncodedSizeMax()
 	if err := l.refusal(size); err != nil {
 		return nil, 0, err
 	}
-	b = l.openBatch(size, c.eventsMax())
+	b = l.openBatch(size, c.EventsMax())
 	before := len(b.data)
 	b.add(c)
 	// One command that some member does not know would be the end of its batch.
-	err = checkCommands(b.data[before:], max(levelFirst, l.status.Load().level))
+	err = CheckCommands(b.data[before:], max(LevelFirst, l.status.Load().level))
 	if err != nil && l.replica != nil {
 		// The level may have been raised in the turn that goes on, and the front, which
 		// asks the store, made the command with the new one.
-		err = checkCommands(b.data[before:], l.replica.store.level())
+		err = CheckCommands(b.data[before:], l.replica.store.Level())
 	}
 	if err != nil {
-		b.data, b.offsets, b.events = b.data[:before], b.offsets[:len(b.offsets)-1], b.events-c.eventsMax()
+		b.data, b.offsets, b.events = b.data[:before], b.offsets[:len(b.offsets)-1], b.events-c.EventsMax()
 		l.dropEmpty(b)
 		return nil, 0, fault.ErrLevel.WithDetail("%v", err)
 	}
@@ -461,7 +461,7 @@ func (l *loop) refusal(size int) error {
 // openBatch returns a batch that has room for size more bytes and so many events.
 func (l *loop) openBatch(size, events int) *batch {
 	if n := len(l.inbox.queue); n > 0 {
-		if b := l.inbox.queue[n-1]; b.change == nil && len(b.data)+size <= batchSizeMax && b.events+events <= batchEventsMax {
+		if b := l.inbox.queue[n-1]; b.change == nil && len(b.data)+size <= batchSizeMax && b.events+events <= BatchEventsMax {
 			return b
 		}
 	}
@@ -524,34 +524,34 @@ type abandonedCommand struct {
 }
 
 // addMember adds a learner.
-func (l *loop) addMember(ctx context.Context, timeout time.Duration, m member) error {
-	return l.changeMember(ctx, timeout, memberChange{kind: addLearner, member: m})
+func (l *loop) addMember(ctx context.Context, timeout time.Duration, m Member) error {
+	return l.changeMember(ctx, timeout, MemberChange{Kind: AddLearner, Member: m})
 }
 
 // removeMember removes a member.
 func (l *loop) removeMember(ctx context.Context, timeout time.Duration, id uint64) error {
-	return l.changeMember(ctx, timeout, memberChange{kind: removeMember, member: member{ID: id}})
+	return l.changeMember(ctx, timeout, MemberChange{Kind: RemoveMember, Member: Member{ID: id}})
 }
 
 // promoteMember makes a learner a voter.
 func (l *loop) promoteMember(ctx context.Context, timeout time.Duration, id uint64) error {
-	return l.changeMember(ctx, timeout, memberChange{kind: promoteLearner, member: member{ID: id}})
+	return l.changeMember(ctx, timeout, MemberChange{Kind: PromoteLearner, Member: Member{ID: id}})
 }
 
 // updateMember changes what is known of a member.
-func (l *loop) updateMember(ctx context.Context, timeout time.Duration, m member) error {
+func (l *loop) updateMember(ctx context.Context, timeout time.Duration, m Member) error {
 	m.Learner, m.Promote = false, false // these change by other calls
 	value, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}
-	res, err := l.propose(ctx, timeout, command{op: opMember, value: string(value)})
+	res, err := l.propose(ctx, timeout, Command{Op: OpMember, Value: string(value)})
 	switch {
 	case err != nil:
 		return err
-	case res.status == statusNotFound:
+	case res.Status == StatusNotFound:
 		return fault.ErrNotFound.WithDetail("there is no member %d", m.ID)
-	case res.status == statusPrecondition:
+	case res.Status == StatusPrecondition:
 		return fault.ErrMember.WithDetail("another member already has the peer URL %s", m.PeerURL)
 	}
 	return nil
@@ -571,7 +571,7 @@ func (l *loop) transferLeader(ctx context.Context, timeout time.Duration, id uin
 		case leader != 0 && !asked: // nobody else could hand over
 			asked = true
 			l.call(func() error {
-				if m, ok := l.replica.store.member(id); !ok || m.Learner {
+				if m, ok := l.replica.store.Member(id); !ok || m.Learner {
 					refused <- fault.ErrMember.WithDetail("member %d is not a voter", id)
 				} else {
 					l.replica.raw.TransferLeader(id)
@@ -595,7 +595,7 @@ func (l *loop) transferLeader(ctx context.Context, timeout time.Duration, id uin
 }
 
 // changeMember changes the membership and returns when the change is applied.
-func (l *loop) changeMember(ctx context.Context, timeout time.Duration, c memberChange) error {
+func (l *loop) changeMember(ctx context.Context, timeout time.Duration, c MemberChange) error {
 	b, err := newMemberChange(c, l.clock().Add(timeout))
 	if err != nil {
 		return err

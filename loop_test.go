@@ -22,7 +22,7 @@ import (
 type noTransport struct{}
 
 func (noTransport) send([]*raftpb.Message) {}
-func (noTransport) setMembers([]member)    {}
+func (noTransport) setMembers([]Member)    {}
 
 // newLoneLoop returns the loop of a single voter, which leads.
 func newLoneLoop(t *testing.T, applied func(), at hook) *loop {
@@ -32,7 +32,7 @@ func newLoneLoop(t *testing.T, applied func(), at hook) *loop {
 	l := newLoop(10*time.Millisecond, applied, zap.NewNop())
 	r, err := newReplica(replicaConfig{
 		id: 1, session: 1, electionTicks: 10, heartbeatTicks: 1, snapshotEntries: 1 << 20, snapshotBytes: 1 << 30, log: rec.log,
-		store: &kvstore{state: rec.state}, confState: rec.confState, disk: disk, transport: noTransport{}, driver: l, logger: zap.NewNop(), hook: at,
+		store: &Store{State: rec.state}, confState: rec.confState, disk: disk, transport: noTransport{}, driver: l, logger: zap.NewNop(), hook: at,
 	})
 	testkit.Must(t, err)
 	l.replica = r
@@ -54,16 +54,16 @@ func TestLoop_IterationsEnd(t *testing.T) {
 			return nil
 		}
 		if rounds++; rounds < 100 { // an end for a loop that has none
-			_, _, err := l.enqueue(&command{op: opPut, key: fmt.Sprint(rounds), value: "v"}, time.Now().Add(time.Hour))
+			_, _, err := l.enqueue(&Command{Op: OpPut, Key: fmt.Sprint(rounds), Value: "v"}, time.Now().Add(time.Hour))
 			return err
 		}
 		stop = true
 		return nil
 	})
-	_, _, err := l.enqueue(&command{op: opPut, key: "first", value: "v"}, time.Now().Add(time.Hour))
+	_, _, err := l.enqueue(&Command{Op: OpPut, Key: "first", Value: "v"}, time.Now().Add(time.Hour))
 	testkit.Must(t, err)
 	for iterations := 1; !stop; iterations++ {
-		before, version, told := rounds, l.replica.store.version(), notified
+		before, version, told := rounds, l.replica.store.Version(), notified
 		testkit.Must(t, l.turn(false))
 		if n := rounds - before; n > roundsMax {
 			t.Fatalf("an iteration had %d rounds, want at most %d", n, roundsMax)
@@ -71,7 +71,7 @@ func TestLoop_IterationsEnd(t *testing.T) {
 		if !stop && len(l.wake) == 0 {
 			t.Fatalf("there is more to do after iteration %d, and nobody says so", iterations)
 		}
-		if applied := l.replica.store.version() - version; applied > 1 && notified-told < 2 {
+		if applied := l.replica.store.Version() - version; applied > 1 && notified-told < 2 {
 			t.Errorf("iteration %d applied %d writes and told of it %d times", iterations, applied, notified-told)
 		}
 	}
@@ -148,7 +148,7 @@ func TestLoop_TimeOfBatch(t *testing.T) {
 	var l *loop
 	var second *batch
 	put := func(key string) *batch {
-		b, _, err := l.enqueue(&command{op: opPut, key: key, value: "v", ttl: ttl.Milliseconds()}, now.Add(time.Hour))
+		b, _, err := l.enqueue(&Command{Op: OpPut, Key: key, Value: "v", TTL: ttl.Milliseconds()}, now.Add(time.Hour))
 		testkit.Must(t, err)
 		return b
 	}
@@ -160,7 +160,7 @@ func TestLoop_TimeOfBatch(t *testing.T) {
 		second = put("second")
 		return nil
 	})
-	l.replica.store.state.setLevel(2)
+	l.replica.store.State.SetLevel(2)
 	l.publish()
 	l.clock = func() time.Time { return now }
 	lives := func(key string, b *batch, put time.Time) {
@@ -170,8 +170,8 @@ func TestLoop_TimeOfBatch(t *testing.T) {
 		default:
 			t.Fatalf("%s was not written", key)
 		}
-		if it, _, _ := l.replica.store.get(key); it.expires != put.Add(ttl).UnixMilli() {
-			t.Errorf("%s expires %v after it was put, want %v", key, time.UnixMilli(it.expires).Sub(put.Truncate(time.Millisecond)), ttl)
+		if it, _, _ := l.replica.store.Get(key); it.Expires != put.Add(ttl).UnixMilli() {
+			t.Errorf("%s expires %v after it was put, want %v", key, time.UnixMilli(it.Expires).Sub(put.Truncate(time.Millisecond)), ttl)
 		}
 	}
 	testkit.Must(t, l.turn(true))

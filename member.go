@@ -37,7 +37,7 @@ type surroundings interface {
 	// waiting says for whom the node waits, for its clients.
 	waiting(whom []string)
 	// ask asks the nodes at the members' addresses who they are.
-	ask(ctx context.Context, members []member) map[uint64]peerAnswer
+	ask(ctx context.Context, members []Member) map[uint64]peerAnswer
 	now() time.Time
 	// pause lets so much time pass, and says whether it did before ctx ended.
 	pause(ctx context.Context, d time.Duration) bool
@@ -160,7 +160,7 @@ func (p *place) join(ctx context.Context, rec *recovered, own *founding) (*recov
 		id.Directory = own.Directory // a founder may be told to join what the others have founded
 	}
 	p.around.tell(peerInfo{Node: id.Member, Process: p.process})
-	others := slices.DeleteFunc(slices.Clone(p.cfg.members), func(m member) bool { return m.ID == id.Member })
+	others := slices.DeleteFunc(slices.Clone(p.cfg.members), func(m Member) bool { return m.ID == id.Member })
 	var info *peerInfo
 	err := p.poll(ctx, "waiting for a node of the cluster to answer", func() (done bool, waiting []string, err error) {
 		answers := p.around.ask(ctx, others)
@@ -196,7 +196,7 @@ func (p *place) join(ctx context.Context, rec *recovered, own *founding) (*recov
 		return nil, err
 	}
 	for _, m := range info.Members {
-		rec.state.members[m.ID] = m
+		rec.state.Members[m.ID] = m
 	}
 	return rec, p.disk.removeFounding() // a leader will send the state
 }
@@ -255,7 +255,7 @@ func (n *node) admit(ctx context.Context) error {
 // Two that have one directory between them, or a copy of it, could vote twice.
 // Others are none of its business: no other node believes them while this one answers.
 func (n *node) checkTwin(ctx context.Context) error {
-	self, ok := n.store.member(n.config.id)
+	self, ok := n.store.Member(n.config.id)
 	if !ok {
 		return nil
 	}
@@ -297,7 +297,7 @@ func (n *node) checkFresh(ctx context.Context) error {
 	defer retry.Stop()
 	for {
 		answers := 1 // this member
-		for _, m := range n.store.members() {
+		for _, m := range n.store.Members() {
 			if m.ID == n.config.id {
 				continue
 			}
@@ -310,7 +310,7 @@ func (n *node) checkFresh(ctx context.Context) error {
 			}
 			answers++
 		}
-		if answers == len(n.store.members()) {
+		if answers == len(n.store.Members()) {
 			return nil
 		}
 		select {
@@ -326,7 +326,7 @@ const freshRetry = 50 * time.Millisecond
 // announce makes known to the cluster where this node serves clients and which
 // data directory it has.
 func (n *node) announce(ctx context.Context) error {
-	update := member{ID: n.config.id, ClientURL: n.config.clientURL, Directory: n.directory}
+	update := Member{ID: n.config.id, ClientURL: n.config.clientURL, Directory: n.directory}
 	value, err := json.Marshal(update)
 	if err != nil {
 		return err
@@ -336,11 +336,11 @@ func (n *node) announce(ctx context.Context) error {
 	for {
 		if n.loop.linearize(ctx, n.config.requestTimeout) == nil { // before the node serves anybody else
 			n.informed.Store(true)
-			m, ok := n.store.member(n.config.id)
+			m, ok := n.store.Member(n.config.id)
 			if ok && m.ClientURL == update.ClientURL && m.Directory == update.Directory {
 				return nil
 			}
-			if _, err := n.loop.propose(ctx, n.config.requestTimeout, command{op: opMember, value: string(value)}); err != nil {
+			if _, err := n.loop.propose(ctx, n.config.requestTimeout, Command{Op: OpMember, Value: string(value)}); err != nil {
 				n.logger.Debug("announce this node", zap.Error(err))
 			}
 		}
@@ -392,7 +392,7 @@ func (n *node) keepPlace(ctx context.Context) error {
 		}
 		var left error
 		if n.loop.status.Load().leader == 0 {
-			members := slices.DeleteFunc(n.store.members(), func(m member) bool { return m.Learner })
+			members := slices.DeleteFunc(n.store.Members(), func(m Member) bool { return m.Learner })
 			answers := askPeers(ctx, members)
 			left = leftOut(n.config, n.cluster, members, answers)
 			if now := time.Now(); now.After(sayAt) {
@@ -413,7 +413,7 @@ func (n *node) keepPlace(ctx context.Context) error {
 }
 
 // unreached says which other voters a node does not reach, and what came instead.
-func (n *node) unreached(members []member, answers map[uint64]peerAnswer) (whom []string) {
+func (n *node) unreached(members []Member, answers map[uint64]peerAnswer) (whom []string) {
 	for _, m := range members {
 		if a := answers[m.ID]; m.ID != n.config.id && !m.Learner && (a.info == nil || a.info.Cluster != fmt.Sprintf("%x", n.cluster)) {
 			whom = append(whom, fmt.Sprintf("node %d (%s): %s", m.ID, m.PeerURL, a.describe()))
@@ -424,7 +424,7 @@ func (n *node) unreached(members []member, answers map[uint64]peerAnswer) (whom 
 
 // leftOut says that a node's cluster can have no majority any more, since so many
 // others are in another one, which was founded without this node.
-func leftOut(cfg config, cluster uint64, members []member, answers map[uint64]peerAnswer) error {
+func leftOut(cfg config, cluster uint64, members []Member, answers map[uint64]peerAnswer) error {
 	var voters int
 	var gone []string
 	var theirs string

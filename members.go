@@ -7,21 +7,21 @@ import (
 
 const memberURLMax = 1 << 10 // bytes
 
-// check says whether all that is known of a member can be used as what it is.
+// Check says whether all that is known of a member can be used as what it is.
 // Some of it may be missing.
-func (m *member) check() error {
+func (m *Member) Check() error {
 	if m.ID == 0 {
-		return fmt.Errorf("%w: a member without ID", errMalformed)
+		return fmt.Errorf("%w: a member without ID", ErrMalformed)
 	}
 	for _, s := range []string{m.PeerURL, m.ClientURL} {
 		if s == "" {
 			continue
 		}
 		if len(s) > memberURLMax {
-			return fmt.Errorf("%w: a URL of %d bytes", errMalformed, len(s))
+			return fmt.Errorf("%w: a URL of %d bytes", ErrMalformed, len(s))
 		}
 		if u, err := url.Parse(s); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
-			return fmt.Errorf("%w: URL %q", errMalformed, s)
+			return fmt.Errorf("%w: URL %q", ErrMalformed, s)
 		}
 	}
 	return nil

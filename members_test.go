@@ -19,44 +19,44 @@ import (
 
 // What the state machine makes of changes of the membership.
 func TestChangeMember(t *testing.T) {
-	two := []member{{ID: 1, PeerURL: "http://a:1"}, {ID: 2, PeerURL: "http://b:1"}}
-	withLearner := append(slices.Clone(two), member{ID: 3, PeerURL: "http://c:1", Learner: true, Promote: true})
+	two := []Member{{ID: 1, PeerURL: "http://a:1"}, {ID: 2, PeerURL: "http://b:1"}}
+	withLearner := append(slices.Clone(two), Member{ID: 3, PeerURL: "http://c:1", Learner: true, Promote: true})
 	for _, tt := range []struct {
 		name    string
-		members []member
+		members []Member
 		removed uint64
-		change  memberChange
-		want    []member // if it is not refused
+		change  MemberChange
+		want    []Member // if it is not refused
 		refused string   // part of it
 	}{
-		{"add", two, 0, memberChange{addLearner, member{ID: 3, PeerURL: "http://c:1", Promote: true}}, withLearner, ""},
-		{"add again", two, 0, memberChange{addLearner, member{ID: 2, PeerURL: "http://c:1"}}, nil, "exists already, at http://b:1"},
-		{"add at the URL of another", two, 0, memberChange{addLearner, member{ID: 3, PeerURL: "http://b:1"}}, nil, "member 2 already has the peer URL http://b:1"},
-		{"add a removed ID", two, 3, memberChange{addLearner, member{ID: 3, PeerURL: "http://c:1"}}, nil, "an ID is never used again"},
-		{"promote", withLearner, 0, memberChange{promoteLearner, member{ID: 3}}, append(slices.Clone(two), member{ID: 3, PeerURL: "http://c:1"}), ""},
-		{"promote a voter", withLearner, 0, memberChange{promoteLearner, member{ID: 2}}, nil, "a voter already"},
-		{"promote nobody", two, 0, memberChange{promoteLearner, member{ID: 3}}, nil, "there is no member 3"},
-		{"promote a removed ID", two, 3, memberChange{promoteLearner, member{ID: 3}}, nil, "was removed"},
-		{"remove a voter", two, 0, memberChange{removeMember, member{ID: 1}}, two[1:], ""},
-		{"remove a learner", withLearner, 0, memberChange{removeMember, member{ID: 3}}, two, ""},
-		{"remove nobody", two, 0, memberChange{removeMember, member{ID: 3}}, nil, "there is no member 3"},
-		{"remove twice", two, 3, memberChange{removeMember, member{ID: 3}}, nil, "was removed"},
-		{"remove the last voter", withLearner[1:], 0, memberChange{removeMember, member{ID: 2}}, nil, "member 2 is the last voter"},
+		{"add", two, 0, MemberChange{Kind: AddLearner, Member: Member{ID: 3, PeerURL: "http://c:1", Promote: true}}, withLearner, ""},
+		{"add again", two, 0, MemberChange{Kind: AddLearner, Member: Member{ID: 2, PeerURL: "http://c:1"}}, nil, "exists already, at http://b:1"},
+		{"add at the URL of another", two, 0, MemberChange{Kind: AddLearner, Member: Member{ID: 3, PeerURL: "http://b:1"}}, nil, "member 2 already has the peer URL http://b:1"},
+		{"add a removed ID", two, 3, MemberChange{Kind: AddLearner, Member: Member{ID: 3, PeerURL: "http://c:1"}}, nil, "an ID is never used again"},
+		{"promote", withLearner, 0, MemberChange{Kind: PromoteLearner, Member: Member{ID: 3}}, append(slices.Clone(two), Member{ID: 3, PeerURL: "http://c:1"}), ""},
+		{"promote a voter", withLearner, 0, MemberChange{Kind: PromoteLearner, Member: Member{ID: 2}}, nil, "a voter already"},
+		{"promote nobody", two, 0, MemberChange{Kind: PromoteLearner, Member: Member{ID: 3}}, nil, "there is no member 3"},
+		{"promote a removed ID", two, 3, MemberChange{Kind: PromoteLearner, Member: Member{ID: 3}}, nil, "was removed"},
+		{"remove a voter", two, 0, MemberChange{Kind: RemoveMember, Member: Member{ID: 1}}, two[1:], ""},
+		{"remove a learner", withLearner, 0, MemberChange{Kind: RemoveMember, Member: Member{ID: 3}}, two, ""},
+		{"remove nobody", two, 0, MemberChange{Kind: RemoveMember, Member: Member{ID: 3}}, nil, "there is no member 3"},
+		{"remove twice", two, 3, MemberChange{Kind: RemoveMember, Member: Member{ID: 3}}, nil, "was removed"},
+		{"remove the last voter", withLearner[1:], 0, MemberChange{Kind: RemoveMember, Member: Member{ID: 2}}, nil, "member 2 is the last voter"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			st := stateWithMembers(tt.members)
 			if tt.removed != 0 {
-				st.removed[tt.removed] = true
+				st.Removed[tt.removed] = true
 			}
-			before := maps.Clone(st.removed)
-			err := st.changeMember(tt.change)
+			before := maps.Clone(st.Removed)
+			err := st.ChangeMember(tt.change)
 			if tt.refused != "" {
 				if err == nil || !strings.Contains(err.Error(), tt.refused) {
 					t.Errorf("%v, want %q", err, tt.refused)
 				}
 				wantMembers(t, &st, tt.members)
-				if !maps.Equal(st.removed, before) {
-					t.Errorf("refused, but the removed IDs are %v", st.removed)
+				if !maps.Equal(st.Removed, before) {
+					t.Errorf("refused, but the removed IDs are %v", st.Removed)
 				}
 				return
 			}
@@ -64,70 +64,70 @@ func TestChangeMember(t *testing.T) {
 				t.Fatal(err)
 			}
 			wantMembers(t, &st, tt.want)
-			if removed := tt.change.kind == removeMember; st.removed[tt.change.member.ID] != removed {
-				t.Errorf("removed IDs: %v", st.removed)
+			if removed := tt.change.Kind == RemoveMember; st.Removed[tt.change.Member.ID] != removed {
+				t.Errorf("removed IDs: %v", st.Removed)
 			}
 		})
 	}
 }
 
 func TestUpdateMember(t *testing.T) {
-	first := member{ID: 1, Name: "one", PeerURL: "http://a:1", ClientURL: "http://a:2", Directory: 7}
-	other := member{ID: 2, PeerURL: "http://b:1", Learner: true, Promote: true}
+	first := Member{ID: 1, Name: "one", PeerURL: "http://a:1", ClientURL: "http://a:2", Directory: 7}
+	other := Member{ID: 2, PeerURL: "http://b:1", Learner: true, Promote: true}
 	for _, tt := range []struct {
 		name   string
-		update member
-		want   member
-		status status
+		update Member
+		want   Member
+		status Status
 	}{
-		{"nothing", member{ID: 1}, first, statusReplaced},
-		{"one field", member{ID: 1, Name: "uno"}, member{ID: 1, Name: "uno", PeerURL: "http://a:1", ClientURL: "http://a:2", Directory: 7}, statusReplaced},
-		{"all fields", member{ID: 1, Name: "n", PeerURL: "http://c:1", ClientURL: "http://c:2", Directory: 8},
-			member{ID: 1, Name: "n", PeerURL: "http://c:1", ClientURL: "http://c:2", Directory: 8}, statusReplaced},
-		{"the same URL", member{ID: 1, PeerURL: "http://a:1"}, first, statusReplaced},
-		{"the URL of another", member{ID: 1, PeerURL: "http://b:1"}, first, statusPrecondition},
-		{"no vote is lost", member{ID: 1, Learner: true, Promote: true}, first, statusReplaced},
-		{"nobody", member{ID: 3, PeerURL: "http://c:1"}, first, statusNotFound},
+		{"nothing", Member{ID: 1}, first, StatusReplaced},
+		{"one field", Member{ID: 1, Name: "uno"}, Member{ID: 1, Name: "uno", PeerURL: "http://a:1", ClientURL: "http://a:2", Directory: 7}, StatusReplaced},
+		{"all fields", Member{ID: 1, Name: "n", PeerURL: "http://c:1", ClientURL: "http://c:2", Directory: 8},
+			Member{ID: 1, Name: "n", PeerURL: "http://c:1", ClientURL: "http://c:2", Directory: 8}, StatusReplaced},
+		{"the same URL", Member{ID: 1, PeerURL: "http://a:1"}, first, StatusReplaced},
+		{"the URL of another", Member{ID: 1, PeerURL: "http://b:1"}, first, StatusPrecondition},
+		{"no vote is lost", Member{ID: 1, Learner: true, Promote: true}, first, StatusReplaced},
+		{"nobody", Member{ID: 3, PeerURL: "http://c:1"}, first, StatusNotFound},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			st := stateWithMembers([]member{first, other})
+			st := stateWithMembers([]Member{first, other})
 			value, err := json.Marshal(tt.update)
 			if err != nil {
 				t.Fatal(err)
 			}
-			update, err := decodeMember(value)
-			if r := st.updateMember(update); err != nil || r.status != tt.status {
+			update, err := DecodeMember(value)
+			if r := st.UpdateMember(update); err != nil || r.Status != tt.status {
 				t.Errorf("%+v, %v", r, err)
 			}
-			wantMembers(t, &st, []member{tt.want, other})
-			if counted := st.updates == 1; counted != (tt.status == statusReplaced) {
-				t.Errorf("%d updates", st.updates)
+			wantMembers(t, &st, []Member{tt.want, other})
+			if counted := st.Updates == 1; counted != (tt.status == StatusReplaced) {
+				t.Errorf("%d updates", st.Updates)
 			}
 		})
 	}
-	if _, err := decodeMember("{"); err == nil {
+	if _, err := DecodeMember("{"); err == nil {
 		t.Error("malformed update accepted")
 	}
 }
 
-func stateWithMembers(members []member) state {
-	st := newState()
+func stateWithMembers(members []Member) State {
+	st := NewState()
 	for _, m := range members {
-		st.members[m.ID] = m
+		st.Members[m.ID] = m
 	}
 	return st
 }
 
-func wantMembers(t *testing.T, st *state, want []member) {
+func wantMembers(t *testing.T, st *State, want []Member) {
 	t.Helper()
-	if got := st.sortedMembers(); !slices.Equal(got, want) {
+	if got := st.SortedMembers(); !slices.Equal(got, want) {
 		t.Errorf("members %+v\nwant %+v", got, want)
 	}
 }
 
 // A node that comes back without what it has promised is refused.
 func TestCheckDirectory(t *testing.T) {
-	members := []member{{ID: 1, Directory: 11}, {ID: 2}}
+	members := []Member{{ID: 1, Directory: 11}, {ID: 2}}
 	for _, tt := range []struct {
 		name      string
 		id        uint64
@@ -167,7 +167,7 @@ func (s *sim) changed(t *testing.T, b *batch) error {
 }
 
 // mustChange makes a change, which must succeed.
-func (s *sim) mustChange(t *testing.T, n *simNode, c memberChange) {
+func (s *sim) mustChange(t *testing.T, n *simNode, c MemberChange) {
 	t.Helper()
 	if err := s.changed(t, n.proposeChange(c, memberTimeout)); err != nil {
 		t.Fatal(err)
@@ -185,10 +185,10 @@ func (s *sim) wantRefused(t *testing.T, b *batch, reason string) {
 func (s *sim) wantVoter(t *testing.T, n *simNode, id uint64) {
 	t.Helper()
 	if !s.runUntil(5*time.Second, func() bool {
-		m, ok := n.process.store.member(id)
+		m, ok := n.process.store.Member(id)
 		return ok && !m.Learner
 	}) {
-		t.Fatalf("member %d is no voter: %+v; %v", id, n.process.store.members(), s.check.violations)
+		t.Fatalf("member %d is no voter: %+v; %v", id, n.process.store.Members(), s.check.violations)
 	}
 }
 
@@ -196,12 +196,12 @@ func TestMembers_LearnerIsPromoted(t *testing.T) {
 	s, leader := newScenario(t, defaultSimConfig(1, 3))
 	s.wait(t, s.begin(leader, putOp("k", "v"), time.Second))
 	joining := s.addNode("http://n4", true)
-	s.mustChange(t, leader, memberChange{addLearner, member{ID: 4, PeerURL: joining.url, Promote: true}})
+	s.mustChange(t, leader, MemberChange{Kind: AddLearner, Member: Member{ID: 4, PeerURL: joining.url, Promote: true}})
 	s.run(time.Second)
-	if m, _ := leader.process.store.member(4); !m.Learner {
+	if m, _ := leader.process.store.Member(4); !m.Learner {
 		t.Fatalf("promoted before it was started: %+v", m)
 	}
-	s.wantRefused(t, leader.proposeChange(memberChange{promoteLearner, member{ID: 4}}, memberTimeout), "has not caught up")
+	s.wantRefused(t, leader.proposeChange(MemberChange{Kind: PromoteLearner, Member: Member{ID: 4}}, memberTimeout), "has not caught up")
 	joining.start()
 	s.wantVoter(t, leader, 4)
 	s.wait(t, s.begin(joining, putOp("k", "of the new one"), time.Second))
@@ -211,13 +211,13 @@ func TestMembers_LearnerIsPromoted(t *testing.T) {
 func TestMembers_LearnerStaysOne(t *testing.T) {
 	s, leader := newScenario(t, defaultSimConfig(1, 3))
 	joining := s.addNode("http://n4", true)
-	s.mustChange(t, leader, memberChange{addLearner, member{ID: 4, PeerURL: joining.url}})
+	s.mustChange(t, leader, MemberChange{Kind: AddLearner, Member: Member{ID: 4, PeerURL: joining.url}})
 	joining.start()
 	s.run(3 * time.Second)
-	if m, _ := joining.process.store.member(4); !m.Learner || joining.process.replica.roleName() != "learner" {
+	if m, _ := joining.process.store.Member(4); !m.Learner || joining.process.replica.roleName() != "learner" {
 		t.Fatalf("%+v, %s", m, joining.process.replica.roleName())
 	}
-	s.mustChange(t, joining, memberChange{promoteLearner, member{ID: 4}})
+	s.mustChange(t, joining, MemberChange{Kind: PromoteLearner, Member: Member{ID: 4}})
 	s.wantVoter(t, leader, 4)
 	s.judge(t)
 }
@@ -231,12 +231,12 @@ func TestMembers_RemovalNeedsMajority(t *testing.T) {
 	s.run(time.Second) // until the leader has noticed
 	for _, at := range []*simNode{leader, follower} {
 		for _, id := range []uint64{leader.id, follower.id} {
-			s.wantRefused(t, at.proposeChange(memberChange{removeMember, member{ID: id}}, memberTimeout),
+			s.wantRefused(t, at.proposeChange(MemberChange{Kind: RemoveMember, Member: Member{ID: id}}, memberTimeout),
 				"of 2 voters after the change only 1 would be reachable, which is no majority")
 		}
 	}
-	s.mustChange(t, follower, memberChange{removeMember, member{ID: down.id}})
-	if members := leader.process.store.members(); len(members) != 2 {
+	s.mustChange(t, follower, MemberChange{Kind: RemoveMember, Member: Member{ID: down.id}})
+	if members := leader.process.store.Members(); len(members) != 2 {
 		t.Errorf("%+v", members)
 	}
 	s.wait(t, s.begin(follower, putOp("k", "v"), time.Second))
@@ -248,7 +248,7 @@ func TestMembers_OneChangeAtATime(t *testing.T) {
 	s, leader := newScenario(t, defaultSimConfig(1, 3))
 	add := func(n *simNode) *batch {
 		added := s.addNode(fmt.Sprintf("http://n%d", len(s.nodes)+1), true)
-		return n.proposeChange(memberChange{addLearner, member{ID: added.id, PeerURL: added.url}}, memberTimeout)
+		return n.proposeChange(MemberChange{Kind: AddLearner, Member: Member{ID: added.id, PeerURL: added.url}}, memberTimeout)
 	}
 	for _, at := range []*simNode{leader, s.node(leader.id%3 + 1)} {
 		// The first one is not committed when the second one comes.
@@ -263,7 +263,7 @@ func TestMembers_OneChangeAtATime(t *testing.T) {
 		}
 		s.wantRefused(t, second, "another change of the membership is in progress")
 		s.run(100 * time.Millisecond)
-		s.mustChange(t, at, memberChange{removeMember, member{ID: uint64(len(s.nodes)) - 1}})
+		s.mustChange(t, at, MemberChange{Kind: RemoveMember, Member: Member{ID: uint64(len(s.nodes)) - 1}})
 	}
 	s.judge(t)
 }
@@ -274,7 +274,7 @@ func TestMembers_ChangeIsLost(t *testing.T) {
 	s, old := newScenario(t, defaultSimConfig(1, 3))
 	s.network.isolate(old.id, true)
 	lost := s.addNode("http://n4", true)
-	b := old.proposeChange(memberChange{addLearner, member{ID: lost.id, PeerURL: lost.url}}, 500*time.Millisecond)
+	b := old.proposeChange(MemberChange{Kind: AddLearner, Member: Member{ID: lost.id, PeerURL: lost.url}}, 500*time.Millisecond)
 	if err := s.changed(t, b); err == nil {
 		t.Fatal("changed by a leader that is cut off")
 	}
@@ -297,7 +297,7 @@ func TestMembers_ChangeIsLost(t *testing.T) {
 		t.Fatalf("node %d does not lead again; %v", old.id, s.check.violations)
 	}
 	s.run(100 * time.Millisecond)
-	s.mustChange(t, old, memberChange{addLearner, member{ID: lost.id, PeerURL: lost.url}})
+	s.mustChange(t, old, MemberChange{Kind: AddLearner, Member: Member{ID: lost.id, PeerURL: lost.url}})
 	lost.start()
 	s.judge(t)
 }
@@ -311,11 +311,11 @@ func TestMembers_LeaderIsRemoved(t *testing.T) {
 			if name == "asked another" {
 				at = follower
 			}
-			s.mustChange(t, at, memberChange{removeMember, member{ID: leader.id}})
+			s.mustChange(t, at, MemberChange{Kind: RemoveMember, Member: Member{ID: leader.id}})
 			if !s.runUntil(5*time.Second, func() bool { return leader.retired && s.agreedLeader() != nil }) {
 				t.Fatalf("stopped: %v, leader: %v; %v", leader.retired, s.agreedLeader(), s.check.violations)
 			}
-			if members := follower.process.store.members(); len(members) != 2 || !follower.process.store.state.removed[leader.id] {
+			if members := follower.process.store.Members(); len(members) != 2 || !follower.process.store.State.Removed[leader.id] {
 				t.Errorf("%+v", members)
 			}
 			s.wait(t, s.begin(follower, putOp("k", "v"), time.Second))
@@ -354,8 +354,8 @@ func TestVirtual_DivergedChangesNoMembers(t *testing.T) {
 		c := newVirtualCluster(t)
 		time.Sleep(time.Second)
 		n, other := c.leader(), c.followers()[0]
-		before := fmt.Sprint(n.store.members())
-		n.guard.verdict.Store(int32(diverged))
+		before := fmt.Sprint(n.store.Members())
+		n.guard.verdict.Store(int32(Diverged))
 		for _, r := range [][3]string{
 			{"PUT", "/-/v1/members/1", `{"name":"x"}`}, {"DELETE", "/-/v1/members/3", ""}, {"POST", "/-/v1/members/4", `{"peerURL":"http://virtual:4"}`},
 			{"POST", "/5", "http://virtual:5"}, {"POST", "/-/v1/members/2/promote", ""}, {"PUT", "/k", "v"}, {"GET", "/k?resourceVersion=0", ""}, {"POST", "/-/v1/txn", "{}"},
@@ -364,7 +364,7 @@ func TestVirtual_DivergedChangesNoMembers(t *testing.T) {
 				t.Errorf("%s %s: %v", r[0], r[1], got)
 			}
 		}
-		if after := fmt.Sprint(n.store.members()); after != before {
+		if after := fmt.Sprint(n.store.Members()); after != before {
 			t.Errorf("%s, was %s", after, before)
 		}
 		if r := n.do("POST", fmt.Sprintf("/-/v1/leader/%d", other.config.id), ""); r.status != 204 {
@@ -401,10 +401,10 @@ func TestMembers_LearnerIsFarBehind(t *testing.T) {
 	cfg.snapshotEntries = 1 << 40
 	s, leader := newScenario(t, cfg)
 	learner := s.addNode("http://n2", true)
-	s.mustChange(t, leader, memberChange{addLearner, member{ID: learner.id, PeerURL: learner.url}})
+	s.mustChange(t, leader, MemberChange{Kind: AddLearner, Member: Member{ID: learner.id, PeerURL: learner.url}})
 	learner.start()
 	s.run(time.Second)
-	promote := memberChange{promoteLearner, member{ID: learner.id}}
+	promote := MemberChange{Kind: PromoteLearner, Member: Member{ID: learner.id}}
 	if err := leader.process.replica.refuseChange(promote); err != nil {
 		t.Fatal(err)
 	}
@@ -443,7 +443,7 @@ func TestMembers_HeirIsUp(t *testing.T) {
 	}{
 		{"transfer", func(leader uint64) uint64 { return 5 - leader/5 }, func(_ *sim, leader *simNode) { leader.process.transfer() }},
 		{"removal", func(leader uint64) uint64 { return 1 + 1/leader }, func(_ *sim, leader *simNode) {
-			leader.proposeChange(memberChange{removeMember, member{ID: leader.id}}, memberTimeout)
+			leader.proposeChange(MemberChange{Kind: RemoveMember, Member: Member{ID: leader.id}}, memberTimeout)
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -471,7 +471,7 @@ func TestMembers_RemovalIsDurable(t *testing.T) {
 	s, left := newScenario(t, defaultSimConfig(1, 2))
 	gone := s.node(left.id%2 + 1)
 	s.wait(t, s.begin(left, putOp("k", "v"), time.Second))
-	s.mustChange(t, left, memberChange{removeMember, member{ID: gone.id}})
+	s.mustChange(t, left, MemberChange{Kind: RemoveMember, Member: Member{ID: gone.id}})
 	if !s.runUntil(5*time.Second, func() bool { return gone.retired }) {
 		t.Fatalf("node %d was not told; %v", gone.id, s.check.violations)
 	}

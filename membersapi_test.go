@@ -14,18 +14,18 @@ func TestHTTP_Members(t *testing.T) {
 		want                 memberCall // if there is no detail
 		detail               string     // part of it: refused
 	}{
-		{"POST", path, `{"peerURL":"http://a:1"}`, memberCall{"add", member{ID: 4, PeerURL: "http://a:1", Promote: true}}, ""},
-		{"POST", path, full, memberCall{"add", member{ID: 4, Name: "four", PeerURL: "http://a:1", ClientURL: "https://b:2", Promote: true}}, ""},
-		{"POST", path, " {\"peerURL\":\" http://a:1\\n\"}\n", memberCall{"add", member{ID: 4, PeerURL: "http://a:1", Promote: true}}, ""},
-		{"POST", path, `{"peerURL":"http://a:1","learner":true}`, memberCall{"add", member{ID: 4, PeerURL: "http://a:1", Learner: true}}, ""},
-		{"POST", path, `{"peerURL":"http://a:1","learner":false}`, memberCall{"add", member{ID: 4, PeerURL: "http://a:1", Promote: true}}, ""},
-		{"PUT", path, full, memberCall{"update", member{ID: 4, Name: "four", PeerURL: "http://a:1", ClientURL: "https://b:2"}}, ""},
-		{"PUT", path, `{"clientURL":"http://[::1]:65535"}`, memberCall{"update", member{ID: 4, ClientURL: "http://[::1]:65535"}}, ""},
-		{"PUT", path, `{}`, memberCall{"update", member{ID: 4}}, ""},
-		{"DELETE", path, "", memberCall{"remove", member{ID: 4}}, ""},
-		{"DELETE", "/-/v1/members/18446744073709551615", "", memberCall{"remove", member{ID: 1<<64 - 1}}, ""},
-		{"POST", path + "/promote", "", memberCall{"promote", member{ID: 4}}, ""},
-		{"POST", "/-/v1/leader/4", "", memberCall{"transfer", member{ID: 4}}, ""},
+		{"POST", path, `{"peerURL":"http://a:1"}`, memberCall{"add", Member{ID: 4, PeerURL: "http://a:1", Promote: true}}, ""},
+		{"POST", path, full, memberCall{"add", Member{ID: 4, Name: "four", PeerURL: "http://a:1", ClientURL: "https://b:2", Promote: true}}, ""},
+		{"POST", path, " {\"peerURL\":\" http://a:1\\n\"}\n", memberCall{"add", Member{ID: 4, PeerURL: "http://a:1", Promote: true}}, ""},
+		{"POST", path, `{"peerURL":"http://a:1","learner":true}`, memberCall{"add", Member{ID: 4, PeerURL: "http://a:1", Learner: true}}, ""},
+		{"POST", path, `{"peerURL":"http://a:1","learner":false}`, memberCall{"add", Member{ID: 4, PeerURL: "http://a:1", Promote: true}}, ""},
+		{"PUT", path, full, memberCall{"update", Member{ID: 4, Name: "four", PeerURL: "http://a:1", ClientURL: "https://b:2"}}, ""},
+		{"PUT", path, `{"clientURL":"http://[::1]:65535"}`, memberCall{"update", Member{ID: 4, ClientURL: "http://[::1]:65535"}}, ""},
+		{"PUT", path, `{}`, memberCall{"update", Member{ID: 4}}, ""},
+		{"DELETE", path, "", memberCall{"remove", Member{ID: 4}}, ""},
+		{"DELETE", "/-/v1/members/18446744073709551615", "", memberCall{"remove", Member{ID: 1<<64 - 1}}, ""},
+		{"POST", path + "/promote", "", memberCall{"promote", Member{ID: 4}}, ""},
+		{"POST", "/-/v1/leader/4", "", memberCall{"transfer", Member{ID: 4}}, ""},
 
 		{"POST", path, `{}`, memberCall{}, "peerURL is missing"},
 		{"POST", path, `null`, memberCall{}, "must be a JSON object"},
@@ -110,8 +110,8 @@ func TestHTTP_MemberIDs(t *testing.T) {
 // request does without.
 func TestHTTP_ListMembers(t *testing.T) {
 	f := newFront(t)
-	f.store.state.members[2] = member{ID: 2, Name: "two", PeerURL: "http://b:1", ClientURL: "http://b:2", Directory: 1<<64 - 1}
-	f.store.state.members[1] = member{ID: 1, PeerURL: "http://a:1", Learner: true, Promote: true}
+	f.store.State.Members[2] = Member{ID: 2, Name: "two", PeerURL: "http://b:1", ClientURL: "http://b:2", Directory: 1<<64 - 1}
+	f.store.State.Members[1] = Member{ID: 1, PeerURL: "http://a:1", Learner: true, Promote: true}
 	const want = `{"leaderId":2,"members":[{"id":1,"peerURL":"http://a:1","learner":true,"promote":true},` +
 		`{"id":2,"name":"two","peerURL":"http://b:1","clientURL":"http://b:2","directory":"18446744073709551615"}]}`
 	for rounds, query := range []string{"?resourceVersion=0", ""} {

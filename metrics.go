@@ -83,9 +83,9 @@ func (m *loopMetrics) collectors() []prometheus.Collector {
 func (l *loop) at(point string) error {
 	switch point {
 	case "after-save":
-		l.savedAt, l.savedIndex = l.clock(), l.replica.store.applied()
+		l.savedAt, l.savedIndex = l.clock(), l.replica.store.Applied()
 	case "after-advance":
-		if l.replica.store.applied() != l.savedIndex {
+		if l.replica.store.Applied() != l.savedIndex {
 			l.metrics.apply.Observe(l.clock().Sub(l.savedAt).Seconds())
 		}
 	}
@@ -232,10 +232,10 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge(descMembers, float64(len(s.Members)-learners), "voter")
 	gauge(descMembers, float64(learners), "learner")
-	store := m.node.store.stats()
-	gauge(descKeys, float64(store.keys))
-	gauge(descStoreBytes, float64(store.bytes))
-	gauge(descWindow, float64(store.events))
+	store := m.node.store.Stats()
+	gauge(descKeys, float64(store.Keys))
+	gauge(descStoreBytes, float64(store.Bytes))
+	gauge(descWindow, float64(store.Events))
 
 	q := m.node.queueStats()
 	gauge(descQueueBatches, float64(q.batches))
@@ -271,7 +271,7 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 	for _, e := range []*fault.Error{fault.ErrDiskFull, fault.ErrQuota, fault.ErrDiverged, fault.ErrUnchecked} {
 		gauge(descReadOnly, number(s.ReadOnly == e.Code), e.Code)
 	}
-	gauge(descDiverged, number(s.Divergence == doubtful.String() || s.Divergence == diverged.String()))
+	gauge(descDiverged, number(s.Divergence == Doubtful.String() || s.Divergence == Diverged.String()))
 }
 
 func number(b bool) float64 {

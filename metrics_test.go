@@ -16,7 +16,7 @@ import (
 
 // idleNode is a node of which nothing runs.
 func idleNode(t *testing.T) (*node, *listener) {
-	store := newKVStore()
+	store := New()
 	hub := newHub(store)
 	disk, _ := newDisk(t, t.TempDir())
 	t.Cleanup(func() { testkit.Must(t, disk.close()) })
@@ -92,8 +92,8 @@ func TestMetrics_Disk(t *testing.T) {
 	testkit.Must(t, d.save(hs(2, 1, 2), nil))
 	wantSyncs("a term", 3)
 
-	st := newState()
-	st.index, st.term = 2, 1
+	st := NewState()
+	st.Index, st.Term = 2, 1
 	testkit.Must(t, d.writeSnapshot(&raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(uint64(2)), Term: new(uint64(1))}}, &st))
 	got := testkit.Gather(t, registry)
 	if got["raftrv_snapshot_duration_seconds_count"] != 1 || got["raftrv_snapshot_index"] != 2 || got["raftrv_snapshot_bytes"] < 10 {

@@ -502,11 +502,11 @@ func isLocal(path string) bool {
 // Every status that is documented is answered to some request, and no other is.
 func TestOpenAPI_Statuses(t *testing.T) {
 	f := newFront(t)
-	f.store.state.setLevel(levelNewest)
+	f.store.State.SetLevel(LevelNewest)
 	shrinkWindow(f.store, 1, 1<<20)
 	f.do("PUT", "/k", "v", "Idempotency-Key: used", "Content-Type: text/plain")
 	f.do("PUT", "/expires?ttl=1h", "\xff")
-	for i := range deletePrefixMax + 1 {
+	for i := range DeletePrefixMax + 1 {
 		f.put(fmt.Sprintf("many/%d", i), "")
 	}
 	answered := map[string]bool{}
@@ -535,12 +535,12 @@ func TestOpenAPI_Statuses(t *testing.T) {
 		note(r.method, r.target, a.Code)
 	}
 	// A node that does enough of it already.
-	for range scansMax {
-		sc, err := f.store.scan("", "")
+	for range ScansMax {
+		sc, err := f.store.Scan("", "")
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer sc.close()
+		defer sc.Close()
 	}
 	for _, target := range []string{"/-/v1/keys", "/-/v1/watch?initial=true", "/-/v1/snapshot"} {
 		a := f.do("GET", target, "", "Accept: application/x-ndjson")

@@ -284,9 +284,9 @@ const formType = "application/x-www-form-urlencoded"
 
 // setContentType makes a put keep the type of its value, as soon as all members
 // know how to.
-func (c *command) setContentType(contentType string, level int) {
+func (c *Command) setContentType(contentType string, level int) {
 	if level >= 3 {
-		c.contentType = contentType
+		c.ContentType = contentType
 	}
 }
 
@@ -299,7 +299,7 @@ func parseContentType(header http.Header) (string, error) {
 	contentType := strings.TrimSpace(values[0])
 	switch {
 	case len(values) > 1 || servedTypes[contentType] == nil && !isMediaType(contentType):
-		return "", fault.ErrInvalid.WithDetail("Content-Type must be given once and be a media type such as text/plain; charset=utf-8, of at most %d bytes", contentTypeSizeMax)
+		return "", fault.ErrInvalid.WithDetail("Content-Type must be given once and be a media type such as text/plain; charset=utf-8, of at most %d bytes", ContentTypeSizeMax)
 	case strings.EqualFold(contentType, formType):
 		return "", nil
 	}
@@ -308,7 +308,7 @@ func parseContentType(header http.Header) (string, error) {
 
 // isMediaType says whether a value may have this content type.
 func isMediaType(s string) bool {
-	if !isContentType(s) {
+	if !IsContentType(s) {
 		return false
 	}
 	_, _, err := mime.ParseMediaType(s)
@@ -348,30 +348,30 @@ func servedType(contentType string) []string {
 // Conditions (RFC 9110, section 13).
 
 // parseCondition reads under which condition a write is to happen.
-func parseCondition(header http.Header) (condition, error) {
+func parseCondition(header http.Header) (Condition, error) {
 	match, hasMatch := header["If-Match"]
 	none, hasNone := header["If-None-Match"]
 	switch {
 	case hasMatch && hasNone:
-		return condition{}, fault.ErrInvalid.WithDetail("If-Match and If-None-Match exclude each other")
+		return Condition{}, fault.ErrInvalid.WithDetail("If-Match and If-None-Match exclude each other")
 	case hasNone:
 		if len(none) != 1 || strings.TrimSpace(none[0]) != "*" {
-			return condition{}, fault.ErrInvalid.WithDetail("a write takes no If-None-Match but *, which means that the key must not exist")
+			return Condition{}, fault.ErrInvalid.WithDetail("a write takes no If-None-Match but *, which means that the key must not exist")
 		}
-		return condition{kind: ifAbsent}, nil
+		return Condition{Kind: IfAbsent}, nil
 	case !hasMatch:
-		return condition{}, nil
+		return Condition{}, nil
 	}
 	if len(match) == 1 {
 		tag := strings.TrimSpace(match[0])
 		if tag == "*" {
-			return condition{kind: ifExists}, nil
+			return Condition{Kind: IfExists}, nil
 		}
 		if opaque, ok := parseStrongTag(tag); ok {
-			return condition{kind: ifMatch, rv: tagVersion(opaque)}, nil
+			return Condition{Kind: IfMatch, RV: tagVersion(opaque)}, nil
 		}
 	}
-	return condition{}, fault.ErrInvalid.WithDetail(`a write takes one If-Match, either * or one strong ETag in its quotes such as "42"; no list and no weak W/"42"`)
+	return Condition{}, fault.ErrInvalid.WithDetail(`a write takes one If-Match, either * or one strong ETag in its quotes such as "42"; no list and no weak W/"42"`)
 }
 
 // parseStrongTag returns what is between the quotes of a strong ETag.
@@ -424,31 +424,31 @@ func anyTagMatches(values []string, rv uint64, weakly bool) bool {
 // retryID identifies a write that its client may send again. What makes two
 // requests the same is all that decides what the write does: not the timeout,
 // nor the time.
-func (r *request) retryID(c *command, body string) (retryID, error) {
+func (r *request) retryID(c *Command, body string) (RetryID, error) {
 	values, ok := r.Header["Idempotency-Key"]
 	if !ok {
-		return retryID{}, nil
+		return RetryID{}, nil
 	}
 	key := ""
 	if len(values) == 1 {
 		key = parseRetryKey(strings.TrimSpace(values[0]))
 	}
 	if key == "" {
-		return retryID{}, fault.ErrInvalid.WithDetail("Idempotency-Key must be given once and have 1 to %d printable ASCII characters", idempotencyKeySizeMax)
+		return RetryID{}, fault.ErrInvalid.WithDetail("Idempotency-Key must be given once and have 1 to %d printable ASCII characters", IdempotencyKeySizeMax)
 	}
 	digest := sha256.New()
 	var n [8]byte
-	parts := []string{r.Method, r.route.path, r.name, r.params.prefix, r.params.ttl.String(), string(rune('0' + c.condition.kind)), strconv.FormatUint(c.condition.rv, 10), body}
-	if c.contentType != "" { // others have the digest that they always had
-		parts = append(parts, c.contentType)
+	parts := []string{r.Method, r.route.path, r.name, r.params.prefix, r.params.ttl.String(), string(rune('0' + c.Condition.Kind)), strconv.FormatUint(c.Condition.RV, 10), body}
+	if c.ContentType != "" { // others have the digest that they always had
+		parts = append(parts, c.ContentType)
 	}
 	for _, field := range parts {
 		binary.LittleEndian.PutUint64(n[:], uint64(len(field)))
 		digest.Write(n[:])
 		digest.Write([]byte(field))
 	}
-	id := retryID{key: key}
-	copy(id.digest[:], digest.Sum(nil))
+	id := RetryID{Key: key}
+	copy(id.Digest[:], digest.Sum(nil))
 	return id, nil
 }
 
@@ -477,7 +477,7 @@ func parseRetryKey(s string) string {
 	if strings.HasPrefix(s, `"`) {
 		s = unquote(s)
 	}
-	if len(s) > idempotencyKeySizeMax || strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c > '~' }) {
+	if len(s) > IdempotencyKeySizeMax || strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c > '~' }) {
 		return ""
 	}
 	return s

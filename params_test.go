@@ -81,7 +81,7 @@ func TestHTTP_ConditionalWrites(t *testing.T) {
 				continue
 			}
 			p := mustProblem(t, a)
-			if p.Outcome != fault.NotApplied || p.Retryable || f.store.version() != present {
+			if p.Outcome != fault.NotApplied || p.Retryable || f.store.Version() != present {
 				t.Errorf("%s at %d, %s: %+v", call.method, call.current, tt.header, p)
 			}
 			if a.Code != 412 {
@@ -178,11 +178,11 @@ func TestHTTP_TTL(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) { // time starts at 2000-01-01
 		f := newPipeFront(t)
 		expires := func(key string) string {
-			it, _, _ := f.store.get(key)
-			if it.expires == 0 {
+			it, _, _ := f.store.Get(key)
+			if it.Expires == 0 {
 				return ""
 			}
-			return time.UnixMilli(it.expires).UTC().Format(time.RFC3339Nano)
+			return time.UnixMilli(it.Expires).UTC().Format(time.RFC3339Nano)
 		}
 		time.Sleep(678 * time.Millisecond)
 		f.do("PUT", "/k?ttl=90s", "v").Want(t, 201)
@@ -249,7 +249,7 @@ func TestParams_Profiles(t *testing.T) {
 
 func TestHTTP_IdempotencyKeys(t *testing.T) {
 	f := newFront(t)
-	long := strings.Repeat("k", idempotencyKeySizeMax)
+	long := strings.Repeat("k", IdempotencyKeySizeMax)
 	for value, want := range map[string]string{
 		`a`:   "a",
 		`"b"`: "b",
@@ -275,7 +275,7 @@ func TestHTTP_IdempotencyKeys(t *testing.T) {
 		long + "k":                "",
 		"a\r\nIdempotency-Key: a": "",
 	} {
-		f.store.restore(newState())
+		f.store.Restore(NewState())
 		f.backend.index = 0
 		a := f.do("PUT", "/k", "v", "Idempotency-Key: "+value)
 		if want == "" {
@@ -286,7 +286,7 @@ func TestHTTP_IdempotencyKeys(t *testing.T) {
 			continue
 		}
 		a.Want(t, 201)
-		if _, ok := f.store.state.retries.numbers.Get(want); !ok {
+		if _, ok := f.store.State.Retries.Numbers.Get(want); !ok {
 			t.Errorf("%q is not remembered as %q", value, want)
 		}
 	}
@@ -334,10 +334,10 @@ func TestHTTP_Retries(t *testing.T) {
 
 		f.put("k", "changed since")
 		f.put("k2", "changed since")
-		if f.store.version() > 3 {
+		if f.store.Version() > 3 {
 			f.do("DELETE", "/k", "").Want(t, 204)
 		}
-		rv := f.store.version()
+		rv := f.store.Version()
 		again := f.do(tt.method, tt.target, tt.body, append(headers, "X: y")...)
 		again.WantHeader(t, "Idempotency-Replayed", "true")
 		again.Header.Del("Idempotency-Replayed")
@@ -364,7 +364,7 @@ func TestHTTP_Retries(t *testing.T) {
 				t.Errorf("%s: %+v", other, p)
 			}
 		}
-		if got := f.store.version(); got != rv {
+		if got := f.store.Version(); got != rv {
 			t.Errorf("%s %s: version %d, want %d", tt.method, tt.target, got, rv)
 		}
 		f.do("PUT", "/k", "v", "Idempotency-Key: y").Want(t, map[bool]int{true: 204, false: 201}[rv <= 3])
@@ -379,7 +379,7 @@ func TestHTTP_RetriedPostHasOneKey(t *testing.T) {
 	again.Want(t, 201)
 	again.WantHeader(t, "Location", first.Header.Get("Location"))
 	f.wantCreated(again, "v", 1)
-	if list, _ := f.store.list("", "", 2); len(list) != 1 {
+	if list, _ := f.store.List("", "", 2); len(list) != 1 {
 		t.Errorf("%+v", list)
 	}
 }
@@ -422,9 +422,9 @@ func FuzzHTTPHeaders(f *testing.F) {
 			if !errors.Is(err, fault.ErrInvalid) || match == "" && none == "" {
 				t.Fatal(err)
 			}
-		case match != "" && none != "" || none != "" && c.kind != ifAbsent || match != "" && c.kind != ifMatch && c.kind != ifExists || match == "" && none == "" && c != condition{}:
+		case match != "" && none != "" || none != "" && c.Kind != IfAbsent || match != "" && c.Kind != IfMatch && c.Kind != IfExists || match == "" && none == "" && c != Condition{}:
 			t.Fatalf("%q, %q: %+v", match, none, c)
-		case c.kind == ifMatch && c.rv != 0 && strings.TrimSpace(match) != fmt.Sprintf(`"%d"`, c.rv):
+		case c.Kind == IfMatch && c.RV != 0 && strings.TrimSpace(match) != fmt.Sprintf(`"%d"`, c.RV):
 			t.Fatalf("%q: %+v", match, c)
 		}
 		for _, rv := range []uint64{1, 5} {
@@ -434,15 +434,15 @@ func FuzzHTTPHeaders(f *testing.F) {
 			}
 		}
 		r := request{Request: &http.Request{Method: "PUT", Header: header}, route: keyRoute}
-		id, err := r.retryID(&command{}, "")
+		id, err := r.retryID(&Command{}, "")
 		if err != nil {
 			if !errors.Is(err, fault.ErrInvalid) {
 				t.Fatal(err)
 			}
 			return
 		}
-		if (id.key != "") != (key != "") || len(id.key) > idempotencyKeySizeMax || strings.Trim(id.key, "\"\\") != "" && !strings.Contains(strings.ReplaceAll(key, `\`, ""), strings.Trim(strings.ReplaceAll(id.key, `\`, ""), `"`)) {
-			t.Fatalf("%q is taken as %q", key, id.key)
+		if (id.Key != "") != (key != "") || len(id.Key) > IdempotencyKeySizeMax || strings.Trim(id.Key, "\"\\") != "" && !strings.Contains(strings.ReplaceAll(key, `\`, ""), strings.Trim(strings.ReplaceAll(id.Key, `\`, ""), `"`)) {
+			t.Fatalf("%q is taken as %q", key, id.Key)
 		}
 	})
 }
@@ -578,17 +578,17 @@ func TestHTTP_UnknownSaysWhatSettlesIt(t *testing.T) {
 // do not push out what others need.
 func TestHTTP_ReplayedRead(t *testing.T) {
 	f := newFront(t)
-	f.store.state.setLevel(2)
+	f.store.State.SetLevel(2)
 	f.put("secret", strings.Repeat("s", 100_000))
 	const body = `{"then":[{"op":"put","key":"k","value":"v"},{"op":"get","key":"secret"}],"else":[]}`
 	f.do("POST", "/-/v1/txn", body, "Idempotency-Key: before").Want(t, 200)
-	before := f.store.state.retries.bytes
-	f.apply(raiseLevel(3, 1, 2, 3, 4))
-	if f.store.level() != 3 || f.store.state.retries.bytes != 1024 || before < 100_000 {
-		t.Errorf("level %d: the table takes %d bytes, before %d", f.store.level(), f.store.state.retries.bytes, before)
+	before := f.store.State.Retries.Bytes
+	f.apply(RaiseLevel(3, 1, 2, 3, 4))
+	if f.store.Level() != 3 || f.store.State.Retries.Bytes != 1024 || before < 100_000 {
+		t.Errorf("level %d: the table takes %d bytes, before %d", f.store.Level(), f.store.State.Retries.Bytes, before)
 	}
 	f.do("POST", "/-/v1/txn", body, "Idempotency-Key: after").Want(t, 200)
-	rv := f.store.version()
+	rv := f.store.Version()
 	for _, key := range []string{"before", "after"} {
 		a := f.do("POST", "/-/v1/txn", body, "Idempotency-Key: "+key)
 		a.Want(t, 409)
@@ -597,7 +597,7 @@ func TestHTTP_ReplayedRead(t *testing.T) {
 			t.Errorf("%s: %.1000s", key, a.Body)
 		}
 	}
-	if f.store.version() != rv {
+	if f.store.Version() != rv {
 		t.Error("a retry was carried out")
 	}
 	// One that reads nothing is answered as before, and so is one whose other branch would have read.
@@ -632,11 +632,11 @@ func TestHTTP_Clients(t *testing.T) {
 	}
 	f := newFront(t)
 	f.do("PUT", "/k", "v", "Idempotency-Key: one").Want(t, 201) // at level 1
-	f.store.state.setLevel(3)
+	f.store.State.SetLevel(3)
 	f.do("PUT", "/k", "v", "Idempotency-Key: two").Want(t, 204)
 	for n, named := range []bool{false, true} {
-		if r, _ := f.store.state.retries.records.Get(uint64(n)); (r.id.client != 0) != named {
-			t.Errorf("record %d is of client %x", n, r.id.client)
+		if r, _ := f.store.State.Retries.Records.Get(uint64(n)); (r.ID.Client != 0) != named {
+			t.Errorf("record %d is of client %x", n, r.ID.Client)
 		}
 	}
 }

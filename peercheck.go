@@ -222,7 +222,7 @@ func checkProposal(ents []*raftpb.Entry) error {
 	}
 	for _, e := range ents {
 		// What is newer than this program gets an answer from the leader, see stepProposal.
-		if err := checkEntry(e); err != nil && !errors.Is(err, errNewer) {
+		if err := checkEntry(e); err != nil && !errors.Is(err, ErrNewer) {
 			return refuse(refusedEntries, "its entry: %w", err)
 		}
 	}
@@ -233,21 +233,21 @@ func checkProposal(ents []*raftpb.Entry) error {
 // cluster is at when it does, nobody knows before.
 func checkEntry(e *raftpb.Entry) error {
 	if n := len(e.GetData()); n > entrySizeMax {
-		return fmt.Errorf("%w: entry of %d bytes", errMalformed, n)
+		return fmt.Errorf("%w: entry of %d bytes", ErrMalformed, n)
 	}
 	switch e.GetType() {
 	case raftpb.EntryNormal:
-		_, commands, err := decodeBatch(e.GetData())
+		_, commands, err := DecodeBatch(e.GetData())
 		if err != nil {
 			return err
 		}
-		return checkCommands(commands, levelNewest)
+		return CheckCommands(commands, LevelNewest)
 	case raftpb.EntryConfChange:
 		_, _, change, err := decodeMemberChange(e)
 		if err != nil {
 			return err
 		}
-		return change.member.check()
+		return change.Member.Check()
 	default:
 		return fmt.Errorf("entries of type %d are not used", e.GetType())
 	}

@@ -21,7 +21,7 @@ import (
 func TestNetwork_Hostile(t *testing.T) {
 	n := newTestNetwork(t, "http://127.0.0.1:1", false)
 	n.lead()
-	version := n.leader.store.version()
+	version := n.leader.store.Version()
 	var refused []error
 	n.leader.refused = func(_ uint64, err error) { refused = append(refused, err) }
 	term := n.leader.raw.BasicStatus().GetTerm()
@@ -50,8 +50,8 @@ func TestNetwork_Hostile(t *testing.T) {
 			t.Errorf("%s, from a stranger: %d", h.name, status)
 		}
 	}
-	if now := n.leader.raw.BasicStatus(); now.GetTerm() != term || now.Lead != 1 || n.leader.store.version() != version {
-		t.Errorf("it had an effect: %v, version %d", now, n.leader.store.version())
+	if now := n.leader.raw.BasicStatus(); now.GetTerm() != term || now.Lead != 1 || n.leader.store.Version() != version {
+		t.Errorf("it had an effect: %v, version %d", now, n.leader.store.Version())
 	}
 	for _, name := range []string{"format", "header", "sender", "type", "term", "index", "entries", "context", "size", "snapshot", "stranger"} {
 		n.refusals.each(func(reason string, count uint64) {
@@ -150,8 +150,8 @@ func FuzzCheckMessage(f *testing.F) {
 			return
 		}
 		for _, e := range m.GetEntries() { // that were taken: nothing but the level stands in the way of applying them
-			s := newKVStore()
-			s.state.level, s.state.index = levelNewest, e.GetIndex()-1
+			s := New()
+			s.State.Level, s.State.Index = LevelNewest, e.GetIndex()-1
 			if err := s.applyEntry(e); err != nil {
 				t.Errorf("taken, and cannot be applied: %v", err)
 			}
@@ -164,7 +164,7 @@ func BenchmarkCheckMessage(b *testing.B) {
 	for _, n := range []int{1, 64} {
 		var commands []byte
 		for i := range n {
-			commands = (&command{op: opPut, key: fmt.Sprintf("key%06d", i), value: strings.Repeat("v", 100)}).appendTo(commands)
+			commands = (&Command{Op: OpPut, Key: fmt.Sprintf("key%06d", i), Value: strings.Repeat("v", 100)}).AppendTo(commands)
 		}
 		m := &raftpb.Message{Type: raftpb.MsgApp.Enum(), From: new(uint64(2)), To: new(uint64(1)), Term: new(uint64(5)), LogTerm: new(uint64(5)),
 			Index: new(uint64(9)), Entries: []*raftpb.Entry{entryOf(10, 5, commands)}}

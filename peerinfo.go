@@ -26,7 +26,7 @@ const peerInfoPath = "/-/peer"
 // has no cluster.
 type peerInfo struct {
 	Cluster string   `json:"cluster"` // hexadecimal; "" in a node that has none yet
-	Members []member `json:"members"`
+	Members []Member `json:"members"`
 	Removed []uint64 `json:"removed,omitempty"` // ids
 	Health  health   `json:"health"`
 
@@ -35,7 +35,7 @@ type peerInfo struct {
 	Proof   string `json:"proof,omitempty"`          // see secret
 	// Founders are who founded the cluster, with the directories of then, for one
 	// of them that has not done so yet.
-	Founders []member  `json:"founders,omitempty"`
+	Founders []Member  `json:"founders,omitempty"`
 	Founding *founding `json:"founding,omitempty"` // of a node that waits to found a cluster
 
 	informed bool // the status was 200
@@ -56,7 +56,7 @@ func (p *peerInfo) directoryOf(id uint64) uint64 {
 // isOlder says whether the answer is from a version that founds clusters in
 // another way, and its cluster has not begun to work.
 func (p *peerInfo) isOlder() bool {
-	return p.Cluster != "" && p.Node == 0 && !slices.ContainsFunc(p.Members, func(m member) bool { return m.Directory != 0 })
+	return p.Cluster != "" && p.Node == 0 && !slices.ContainsFunc(p.Members, func(m Member) bool { return m.Directory != 0 })
 }
 
 // switchHandler is a handler that can be replaced while it serves.
@@ -94,7 +94,7 @@ func (n *node) peerInfo() peerInfo {
 	info := peerInfo{Cluster: fmt.Sprintf("%x", n.cluster), Node: n.config.id, Process: n.process, Founders: n.founders}
 	// What is on disk may not be applied yet, or out of date.
 	if info.informed = n.informed.Load(); info.informed {
-		info.Members, info.Removed, info.Health = n.store.members(), n.store.removed(), n.guard.health()
+		info.Members, info.Removed, info.Health = n.store.Members(), n.store.Removed(), n.guard.health()
 	}
 	return info
 }
@@ -108,7 +108,7 @@ const (
 // ends. They may have joined while this node was away, and if one of them leads
 // by now, it is the only one who will ever say so. Their addresses come from
 // members, or from nodes of this cluster that --cluster names, but never from themselves.
-func (n *peerNetwork) meet(ctx context.Context, hints []member) error {
+func (n *peerNetwork) meet(ctx context.Context, hints []Member) error {
 	for {
 		select {
 		case <-n.knocked:
@@ -125,7 +125,7 @@ func (n *peerNetwork) meet(ctx context.Context, hints []member) error {
 }
 
 // ask asks all members that this node knows, by whatever way, who the members are.
-func (n *peerNetwork) ask(ctx context.Context, hints []member) {
+func (n *peerNetwork) ask(ctx context.Context, hints []Member) {
 	ask := map[string]bool{}
 	for _, m := range n.found(slices.Collect(maps.Values(n.wanted()))) {
 		ask[m.PeerURL] = true
@@ -145,11 +145,11 @@ func (n *peerNetwork) ask(ctx context.Context, hints []member) {
 			answers <- info
 		}()
 	}
-	reported, removed := maps.Clone(*n.reported.Load()), n.store.removed()
+	reported, removed := maps.Clone(*n.reported.Load()), n.store.Removed()
 	for range len(ask) {
 		info := <-answers
 		for _, m := range info.Members {
-			if m.check() == nil {
+			if m.Check() == nil {
 				reported[m.ID] = m
 			}
 		}
@@ -159,7 +159,7 @@ func (n *peerNetwork) ask(ctx context.Context, hints []member) {
 		delete(reported, id)
 	}
 	delete(reported, n.id)
-	for _, m := range n.store.members() {
+	for _, m := range n.store.Members() {
 		delete(reported, m.ID)
 	}
 	for id := range reported {
@@ -246,7 +246,7 @@ func askPeerTo(ctx context.Context, peerURL, challenge string) (*peerInfo, error
 const peerInfoSizeMax = 1 << 20 // bytes
 
 // askPeers asks members at the same time, and returns their answers by ID.
-func askPeers(ctx context.Context, members []member) map[uint64]peerAnswer {
+func askPeers(ctx context.Context, members []Member) map[uint64]peerAnswer {
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	answers := map[uint64]peerAnswer{}

@@ -115,7 +115,7 @@ func TestProcess_BackupAndRestore(t *testing.T) {
 	c.restore(stays, chosen)
 	c.start()
 	l := c.client(c.Nodes[0])
-	if rv := l.version(); rv < taken+versionJump {
+	if rv := l.version(); rv < taken+VersionJump {
 		t.Errorf("the restored cluster is at version %d, the backup was at %d", rv, taken)
 	}
 
@@ -126,7 +126,7 @@ func TestProcess_BackupAndRestore(t *testing.T) {
 			t.Errorf("a watch from the old version %d: %d %s %v", rv, r.status, r.body, r.err)
 		}
 	}
-	if r := l.raw(http.MethodPut, "after", "", "new"); r.status != http.StatusCreated || r.rv() <= taken+versionJump {
+	if r := l.raw(http.MethodPut, "after", "", "new"); r.status != http.StatusCreated || r.rv() <= taken+VersionJump {
 		t.Errorf("the first write after: %d, version %d", r.status, r.rv())
 	}
 	var ids []string
@@ -232,7 +232,7 @@ func TestProcess_LostQuorum(t *testing.T) {
 	}
 	c.kill(survivor) // the two that joined are a majority
 	l.node = c.Nodes[1]
-	if o := l.put("after", "value"); o.outcome != liveDone || o.rv <= want+versionJump {
+	if o := l.put("after", "value"); o.outcome != liveDone || o.rv <= want+VersionJump {
 		t.Errorf("a write after: %v", o)
 	}
 }

@@ -442,7 +442,7 @@ func TestProcess_Overload(t *testing.T) {
 	c.kill(c.others(n)...)
 	// Bodies that are read, the queue that has copies of them, and garbage as much.
 	const rssMax = 2*(2*bodiesSizeMax+queueMax) + 128<<20
-	value := strings.Repeat("v", valueSizeMaxDefault)
+	value := strings.Repeat("v", ValueSizeMaxDefault)
 	codes := map[string]int{}
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -498,18 +498,18 @@ func (c *liveCluster) damage(n *proc.Node, key string) {
 	path := paths[len(paths)-1]
 	f, err := os.Open(path)
 	testkit.Must(c.t, err)
-	st, err := readState(f)
+	st, err := ReadState(f)
 	testkit.Must(c.t, err)
 	testkit.Must(c.t, f.Close())
-	it, ok := st.items.Get(key)
+	it, ok := st.Items.Get(key)
 	if !ok {
 		c.t.Fatalf("%q is not in %s", key, path)
 	}
-	it.value += " (damaged)"
-	st.items.Set(key, it)
+	it.Value += " (damaged)"
+	st.Items.Set(key, it)
 	f, err = os.Create(path)
 	testkit.Must(c.t, err)
-	testkit.Must(c.t, errors.Join(st.writeTo(f), f.Close()))
+	testkit.Must(c.t, errors.Join(st.Encode(f), f.Close()))
 }
 
 // restartDamaged writes "right" to the key k, by way of good, and makes bad start with something else there.

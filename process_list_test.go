@@ -107,14 +107,14 @@ func (c *liveCluster) fillKeys(n *proc.Node, keys int) {
 	value := strings.Repeat("v", 64)
 	var next atomic.Int64
 	load := c.load(16, []*proc.Node{n}, func(l *liveClient) {
-		first := int(next.Add(txnOpsMax)) - txnOpsMax
+		first := int(next.Add(TxnOpsMax)) - TxnOpsMax
 		if first >= keys {
 			return
 		}
 		var body struct {
 			Then []map[string]string `json:"then"`
 		}
-		for i := first; i < min(first+txnOpsMax, keys); i++ {
+		for i := first; i < min(first+TxnOpsMax, keys); i++ {
 			body.Then = append(body.Then, map[string]string{"op": "put", "key": manyKey(i), "value": value})
 		}
 		b, err := json.Marshal(body)

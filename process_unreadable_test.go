@@ -55,8 +55,8 @@ func TestProcess_Unreadable(t *testing.T) {
 	for name, commands := range map[string]string{
 		"garbage":     "\x01\x00garbage",
 		"a new kind":  "\x4d\x00\x00\x00",
-		"a bad txn":   string((&command{op: opTxn, value: "\xff\xff"}).appendTo(nil)),
-		"a bad level": string((&command{op: opLevel, value: "\xff"}).appendTo(nil)),
+		"a bad txn":   string((&Command{Op: OpTxn, Value: "\xff\xff"}).AppendTo(nil)),
+		"a bad level": string((&Command{Op: OpLevel, Value: "\xff"}).AppendTo(nil)),
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newLiveCluster(t, proc.Options{Args: []string{"--wal-segment-bytes", "1048576"}})

@@ -37,7 +37,7 @@ type disk interface {
 	// writeSnapshot writes the body of a snapshot. It is slow and may run beside
 	// the other methods. errNoSpace is the one error of a disk that is not fatal:
 	// the log holds what the snapshot would.
-	writeSnapshot(snap *raftpb.Snapshot, st *state) error
+	writeSnapshot(snap *raftpb.Snapshot, st *State) error
 	// commitSnapshot makes a snapshot whose body is in place the one to restart
 	// from. Durable when it returns.
 	commitSnapshot(snap *raftpb.Snapshot) error
@@ -56,7 +56,7 @@ var errNoSpace = errors.New("no space on the disk")
 type transport interface {
 	send(msgs []*raftpb.Message)
 	// setMembers tells whom messages may go to and come from.
-	setMembers(members []member)
+	setMembers(members []Member)
 }
 
 // driver is who owns the replica: the loop in production.
@@ -82,7 +82,7 @@ type batch struct {
 	events    int // that applying it makes at most
 
 	// The driver reads these once the batch was handed back.
-	results []result // one for each command
+	results []Result // one for each command
 	err     error
 
 	// These belong to the driver.
@@ -100,26 +100,26 @@ type batch struct {
 }
 
 func newBatch(buf []byte) *batch {
-	return &batch{data: append(buf[:0], make([]byte, batchHeaderSize)...), done: make(chan struct{})}
+	return &batch{data: append(buf[:0], make([]byte, BatchHeaderSize)...), done: make(chan struct{})}
 }
 
 // add appends a command.
-func (b *batch) add(c *command) {
+func (b *batch) add(c *Command) {
 	b.offsets = append(b.offsets, len(b.data))
-	b.data = c.appendTo(b.data)
-	b.events += c.eventsMax()
+	b.data = c.AppendTo(b.data)
+	b.events += c.EventsMax()
 }
 
 // withdraw makes a command one that does nothing, from the next proposal on.
 func (b *batch) withdraw(i int) {
 	at := b.offsets[i]
-	if op(b.data[at]) == opNop {
+	if Op(b.data[at]) == OpNop {
 		return
 	}
 	if b.shared { // the log may be sending them
 		b.data, b.shared = slices.Clone(b.data), false
 	}
-	b.data[at] = byte(opNop)
+	b.data[at] = byte(OpNop)
 	b.withdrawn++
 }
 
@@ -138,8 +138,8 @@ func (b *batch) withdrawLate(now time.Time) (left bool) {
 // changeError says what became of a change of the membership that was handed
 // back.
 func (b *batch) changeError() error {
-	if b.err == nil && b.results[0].status == statusRefused {
-		return fault.MemberRefused(b.results[0].key)
+	if b.err == nil && b.results[0].Status == StatusRefused {
+		return fault.MemberRefused(b.results[0].Key)
 	}
 	return b.err
 }
@@ -180,7 +180,7 @@ type replicaConfig struct {
 	catchUpEntries int
 
 	log       *raft.MemoryStorage // as recovered from disk
-	store     *kvstore            // as recovered from disk
+	store     *Store              // as recovered from disk
 	confState *raftpb.ConfState   // always as of the store's applied index
 	disk      disk
 	transport transport
@@ -255,7 +255,7 @@ type replica struct {
 	snapshotWanted bool   // a member needs a newer one than there is
 	appliedCount   uint64 // entries applied since the last snapshot
 	appliedBytes   uint64 // and their bytes
-	arrived        *state // body of the snapshot that is being stepped
+	arrived        *State // body of the snapshot that is being stepped
 }
 
 func newReplica(cfg replicaConfig) (*replica, error) {
@@ -265,7 +265,7 @@ func newReplica(cfg replicaConfig) (*replica, error) {
 		ElectionTick:              cfg.electionTicks,
 		HeartbeatTick:             cfg.heartbeatTicks,
 		Storage:                   replicaLog{cfg.log, r},
-		Applied:                   cfg.store.applied(),
+		Applied:                   cfg.store.Applied(),
 		MaxSizePerMsg:             cmp.Or(cfg.appendBytes, appendSizeMax),
 		MaxCommittedSizePerReady:  cmp.Or(cfg.applyBytes, applySizeMax),
 		MaxUncommittedEntriesSize: uncommittedSizeMax,
@@ -284,7 +284,7 @@ func newReplica(cfg replicaConfig) (*replica, error) {
 	r.raw = raw
 	st := raw.BasicStatus()
 	r.term, r.role, r.committed = st.GetTerm(), st.RaftState, st.GetCommit()
-	r.transport.setMembers(r.store.members())
+	r.transport.setMembers(r.store.Members())
 	return r, nil
 }
 
@@ -303,7 +303,7 @@ func (l replicaLog) Snapshot() (*raftpb.Snapshot, error) {
 		return nil, err
 	}
 	known := snap.GetMetadata().GetConfState()
-	for _, m := range l.replica.store.members() {
+	for _, m := range l.replica.store.Members() {
 		if !slices.Contains(known.GetVoters(), m.ID) && !slices.Contains(known.GetLearners(), m.ID) {
 			l.replica.snapshotWanted = true
 			return nil, raft.ErrSnapshotTemporarilyUnavailable
@@ -400,8 +400,8 @@ func (r *replica) checkStep(m *raftpb.Message) error {
 
 // stepSnapshot takes a MsgSnap together with its body. It processes at once, so
 // that the body cannot be taken for that of another snapshot.
-func (r *replica) stepSnapshot(m *raftpb.Message, st *state) error {
-	if err := r.store.checkLevel(st.level); err != nil {
+func (r *replica) stepSnapshot(m *raftpb.Message, st *State) error {
+	if err := r.store.CheckLevel(st.Level); err != nil {
 		return err
 	}
 	r.arrived = st
@@ -426,7 +426,7 @@ func (r *replica) inFlight() int {
 func (r *replica) propose(b *batch) {
 	r.seq++
 	b.seq = r.seq
-	batchHeader{session: r.session, seq: b.seq, time: r.now.UnixMilli()}.put(b.data)
+	BatchHeader{Session: r.session, Seq: b.seq, Time: r.now.UnixMilli()}.Put(b.data)
 	r.pending = append(r.pending, b)
 	r.offer(b)
 }
@@ -442,7 +442,7 @@ func (r *replica) offer(b *batch) {
 		if b.shared {
 			b.data, b.shared = slices.Clone(b.data), false
 		}
-		batchHeader{session: r.session, seq: b.seq, time: r.now.UnixMilli()}.put(b.data)
+		BatchHeader{Session: r.session, Seq: b.seq, Time: r.now.UnixMilli()}.Put(b.data)
 	}
 	entry := &raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Data: b.data}
 	if b.change != nil {
@@ -520,7 +520,7 @@ func (r *replica) expireKeys() {
 	if r.role != raft.StateLeader || r.expiring != nil {
 		return
 	}
-	due := r.store.expired(r.now.UnixMilli(), expireMax, batchSizeMax)
+	due := r.store.Expired(r.now.UnixMilli(), expireMax, batchSizeMax)
 	if len(due) == 0 {
 		return
 	}
@@ -713,18 +713,18 @@ func (r *replica) persist(rd raft.Ready) error {
 
 func (r *replica) install(snap *raftpb.Snapshot) error {
 	index, term := snap.GetMetadata().GetIndex(), snap.GetMetadata().GetTerm()
-	if r.arrived == nil || r.arrived.index != index || r.arrived.term != term {
+	if r.arrived == nil || r.arrived.Index != index || r.arrived.Term != term {
 		return fmt.Errorf("no body for the snapshot at index %d", index)
 	}
 	if err := r.log.ApplySnapshot(snap); err != nil {
 		return err
 	}
-	r.store.restore(*r.arrived)
+	r.store.Restore(*r.arrived)
 	r.arrived = nil
 	r.confState = snap.GetMetadata().GetConfState()
 	r.appliedCount, r.appliedBytes = 0, 0
-	r.updates = r.store.memberUpdates()
-	r.transport.setMembers(r.store.members())
+	r.updates = r.store.MemberUpdates()
+	r.transport.setMembers(r.store.Members())
 	r.logger.Info("installed snapshot", zap.Uint64("index", index), zap.Uint64("term", term))
 	r.driver.background(r.disk.purge, r.purged)
 	return nil
@@ -747,7 +747,7 @@ func (r *replica) apply(ents []*raftpb.Entry) error {
 		case e.GetType() == raftpb.EntryConfChange:
 			err = r.applyConfChange(e)
 		case len(e.GetData()) == 0: // a new leader's first entry, or a change that it refused
-			err = r.store.skip(e.GetIndex(), e.GetTerm())
+			err = r.store.Skip(e.GetIndex(), e.GetTerm())
 		default:
 			err = r.applyBatch(e)
 		}
@@ -755,9 +755,9 @@ func (r *replica) apply(ents []*raftpb.Entry) error {
 			return errUnreadable(e, err)
 		}
 	}
-	if n := r.store.memberUpdates(); n != r.updates {
+	if n := r.store.MemberUpdates(); n != r.updates {
 		r.updates = n
-		r.transport.setMembers(r.store.members())
+		r.transport.setMembers(r.store.Members())
 	}
 	return nil
 }
@@ -770,17 +770,17 @@ func errUnreadable(e *raftpb.Entry, err error) error {
 }
 
 func (r *replica) applyBatch(e *raftpb.Entry) error {
-	h, commands, err := decodeBatch(e.GetData())
+	h, commands, err := DecodeBatch(e.GetData())
 	if err != nil {
 		return err
 	}
 	own := r.takePending(h)
 	if own == nil {
-		_, err := r.store.apply(e.GetIndex(), e.GetTerm(), h, commands, nil)
+		_, err := r.store.Apply(e.GetIndex(), e.GetTerm(), h, commands, nil)
 		return err
 	}
-	own.results = make([]result, 0, len(own.offsets))
-	fresh, err := r.store.apply(e.GetIndex(), e.GetTerm(), h, commands, &own.results)
+	own.results = make([]Result, 0, len(own.offsets))
+	fresh, err := r.store.Apply(e.GetIndex(), e.GetTerm(), h, commands, &own.results)
 	switch {
 	case err != nil:
 		own.err = fault.ErrUnknown
@@ -788,8 +788,8 @@ func (r *replica) applyBatch(e *raftpb.Entry) error {
 		// It was applied at an index that this member received as part of a
 		// snapshot, so its results are not known here.
 		own.err = fault.ErrUnknown.WithDetail("the write was applied, but its result was lost; read the key")
-	case own.change == nil && len(own.results) > 0 && own.results[0].status == statusRefused: // in the place of the whole batch
-		own.err = fault.ErrLevel.WithDetail("%s", own.results[0].key)
+	case own.change == nil && len(own.results) > 0 && own.results[0].Status == StatusRefused: // in the place of the whole batch
+		own.err = fault.ErrLevel.WithDetail("%s", own.results[0].Key)
 	}
 	if own == r.expiring && (len(own.offsets) == expireMax || len(own.data) >= batchSizeMax) {
 		// Maybe there are more. Not at once: others wait, too.
@@ -803,12 +803,12 @@ func (r *replica) applyBatch(e *raftpb.Entry) error {
 }
 
 // takePending removes the own batch with this header from those that wait.
-func (r *replica) takePending(h batchHeader) *batch {
-	if h.session != r.session {
+func (r *replica) takePending(h BatchHeader) *batch {
+	if h.Session != r.session {
 		return nil
 	}
 	for i, b := range r.pending {
-		if b.seq == h.seq {
+		if b.seq == h.Seq {
 			r.pending = slices.Delete(r.pending, i, i+1)
 			return b
 		}
@@ -817,51 +817,51 @@ func (r *replica) takePending(h batchHeader) *batch {
 }
 
 // The kinds of changes, as raft calls them.
-var changeTypes = map[memberChangeKind]raftpb.ConfChangeType{
-	addLearner:     raftpb.ConfChangeAddLearnerNode,
-	promoteLearner: raftpb.ConfChangeAddNode,
-	removeMember:   raftpb.ConfChangeRemoveNode,
+var changeTypes = map[MemberChangeKind]raftpb.ConfChangeType{
+	AddLearner:     raftpb.ConfChangeAddLearnerNode,
+	PromoteLearner: raftpb.ConfChangeAddNode,
+	RemoveMember:   raftpb.ConfChangeRemoveNode,
 }
 
 // newMemberChange builds the batch of a configuration change.
-func newMemberChange(c memberChange, deadline time.Time) (*batch, error) {
-	value, err := json.Marshal(c.member)
+func newMemberChange(c MemberChange, deadline time.Time) (*batch, error) {
+	value, err := json.Marshal(c.Member)
 	if err != nil {
 		return nil, err
 	}
 	b := newBatch(nil)
-	b.add(&command{op: opMember, value: string(value)})
-	b.change = &raftpb.ConfChange{Type: changeTypes[c.kind].Enum(), NodeId: new(c.member.ID)}
+	b.add(&Command{Op: OpMember, Value: string(value)})
+	b.change = &raftpb.ConfChange{Type: changeTypes[c.Kind].Enum(), NodeId: new(c.Member.ID)}
 	b.deadline = deadline
 	return b, nil
 }
 
-func decodeMemberChange(e *raftpb.Entry) (cc *raftpb.ConfChange, h batchHeader, c memberChange, err error) {
+func decodeMemberChange(e *raftpb.Entry) (cc *raftpb.ConfChange, h BatchHeader, c MemberChange, err error) {
 	cc = &raftpb.ConfChange{}
 	if err := proto.Unmarshal(e.GetData(), cc); err != nil {
 		return cc, h, c, err
 	}
-	h, commands, err := decodeBatch(cc.GetContext())
+	h, commands, err := DecodeBatch(cc.GetContext())
 	if err != nil {
 		return cc, h, c, err
 	}
-	m, rest, err := decodeCommand(commands)
-	if err == nil && (m.op != opMember || len(rest) > 0) {
-		err = newer("a configuration change with command", uint64(m.op))
+	m, rest, err := DecodeCommand(commands)
+	if err == nil && (m.Op != OpMember || len(rest) > 0) {
+		err = Newer("a configuration change with command", uint64(m.Op))
 	}
 	if err != nil {
 		return cc, h, c, err
 	}
-	if c.member, err = decodeMember(m.value); err != nil {
+	if c.Member, err = DecodeMember(m.Value); err != nil {
 		return cc, h, c, err
 	}
 	for kind, t := range changeTypes {
 		if t == cc.GetType() {
-			c.kind = kind
+			c.Kind = kind
 		}
 	}
-	if c.member.ID != cc.GetNodeId() || changeTypes[c.kind] != cc.GetType() {
-		return cc, h, c, fmt.Errorf("%w: configuration change %v", errMalformed, cc)
+	if c.Member.ID != cc.GetNodeId() || changeTypes[c.Kind] != cc.GetType() {
+		return cc, h, c, fmt.Errorf("%w: configuration change %v", ErrMalformed, cc)
 	}
 	return cc, h, c, nil
 }
@@ -886,15 +886,15 @@ func (r *replica) stepProposal(m *raftpb.Message) error {
 			m.Entries[i] = ready
 			continue
 		}
-		if r.role != raft.StateLeader || r.electedIndex > r.store.applied() {
+		if r.role != raft.StateLeader || r.electedIndex > r.store.Applied() {
 			return raft.ErrProposalDropped // raft would refuse any change now
 		}
 		_, h, change, refused := decodeMemberChange(e)
-		if refused != nil && !errors.Is(refused, errNewer) {
+		if refused != nil && !errors.Is(refused, ErrNewer) {
 			return refused
 		}
 		if refused == nil {
-			refused = change.member.check()
+			refused = change.Member.Check()
 		}
 		if refused == nil {
 			refused = r.refuseChange(change)
@@ -919,30 +919,30 @@ func (r *replica) stepProposal(m *raftpb.Message) error {
 
 // refusal is an entry that tells the proposer of a batch why it is not in the log.
 // It has the leader's time, like any other: the proposer's clock may be wrong.
-func (r *replica) refusal(h batchHeader, why error) *raftpb.Entry {
-	h.time = r.now.UnixMilli()
+func (r *replica) refusal(h BatchHeader, why error) *raftpb.Entry {
+	h.Time = r.now.UnixMilli()
 	b := newBatch(nil)
-	b.add(&command{op: opRefuse, value: why.Error()})
-	h.put(b.data)
+	b.add(&Command{Op: OpRefuse, Value: why.Error()})
+	h.Put(b.data)
 	return &raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Data: b.data}
 }
 
 // readyBatch returns what a leader puts into its log for a batch.
 func (r *replica) readyBatch(e *raftpb.Entry) (*raftpb.Entry, error) {
-	h, commands, err := decodeBatch(e.GetData())
+	h, commands, err := DecodeBatch(e.GetData())
 	if err != nil {
 		return nil, err
 	}
-	if err := checkCommands(commands, r.store.level()); err != nil {
+	if err := CheckCommands(commands, r.store.Level()); err != nil {
 		r.logger.Warn("refused a batch", zap.Error(err))
 		return r.refusal(h, fmt.Errorf("the leader, node %d, refuses it: %w", r.id, err)), nil
 	}
-	if off := r.now.Sub(time.UnixMilli(h.time)); off.Abs() <= clockSkewMax {
+	if off := r.now.Sub(time.UnixMilli(h.Time)); off.Abs() <= ClockSkewMax {
 		return e, nil
 	}
-	h.time = r.now.UnixMilli()
+	h.Time = r.now.UnixMilli()
 	data := slices.Clone(e.GetData()) // the proposer keeps its own, and offers it again
-	h.put(data)
+	h.Put(data)
 	return &raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Data: data}, nil
 }
 
@@ -959,21 +959,21 @@ const (
 // refuseChange says why a leader must not make a change now: one at a time, not
 // more members than a cluster may have, and never one after which the members that
 // it hears from would be no majority.
-func (r *replica) refuseChange(c memberChange) error {
-	if r.changeIndex > r.store.applied() {
+func (r *replica) refuseChange(c MemberChange) error {
+	if r.changeIndex > r.store.Applied() {
 		return errors.New(fault.RefusedForNow)
 	}
-	if _, ok := r.store.member(c.member.ID); !ok && c.kind == promoteLearner {
+	if _, ok := r.store.Member(c.Member.ID); !ok && c.Kind == PromoteLearner {
 		return nil // applying it says that there is none
 	}
 	if err := r.refuseSize(c); err != nil {
 		return err
 	}
 	voters, active := 0, 0 // after the change
-	for _, m := range r.store.members() {
+	for _, m := range r.store.Members() {
 		votes := !m.Learner
-		if m.ID == c.member.ID {
-			votes = c.kind == promoteLearner
+		if m.ID == c.Member.ID {
+			votes = c.Kind == PromoteLearner
 		}
 		if !votes {
 			continue
@@ -984,10 +984,10 @@ func (r *replica) refuseChange(c memberChange) error {
 		}
 	}
 	switch {
-	case c.kind == addLearner:
+	case c.Kind == AddLearner:
 		return nil // it has no vote
-	case c.kind == promoteLearner && !r.caughtUp(c.member.ID):
-		return fmt.Errorf("member %d %s", c.member.ID, fault.RefusedUntilThen)
+	case c.Kind == PromoteLearner && !r.caughtUp(c.Member.ID):
+		return fmt.Errorf("member %d %s", c.Member.ID, fault.RefusedUntilThen)
 	case voters > 0 && active <= voters/2:
 		return fmt.Errorf("of %d voters after the change only %d would be reachable, which is no majority: first bring the others back, or remove one that is down", voters, active)
 	}
@@ -995,20 +995,20 @@ func (r *replica) refuseChange(c memberChange) error {
 }
 
 // refuseSize says whether a change would make the cluster too large.
-func (r *replica) refuseSize(c memberChange) error {
+func (r *replica) refuseSize(c MemberChange) error {
 	voters, learners := 0, 0
-	for _, m := range r.store.members() {
+	for _, m := range r.store.Members() {
 		if m.Learner {
 			learners++
 		} else {
 			voters++
 		}
 	}
-	_, exists := r.store.member(c.member.ID)
+	_, exists := r.store.Member(c.Member.ID)
 	switch {
-	case c.kind == addLearner && !exists && learners >= learnersMax:
+	case c.Kind == AddLearner && !exists && learners >= learnersMax:
 		return fmt.Errorf("a cluster has at most %d learners, and this one has %d: remove one first", learnersMax, learners)
-	case c.kind == promoteLearner && voters >= votersMax:
+	case c.Kind == PromoteLearner && voters >= votersMax:
 		return fmt.Errorf("a cluster has at most %d voters, and this one has %d: remove one first", votersMax, voters)
 	}
 	return nil
@@ -1019,8 +1019,8 @@ func (r *replica) refuseSize(c memberChange) error {
 // before the others know that the change is committed, and of two members the
 // other one could not find out without its vote. The proposer tries again when
 // it sees the next leader.
-func (r *replica) standsAside(c memberChange) bool {
-	if c.kind != removeMember || c.member.ID != r.id {
+func (r *replica) standsAside(c MemberChange) bool {
+	if c.Kind != RemoveMember || c.Member.ID != r.id {
 		return false
 	}
 	var heir, most uint64
@@ -1087,8 +1087,8 @@ func (r *replica) promoteLearners() {
 	if r.role != raft.StateLeader || r.ticks%promoteEvery != 0 || r.promoting != nil {
 		return
 	}
-	for _, m := range r.store.members() {
-		c := memberChange{kind: promoteLearner, member: member{ID: m.ID}}
+	for _, m := range r.store.Members() {
+		c := MemberChange{Kind: PromoteLearner, Member: Member{ID: m.ID}}
 		if !m.Promote || r.refuseChange(c) != nil {
 			continue
 		}
@@ -1113,7 +1113,7 @@ func (r *replica) applyConfChange(e *raftpb.Entry) error {
 	if err := r.disk.sync(); err != nil {
 		return err
 	}
-	fresh, refused, err := r.store.applyMember(e.GetIndex(), e.GetTerm(), h, change)
+	fresh, refused, err := r.store.ApplyMember(e.GetIndex(), e.GetTerm(), h, change)
 	if err != nil {
 		return err
 	}
@@ -1122,8 +1122,8 @@ func (r *replica) applyConfChange(e *raftpb.Entry) error {
 	}
 	if fresh && refused == nil {
 		r.confState = r.raw.ApplyConfChange(cc)
-		r.transport.setMembers(r.store.members())
-		r.logger.Info("membership changed", zap.Stringer("change", cc.GetType()), zap.Uint64("member", change.member.ID))
+		r.transport.setMembers(r.store.Members())
+		r.logger.Info("membership changed", zap.Stringer("change", cc.GetType()), zap.Uint64("member", change.Member.ID))
 	}
 	if own := r.takePending(h); own != nil {
 		switch {
@@ -1132,11 +1132,11 @@ func (r *replica) applyConfChange(e *raftpb.Entry) error {
 		case refused != nil:
 			own.err = fault.MemberRefused(refused.Error())
 		default:
-			own.results = []result{{rv: r.store.version()}}
+			own.results = []Result{{RV: r.store.Version()}}
 		}
 		r.handBack(own)
 	}
-	if change.kind == removeMember && change.member.ID == r.id && fresh && refused == nil {
+	if change.Kind == RemoveMember && change.Member.ID == r.id && fresh && refused == nil {
 		// It does not end here, and a leader does not step down (StepDownOnRemoval):
 		// those that do not know yet that the change is committed may need its vote,
 		// or its log, to find out. A voter that knows will tell it.
@@ -1165,7 +1165,7 @@ func (r *replica) release() {
 	if len(r.confirmed) == 0 {
 		return
 	}
-	applied := r.store.applied()
+	applied := r.store.Applied()
 	r.confirmed = slices.DeleteFunc(r.confirmed, func(q *readRound) bool {
 		if q.index > applied {
 			return false
@@ -1180,15 +1180,15 @@ func (r *replica) release() {
 // about twice what the log does.
 func (r *replica) maybeSnapshot() {
 	enough := r.snapshotWanted || r.appliedCount >= r.snapshotEntries ||
-		r.appliedBytes >= r.snapshotBytes && r.appliedBytes >= r.store.size()/2
+		r.appliedBytes >= r.snapshotBytes && r.appliedBytes >= r.store.Size()/2
 	if r.snapshotting || !enough {
 		return
 	}
-	st := r.store.snapshot()
+	st := r.store.Snapshot()
 	snap := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{
 		ConfState: proto.Clone(r.confState).(*raftpb.ConfState),
-		Index:     new(st.index),
-		Term:      new(st.term),
+		Index:     new(st.Index),
+		Term:      new(st.Term),
 	}}
 	r.snapshotting, r.snapshotWanted = true, false
 	r.appliedCount, r.appliedBytes = 0, 0

@@ -24,18 +24,18 @@ import (
 // restoreBackup makes the data directory of one member of a new cluster, which
 // will be founded by all of them together, see founding.go. Its versions are above
 // another one, too.
-func restoreBackup(cfg config, b *backupFile, above uint64, logger *zap.Logger) error {
-	b.state.begin(cfg.members, nil)
+func restoreBackup(cfg config, b *BackupFile, above uint64, logger *zap.Logger) error {
+	b.State.Begin(cfg.members, nil)
 	f := newFounding(&cfg)
-	f.Backup = b.digest
+	f.Backup = b.Digest
 	if above != 0 {
-		if err := b.state.goAbove(above); err != nil {
+		if err := b.State.GoAbove(above); err != nil {
 			return err
 		}
 		f.Backup += fmt.Sprintf(" --versions-above %d", above) // the same at all nodes
 	}
 	return makeDirectory(cfg.dataDir, logger, func(s *storage) error {
-		if err := s.saveFirstState(&b.state); err != nil {
+		if err := s.saveFirstState(&b.State); err != nil {
 			return err
 		}
 		return s.saveFounding(f)
@@ -91,8 +91,8 @@ func checkEmpty(dir string) error {
 // recovery is what came of recover.
 type recovery struct {
 	old, made identity
-	self      member
-	lost      []member // the other members of the old cluster
+	self      Member
+	lost      []Member // the other members of the old cluster
 	index     uint64   // of the last entry in the log
 	term      uint64   // and its term
 	commit    uint64   // as far as this member knew
@@ -140,25 +140,25 @@ func recoverDirectory(from, to string, id, above uint64, anyway bool, logger *za
 		return nil, errors.Join(damage, err)
 	}
 	st := &rec.state
-	self, ok := st.members[rec.identity.Member]
+	self, ok := st.Members[rec.identity.Member]
 	switch {
-	case st.removed[rec.identity.Member]:
+	case st.Removed[rec.identity.Member]:
 		return nil, fmt.Errorf("node %d was removed from its cluster: recover from a node that is a member", rec.identity.Member)
 	case !ok:
 		return nil, fmt.Errorf("%s holds no state yet: recover from another node", from)
 	}
-	r := &recovery{old: rec.identity, index: st.index, term: st.term, before: st.rv, newest: time.UnixMilli(st.now).UTC(), damage: damage,
+	r := &recovery{old: rec.identity, index: st.Index, term: st.Term, before: st.RV, newest: time.UnixMilli(st.Now).UTC(), damage: damage,
 		unreadable: rec.unreadable, left: rec.left}
 	hs, _, err := rec.log.InitialState()
 	if err != nil {
 		return nil, err
 	}
 	r.commit = hs.GetCommit()
-	delete(st.members, self.ID)
-	r.lost = st.sortedMembers()
+	delete(st.Members, self.ID)
+	r.lost = st.SortedMembers()
 	// No ID of the old cluster may come back: who had it would be taken for
 	// somebody else by programs that remember.
-	removed := slices.Collect(maps.Keys(st.removed))
+	removed := slices.Collect(maps.Keys(st.Removed))
 	for _, m := range r.lost {
 		removed = append(removed, m.ID)
 	}
@@ -168,12 +168,12 @@ func recoverDirectory(from, to string, id, above uint64, anyway bool, logger *za
 			return nil, fmt.Errorf("--id %d: there was a member with this ID, and an ID is never used again: take another one", id)
 		}
 	}
-	r.self = member{ID: self.ID, Name: self.Name, PeerURL: self.PeerURL}
-	st.begin([]member{r.self}, removed)
-	if err := st.goAbove(above); err != nil {
+	r.self = Member{ID: self.ID, Name: self.Name, PeerURL: self.PeerURL}
+	st.Begin([]Member{r.self}, removed)
+	if err := st.GoAbove(above); err != nil {
 		return nil, err
 	}
-	r.after = st.rv
+	r.after = st.RV
 	r.made = identity{Member: self.ID, Cluster: cmp.Or(randomID(), 1), Directory: randomID(), Recovered: true}
 	return r, makeDirectory(to, logger, func(s *storage) error {
 		made, err := s.create(r.made)

@@ -14,22 +14,22 @@ import (
 // TestRestore_VersionsAbove: a person may know better how high the versions are.
 func TestRestore_VersionsAbove(t *testing.T) {
 	path := backupOf(t, exampleState(t))
-	for above, want := range map[uint64]uint64{1: 0, 1 << 40: 1 << 40, versionsAboveMax + 1: 0} {
+	for above, want := range map[uint64]uint64{1: 0, 1 << 40: 1 << 40, VersionsAboveMax + 1: 0} {
 		dir := filepath.Join(t.TempDir(), "data")
 		cfg := configOf(t, "--id", "1", "--cluster", restoreMembers, "--data-dir", dir)
-		b, err := readBackup(path)
+		b, err := ReadBackup(path)
 		testkit.Must(t, err)
-		before := b.state.rv
-		if err := restoreBackup(cfg, b, above, zap.NewNop()); (err != nil) != (above > versionsAboveMax) {
+		before := b.State.RV
+		if err := restoreBackup(cfg, b, above, zap.NewNop()); (err != nil) != (above > VersionsAboveMax) {
 			t.Errorf("above %d: %v", above, err)
 		} else if err != nil {
 			continue
 		}
-		if b.state.rv != max(want, before+versionJump) || b.state.events.dropped != b.state.rv {
-			t.Errorf("above %d: version %d, dropped %d", above, b.state.rv, b.state.events.dropped)
+		if b.State.RV != max(want, before+VersionJump) || b.State.Events.Dropped != b.State.RV {
+			t.Errorf("above %d: version %d, dropped %d", above, b.State.RV, b.State.Events.Dropped)
 		}
-		with := &founding{Backup: b.digest + " --versions-above 7"}
-		if got := restored(with); !strings.HasSuffix(got, b.digest[:12]+" --versions-above 7") || with.agrees(&founding{Backup: b.digest}) {
+		with := &founding{Backup: b.Digest + " --versions-above 7"}
+		if got := restored(with); !strings.HasSuffix(got, b.Digest[:12]+" --versions-above 7") || with.agrees(&founding{Backup: b.Digest}) {
 			t.Errorf("%s", got)
 		}
 	}
@@ -37,29 +37,29 @@ func TestRestore_VersionsAbove(t *testing.T) {
 
 // lineage is a cluster, in a family in which all are made from backups and directories of others.
 type lineage struct {
-	store *kvstore
+	store *Store
 	index uint64
-	kept  []state // backups, and directories of nodes that were lost
+	kept  []State // backups, and directories of nodes that were lost
 }
 
 // put writes, and returns the version.
 func (l *lineage) put(t *rapid.T, now int64) uint64 {
 	l.index++
-	c := command{op: opPut, key: "k", value: "v"}
-	h := batchHeader{session: 1, seq: l.index, time: now}
-	if _, err := l.store.apply(l.index, 1, h, c.appendTo(nil), nil); err != nil {
+	c := Command{Op: OpPut, Key: "k", Value: "v"}
+	h := BatchHeader{Session: 1, Seq: l.index, Time: now}
+	if _, err := l.store.Apply(l.index, 1, h, c.AppendTo(nil), nil); err != nil {
 		t.Fatal(err)
 	}
-	return l.store.version()
+	return l.store.Version()
 }
 
 // TestRestore_Family: whatever is restored or recovered from whatever, also again, and while the others go on, no
 // version is given out by two clusters. (The simulator has one cluster; a second one would need a second model.)
 func TestRestore_Family(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		now := int64(leapEpoch + 200_000_000_000)
-		first := &lineage{store: newKVStore()}
-		first.store.state.setLevel(3)
+		now := int64(LeapEpoch + 200_000_000_000)
+		first := &lineage{store: New()}
+		first.store.State.SetLevel(3)
 		family, givenBy := []*lineage{first}, map[uint64]*lineage{}
 		for range rapid.IntRange(1, 60).Draw(t, "steps") {
 			now += rapid.Int64Range(1, 1000).Draw(t, "ms")
@@ -74,16 +74,16 @@ func TestRestore_Family(t *testing.T) {
 					givenBy[rv] = l
 				}
 			case 2:
-				l.kept = append(l.kept, l.store.snapshot())
+				l.kept = append(l.kept, l.store.Snapshot())
 			case 3: // both restore and recover begin like this
 				if len(l.kept) == 0 {
 					break
 				}
-				made := &lineage{store: newKVStore(), index: firstIndex}
+				made := &lineage{store: New(), index: FirstIndex}
 				kept := rapid.SampledFrom(l.kept).Draw(t, "kept")
-				st := kept.copy()
-				st.begin([]member{{ID: 1}}, nil)
-				made.store.restore(st)
+				st := kept.Copy()
+				st.Begin([]Member{{ID: 1}}, nil)
+				made.store.Restore(st)
 				family = append(family, made)
 			}
 		}

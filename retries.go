@@ -26,28 +26,28 @@ import (
 // was asked: its hash is in the command, so all members know the same. Below
 // level 3 all are the same client, 0.
 
-// retryRecord is the outcome of one request.
-type retryRecord struct {
-	id    retryID
-	time  int64 // by state.clock
-	first result
+// RetryRecord is the outcome of one request.
+type RetryRecord struct {
+	ID    RetryID
+	Time  int64 // by state.clock
+	First Result
 }
 
-func (r *retryRecord) size(rules *rules) uint64 {
-	n := uint64(256 + len(r.id.key) + len(r.first.key))
-	for _, op := range r.first.ops {
-		n += uint64(64 + len(op.item.value))
+func (r *RetryRecord) size(rules *rules) uint64 {
+	n := uint64(256 + len(r.ID.Key) + len(r.First.Key))
+	for _, op := range r.First.Ops {
+		n += uint64(64 + len(op.Item.Value))
 	}
 	return max(n, rules.retrySizeMin)
 }
 
 // retryTable holds records in the order in which they came.
 type retryTable struct {
-	records *btree.Map[uint64, retryRecord] // by number
-	numbers *btree.Map[string, uint64]      // by Idempotency-Key
+	Records *btree.Map[uint64, RetryRecord] // by number
+	Numbers *btree.Map[string, uint64]      // by Idempotency-Key
 	next    uint64                          // number of the next record
-	bytes   uint64
-	digest  uint64 // of the records
+	Bytes   uint64
+	Digest  uint64 // of the records
 	rules   *rules
 
 	// Made from the records:
@@ -56,51 +56,51 @@ type retryTable struct {
 	ofClients *btree.Set[string]         // sortKey of the client of each record, and its number
 }
 
-func newRetryTable() retryTable {
+func NewRetryTable() retryTable {
 	return retryTable{
-		rules: &rulesOf[levelFirst], records: new(btree.Map[uint64, retryRecord]), numbers: new(btree.Map[string, uint64]),
+		rules: &rulesOf[LevelFirst], Records: new(btree.Map[uint64, RetryRecord]), Numbers: new(btree.Map[string, uint64]),
 		shares: new(btree.Map[uint64, uint64]), heaviest: new(btree.Set[string]), ofClients: new(btree.Set[string]),
 	}
 }
 
 func (t *retryTable) copy() retryTable {
 	c := *t
-	c.records, c.numbers = t.records.Copy(), t.numbers.Copy()
+	c.Records, c.Numbers = t.Records.Copy(), t.Numbers.Copy()
 	c.shares, c.heaviest, c.ofClients = t.shares.Copy(), t.heaviest.Copy(), t.ofClients.Copy()
 	return c
 }
 
-// lookup returns the answer for a request whose key was used before. A record
+// Lookup returns the answer for a request whose key was used before. A record
 // that is too old counts as gone, whether or not another made it leave.
-func (t *retryTable) lookup(id retryID, now int64) (result, bool) {
-	n, ok := t.numbers.Get(id.key)
+func (t *retryTable) Lookup(id RetryID, now int64) (Result, bool) {
+	n, ok := t.Numbers.Get(id.Key)
 	if !ok {
-		return result{}, false
+		return Result{}, false
 	}
-	r, _ := t.records.Get(n)
-	if now-r.time > t.rules.retryAgeMillis {
-		return result{}, false
+	r, _ := t.Records.Get(n)
+	if now-r.Time > t.rules.retryAgeMillis {
+		return Result{}, false
 	}
-	if r.id.digest != id.digest {
-		return result{status: statusRetryOther}, true
+	if r.ID.Digest != id.Digest {
+		return Result{Status: StatusRetryOther}, true
 	}
-	first := r.first
-	first.replayed = true
+	first := r.First
+	first.Replayed = true
 	return first, true
 }
 
 // add records the outcome of a request, and makes room.
-func (t *retryTable) add(id retryID, first result, now int64) {
-	t.insert(t.next, retryRecord{id: id, time: now, first: first})
+func (t *retryTable) add(id RetryID, first Result, now int64) {
+	t.insert(t.next, RetryRecord{ID: id, Time: now, First: first})
 	t.next++
 	for {
-		n, oldest, ok := t.records.Min()
-		if !ok || now-oldest.time <= t.rules.retryAgeMillis {
+		n, oldest, ok := t.Records.Min()
+		if !ok || now-oldest.Time <= t.rules.retryAgeMillis {
 			break
 		}
 		t.remove(n)
 	}
-	for t.records.Len() > t.rules.retriesMax || t.bytes > t.rules.retryBytesMax {
+	for t.Records.Len() > t.rules.retriesMax || t.Bytes > t.rules.retryBytesMax {
 		t.remove(t.oldestOfHeaviest())
 	}
 }
@@ -118,30 +118,30 @@ func (t *retryTable) oldestOfHeaviest() (n uint64) {
 }
 
 // insert puts a record, in the place of one that is too old to count.
-func (t *retryTable) insert(n uint64, r retryRecord) {
+func (t *retryTable) insert(n uint64, r RetryRecord) {
 	t.remove(n) // nothing, unless it comes from a snapshot that is not ours
-	if old, ok := t.numbers.Get(r.id.key); ok {
+	if old, ok := t.Numbers.Get(r.ID.Key); ok {
 		t.remove(old)
 	}
-	t.records.Set(n, r)
-	t.numbers.Set(r.id.key, n)
-	t.ofClients.Insert(sortKey(r.id.client, n))
-	t.weigh(r.id.client, r.size(t.rules))
-	t.digest += r.digest(n)
+	t.Records.Set(n, r)
+	t.Numbers.Set(r.ID.Key, n)
+	t.ofClients.Insert(sortKey(r.ID.Client, n))
+	t.weigh(r.ID.Client, r.size(t.rules))
+	t.Digest += r.digest(n)
 }
 
 func (t *retryTable) remove(n uint64) {
-	if r, ok := t.records.Delete(n); ok {
-		t.numbers.Delete(r.id.key)
-		t.ofClients.Delete(sortKey(r.id.client, n))
-		t.weigh(r.id.client, -r.size(t.rules))
-		t.digest -= r.digest(n)
+	if r, ok := t.Records.Delete(n); ok {
+		t.Numbers.Delete(r.ID.Key)
+		t.ofClients.Delete(sortKey(r.ID.Client, n))
+		t.weigh(r.ID.Client, -r.size(t.rules))
+		t.Digest -= r.digest(n)
 	}
 }
 
 // weigh adds to the bytes of a client, or takes some off.
 func (t *retryTable) weigh(client, bytes uint64) {
-	t.bytes += bytes
+	t.Bytes += bytes
 	share, _ := t.shares.Get(client)
 	t.heaviest.Delete(sortKey(share, client))
 	if share += bytes; share == 0 {
@@ -155,12 +155,12 @@ func (t *retryTable) weigh(client, bytes uint64) {
 // withoutReads returns the table as it goes on at level 3, with other sizes, and
 // without the values that transactions have read.
 func (t *retryTable) withoutReads() retryTable {
-	c := newRetryTable()
+	c := NewRetryTable()
 	c.next, c.rules = t.next, t.rules
-	t.records.Scan(func(n uint64, r retryRecord) bool {
-		for _, op := range r.first.ops {
-			if op.status == statusFound {
-				r.first.ops = nil
+	t.Records.Scan(func(n uint64, r RetryRecord) bool {
+		for _, op := range r.First.Ops {
+			if op.Status == StatusFound {
+				r.First.Ops = nil
 				break
 			}
 		}

@@ -17,8 +17,8 @@ import (
 
 // Limits of scans.
 const (
-	scansMax     = 132
-	scanPart     = 512      // items that are read without letting writes in
+	ScansMax     = 132
+	ScanPart     = 512      // items that are read without letting writes in
 	scanKeptMin  = 64 << 20 // bytes of old items that all scans may keep, ...
 	scanKeptPart = 2        // ... or the size of the store divided by this, if that is more
 )
@@ -28,49 +28,49 @@ var (
 	errScanSlow = errors.New("the scan is too slow: too much has changed since it began")
 )
 
-// keyItem is an item and its key.
-type keyItem struct {
-	key string
-	item
+// KeyItem is an item and its key.
+type KeyItem struct {
+	Key string
+	Item
 }
 
-// scan is a position in the items with a prefix, as they were at version rv. Its
+// Scan is a position in the items with a prefix, as they were at version rv. Its
 // methods are for one goroutine.
-type scan struct {
-	store *kvstore
+type Scan struct {
+	store *Store
 	// items is the tree that was live when the scan began. A restore puts another
 	// one in its place; then nobody writes to this one any more.
 	items  *itemMap
 	prefix string
-	rv     uint64
-	buf    []keyItem
+	RV     uint64
+	buf    []KeyItem
 
 	// Guarded by store.mu. Whoever applies writes to it holds the lock, the scan
 	// itself only needs to read-lock.
 	next    string                   // the first key that was not read
 	ended   bool                     // there is none
-	old     *btree.Map[string, item] // items from next on that have changed since rv, as they were
+	old     *btree.Map[string, Item] // items from next on that have changed since rv, as they were
 	oldSize uint64
 	err     error
 }
 
-// scan starts to read the items with a prefix whose keys come after a key. The
+// Scan starts to read the items with a prefix whose keys come after a key. The
 // caller must close it.
-func (s *kvstore) scan(prefix, after string) (*scan, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+func (s *Store) Scan(prefix, after string) (*Scan, error) {
+	s.Mu.Lock()
+	defer s.Mu.Unlock()
 	return s.scanLocked(prefix, after)
 }
 
-func (s *kvstore) scanLocked(prefix, after string) (*scan, error) {
-	if len(s.state.scans) >= scansMax {
+func (s *Store) scanLocked(prefix, after string) (*Scan, error) {
+	if len(s.State.Scans) >= ScansMax {
 		return nil, errScans
 	}
-	sc := &scan{
-		store: s, items: s.state.items, prefix: prefix, rv: s.state.rv,
-		next: firstKey(prefix, after), old: new(btree.Map[string, item]),
+	sc := &Scan{
+		store: s, items: s.State.Items, prefix: prefix, RV: s.State.RV,
+		next: firstKey(prefix, after), old: new(btree.Map[string, Item]),
 	}
-	s.state.scans = append(s.state.scans, sc)
+	s.State.Scans = append(s.State.Scans, sc)
 	return sc, nil
 }
 
@@ -82,26 +82,26 @@ func firstKey(prefix, after string) string {
 	return max(prefix, after+"\x00")
 }
 
-// close ends the scan. Writes leave it nothing any more.
-func (sc *scan) close() {
-	sc.store.mu.Lock()
-	defer sc.store.mu.Unlock()
-	sc.store.state.endScan(sc)
+// Close ends the scan. Writes leave it nothing any more.
+func (sc *Scan) Close() {
+	sc.store.Mu.Lock()
+	defer sc.store.Mu.Unlock()
+	sc.store.State.endScan(sc)
 }
 
-func (s *state) endScan(sc *scan) {
-	if i := slices.Index(s.scans, sc); i >= 0 {
-		s.scans = slices.Delete(s.scans, i, i+1)
+func (s *State) endScan(sc *Scan) {
+	if i := slices.Index(s.Scans, sc); i >= 0 {
+		s.Scans = slices.Delete(s.Scans, i, i+1)
 	}
 }
 
 // keep takes an item that is about to change or go.
-func (sc *scan) keep(key string, it item, sizeMax uint64) {
-	if sc.ended || sc.err != nil || it.rv > sc.rv || key < sc.next || !strings.HasPrefix(key, sc.prefix) {
+func (sc *Scan) keep(key string, it Item, sizeMax uint64) {
+	if sc.ended || sc.err != nil || it.RV > sc.RV || key < sc.next || !strings.HasPrefix(key, sc.prefix) {
 		return
 	}
 	sc.old.Set(key, it)
-	sc.oldSize += itemSize(key, it)
+	sc.oldSize += ItemSize(key, it)
 	if sc.oldSize > sizeMax {
 		sc.err = errScanSlow
 		sc.old = nil
@@ -109,15 +109,15 @@ func (sc *scan) keep(key string, it item, sizeMax uint64) {
 }
 
 // keepForScans tells the scans of an item that is about to change or go.
-func (s *state) keepForScans(key string, it item) {
-	for _, sc := range s.scans {
-		sc.keep(key, it, max(scanKeptMin, s.size/scanKeptPart)/uint64(len(s.scans)))
+func (s *State) keepForScans(key string, it Item) {
+	for _, sc := range s.Scans {
+		sc.keep(key, it, max(scanKeptMin, s.size/scanKeptPart)/uint64(len(s.Scans)))
 	}
 }
 
-// read returns the next items in key order, none at the end. What it returned
+// Read returns the next items in key order, none at the end. What it returned
 // before is overwritten.
-func (sc *scan) read() ([]keyItem, error) {
+func (sc *Scan) Read() ([]KeyItem, error) {
 	sc.buf = sc.buf[:0]
 	for len(sc.buf) == 0 && !sc.ended {
 		if err := sc.readPart(); err != nil {
@@ -130,23 +130,23 @@ func (sc *scan) read() ([]keyItem, error) {
 // readPart appends some of the next items to buf. An item that has not changed
 // is in the tree, with its version. One that has is in old; if the tree has the
 // key too, then with a version above rv.
-func (sc *scan) readPart() error {
-	sc.store.mu.RLock()
-	defer sc.store.mu.RUnlock()
+func (sc *Scan) readPart() error {
+	sc.store.Mu.RLock()
+	defer sc.store.Mu.RUnlock()
 	if sc.err != nil {
 		return sc.err
 	}
 	last, seen, ended := "", 0, true
-	sc.items.Ascend(sc.next, func(key string, it item) bool {
+	sc.items.Ascend(sc.next, func(key string, it Item) bool {
 		if !strings.HasPrefix(key, sc.prefix) {
 			return false
 		}
-		if seen == scanPart {
+		if seen == ScanPart {
 			ended = false
 			return false
 		}
-		if it.rv <= sc.rv {
-			sc.buf = append(sc.buf, keyItem{key, it})
+		if it.RV <= sc.RV {
+			sc.buf = append(sc.buf, KeyItem{key, it})
 		}
 		last = key
 		seen++
@@ -162,24 +162,24 @@ func (sc *scan) readPart() error {
 
 // mergeOld moves old items up to the key last, or all if the tree has ended,
 // into buf. They may be too many; then the part ends sooner.
-func (sc *scan) mergeOld(last string, ended bool) (string, bool) {
+func (sc *Scan) mergeOld(last string, ended bool) (string, bool) {
 	n := 0
 	for key, it, ok := sc.old.Min(); ok && (ended || key <= last); key, it, ok = sc.old.Min() {
-		if n == scanPart {
-			last, ended = sc.buf[len(sc.buf)-1].key, false
+		if n == ScanPart {
+			last, ended = sc.buf[len(sc.buf)-1].Key, false
 			break
 		}
 		sc.old.PopMin()
-		sc.oldSize -= itemSize(key, it)
-		sc.buf = append(sc.buf, keyItem{key, it})
+		sc.oldSize -= ItemSize(key, it)
+		sc.buf = append(sc.buf, KeyItem{key, it})
 		n++
 	}
 	if n == 0 {
 		return last, ended
 	}
-	slices.SortFunc(sc.buf, func(a, b keyItem) int { return strings.Compare(a.key, b.key) })
+	slices.SortFunc(sc.buf, func(a, b KeyItem) int { return strings.Compare(a.Key, b.Key) })
 	if !ended {
-		end, found := slices.BinarySearchFunc(sc.buf, last, func(k keyItem, key string) int { return strings.Compare(k.key, key) })
+		end, found := slices.BinarySearchFunc(sc.buf, last, func(k KeyItem, key string) int { return strings.Compare(k.Key, key) })
 		if found {
 			end++
 		}
@@ -188,17 +188,17 @@ func (sc *scan) mergeOld(last string, ended bool) (string, bool) {
 	return last, ended
 }
 
-// list returns the first n items with a prefix whose keys come after a key, all
+// List returns the first n items with a prefix whose keys come after a key, all
 // from one moment. It lets no writes in meanwhile, so n must not be large.
-func (s *kvstore) list(prefix, after string, n int) (items []keyItem, rv uint64) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	s.state.items.Ascend(firstKey(prefix, after), func(key string, it item) bool {
+func (s *Store) List(prefix, after string, n int) (items []KeyItem, rv uint64) {
+	s.Mu.RLock()
+	defer s.Mu.RUnlock()
+	s.State.Items.Ascend(firstKey(prefix, after), func(key string, it Item) bool {
 		if len(items) == n || !strings.HasPrefix(key, prefix) {
 			return false
 		}
-		items = append(items, keyItem{key, it})
+		items = append(items, KeyItem{key, it})
 		return true
 	})
-	return items, s.state.rv
+	return items, s.State.RV
 }

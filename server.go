@@ -44,7 +44,7 @@ type node struct {
 	*loop
 	config   config
 	cluster  uint64
-	store    *kvstore
+	store    *Store
 	hub      *hub
 	journal  *journal // nil = none
 	guard    *guard
@@ -57,7 +57,7 @@ type node struct {
 	directory uint64   // number of the data directory
 	process   uint64   // a number of this life of the node
 	secret    secret   // of the data directory
-	founders  []member // see identity
+	founders  []Member // see identity
 	fresh     bool     // see checkFresh
 	// informed is set when this node may tell others who the members are: what it
 	// has on disk may not be applied yet, or out of date.
@@ -73,12 +73,12 @@ func (n *node) status() nodeStatus {
 		Role:            s.role,
 		Term:            s.term,
 		CommittedIndex:  s.committed,
-		AppliedIndex:    n.store.applied(),
-		ResourceVersion: n.store.version(),
+		AppliedIndex:    n.store.Applied(),
+		ResourceVersion: n.store.Version(),
 		Version:         version,
-		Members:         n.store.members(),
-		FeatureLevel:    n.store.level(),
-		StateBytes:      n.store.size(),
+		Members:         n.store.Members(),
+		FeatureLevel:    n.store.Level(),
+		StateBytes:      n.store.Size(),
 	}
 	n.guard.describe(&st)
 	return st
@@ -137,18 +137,18 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		}
 		return err
 	}
-	if rec.state.removed[cfg.id] {
+	if rec.state.Removed[cfg.id] {
 		return errRemoved
 	}
 	if err := rec.checkReadable(); err != nil {
 		return err
 	}
 
-	store := &kvstore{state: rec.state, levelMax: cfg.levelMax}
-	if err := store.checkLevel(rec.state.level); err != nil {
+	store := &Store{State: rec.state, LevelMax: cfg.levelMax}
+	if err := store.CheckLevel(rec.state.Level); err != nil {
 		return fmt.Errorf("data directory %s: %w", cfg.dataDir, err)
 	}
-	store.setWindow(cfg.watchEvents, cfg.watchBytes)
+	store.SetWindow(cfg.watchEvents, cfg.watchBytes)
 	hub := newHub(store)
 	n := &node{
 		loop:    newLoop(cfg.tick, hub.notify, logger),
@@ -288,7 +288,7 @@ func (p *ports) tell(info peerInfo) {
 // waiting is what clients are told then.
 func (p *ports) waiting(whom []string) { p.waitsFor.Store(&whom) }
 
-func (p *ports) ask(ctx context.Context, members []member) map[uint64]peerAnswer {
+func (p *ports) ask(ctx context.Context, members []Member) map[uint64]peerAnswer {
 	return askPeers(ctx, members)
 }
 
@@ -404,7 +404,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 	})
 	n.logger.Info("serving", zap.Uint64("id", n.config.id), zap.String("clients", n.config.listen),
 		zap.String("peers", n.config.listenPeer), zap.String("data", n.config.dataDir),
-		zap.Uint64("index", n.store.applied()), zap.Uint64("resourceVersion", n.store.version()), zap.String("version", version))
+		zap.Uint64("index", n.store.Applied()), zap.Uint64("resourceVersion", n.store.Version()), zap.String("version", version))
 	err := group.Wait()
 	if err == nil {
 		n.logger.Info("stopped")
@@ -475,7 +475,7 @@ func (n *node) transferLeadership() {
 	defer deadline.Stop()
 	poll := time.NewTicker(n.config.tick)
 	defer poll.Stop()
-	for n.loop.status.Load().leader == n.config.id && len(n.store.voters()) > 1 {
+	for n.loop.status.Load().leader == n.config.id && len(n.store.Voters()) > 1 {
 		// More than once: at times a leader does not know which members are there.
 		n.loop.call(func() error {
 			n.loop.replica.transfer()

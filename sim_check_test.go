@@ -29,7 +29,7 @@ type checker struct {
 	states  map[uint64]uint64 // hash of the state's bytes, by index
 	configs map[uint64]string // raft's configuration, by the index of its last change
 
-	verdicts map[uint64]verdict // of nodes that have found their own state wanting
+	verdicts map[uint64]Verdict // of nodes that have found their own state wanting
 
 	refusals    map[uint64][]denial // by session
 	clocks      map[uint64]simClock // by session
@@ -64,7 +64,7 @@ func newChecker(s *sim) *checker {
 		states:      map[uint64]uint64{},
 		configs:     map[uint64]string{},
 		reached:     map[string]int{},
-		verdicts:    map[uint64]verdict{},
+		verdicts:    map[uint64]Verdict{},
 		refusals:    map[uint64][]denial{},
 		clocks:      map[uint64]simClock{},
 		refusedKeys: map[string]bool{},
@@ -126,10 +126,10 @@ func (c *checker) started(p *process) {
 		c.violate("one cluster", "node %d starts in cluster %x, and others are in cluster %x", p.node.id, id, c.cluster)
 	}
 	if len(c.model.members) == 0 {
-		maps.Copy(c.model.members, p.store.state.members)
+		maps.Copy(c.model.members, p.store.State.Members)
 		c.model.countVoters()
 	}
-	p.seen.applied = p.store.state.index
+	p.seen.applied = p.store.State.Index
 	if p.seen.applied > 0 {
 		c.whole(p)
 	}
@@ -137,12 +137,12 @@ func (c *checker) started(p *process) {
 
 // judged hears what a node thinks of its own state, and whose states are not
 // like its own.
-func (c *checker) judged(p *process, v verdict, differ []uint64) {
-	if v != sound {
+func (c *checker) judged(p *process, v Verdict, differ []uint64) {
+	if v != Sound {
 		c.verdicts[p.node.id] = v
 	}
 	if len(differ) > 0 {
-		c.violate("divergence", "node %d at entry %d finds itself %v: it differs from %v", p.node.id, p.store.applied(), v, differ)
+		c.violate("divergence", "node %d at entry %d finds itself %v: it differs from %v", p.node.id, p.store.Applied(), v, differ)
 	}
 }
 
@@ -151,7 +151,7 @@ func (c *checker) observe(p *process) {
 	if p.replica.role == raft.StateLeader {
 		c.lead(p.node.id, p.replica.term)
 	}
-	before, now := p.seen.applied, p.store.state.index
+	before, now := p.seen.applied, p.store.State.Index
 	if now < before {
 		c.violate("applied", "node %d went back from entry %d to %d", p.node.id, before, now)
 	}
@@ -242,13 +242,13 @@ func (c *checker) since(p *process, before uint64) {
 	if !c.totals(p) {
 		return
 	}
-	st := &p.store.state
-	for i := before + 1; i <= st.index; i++ {
+	st := &p.store.State
+	for i := before + 1; i <= st.Index; i++ {
 		if c.model.entry(i).config == i {
 			c.remembers(p, i)
 		}
 		for _, key := range c.model.entry(i).touched {
-			it, ok := st.items.Get(key)
+			it, ok := st.Items.Get(key)
 			if !c.item(p, key, it, ok) {
 				return
 			}
@@ -258,30 +258,30 @@ func (c *checker) since(p *process, before uint64) {
 
 // whole compares the whole state of a process with the model.
 func (c *checker) whole(p *process) {
-	st := &p.store.state
-	if st.index > c.model.index() {
-		c.violate("applied", "node %d starts at entry %d, but nobody has applied more than %d", p.node.id, st.index, c.model.index())
+	st := &p.store.State
+	if st.Index > c.model.index() {
+		c.violate("applied", "node %d starts at entry %d, but nobody has applied more than %d", p.node.id, st.Index, c.model.index())
 		return
 	}
 	if !c.totals(p) {
 		return
 	}
 	deadlines := 0
-	st.items.Scan(func(key string, it item) bool {
-		deadlines += boolInt(it.expires != 0)
+	st.Items.Scan(func(key string, it Item) bool {
+		deadlines += boolInt(it.Expires != 0)
 		return c.item(p, key, it, true)
 	})
-	if st.expiry.Len() != deadlines {
-		c.violate("state", "node %d at entry %d knows %d deadlines of %d", p.node.id, st.index, st.expiry.Len(), deadlines)
+	if st.Expiry.Len() != deadlines {
+		c.violate("state", "node %d at entry %d knows %d deadlines of %d", p.node.id, st.Index, st.Expiry.Len(), deadlines)
 	}
 	c.state(p)
 }
 
 func (c *checker) totals(p *process) bool {
-	st, want := &p.store.state, c.model.entry(p.store.state.index)
-	if st.rv != want.rv || st.items.Len() != want.items || st.term != want.term {
+	st, want := &p.store.State, c.model.entry(p.store.State.Index)
+	if st.RV != want.rv || st.Items.Len() != want.items || st.Term != want.term {
 		c.violate("state", "node %d at entry %d has term %d, version %d, %d items; it should have %d, %d, %d",
-			p.node.id, st.index, st.term, st.rv, st.items.Len(), want.term, want.rv, want.items)
+			p.node.id, st.Index, st.Term, st.RV, st.Items.Len(), want.term, want.rv, want.items)
 		return false
 	}
 	if want.config+1 != p.seen.config {
@@ -291,9 +291,9 @@ func (c *checker) totals(p *process) bool {
 	return true
 }
 
-func (c *checker) item(p *process, key string, it item, ok bool) bool {
-	if want, exists := c.model.get(key, p.store.state.rv); ok != exists || it != want {
-		c.violate("state", "node %d at entry %d has %q = %v %+v, it should have %v %+v", p.node.id, p.store.state.index, key, ok, it, exists, want)
+func (c *checker) item(p *process, key string, it Item, ok bool) bool {
+	if want, exists := c.model.get(key, p.store.State.RV); ok != exists || it != want {
+		c.violate("state", "node %d at entry %d has %q = %v %+v, it should have %v %+v", p.node.id, p.store.State.Index, key, ok, it, exists, want)
 		return false
 	}
 	return true
@@ -301,21 +301,21 @@ func (c *checker) item(p *process, key string, it item, ok bool) bool {
 
 // config compares members and raft's configuration after a change at index.
 func (c *checker) config(p *process, index uint64) {
-	st, m := &p.store.state, c.model
-	if m.entry(m.index()).config == index && (!maps.EqualFunc(st.members, m.members, sameMember) || !maps.Equal(st.removed, m.removed)) {
-		c.violate("members", "node %d at entry %d has members %v, it should have %v", p.node.id, st.index, st.members, m.members)
+	st, m := &p.store.State, c.model
+	if m.entry(m.index()).config == index && (!maps.EqualFunc(st.Members, m.members, sameMember) || !maps.Equal(st.Removed, m.removed)) {
+		c.violate("members", "node %d at entry %d has members %v, it should have %v", p.node.id, st.Index, st.Members, m.members)
 	}
 	cs := p.replica.confState
 	text := fmt.Sprint(cs.GetVoters(), cs.GetLearners(), cs.GetVotersOutgoing(), cs.GetLearnersNext())
 	if other, known := c.configs[index]; !known {
 		c.configs[index] = text
 	} else if other != text {
-		c.violate("configuration", "node %d at entry %d has configuration %s, another node had %s", p.node.id, st.index, text, other)
+		c.violate("configuration", "node %d at entry %d has configuration %s, another node had %s", p.node.id, st.Index, text, other)
 	}
 }
 
 // sameMember leaves out the directory, which a member tells at any time.
-func sameMember(a, b member) bool {
+func sameMember(a, b Member) bool {
 	a.Directory, b.Directory = 0, 0
 	return a == b
 }
@@ -323,11 +323,11 @@ func sameMember(a, b member) bool {
 // state compares the bytes of a state with those of others at the same entry.
 func (c *checker) state(p *process) {
 	var b bytes.Buffer
-	if err := p.store.state.writeTo(&b); err != nil {
+	if err := p.store.State.Encode(&b); err != nil {
 		c.violate("simulator", "%v", err)
 		return
 	}
-	c.body(p, p.store.state.index, b.Bytes())
+	c.body(p, p.store.State.Index, b.Bytes())
 }
 
 var stateSeed = maphash.MakeSeed()
@@ -382,7 +382,7 @@ func validateConverged(s *sim) error {
 		if n.process == nil {
 			return fmt.Errorf("node %d is down", n.id)
 		}
-		if got, want := n.process.store.applied(), s.check.model.index(); got != want {
+		if got, want := n.process.store.Applied(), s.check.model.index(); got != want {
 			return fmt.Errorf("node %d has applied %d of %d entries", n.id, got, want)
 		}
 		s.check.whole(n.process)
@@ -394,20 +394,20 @@ func validateConverged(s *sim) error {
 func validateEvents(s *sim) error {
 	all := s.check.model.events
 	for i, e := range all {
-		if i > 0 && (e.rv < all[i-1].rv || e.rv > all[i-1].rv+1 || (e.rv == all[i-1].rv) == all[i-1].last) {
-			return fmt.Errorf("event %d has version %d after %d", i, e.rv, all[i-1].rv)
+		if i > 0 && (e.RV < all[i-1].RV || e.RV > all[i-1].RV+1 || (e.RV == all[i-1].RV) == all[i-1].Last) {
+			return fmt.Errorf("event %d has version %d after %d", i, e.RV, all[i-1].RV)
 		}
 	}
 	for _, n := range s.nodes {
 		if _, member := s.check.model.members[n.id]; !member || n.process == nil {
 			continue
 		}
-		log := &n.process.store.state.events
-		if log.end() != uint64(len(all)) {
-			return fmt.Errorf("node %d has had %d events of %d", n.id, log.end(), len(all))
+		log := &n.process.store.State.Events
+		if log.End() != uint64(len(all)) {
+			return fmt.Errorf("node %d has had %d events of %d", n.id, log.End(), len(all))
 		}
-		for at := log.first; at < log.end(); {
-			events, _, ok := log.from(at)
+		for at := log.First; at < log.End(); {
+			events, _, ok := log.From(at)
 			if !ok || len(events) == 0 {
 				return fmt.Errorf("node %d does not find event %d, which is in its window", n.id, at)
 			}
@@ -424,7 +424,7 @@ func validateEvents(s *sim) error {
 
 // applied returns what became of an operation in the committed log, and when a
 // node first applied it.
-func (s *sim) applied(op *simOp) (r result, at time.Duration, applied bool) {
+func (s *sim) applied(op *simOp) (r Result, at time.Duration, applied bool) {
 	for _, a := range op.attempts {
 		if a.batch == nil || a.batch.seq == 0 {
 			continue
@@ -433,11 +433,11 @@ func (s *sim) applied(op *simOp) (r result, at time.Duration, applied bool) {
 		if b == nil || a.place >= len(b.results) {
 			continue
 		}
-		if r := b.results[a.place]; r.status != statusNone {
+		if r := b.results[a.place]; r.Status != StatusNone {
 			return r, b.at, true
 		}
 	}
-	return result{}, 0, false
+	return Result{}, 0, false
 }
 
 // validateOutcomes: what a client was told about a write is what happened.
@@ -461,11 +461,11 @@ func validateOutcomes(s *sim) error {
 
 // sameResult compares all but whether it is the answer to a retry, which is not
 // told again what was read.
-func sameResult(a, b result) bool {
-	if a.replayed && a.ops == nil || b.replayed && b.ops == nil {
-		a.ops, b.ops = nil, nil
+func sameResult(a, b Result) bool {
+	if a.Replayed && a.Ops == nil || b.Replayed && b.Ops == nil {
+		a.Ops, b.Ops = nil, nil
 	}
-	a.replayed, b.replayed = false, false
+	a.Replayed, b.Replayed = false, false
 	return reflect.DeepEqual(a, b)
 }
 
@@ -520,7 +520,7 @@ func (o *simOp) version() uint64 {
 	if o.isRead() {
 		return o.rv
 	}
-	return o.result.rv
+	return o.result.RV
 }
 
 func (s *sim) checkVersion(op *simOp, floor uint64) error {
@@ -533,11 +533,11 @@ func (s *sim) checkVersion(op *simOp, floor uint64) error {
 	}
 	switch {
 	case op.list:
-		if want := s.check.model.list(op.cmd.key, rv); !slices.Equal(op.items, want) {
+		if want := s.check.model.list(op.cmd.Key, rv); !slices.Equal(op.items, want) {
 			return fmt.Errorf("%v: %+v; but at version %d there were %+v", op, op.items, rv, want)
 		}
 	case op.isRead():
-		if it, ok := s.check.model.get(op.cmd.key, rv); ok != op.found || it != op.item {
+		if it, ok := s.check.model.get(op.cmd.Key, rv); ok != op.found || it != op.item {
 			return fmt.Errorf("%v; but at version %d it was %v, %+v", op, rv, ok, it)
 		}
 	}
@@ -562,7 +562,7 @@ func validateLinearizable(s *sim) error {
 			resolved.result = r
 			o.Input, o.Output, o.Return = &resolved, &resolved, int64(at) // from then on all reads must see it
 		}
-		if group, ok := judgedTogether(op.cmd.key); ok {
+		if group, ok := judgedTogether(op.cmd.Key); ok {
 			groups[group] = append(groups[group], o)
 		}
 	}
@@ -593,8 +593,8 @@ var registers = porcupine.Model{
 		op := output.(*simOp)
 		values := state.(map[string]string)
 		if op.isRead() {
-			value, found := values[op.cmd.key]
-			return found == op.found && value == op.item.value, state
+			value, found := values[op.cmd.Key]
+			return found == op.found && value == op.item.Value, state
 		}
 		next := maps.Clone(values)
 		return stepRegisters(next, &op.cmd, &op.result), next
@@ -606,74 +606,74 @@ var registers = porcupine.Model{
 }
 
 // stepRegisters carries out a command and says whether its result fits.
-func stepRegisters(values map[string]string, c *command, r *result) bool {
-	_, exists := values[c.key]
+func stepRegisters(values map[string]string, c *Command, r *Result) bool {
+	_, exists := values[c.Key]
 	switch {
-	case r.status == statusPrecondition:
+	case r.Status == StatusPrecondition:
 		// Which version a key has is not known here.
-		return c.condition.kind == ifMatch || !c.condition.holds(item{}, exists)
-	case c.condition.kind != always && c.condition.kind != ifMatch && !c.condition.holds(item{}, exists):
+		return c.Condition.Kind == IfMatch || !c.Condition.Holds(Item{}, exists)
+	case c.Condition.Kind != Always && c.Condition.Kind != IfMatch && !c.Condition.Holds(Item{}, exists):
 		return false
 	}
-	switch c.op {
-	case opPut:
-		values[c.key] = c.value
-		return (r.status == statusReplaced) == exists
-	case opDelete:
-		delete(values, c.key)
-		return (r.status == statusDeleted) == exists
-	case opDeletePrefix:
+	switch c.Op {
+	case OpPut:
+		values[c.Key] = c.Value
+		return (r.Status == StatusReplaced) == exists
+	case OpDelete:
+		delete(values, c.Key)
+		return (r.Status == StatusDeleted) == exists
+	case OpDeletePrefix:
 		n := uint64(0)
 		maps.DeleteFunc(values, func(key, _ string) bool {
-			found := strings.HasPrefix(key, c.key)
+			found := strings.HasPrefix(key, c.Key)
 			n += uint64(boolInt(found))
 			return found
 		})
-		return r.count == n
-	case opTxn:
-		return stepTxn(values, c.value, r)
+		return r.Count == n
+	case OpTxn:
+		return stepTxn(values, c.Value, r)
 	}
 	return false
 }
 
-func stepTxn(values map[string]string, encoded string, r *result) bool {
-	t, err := decodeTxn(encoded)
+func stepTxn(values map[string]string, encoded string, r *Result) bool {
+	t, err := DecodeTxn(encoded)
 	if err != nil {
 		return false
 	}
-	ops, judged, holds := t.otherwise, true, true
-	for _, cmp := range t.compare {
-		value, exists := values[cmp.key]
-		if cmp.kind == byVersion || cmp.kind == byCreated {
+	ops, judged, holds := t.Otherwise, true, true
+	for _, cmp := range t.Compare {
+		value, exists := values[cmp.Key]
+		if cmp.Kind == ByVersion || cmp.Kind == ByCreated {
 			judged = false
-		} else if !cmp.holds(item{value: value}, exists) {
+		} else if !cmp.Holds(Item{Value: value}, exists) {
 			holds = false
 		}
 	}
-	if r.status == statusSucceeded {
-		ops = t.then
+	if r.Status == StatusSucceeded {
+		ops = t.Then
 	}
-	told := len(r.ops) > 0 || !r.replayed // a retry may not be told what was read
-	if judged && holds != (r.status == statusSucceeded) || told && len(r.ops) != len(ops) {
+	told := len(r.Ops) > 0 || !r.Replayed // a retry may not be told what was read
+	if judged && holds != (r.Status == StatusSucceeded) || told && len(r.Ops) != len(ops) {
 		return false
 	}
 	for i, op := range ops {
 		switch {
-		case !told && op.op == opPut:
-			values[op.key] = op.value
+		case !told && op.Op == OpPut:
+			values[op.Key] = op.Value
 			continue
 		case !told:
-			if op.op == opDelete {
-				delete(values, op.key)
+			if op.Op == OpDelete {
+				delete(values, op.Key)
 			}
 			continue
 		}
-		if op.op == opGet {
-			value, found := values[op.key]
-			if found != (r.ops[i].status == statusFound) || value != r.ops[i].item.value {
+		if op.Op == OpGet {
+			value, found := values[op.Key]
+			if found != (r.Ops[i].Status == StatusFound) || value != r.Ops[i].Item.Value {
 				return false
 			}
-		} else if !stepRegisters(values, &op, &result{status: r.ops[i].status}) {
+		} else if !stepRegisters(values, &op, &Result{Status: r.Ops[i].Status}) {
 			return false
 		}
 	}

@@ -41,7 +41,7 @@ type simOp struct {
 	client  int
 	read    readKind
 	list    bool    // read all items whose keys begin with the key
-	cmd     command // of a read only the key
+	cmd     Command // of a read only the key
 	atLeast uint64
 
 	attempts []attempt
@@ -50,10 +50,10 @@ type simOp struct {
 	outcome  simOutcome
 	err      error
 
-	result result // of a write
-	item   item   // of a read
+	result Result // of a write
+	item   Item   // of a read
 	found  bool
-	items  []keyItem // of a list
+	items  []KeyItem // of a list
 	rv     uint64    // of the store, when it was read
 }
 
@@ -77,15 +77,15 @@ func (o *simOp) String() string {
 	fmt.Fprintf(&b, ", %v to %v: ", o.invoked, o.returned)
 	switch {
 	case o.list:
-		fmt.Fprintf(&b, "list %q (%v): %d items at version %d", o.cmd.key, o.read, len(o.items), o.rv)
+		fmt.Fprintf(&b, "list %q (%v): %d items at version %d", o.cmd.Key, o.read, len(o.items), o.rv)
 	case o.isRead():
-		fmt.Fprintf(&b, "get %q (%v): %v %+v at version %d", o.cmd.key, o.read, o.found, o.item, o.rv)
-	case o.cmd.op == opTxn:
-		t, _ := decodeTxn(o.cmd.value)
+		fmt.Fprintf(&b, "get %q (%v): %v %+v at version %d", o.cmd.Key, o.read, o.found, o.item, o.rv)
+	case o.cmd.Op == OpTxn:
+		t, _ := DecodeTxn(o.cmd.Value)
 		fmt.Fprintf(&b, "transaction %+v: %+v", t, o.result)
 	default:
 		cmd := o.cmd
-		cmd.value = cmd.value[:min(len(cmd.value), 100)]
+		cmd.Value = cmd.Value[:min(len(cmd.Value), 100)]
 		fmt.Fprintf(&b, "write %+v: %+v", cmd, o.result)
 	}
 	return b.String() + fmt.Sprintf(", %v, %v", o.outcome, o.err)
@@ -162,7 +162,7 @@ func (c *simCall) write(timeout time.Duration) {
 	}
 	c.op.attempts = append(c.op.attempts, attempt{node: p.node.id, session: p.replica.session, batch: b, place: place, timeout: timeout})
 	if plant := p.sim.plant; plant != nil && plant.answerWrite {
-		c.op.result = result{status: statusReplaced}
+		c.op.result = Result{Status: StatusReplaced}
 		c.leave(opDone, nil)
 	}
 	p.wake()
@@ -198,7 +198,7 @@ func (c *simCall) capture() {
 		c.leave(opDone, nil)
 	case c.batch.err != nil:
 		c.fail(c.batch.err)
-	case c.batch.results[c.place].status == statusNone:
+	case c.batch.results[c.place].Status == StatusNone:
 		c.fail(fault.ErrUnknown)
 	default:
 		c.op.result = c.batch.results[c.place]
@@ -210,20 +210,20 @@ func (c *simCall) capture() {
 func (c *simCall) look() {
 	op, store := c.op, c.process.store
 	if op.list {
-		op.items, op.rv = store.list(op.cmd.key, "", math.MaxInt)
+		op.items, op.rv = store.List(op.cmd.Key, "", math.MaxInt)
 	} else {
-		op.item, op.rv, op.found = store.get(op.cmd.key)
+		op.item, op.rv, op.found = store.Get(op.cmd.Key)
 	}
 }
 
 // known looks whether this node remembers the answer to a request that was made
 // before, as node.propose does.
 func (c *simCall) known() bool {
-	id := c.op.cmd.retry
-	if c.op.isRead() || id.key == "" {
+	id := c.op.cmd.Retry
+	if c.op.isRead() || id.Key == "" {
 		return false
 	}
-	first, known := c.process.store.outcome(id)
+	first, known := c.process.store.Outcome(id)
 	if known {
 		c.op.result = first
 	}
@@ -253,7 +253,7 @@ func (c *simCall) fail(err error) {
 // before.
 func (c *simCall) asRetry(err error) error {
 	plant := c.process.sim.plant
-	if e, ok := errors.AsType[*fault.Error](err); ok && c.op.cmd.retry.key != "" && (plant == nil || !plant.refuseRetries) {
+	if e, ok := errors.AsType[*fault.Error](err); ok && c.op.cmd.Retry.Key != "" && (plant == nil || !plant.refuseRetries) {
 		return e.OfRetry()
 	}
 	return err
@@ -266,8 +266,8 @@ func (c *simCall) leave(outcome simOutcome, err error) {
 	if p.disk.broken && outcome == opDone && !c.op.isRead() {
 		p.sim.check.violate("disk error", "node %d answers a write after its disk has failed", p.node.id)
 	}
-	if plant := p.sim.plant; plant != nil && plant.forgetFirsts && c.op.result.replayed {
-		c.op.result.rv = p.store.version()
+	if plant := p.sim.plant; plant != nil && plant.forgetFirsts && c.op.result.Replayed {
+		c.op.result.RV = p.store.Version()
 	}
 	if outcome == opDone {
 		p.sim.check.answered(c)
@@ -285,7 +285,7 @@ func (c *simCall) leave(outcome simOutcome, err error) {
 // lost ends a call whose process has died.
 func (c *simCall) lost() {
 	outcome := opOpen
-	if c.op.isRead() || c.batch == nil && c.op.cmd.retry.key == "" {
+	if c.op.isRead() || c.batch == nil && c.op.cmd.Retry.Key == "" {
 		outcome = opRefused
 	}
 	c.answered = true
@@ -315,7 +315,7 @@ func (p *process) answer(match func(*simCall) bool) {
 
 // answerVersions answers the reads that waited for a resource version.
 func (p *process) answerVersions() {
-	rv := p.store.version()
+	rv := p.store.Version()
 	p.answer(func(c *simCall) bool { return c.op.read == readAtLeast && c.op.atLeast <= rv })
 }
 
@@ -426,7 +426,7 @@ func (c *simClient) try(op *simOp) {
 	}
 	n.process.do(op, pick(s, c.load.timeouts), func(outcome simOutcome, err error) {
 		op.err = err
-		if outcome == opOpen && op.cmd.retry.key != "" && !c.load.stopped && len(op.attempts) < 5 {
+		if outcome == opOpen && op.cmd.Retry.Key != "" && !c.load.stopped && len(op.attempts) < 5 {
 			s.after(s.around(c.load.think), func() { c.retry(op) })
 			return
 		}
@@ -453,9 +453,9 @@ func (c *simClient) finish(op *simOp, outcome simOutcome) {
 	op.outcome, op.returned = outcome, s.now
 	if outcome == opDone {
 		s.history.acked++
-		c.saw = max(c.saw, op.rv, op.result.rv)
+		c.saw = max(c.saw, op.rv, op.result.RV)
 	}
-	s.record(uint64(c.id), uint64(outcome), op.rv, op.result.rv)
+	s.record(uint64(c.id), uint64(outcome), op.rv, op.result.RV)
 	s.after(s.around(c.load.think), c.next)
 }
 
@@ -489,15 +489,15 @@ func (c *simClient) anyKey() string {
 }
 
 func makePut(c *simClient) *simOp {
-	op := &simOp{cmd: command{op: opPut, key: c.key(), value: c.value()}}
+	op := &simOp{cmd: Command{Op: OpPut, Key: c.key(), Value: c.value()}}
 	if c.sim.check.model.level >= 3 && c.sim.chance(0.3) {
-		op.cmd.contentType = pick(c.sim, []string{"text/plain", "application/json"})
+		op.cmd.ContentType = pick(c.sim, []string{"text/plain", "application/json"})
 	}
 	return op
 }
 
 func makeDelete(c *simClient) *simOp {
-	return &simOp{cmd: command{op: opDelete, key: c.key()}}
+	return &simOp{cmd: Command{Op: OpDelete, Key: c.key()}}
 }
 
 // makeConditional makes a write that is carried out only if its key is as the
@@ -507,11 +507,11 @@ func makeConditional(c *simClient) *simOp {
 	if c.sim.chance(0.3) {
 		op = makeDelete(c)
 	}
-	kind := pick(c.sim, []conditionKind{ifMatch, ifMatch, ifExists, ifAbsent})
-	op.cmd.condition = condition{kind: kind}
-	if kind == ifMatch {
-		it, _ := c.sim.check.model.get(op.cmd.key, c.saw)
-		op.cmd.condition.rv = it.rv
+	kind := pick(c.sim, []ConditionKind{IfMatch, IfMatch, IfExists, IfAbsent})
+	op.cmd.Condition = Condition{Kind: kind}
+	if kind == IfMatch {
+		it, _ := c.sim.check.model.get(op.cmd.Key, c.saw)
+		op.cmd.Condition.RV = it.RV
 	}
 	return op
 }
@@ -522,43 +522,43 @@ func makeRetried(c *simClient) *simOp {
 	if c.sim.clocksWrong && c.sim.check.model.level < 2 {
 		return op // one clock makes all that was remembered too old
 	}
-	op.cmd.retry = retryID{key: "retry-" + c.value()}
-	op.cmd.retry.digest[0] = byte(c.count)
+	op.cmd.Retry = RetryID{Key: "retry-" + c.value()}
+	op.cmd.Retry.Digest[0] = byte(c.count)
 	if c.sim.check.model.level >= 3 {
-		op.cmd.retry.client = uint64(1 + c.sim.rand.IntN(2))
+		op.cmd.Retry.Client = uint64(1 + c.sim.rand.IntN(2))
 	}
 	return op
 }
 
 func makeTxn(c *simClient) *simOp {
-	t := txn{}
+	t := Txn{}
 	for range c.sim.rand.IntN(3) {
 		key := c.keyOf(txnGroup)
 		it, _ := c.sim.check.model.get(key, c.saw)
-		t.compare = append(t.compare, comparison{
-			kind: comparisonKind(1 + c.sim.rand.IntN(5)), key: key, rv: it.rv, value: it.value,
+		t.Compare = append(t.Compare, Comparison{
+			Kind: ComparisonKind(1 + c.sim.rand.IntN(5)), Key: key, RV: it.RV, Value: it.Value,
 		})
 	}
-	for _, ops := range []*[]command{&t.then, &t.otherwise} {
+	for _, ops := range []*[]Command{&t.Then, &t.Otherwise} {
 		for i := range 1 + c.sim.rand.IntN(3) {
-			op := command{op: pick(c.sim, []op{opPut, opPut, opDelete, opGet}), key: c.keyOf(txnGroup)}
-			if op.op == opPut {
-				op.value = fmt.Sprintf("%s-%d-%d", c.value(), len(t.then), i)
+			op := Command{Op: pick(c.sim, []Op{OpPut, OpPut, OpDelete, OpGet}), Key: c.keyOf(txnGroup)}
+			if op.Op == OpPut {
+				op.Value = fmt.Sprintf("%s-%d-%d", c.value(), len(t.Then), i)
 				if c.sim.check.model.level >= 3 && c.sim.chance(0.3) {
-					op.contentType = "text/plain"
+					op.ContentType = "text/plain"
 				}
 			}
 			*ops = append(*ops, op)
 		}
 	}
-	return &simOp{cmd: command{op: opTxn, key: txnGroup, value: t.encode()}}
+	return &simOp{cmd: Command{Op: OpTxn, Key: txnGroup, Value: t.Encode()}}
 }
 
 func makePutExpiring(c *simClient) *simOp {
-	op := &simOp{cmd: command{op: opPut, key: c.keyOf(expiringGroup), value: c.value()}}
+	op := &simOp{cmd: Command{Op: OpPut, Key: c.keyOf(expiringGroup), Value: c.value()}}
 	ttl := c.sim.around(2 * time.Second)
-	if op.cmd.expires = simEpoch.Add(c.sim.now + ttl).UnixMilli(); c.sim.check.model.level >= 2 && c.sim.chance(0.5) {
-		op.cmd.expires, op.cmd.ttl = 0, max(1, ttl.Milliseconds())
+	if op.cmd.Expires = simEpoch.Add(c.sim.now + ttl).UnixMilli(); c.sim.check.model.level >= 2 && c.sim.chance(0.5) {
+		op.cmd.Expires, op.cmd.TTL = 0, max(1, ttl.Milliseconds())
 	}
 	return op
 }
@@ -566,36 +566,36 @@ func makePutExpiring(c *simClient) *simOp {
 // makePutLarge makes a value of up to 1 MiB. All are of one key, which the next
 // write makes small again most of the time.
 func makePutLarge(c *simClient) *simOp {
-	op := &simOp{cmd: command{op: opPut, key: "large", value: c.value()}}
+	op := &simOp{cmd: Command{Op: OpPut, Key: "large", Value: c.value()}}
 	if c.sim.chance(0.2) {
-		op.cmd.value += strings.Repeat("x", c.sim.rand.IntN(valueSizeMaxDefault-len(op.cmd.value)))
+		op.cmd.Value += strings.Repeat("x", c.sim.rand.IntN(ValueSizeMaxDefault-len(op.cmd.Value)))
 	}
 	return op
 }
 
 func makePutPrefixed(c *simClient) *simOp {
-	return &simOp{cmd: command{op: opPut, key: c.keyOf(prefixGroup), value: c.value()}}
+	return &simOp{cmd: Command{Op: OpPut, Key: c.keyOf(prefixGroup), Value: c.value()}}
 }
 
 func makeDeletePrefix(c *simClient) *simOp {
-	return &simOp{cmd: command{op: opDeletePrefix, key: prefixGroup + "/"}}
+	return &simOp{cmd: Command{Op: OpDeletePrefix, Key: prefixGroup + "/"}}
 }
 
 func makeGet(c *simClient) *simOp {
-	return &simOp{read: readLatest, cmd: command{key: c.anyKey()}}
+	return &simOp{read: readLatest, cmd: Command{Key: c.anyKey()}}
 }
 
 func makeGetAtLeast(c *simClient) *simOp {
-	return &simOp{read: readAtLeast, cmd: command{key: c.anyKey()}, atLeast: c.saw}
+	return &simOp{read: readAtLeast, cmd: Command{Key: c.anyKey()}, atLeast: c.saw}
 }
 
 func makeGetWhatever(c *simClient) *simOp {
-	return &simOp{read: readWhatever, cmd: command{key: c.anyKey()}}
+	return &simOp{read: readWhatever, cmd: Command{Key: c.anyKey()}}
 }
 
 func makeList(c *simClient) *simOp {
 	op := pick(c.sim, []opMaker{makeGet, makeGetAtLeast, makeGetWhatever})(c)
-	op.list, op.cmd.key = true, pick(c.sim, []string{"", txnGroup, prefixGroup, expiringGroup})
+	op.list, op.cmd.Key = true, pick(c.sim, []string{"", txnGroup, prefixGroup, expiringGroup})
 	return op
 }
 

@@ -99,11 +99,11 @@ func (s *sim) begin(n *simNode, op *simOp, timeout time.Duration) *simOp {
 }
 
 func putOp(key, value string) *simOp {
-	return &simOp{cmd: command{op: opPut, key: key, value: value}}
+	return &simOp{cmd: Command{Op: OpPut, Key: key, Value: value}}
 }
 
 func getOp(key string) *simOp {
-	return &simOp{read: readLatest, cmd: command{key: key}}
+	return &simOp{read: readLatest, cmd: Command{Key: key}}
 }
 
 func (o *simOp) ended() bool { return o.returned > 0 }
@@ -173,7 +173,7 @@ func TestReadIndexOfDeposedLeader(t *testing.T) {
 	s.run(5 * time.Millisecond)
 	beats.release(t)
 	s.run(50 * time.Millisecond)
-	if second.outcome == opDone && second.item.value != "new" {
+	if second.outcome == opDone && second.item.Value != "new" {
 		t.Errorf("a leader that is none any more answers a read: %v", second)
 	}
 
@@ -222,7 +222,7 @@ func TestReadIndexOfEarlierAttempt(t *testing.T) {
 			s.run(5 * time.Millisecond)
 			late.release(t)
 			s.run(50 * time.Millisecond)
-			stale := read.ended() && read.outcome == opDone && read.item.value == "old"
+			stale := read.ended() && read.outcome == opDone && read.item.Value == "old"
 			if stale != (tt.plant != nil) {
 				t.Errorf("stale = %v: %v", stale, read)
 			}
@@ -286,7 +286,7 @@ func TestTransferSoonAfterElection(t *testing.T) {
 }
 
 // change proposes a change of the members and waits until it is in the log.
-func (s *sim) change(t *testing.T, n *simNode, c memberChange) {
+func (s *sim) change(t *testing.T, n *simNode, c MemberChange) {
 	t.Helper()
 	before := s.check.model.index()
 	n.proposeChange(c, changeTimeout)
@@ -300,9 +300,9 @@ func (s *sim) change(t *testing.T, n *simNode, c memberChange) {
 func TestLastVoter(t *testing.T) {
 	s, leader := newScenario(t, defaultSimConfig(1, 1))
 	learner := s.addNode("http://n2", true)
-	s.change(t, leader, memberChange{addLearner, member{ID: learner.id, PeerURL: learner.url}})
+	s.change(t, leader, MemberChange{Kind: AddLearner, Member: Member{ID: learner.id, PeerURL: learner.url}})
 	learner.start()
-	s.change(t, leader, memberChange{removeMember, member{ID: leader.id}})
+	s.change(t, leader, MemberChange{Kind: RemoveMember, Member: Member{ID: leader.id}})
 	s.wait(t, s.begin(leader, putOp("k", "v"), time.Second))
 	s.run(time.Second)
 	s.judge(t)
@@ -317,7 +317,7 @@ func TestRemovedLeaderHasMore(t *testing.T) {
 	gone := s.node(left.id%2 + 1)
 	s.wait(t, s.begin(left, putOp("k", "v"), time.Second))
 	s.hold(func(m *raftpb.Message) bool { return m.GetFrom() == gone.id && m.GetType() == raftpb.MsgAppResp })
-	left.proposeChange(memberChange{removeMember, member{ID: gone.id}}, changeTimeout)
+	left.proposeChange(MemberChange{Kind: RemoveMember, Member: Member{ID: gone.id}}, changeTimeout)
 	s.run(20 * time.Millisecond)
 	removal, err := gone.process.replica.log.LastIndex()
 	if err != nil {
@@ -337,7 +337,7 @@ func TestRemovedLeaderHasMore(t *testing.T) {
 	for range 3 {
 		s.begin(gone, putOp("k", "more"), time.Second)
 	}
-	if !s.runUntil(time.Second, func() bool { return gone.process.store.state.removed[gone.id] }) {
+	if !s.runUntil(time.Second, func() bool { return gone.process.store.State.Removed[gone.id] }) {
 		t.Fatalf("the removal of node %d was not committed; %v", gone.id, s.check.violations)
 	}
 	s.network.filter = nil
@@ -355,7 +355,7 @@ func TestLearnersDoNotTell(t *testing.T) {
 	s, leader := newScenario(t, defaultSimConfig(1, 2))
 	gone := s.node(leader.id%2 + 1)
 	learner := s.addNode("http://n3", true)
-	s.change(t, leader, memberChange{addLearner, member{ID: learner.id, PeerURL: learner.url}})
+	s.change(t, leader, MemberChange{Kind: AddLearner, Member: Member{ID: learner.id, PeerURL: learner.url}})
 	learner.start()
 	s.wait(t, s.begin(leader, putOp("k", "v"), time.Second))
 	s.run(time.Second)
@@ -363,9 +363,9 @@ func TestLearnersDoNotTell(t *testing.T) {
 	s.hold(func(m *raftpb.Message) bool {
 		return m.GetFrom() == leader.id && m.GetTo() == gone.id && m.GetCommit() > before
 	})
-	s.change(t, leader, memberChange{removeMember, member{ID: gone.id}})
+	s.change(t, leader, MemberChange{Kind: RemoveMember, Member: Member{ID: gone.id}})
 	s.network.cut[leader.id][gone.id], s.network.cut[gone.id][leader.id] = true, true
-	if !s.runUntil(time.Second, func() bool { return learner.process.store.state.removed[gone.id] }) {
+	if !s.runUntil(time.Second, func() bool { return learner.process.store.State.Removed[gone.id] }) {
 		t.Fatalf("the learner does not know of the removal; %v", s.check.violations)
 	}
 	s.run(3 * time.Second)
@@ -407,9 +407,9 @@ func TestRemovalFromTwo(t *testing.T) {
 					return m.GetFrom() == leader.id && (m.GetType() == raftpb.MsgApp || m.GetType() == raftpb.MsgHeartbeat) && m.GetCommit() > before
 				})
 			}
-			s.change(t, leader, memberChange{removeMember, member{ID: gone.id}})
+			s.change(t, leader, MemberChange{Kind: RemoveMember, Member: Member{ID: gone.id}})
 			if !tt.lose {
-				if !s.runUntil(3*time.Second, func() bool { return left.process.store.state.removed[gone.id] }) {
+				if !s.runUntil(3*time.Second, func() bool { return left.process.store.State.Removed[gone.id] }) {
 					t.Fatalf("node %d was not removed; %v", gone.id, s.check.violations)
 				}
 				left.crash(tailLost)

@@ -387,7 +387,7 @@ func (d *simDisk) writeMark() error {
 	return d.write(inMark, false, d.storage.writeMark)
 }
 
-func (d *simDisk) writeSnapshot(meta *raftpb.Snapshot, st *state) error {
+func (d *simDisk) writeSnapshot(meta *raftpb.Snapshot, st *State) error {
 	if d.springs(inSnapshotBody) {
 		if d.process.trap.fault == errCrashed {
 			if err := d.writePart(st); err != nil {
@@ -406,21 +406,21 @@ func (d *simDisk) writeSnapshot(meta *raftpb.Snapshot, st *state) error {
 	if err := d.storage.writeSnapshot(meta, st); err != nil {
 		return err
 	}
-	body, err := os.ReadFile(d.bodyPath(st.index))
+	body, err := os.ReadFile(d.bodyPath(st.Index))
 	if err == nil {
-		d.process.sim.check.body(d.process, st.index, body)
+		d.process.sim.check.body(d.process, st.Index, body)
 	}
 	return err
 }
 
 // writePart writes a temporary file that breaks off.
-func (d *simDisk) writePart(st *state) error {
+func (d *simDisk) writePart(st *State) error {
 	f, err := os.CreateTemp(d.path(snapDir), tempPrefix)
 	if err != nil {
 		return err
 	}
 	var body bytes.Buffer
-	if err := st.writeTo(&body); err != nil {
+	if err := st.Encode(&body); err != nil {
 		return err
 	}
 	_, err = f.Write(body.Bytes()[:d.process.sim.rand.IntN(body.Len())])

@@ -25,13 +25,13 @@ func TestSim_DivergedMemberFindsOut(t *testing.T) {
 			// once; it is the product that must.
 			s.check.blind = true
 			p := n.process
-			p.store.mu.Lock()
-			p.store.state.put(&command{key: "another", value: "new"})
-			p.store.state.changed = nil
-			p.store.mu.Unlock()
+			p.store.Mu.Lock()
+			p.store.State.Put(&Command{Key: "another", Value: "new"})
+			p.store.State.Changed = nil
+			p.store.Mu.Unlock()
 			s.begin(leader, putOp("k", "new"), time.Second)
 			start := s.now
-			if !s.runUntil(10*time.Second, func() bool { return s.check.verdicts[n.id] == diverged }) {
+			if !s.runUntil(10*time.Second, func() bool { return s.check.verdicts[n.id] == Diverged }) {
 				t.Fatalf("node %d does not notice: %v", n.id, s.check.verdicts)
 			}
 			t.Logf("noticed after %v", s.now-start)

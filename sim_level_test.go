@@ -18,7 +18,7 @@ func TestLevel_NewerProposalIsRefused(t *testing.T) {
 	s.wait(t, s.begin(leader, putOp("k", "old"), time.Second))
 	for _, n := range s.nodes {
 		p := n.process
-		_, _, err := p.loop.enqueue(&command{op: opPut, key: "k", condition: condition{kind: 9}}, n.clock().Add(time.Second))
+		_, _, err := p.loop.enqueue(&Command{Op: OpPut, Key: "k", Condition: Condition{Kind: 9}}, n.clock().Add(time.Second))
 		if e, ok := errors.AsType[*fault.Error](err); !ok || !errors.Is(err, fault.ErrLevel) || e.Outcome != fault.NotApplied {
 			t.Errorf("node %d takes it: %v", n.id, err)
 		}
@@ -27,8 +27,8 @@ func TestLevel_NewerProposalIsRefused(t *testing.T) {
 		}
 		// As a newer program would propose it, together with what all know.
 		b := newBatch(nil)
-		b.add(&command{op: opPut, key: "known", value: "v"})
-		b.add(&command{op: opPut, key: "k", condition: condition{kind: 9}})
+		b.add(&Command{Op: OpPut, Key: "known", Value: "v"})
+		b.add(&Command{Op: OpPut, Key: "k", Condition: Condition{Kind: 9}})
 		b.deadline = n.clock().Add(time.Second)
 		p.loop.push(b)
 		p.wake()
@@ -49,8 +49,8 @@ func TestLevel_NewerProposalIsRefused(t *testing.T) {
 		t.Error("not all nodes are up")
 	}
 	for _, n := range s.up() {
-		if it, rv, _ := n.process.store.get("k"); it.value != "old" || rv != 1 {
-			t.Errorf("node %d holds %q at version %d", n.id, it.value, rv)
+		if it, rv, _ := n.process.store.Get("k"); it.Value != "old" || rv != 1 {
+			t.Errorf("node %d holds %q at version %d", n.id, it.Value, rv)
 		}
 	}
 	s.judge(t)
@@ -61,7 +61,7 @@ func TestLevel_NewerProposalIsRefused(t *testing.T) {
 func TestLevel_LeaderPutsItsOwnTime(t *testing.T) {
 	s, leader := newScenario(t, defaultSimConfig(1, 3))
 	wrong := s.node(leader.id%3 + 1)
-	for i, off := range []time.Duration{61 * time.Minute, 74 * 365 * 24 * time.Hour, -time.Hour, clockSkewMax / 2} {
+	for i, off := range []time.Duration{61 * time.Minute, 74 * 365 * 24 * time.Hour, -time.Hour, ClockSkewMax / 2} {
 		wrong.offset = off
 		if i == 0 {
 			s.run(time.Second) // its next tick knows
@@ -69,9 +69,9 @@ func TestLevel_LeaderPutsItsOwnTime(t *testing.T) {
 		s.run(100 * time.Millisecond)
 		s.wait(t, s.begin(wrong, putOp("k", fmt.Sprint(i)), time.Second))
 		now := leader.clock()
-		n, _ := leader.process.store.seekEvent(leader.process.store.version() - 1)
-		events, _, _ := leader.process.store.eventsFrom(n)
-		if got := time.UnixMilli(events[0].time).Sub(now); got.Abs() > clockSkewMax {
+		n, _ := leader.process.store.SeekEvent(leader.process.store.Version() - 1)
+		events, _, _ := leader.process.store.EventsFrom(n)
+		if got := time.UnixMilli(events[0].Time).Sub(now); got.Abs() > ClockSkewMax {
 			t.Errorf("a clock that is off by %v: the event is %v off", off, got)
 		}
 	}
@@ -86,9 +86,9 @@ func TestLevel_RefusalHasTheLeadersTime(t *testing.T) {
 	wrong.offset = 74 * 365 * 24 * time.Hour
 	down.crash(tailKept)
 	s.run(time.Second) // until the leader has noticed
-	s.wantRefused(t, wrong.proposeChange(memberChange{removeMember, member{ID: leader.id}}, memberTimeout), "no majority")
+	s.wantRefused(t, wrong.proposeChange(MemberChange{Kind: RemoveMember, Member: Member{ID: leader.id}}, memberTimeout), "no majority")
 	b := newBatch(nil) // as a newer program would propose it
-	b.add(&command{op: opPut, key: "k", condition: condition{kind: 9}})
+	b.add(&Command{Op: OpPut, Key: "k", Condition: Condition{Kind: 9}})
 	b.deadline = wrong.clock().Add(time.Second)
 	wrong.process.loop.push(b)
 	wrong.process.wake()
@@ -96,7 +96,7 @@ func TestLevel_RefusalHasTheLeadersTime(t *testing.T) {
 	if b.err == nil {
 		t.Error("the batch is not refused")
 	}
-	if off := leader.clock().Sub(time.UnixMilli(leader.process.store.state.now)); off.Abs() > clockSkewMax {
+	if off := leader.clock().Sub(time.UnixMilli(leader.process.store.State.Now)); off.Abs() > ClockSkewMax {
 		t.Errorf("the state's time is off by %v", off)
 	}
 	wrong.offset = 0

@@ -22,19 +22,19 @@ type model struct {
 	elapsed  int64 // by which the outcomes of requests age
 	seen     int64 // of level 2: the time up to which elapsed was counted
 	rv       uint64
-	items    map[string]item
+	items    map[string]Item
 	versions map[string][]modelVersion // of each key, oldest first
-	events   []event
+	events   []Event
 	batches  map[batchID]*modelBatch
-	retries  map[string]retryRecord
+	retries  map[string]RetryRecord
 	hasRead  bool              // the last transaction
 	values   map[string]uint64 // version of each value that was put; values are never used twice
-	members  map[uint64]member
+	members  map[uint64]Member
 	removed  map[uint64]bool
 
 	voters, votersBefore []uint64 // now, and before the last change
 
-	latest func(h batchHeader, term uint64) int64 // that the clock of a batch's proposer may have shown when it proposed
+	latest func(h BatchHeader, term uint64) int64 // that the clock of a batch's proposer may have shown when it proposed
 
 	keys   []string    // Idempotency-Keys that the present entry carried out
 	kept   int         // bytes of deleted values, by the events of the present entry
@@ -57,7 +57,7 @@ type modelEntry struct {
 // modelVersion is what became of a key at a resource version.
 type modelVersion struct {
 	rv     uint64
-	item   item
+	item   Item
 	exists bool
 }
 
@@ -66,18 +66,18 @@ type batchID struct{ session, seq uint64 }
 type modelBatch struct {
 	index   uint64
 	at      time.Duration // when a node applied it first
-	results []result
+	results []Result
 }
 
 func newModel() *model {
 	return &model{
 		level:    1,
-		items:    map[string]item{},
+		items:    map[string]Item{},
 		versions: map[string][]modelVersion{},
 		batches:  map[batchID]*modelBatch{},
-		retries:  map[string]retryRecord{},
+		retries:  map[string]RetryRecord{},
 		values:   map[string]uint64{},
-		members:  map[uint64]member{},
+		members:  map[uint64]Member{},
 		removed:  map[uint64]bool{},
 	}
 }
@@ -95,7 +95,7 @@ func (m *model) entry(index uint64) *modelEntry {
 }
 
 // get returns the item of a key as of a resource version.
-func (m *model) get(key string, rv uint64) (item, bool) {
+func (m *model) get(key string, rv uint64) (Item, bool) {
 	vs := m.versions[key]
 	n, _ := slices.BinarySearchFunc(vs, rv+1, func(v modelVersion, rv uint64) int {
 		if v.rv < rv {
@@ -104,17 +104,17 @@ func (m *model) get(key string, rv uint64) (item, bool) {
 		return 1
 	})
 	if n == 0 {
-		return item{}, false
+		return Item{}, false
 	}
 	return vs[n-1].item, vs[n-1].exists
 }
 
 // list returns the items with a prefix as of a resource version.
-func (m *model) list(prefix string, rv uint64) []keyItem {
-	var items []keyItem
+func (m *model) list(prefix string, rv uint64) []KeyItem {
+	var items []KeyItem
 	for _, key := range slices.Sorted(maps.Keys(m.versions)) {
 		if it, ok := m.get(key, rv); ok && strings.HasPrefix(key, prefix) {
-			items = append(items, keyItem{key, it})
+			items = append(items, KeyItem{Key: key, Item: it})
 		}
 	}
 	return items
@@ -136,8 +136,8 @@ func (m *model) append(e *raftpb.Entry) error {
 }
 
 // first records a batch and says whether it is new.
-func (m *model) first(h batchHeader, index uint64) (*modelBatch, bool) {
-	id := batchID{h.session, h.seq}
+func (m *model) first(h BatchHeader, index uint64) (*modelBatch, bool) {
+	id := batchID{h.Session, h.Seq}
 	if b := m.batches[id]; b != nil {
 		return b, false
 	}
@@ -148,7 +148,7 @@ func (m *model) first(h batchHeader, index uint64) (*modelBatch, bool) {
 }
 
 func (m *model) applyBatch(e *raftpb.Entry, next *modelEntry) error {
-	h, data, err := decodeBatch(e.GetData())
+	h, data, err := DecodeBatch(e.GetData())
 	if err != nil {
 		return err
 	}
@@ -157,21 +157,21 @@ func (m *model) applyBatch(e *raftpb.Entry, next *modelEntry) error {
 		return nil
 	}
 	if m.level == 1 {
-		m.now = max(m.now, h.time)
+		m.now = max(m.now, h.Time)
 		m.elapsed, m.seen = m.now, m.now
 	} else {
-		m.now = h.time
-		if h.time > m.seen {
-			m.elapsed += min(h.time-m.seen, ageStepMillis)
+		m.now = h.Time
+		if h.Time > m.seen {
+			m.elapsed += min(h.Time-m.seen, AgeStepMillis)
 		}
-		if h.time > m.seen || m.seen-h.time > ageStepMillis {
-			m.seen = h.time
+		if h.Time > m.seen || m.seen-h.Time > AgeStepMillis {
+			m.seen = h.Time
 		}
 	}
 	m.kept, m.keys = 0, nil
 	for len(data) > 0 {
-		var c command
-		if c, data, err = decodeCommand(data); err != nil {
+		var c Command
+		if c, data, err = DecodeCommand(data); err != nil {
 			return err
 		}
 		if err := m.checkExpiry(&c, h, e.GetTerm()); err != nil {
@@ -186,99 +186,99 @@ func (m *model) applyBatch(e *raftpb.Entry, next *modelEntry) error {
 	return nil
 }
 
-func (m *model) apply(c *command, next *modelEntry) (result, error) {
-	if c.op == opNop {
-		return result{}, nil // it was withdrawn: a retry is the first attempt
+func (m *model) apply(c *Command, next *modelEntry) (Result, error) {
+	if c.Op == OpNop {
+		return Result{}, nil // it was withdrawn: a retry is the first attempt
 	}
-	if c.retry.key != "" {
-		if old, ok := m.retries[c.retry.key]; ok && m.elapsed-old.time <= retryAgeMillis {
-			if old.id != c.retry {
-				return result{status: statusRetryOther}, nil
+	if c.Retry.Key != "" {
+		if old, ok := m.retries[c.Retry.Key]; ok && m.elapsed-old.Time <= RetryAgeMillis {
+			if old.ID != c.Retry {
+				return Result{Status: StatusRetryOther}, nil
 			}
-			r := old.first
-			r.replayed = true
+			r := old.First
+			r.Replayed = true
 			return r, nil
 		}
 	}
-	var changes []event
+	var changes []Event
 	if err := m.expireOverdue(c, &changes); err != nil {
-		return result{}, err
+		return Result{}, err
 	}
 	if err := m.commit(changes, next); err != nil {
-		return result{}, err
+		return Result{}, err
 	}
 	changes = nil
 	m.hasRead = false
 	r, err := m.execute(c, &changes)
 	if err != nil {
-		return result{}, err
+		return Result{}, err
 	}
 	if err := m.commit(changes, next); err != nil {
-		return result{}, err
+		return Result{}, err
 	}
-	r.rv, r.key = m.rv, c.key
-	if c.op == opRefuse {
-		r.key = c.value
+	r.RV, r.Key = m.rv, c.Key
+	if c.Op == OpRefuse {
+		r.Key = c.Value
 	}
-	if c.retry.key != "" {
-		m.keys = append(m.keys, c.retry.key)
+	if c.Retry.Key != "" {
+		m.keys = append(m.keys, c.Retry.Key)
 		kept := r
 		if m.level >= 3 && m.hasRead {
-			kept.ops = nil
+			kept.Ops = nil
 		}
-		m.retries[c.retry.key] = retryRecord{id: c.retry, time: m.elapsed, first: kept}
+		m.retries[c.Retry.Key] = RetryRecord{ID: c.Retry, Time: m.elapsed, First: kept}
 	}
 	return r, nil
 }
 
 // expireOverdue: from level 2 on who writes a key finds it gone once its time has
 // come.
-func (m *model) expireOverdue(c *command, changes *[]event) error {
-	keys := []string{c.key}
+func (m *model) expireOverdue(c *Command, changes *[]Event) error {
+	keys := []string{c.Key}
 	switch {
 	case m.level < 2:
 		return nil
-	case c.op == opTxn:
-		t, err := decodeTxn(c.value)
+	case c.Op == OpTxn:
+		t, err := DecodeTxn(c.Value)
 		if err != nil {
 			return err
 		}
 		keys = nil
-		for _, cmp := range t.compare {
-			keys = append(keys, cmp.key)
+		for _, cmp := range t.Compare {
+			keys = append(keys, cmp.Key)
 		}
-		for _, op := range slices.Concat(t.then, t.otherwise) {
-			keys = append(keys, op.key)
+		for _, op := range slices.Concat(t.Then, t.Otherwise) {
+			keys = append(keys, op.Key)
 		}
-	case c.op != opPut && c.op != opDelete:
+	case c.Op != OpPut && c.Op != OpDelete:
 		return nil
 	}
 	for _, key := range keys {
-		if it, ok := m.items[key]; ok && it.expires != 0 && it.expires <= m.now {
-			m.change(&command{op: opExpire, key: key}, changes)
+		if it, ok := m.items[key]; ok && it.Expires != 0 && it.Expires <= m.now {
+			m.change(&Command{Op: OpExpire, Key: key}, changes)
 		}
 	}
 	return nil
 }
 
 // commit gives changes their version.
-func (m *model) commit(changes []event, next *modelEntry) error {
+func (m *model) commit(changes []Event, next *modelEntry) error {
 	if len(changes) > 0 {
 		m.rv++
-		changes[len(changes)-1].last = true
+		changes[len(changes)-1].Last = true
 	}
 	for _, e := range changes {
-		deleted := e.kind == eventDeleted || e.kind == eventExpired
-		it := e.item
+		deleted := e.Kind == EventDeleted || e.Kind == EventExpired
+		it := e.Item
 		if deleted {
-			it = item{}
-		} else if before, twice := m.values[it.value]; twice && before != m.rv {
-			return fmt.Errorf("value %q was written at version %d and again at %d", it.value, before, m.rv)
+			it = Item{}
+		} else if before, twice := m.values[it.Value]; twice && before != m.rv {
+			return fmt.Errorf("value %q was written at version %d and again at %d", it.Value, before, m.rv)
 		} else {
-			m.values[it.value] = m.rv
+			m.values[it.Value] = m.rv
 		}
-		m.versions[e.key] = append(m.versions[e.key], modelVersion{rv: m.rv, item: it, exists: !deleted})
-		next.touched = append(next.touched, e.key)
+		m.versions[e.Key] = append(m.versions[e.Key], modelVersion{rv: m.rv, item: it, exists: !deleted})
+		next.touched = append(next.touched, e.Key)
 	}
 	m.events = append(m.events, changes...)
 	return nil
@@ -286,124 +286,124 @@ func (m *model) commit(changes []event, next *modelEntry) error {
 
 // checkExpiry: what expires was due by the clock of who proposed it, and is what
 // it saw.
-func (m *model) checkExpiry(c *command, h batchHeader, term uint64) error {
-	it, exists := m.items[c.key]
+func (m *model) checkExpiry(c *Command, h BatchHeader, term uint64) error {
+	it, exists := m.items[c.Key]
 	switch {
-	case c.op != opExpire:
+	case c.Op != OpExpire:
 		return nil
-	case c.condition.kind != ifMatch:
-		return fmt.Errorf("key %q expires, whatever its version is", c.key)
-	case exists && c.condition.rv == it.rv && (it.expires == 0 || it.expires > m.latest(h, term)):
-		return fmt.Errorf("key %q expires at %d, when it is %d for who proposed that", c.key, it.expires, m.latest(h, term))
+	case c.Condition.Kind != IfMatch:
+		return fmt.Errorf("key %q expires, whatever its version is", c.Key)
+	case exists && c.Condition.RV == it.RV && (it.Expires == 0 || it.Expires > m.latest(h, term)):
+		return fmt.Errorf("key %q expires at %d, when it is %d for who proposed that", c.Key, it.Expires, m.latest(h, term))
 	}
 	return nil
 }
 
-func (m *model) execute(c *command, changes *[]event) (result, error) {
-	switch c.op {
-	case opRefuse:
-		return result{status: statusRefused}, nil
-	case opLevel:
-		to, err := decodeRaising([]byte(c.value))
+func (m *model) execute(c *Command, changes *[]Event) (Result, error) {
+	switch c.Op {
+	case OpRefuse:
+		return Result{Status: StatusRefused}, nil
+	case OpLevel:
+		to, err := DecodeRaising([]byte(c.Value))
 		for id := range m.members {
-			if !slices.Contains(to.members, id) {
-				return result{status: statusPrecondition}, err
+			if !slices.Contains(to.Members, id) {
+				return Result{Status: StatusPrecondition}, err
 			}
 		}
-		if m.level < 3 && to.level >= 3 {
+		if m.level < 3 && to.Level >= 3 {
 			for key, old := range m.retries {
-				if slices.ContainsFunc(old.first.ops, func(op opResult) bool { return op.status == statusFound }) {
-					old.first.ops = nil
+				if slices.ContainsFunc(old.First.Ops, func(op OpResult) bool { return op.Status == StatusFound }) {
+					old.First.Ops = nil
 					m.retries[key] = old
 				}
 			}
 		}
-		m.level = max(m.level, to.level)
-		return result{status: statusReplaced}, err
-	case opMember:
-		var update member
-		if err := json.Unmarshal([]byte(c.value), &update); err != nil {
-			return result{}, err
+		m.level = max(m.level, to.Level)
+		return Result{Status: StatusReplaced}, err
+	case OpMember:
+		var update Member
+		if err := json.Unmarshal([]byte(c.Value), &update); err != nil {
+			return Result{}, err
 		}
 		if _, ok := m.members[update.ID]; !ok {
-			return result{status: statusNotFound}, nil
+			return Result{Status: StatusNotFound}, nil
 		}
-		return result{status: statusReplaced}, nil // directories are not compared here, but with the bytes of states
-	case opPut, opDelete, opExpire:
-		if it, exists := m.items[c.key]; !c.condition.holds(it, exists) {
-			return result{status: statusPrecondition, current: it.rv}, nil
+		return Result{Status: StatusReplaced}, nil // directories are not compared here, but with the bytes of states
+	case OpPut, OpDelete, OpExpire:
+		if it, exists := m.items[c.Key]; !c.Condition.Holds(it, exists) {
+			return Result{Status: StatusPrecondition, Current: it.RV}, nil
 		}
-		return result{status: m.change(c, changes)}, nil
-	case opDeletePrefix:
-		r := result{status: statusDeleted}
+		return Result{Status: m.change(c, changes)}, nil
+	case OpDeletePrefix:
+		r := Result{Status: StatusDeleted}
 		for _, key := range slices.Sorted(maps.Keys(m.items)) {
-			if strings.HasPrefix(key, c.key) {
-				m.change(&command{op: opDelete, key: key}, changes)
-				r.count++
+			if strings.HasPrefix(key, c.Key) {
+				m.change(&Command{Op: OpDelete, Key: key}, changes)
+				r.Count++
 			}
 		}
 		return r, nil
-	case opTxn:
-		return m.executeTxn(c.value, changes)
+	case OpTxn:
+		return m.executeTxn(c.Value, changes)
 	}
-	return result{}, fmt.Errorf("the model does not know command %d", c.op)
+	return Result{}, fmt.Errorf("the model does not know command %d", c.Op)
 }
 
-func (m *model) executeTxn(value string, changes *[]event) (result, error) {
-	t, err := decodeTxn(value)
+func (m *model) executeTxn(value string, changes *[]Event) (Result, error) {
+	t, err := DecodeTxn(value)
 	if err != nil {
-		return result{}, err
+		return Result{}, err
 	}
-	r, ops := result{status: statusSucceeded}, t.then
-	for _, cmp := range t.compare {
-		if it, exists := m.items[cmp.key]; !cmp.holds(it, exists) {
-			r.status, ops = statusFailed, t.otherwise
+	r, ops := Result{Status: StatusSucceeded}, t.Then
+	for _, cmp := range t.Compare {
+		if it, exists := m.items[cmp.Key]; !cmp.Holds(it, exists) {
+			r.Status, ops = StatusFailed, t.Otherwise
 		}
 	}
-	r.ops, m.hasRead = []opResult{}, false
+	r.Ops, m.hasRead = []OpResult{}, false
 	for _, op := range ops {
-		m.hasRead = m.hasRead || op.op == opGet
-		res := opResult{status: statusNotFound}
-		if op.op != opGet {
-			res.status = m.change(&op, changes)
-		} else if it, ok := m.items[op.key]; ok {
-			res = opResult{status: statusFound, item: it}
+		m.hasRead = m.hasRead || op.Op == OpGet
+		res := OpResult{Status: StatusNotFound}
+		if op.Op != OpGet {
+			res.Status = m.change(&op, changes)
+		} else if it, ok := m.items[op.Key]; ok {
+			res = OpResult{Status: StatusFound, Item: it}
 		}
-		r.ops = append(r.ops, res)
+		r.Ops = append(r.Ops, res)
 	}
 	return r, nil
 }
 
 // change puts or deletes a key.
-func (m *model) change(c *command, changes *[]event) status {
+func (m *model) change(c *Command, changes *[]Event) Status {
 	rv := m.rv + 1
-	old, exists := m.items[c.key]
-	e := event{rv: rv, prev: old.rv, time: m.now, key: c.key, item: old}
-	var st status
+	old, exists := m.items[c.Key]
+	e := Event{RV: rv, Prev: old.RV, Time: m.now, Key: c.Key, Item: old}
+	var st Status
 	switch {
-	case c.op == opPut && exists:
-		st, e.kind = statusReplaced, eventModified
-		e.item = item{value: c.value, rv: rv, created: old.created, expires: c.deadline(m.now), contentType: c.contentType}
-	case c.op == opPut:
-		st, e.kind = statusCreated, eventAdded
-		e.item = item{value: c.value, rv: rv, created: rv, expires: c.deadline(m.now), contentType: c.contentType}
+	case c.Op == OpPut && exists:
+		st, e.Kind = StatusReplaced, EventModified
+		e.Item = Item{Value: c.Value, RV: rv, Created: old.Created, Expires: c.Deadline(m.now), ContentType: c.ContentType}
+	case c.Op == OpPut:
+		st, e.Kind = StatusCreated, EventAdded
+		e.Item = Item{Value: c.Value, RV: rv, Created: rv, Expires: c.Deadline(m.now), ContentType: c.ContentType}
 	case !exists:
-		return statusNotFound
-	case c.op == opExpire:
-		st, e.kind = statusDeleted, eventExpired
+		return StatusNotFound
+	case c.Op == OpExpire:
+		st, e.Kind = StatusDeleted, EventExpired
 	default:
-		st, e.kind = statusDeleted, eventDeleted
+		st, e.Kind = StatusDeleted, EventDeleted
 	}
-	if c.op == opPut {
-		m.items[c.key] = e.item
+	if c.Op == OpPut {
+		m.items[c.Key] = e.Item
 	} else {
-		delete(m.items, c.key)
-		switch n := len(old.value); {
+		delete(m.items, c.Key)
+		switch n := len(old.Value); {
 		case m.level == 1:
 		case n <= 1024 && m.kept+n <= 8<<20:
 			m.kept += n
 		default:
-			e.item.value, e.cut = "", true
+			e.Item.Value, e.Cut = "", true
 		}
 	}
 	*changes = append(*changes, e)
@@ -418,25 +418,25 @@ func (m *model) changeMember(e *raftpb.Entry, next *modelEntry) error {
 	if _, fresh := m.first(h, e.GetIndex()); !fresh {
 		return nil
 	}
-	id := c.member.ID
+	id := c.Member.ID
 	old, exists := m.members[id]
 	voters, taken := 0, false
 	for _, other := range m.members {
 		if !other.Learner {
 			voters++
 		}
-		taken = taken || other.ID != id && other.PeerURL == c.member.PeerURL
+		taken = taken || other.ID != id && other.PeerURL == c.Member.PeerURL
 	}
 	switch {
-	case c.kind == removeMember && exists && (old.Learner || voters > 1):
+	case c.Kind == RemoveMember && exists && (old.Learner || voters > 1):
 		delete(m.members, id)
 		m.removed[id] = true
-	case c.kind == promoteLearner && exists && old.Learner:
+	case c.Kind == PromoteLearner && exists && old.Learner:
 		old.Learner, old.Promote = false, false
 		m.members[id] = old
-	case c.kind == addLearner && !exists && !m.removed[id] && !taken:
-		c.member.Learner = true
-		m.members[id] = c.member
+	case c.Kind == AddLearner && !exists && !m.removed[id] && !taken:
+		c.Member.Learner = true
+		m.members[id] = c.Member
 	default:
 		return nil
 	}

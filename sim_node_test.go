@@ -88,7 +88,7 @@ type process struct {
 	node    *simNode
 	loop    *loop
 	replica *replica
-	store   *kvstore
+	store   *Store
 	hub     *hub
 	disk    *simDisk
 
@@ -207,11 +207,11 @@ func (p *process) boot(files *storage, rec *recovered) (err error) {
 	if n.resynced {
 		n.durable = p.disk.log
 	}
-	p.store = &kvstore{state: rec.state}
+	p.store = &Store{State: rec.state}
 	if !s.raising && s.chance(s.oldVersions) {
-		p.store.levelMax = levelFirst
+		p.store.LevelMax = LevelFirst
 	}
-	p.store.setWindow(s.eventsMax, eventBytesMaxDefault)
+	p.store.SetWindow(s.eventsMax, EventBytesMaxDefault)
 	p.hub = newHub(p.store)
 	p.hub.readEvents = s.readEvents
 	p.loop = newLoop(s.tick, p.applied, logger)
@@ -280,7 +280,7 @@ const dialEvery = 200 * time.Millisecond
 // members, and one that knows refuses them, which ends the node.
 func (p *process) dial() {
 	other := pick(p.sim, p.sim.nodes)
-	if p.sim.network.connected(p.node.id, other.id) && other.process.store.tellsRemoved(other.id, p.node.id) {
+	if p.sim.network.connected(p.node.id, other.id) && other.process.store.TellsRemoved(other.id, p.node.id) {
 		p.exit(errPeerRemoved)
 		return
 	}
@@ -290,7 +290,7 @@ func (p *process) dial() {
 // everybody says whether all know the newest level.
 func everybody(know map[uint64]health) bool {
 	for _, h := range know {
-		if h.Level < levelNewest {
+		if h.Level < LevelNewest {
 			return false
 		}
 	}
@@ -303,26 +303,26 @@ const compareEvery = time.Second
 // compare does what guard.exchange does: the product's own look for members
 // whose states differ.
 func (p *process) compare() {
-	s, others := p.sim, map[uint64]sums{}
+	s, others := p.sim, map[uint64]Sums{}
 	for _, n := range s.nodes {
 		if n != p.node && s.network.connected(p.node.id, n.id) {
-			others[n.id] = n.process.store.sums()
+			others[n.id] = n.process.store.Sums()
 		}
 	}
-	v, differ := judge(p.store.ownSums(), p.node.id, others, p.store.voters())
+	v, differ := Judge(p.store.OwnSums(), p.node.id, others, p.store.Voters())
 	s.check.judged(p, v, differ)
-	if members := p.store.members(); p.replica.role == raft.StateLeader && len(others) == len(members)-1 && p.store.level() < levelNewest {
+	if members := p.store.Members(); p.replica.role == raft.StateLeader && len(others) == len(members)-1 && p.store.Level() < LevelNewest {
 		know := map[uint64]health{}
 		for id := range others {
-			know[id] = health{Level: s.node(id).process.store.knows()}
+			know[id] = health{Level: s.node(id).process.store.Knows()}
 		}
-		if !everybody(know) || p.store.knows() < levelNewest {
+		if !everybody(know) || p.store.Knows() < LevelNewest {
 			p.after(compareEvery, p.compare)
 			return
 		}
 		s.raising = true
-		raise := commonLevel(members, know, p.node.id, levelNewest)
-		_, _, _ = p.loop.enqueue(&command{op: opLevel, value: raise.encode()}, p.node.clock().Add(time.Second)) // it tries again
+		raise := commonLevel(members, know, p.node.id, LevelNewest)
+		_, _, _ = p.loop.enqueue(&Command{Op: OpLevel, Value: raise.Encode()}, p.node.clock().Add(time.Second)) // it tries again
 		p.wake()
 	}
 	p.after(compareEvery, p.compare)
@@ -582,7 +582,7 @@ func (p *process) send(msgs []*raftpb.Message) {
 }
 
 // setMembers implements transport. Everybody can reach everybody.
-func (p *process) setMembers(members []member) {
+func (p *process) setMembers(members []Member) {
 	if plant := p.sim.plant; plant != nil && plant.connects != nil && !p.dead {
 		p.wait(plant.connects(p, members))
 	}
@@ -630,7 +630,7 @@ func (p *process) background(work func() error, done func(error) error) {
 
 // deliver takes a message from the network, as peerNetwork.Process does.
 func (p *process) deliver(m *raftpb.Message, body []byte) error {
-	if p.store.tellsRemoved(p.node.id, m.GetFrom()) {
+	if p.store.TellsRemoved(p.node.id, m.GetFrom()) {
 		return errPeerRemoved
 	}
 	view := peerView{self: p.node.id, sender: m.GetFrom(), term: p.loop.status.Load().term, member: func(uint64) bool { return true }}
@@ -643,7 +643,7 @@ func (p *process) deliver(m *raftpb.Message, body []byte) error {
 	}
 	defer p.wake()
 	meta := m.GetSnapshot().GetMetadata()
-	if m.GetType() != raftpb.MsgSnap || meta.GetIndex() <= p.store.applied() {
+	if m.GetType() != raftpb.MsgSnap || meta.GetIndex() <= p.store.Applied() {
 		return p.loop.deliver(message{Message: m})
 	}
 	if p.node.full {

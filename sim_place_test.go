@@ -22,7 +22,7 @@ import (
 // right ones.
 type simFlags struct {
 	wrong bool
-	list  []member
+	list  []Member
 	token string
 	join  bool
 	dir   string // instead of its own, if it is not ""
@@ -37,7 +37,7 @@ func (n *simNode) rightFlags() simFlags {
 	f := simFlags{token: simToken, join: n.joins}
 	for _, m := range n.sim.nodes {
 		if !m.joins || n.joins {
-			f.list = append(f.list, member{ID: m.id, PeerURL: m.url})
+			f.list = append(f.list, Member{ID: m.id, PeerURL: m.url})
 		}
 	}
 	return f
@@ -52,9 +52,9 @@ func (n *simNode) wrongFlags() simFlags {
 	case 0: // the addresses in another order
 		s.rand.Shuffle(len(f.list), swap)
 	case 1: // with a member that is not there
-		f.list = append(f.list, member{ID: nodesMax - 1, PeerURL: "http://nowhere"})
+		f.list = append(f.list, Member{ID: nodesMax - 1, PeerURL: "http://nowhere"})
 	case 2, 7, 8: // without one; two clusters that share no member would both be right
-		left := slices.IndexFunc(f.list, func(m member) bool { return m.ID != 1 && m.ID != n.id })
+		left := slices.IndexFunc(f.list, func(m Member) bool { return m.ID != 1 && m.ID != n.id })
 		if left >= 0 {
 			f.list = slices.Delete(f.list, left, left+1)
 		}
@@ -252,7 +252,7 @@ func (f *simPlace) pause(_ context.Context, d time.Duration) bool {
 
 // ask asks whoever lives at these addresses. Not every network leads a node to
 // itself.
-func (f *simPlace) ask(_ context.Context, members []member) map[uint64]peerAnswer {
+func (f *simPlace) ask(_ context.Context, members []Member) map[uint64]peerAnswer {
 	s, answers := f.sim, map[uint64]peerAnswer{}
 	for _, m := range members {
 		answers[m.ID] = peerAnswer{err: errors.New("nothing")}
@@ -281,7 +281,7 @@ func (n *simNode) tells(to *simNode) (info peerInfo, ok bool) {
 	}
 	info = peerInfo{Cluster: fmt.Sprintf("%x", p.identity.Cluster), Node: n.id, Process: p.number, Founders: p.identity.Founders}
 	if info.informed = p.informed; p.informed {
-		info.Members, info.Removed = p.store.members(), p.store.removed()
+		info.Members, info.Removed = p.store.Members(), p.store.Removed()
 	}
 	return info, true
 }
@@ -293,7 +293,7 @@ const announceEvery = 20 * time.Millisecond
 // announce reads, as a node does before it serves, until that succeeds, and then
 // tells the others which directory it has.
 func (p *process) announce() {
-	switch m, ok := p.store.member(p.node.id); {
+	switch m, ok := p.store.Member(p.node.id); {
 	case !p.sim.announces:
 		p.informed = true
 		return
@@ -305,9 +305,9 @@ func (p *process) announce() {
 		p.node.known = true
 		return
 	case p.announced == nil || isClosed(p.announced.done):
-		update, err := json.Marshal(member{ID: p.node.id, Directory: p.identity.Directory})
+		update, err := json.Marshal(Member{ID: p.node.id, Directory: p.identity.Directory})
 		if err == nil {
-			p.announced, _, err = p.loop.enqueue(&command{op: opMember, value: string(update)}, p.node.clock().Add(time.Second))
+			p.announced, _, err = p.loop.enqueue(&Command{Op: OpMember, Value: string(update)}, p.node.clock().Add(time.Second))
 		}
 		if err != nil {
 			p.announced = nil // it tries again
@@ -331,12 +331,12 @@ func (n *simNode) breakOff(id identity) error {
 	rec, err := files.create(id)
 	if err == nil && !n.joins && n.sim.chance(0.7) {
 		st, cs := rec.state, &raftpb.ConfState{}
-		st.index, st.term = modelBase, 1
+		st.Index, st.Term = modelBase, 1
 		for _, m := range id.Founders {
-			st.members[m.ID] = m
+			st.Members[m.ID] = m
 			cs.Voters = append(cs.Voters, m.ID)
 		}
-		meta := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{ConfState: cs, Index: new(st.index), Term: new(st.term)}}
+		meta := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{ConfState: cs, Index: new(st.Index), Term: new(st.Term)}}
 		err = files.writeSnapshot(meta, &st)
 		if err == nil && n.sim.chance(0.5) {
 			err = files.commitSnapshot(meta)

@@ -41,8 +41,8 @@ type plant struct {
 	incoming   func(p *process, m *raftpb.Message)
 	afterCrash func(n *simNode)
 	answers    func(p *simPlace, answers map[uint64]peerAnswer) // that others gave to a node that looks for its place
-	request    func(p *process, c *command)                     // what is done of a write before it is queued
-	recovered  func(st *state)
+	request    func(p *process, c *Command)                     // what is done of a write before it is queued
+	recovered  func(st *State)
 	turned     func(p *process) // after each turn of the loop
 
 	deadlines func(b *batch, place int) // of what was queued; that it was given up nobody is told
@@ -60,7 +60,7 @@ type plant struct {
 	impatient     bool                  // a snapshot that was not taken is sent again at once
 
 	blocks   func(p *process, m *raftpb.Message) time.Duration // how long sending takes
-	connects func(p *process, members []member) time.Duration  // and to be told of the members
+	connects func(p *process, members []Member) time.Duration  // and to be told of the members
 
 	// prepare makes the bug more likely to show.
 	prepare func(w *weather, l *load)
@@ -78,7 +78,7 @@ func plants() []*plant {
 		{name: "truncated tail accepted", afterCrash: truncateLog, prepare: onlyFaults(faultCrash, faultPowerCut, faultIsolateLeader)},
 		{name: "damaged log served", afterCrash: damageLog, prepare: onlyFaults(faultCrash, faultPowerCut, faultIsolateLeader)},
 		{name: "wiped directory rejoins", afterCrash: wipe, prepare: onlyFaults(faultCrash, faultPowerCut, faultIsolateLeader)},
-		{name: "dedupe table not in the snapshot", disk: snapshotsWith(func(st *state) { st.sessions = sessions{} })},
+		{name: "dedupe table not in the snapshot", disk: snapshotsWith(func(st *State) { st.Sessions = Sessions{} })},
 		{name: "snapshot ahead of apply", disk: func(_ *process, d disk) disk { return &hastyDisk{disk: d} }},
 		{name: "map order in a snapshot", disk: func(p *process, d disk) disk { return disorderlyDisk{d, p} }},
 		{name: "snapshot installed without its ConfState", incoming: firstConfState, prepare: onlyFaults(faultMembers, faultMembers, faultCrash)},
@@ -86,13 +86,13 @@ func plants() []*plant {
 		{name: "retry applied as a new write", outgoing: onceProposed(asNewBatch)},
 		{name: "stale ReadIndex context", incoming: anyAttempt, prepare: slowLinks},
 		{name: "read does not wait for apply", incoming: readAtOnce},
-		{name: "retry record not in the snapshot", disk: snapshotsWith(func(st *state) { st.retries = newRetryTable() })},
+		{name: "retry record not in the snapshot", disk: snapshotsWith(func(st *State) { st.Retries = NewRetryTable() })},
 		{name: "expiry by the local clock", turned: expireByOwnClock},
 		{name: "event skipped on restart", recovered: dropNewestEvent, prepare: often(faultCrash, faultPowerCut)},
 		{name: "transaction in two versions", request: splitTxn},
 		{name: "condition checked before apply", request: checkEarly},
 		{name: "peer URL not in the snapshot", disk: snapshotsWith(firstPeerURLs), prepare: often(faultMembers)},
-		{name: "removed id not in the snapshot", disk: snapshotsWith(func(st *state) { st.removed = map[uint64]bool{} }), prepare: often(faultMembers)},
+		{name: "removed id not in the snapshot", disk: snapshotsWith(func(st *State) { st.Removed = map[uint64]bool{} }), prepare: often(faultMembers)},
 		{name: "no room for a snapshot ignored", disk: func(_ *process, d disk) disk { return fullDisk{d} }, prepare: often(faultFull, faultCrash)},
 		{name: "a write with another value on one node", turned: otherValue()},
 		{name: "snapshot with a later configuration", disk: laterConfig, prepare: often(faultMembers, faultMembers, faultCrash)},
@@ -111,13 +111,13 @@ func plants() []*plant {
 		{name: "watermark ahead of a failed write", disk: hastyMark, prepare: often(faultDisk)},
 		{name: "needed snapshots purged", disk: func(p *process, d disk) disk { return purgingDisk{d, p} }, prepare: often(faultCrash)},
 		{name: "change of members without a sync", disk: func(_ *process, d disk) disk { return unsyncedDisk{d} }, prepare: often(faultMembers)},
-		{name: "expiry whatever the version", turned: expireNow(0, condition{})},
-		{name: "expiry before its time", turned: expireNow(time.Second, condition{kind: ifMatch})},
-		{name: "deadlines forgotten at start", recovered: func(st *state) { st.expiry = new(btree.Set[string]) }, prepare: often(faultPowerCut)},
-		{name: "sessions forgotten at start", recovered: func(st *state) { st.sessions = sessions{} }, prepare: often(faultCrash)},
-		{name: "retry records forgotten at start", recovered: func(st *state) { st.retries = newRetryTable() }, prepare: often(faultCrash)},
-		{name: "removed ids forgotten at start", recovered: func(st *state) { st.removed = map[uint64]bool{} }, prepare: often(faultMembers, faultCrash)},
-		{name: "version goes back at start", recovered: func(st *state) { st.rv -= min(st.rv, 1) }, prepare: often(faultCrash)},
+		{name: "expiry whatever the version", turned: expireNow(0, Condition{})},
+		{name: "expiry before its time", turned: expireNow(time.Second, Condition{Kind: IfMatch})},
+		{name: "deadlines forgotten at start", recovered: func(st *State) { st.Expiry = new(btree.Set[string]) }, prepare: often(faultPowerCut)},
+		{name: "sessions forgotten at start", recovered: func(st *State) { st.Sessions = Sessions{} }, prepare: often(faultCrash)},
+		{name: "retry records forgotten at start", recovered: func(st *State) { st.Retries = NewRetryTable() }, prepare: often(faultCrash)},
+		{name: "removed ids forgotten at start", recovered: func(st *State) { st.Removed = map[uint64]bool{} }, prepare: often(faultMembers, faultCrash)},
+		{name: "version goes back at start", recovered: func(st *State) { st.RV -= min(st.RV, 1) }, prepare: often(faultCrash)},
 		{name: "unknown outcome called refused", refuseUnknown: true, prepare: onlyFaults(faultPause, faultSlow, faultPartition)},
 		{name: "refused retry called not applied", refuseRetries: true, prepare: retriesOnly(faultPartition, faultIsolateLeader, faultCrash)},
 		{name: "retry answered like a new request", forgetFirsts: true, prepare: retriesOnly(faultPartition, faultIsolateLeader, faultCrash)},
@@ -179,7 +179,7 @@ func bookmarkNow(_ *process, w *watchStream) {
 
 // bookmarkAhead writes one with what the store has, not what was passed on.
 func bookmarkAhead(p *process, w *watchStream) {
-	if rv := p.store.version(); rv > w.rv && !w.part {
+	if rv := p.store.Version(); rv > w.rv && !w.part {
 		w.rv = rv
 		_ = w.writeBookmark() // as above
 	}
@@ -249,7 +249,7 @@ func (d deafDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 // fullDisk takes a snapshot that had no room for one that is there.
 type fullDisk struct{ disk }
 
-func (d fullDisk) writeSnapshot(snap *raftpb.Snapshot, st *state) error {
+func (d fullDisk) writeSnapshot(snap *raftpb.Snapshot, st *State) error {
 	if err := d.disk.writeSnapshot(snap, st); !errors.Is(err, errNoSpace) {
 		return err
 	}
@@ -274,14 +274,14 @@ func (d *forgetfulDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 // changingDisk writes other snapshots than it is told to.
 type changingDisk struct {
 	disk
-	change func(st *state)
+	change func(st *State)
 }
 
-func snapshotsWith(change func(st *state)) func(*process, disk) disk {
+func snapshotsWith(change func(st *State)) func(*process, disk) disk {
 	return func(_ *process, d disk) disk { return changingDisk{d, change} }
 }
 
-func (d changingDisk) writeSnapshot(snap *raftpb.Snapshot, st *state) error {
+func (d changingDisk) writeSnapshot(snap *raftpb.Snapshot, st *State) error {
 	changed := *st
 	d.change(&changed)
 	return d.disk.writeSnapshot(snap, &changed)
@@ -291,14 +291,14 @@ func (d changingDisk) writeSnapshot(snap *raftpb.Snapshot, st *state) error {
 // index of this one.
 type hastyDisk struct {
 	disk
-	last *state
+	last *State
 }
 
-func (d *hastyDisk) writeSnapshot(snap *raftpb.Snapshot, st *state) error {
+func (d *hastyDisk) writeSnapshot(snap *raftpb.Snapshot, st *State) error {
 	older := *st
 	if d.last != nil {
 		older = *d.last
-		older.index, older.term = st.index, st.term
+		older.Index, older.Term = st.Index, st.Term
 	}
 	d.last = st
 	return d.disk.writeSnapshot(snap, &older)
@@ -310,11 +310,11 @@ type disorderlyDisk struct {
 	process *process
 }
 
-func (d disorderlyDisk) writeSnapshot(snap *raftpb.Snapshot, st *state) error {
+func (d disorderlyDisk) writeSnapshot(snap *raftpb.Snapshot, st *State) error {
 	if err := d.disk.writeSnapshot(snap, st); err != nil {
 		return err
 	}
-	path := d.process.disk.bodyPath(st.index)
+	path := d.process.disk.bodyPath(st.Index)
 	body, err := os.ReadFile(path)
 	if err != nil {
 		return err
@@ -322,40 +322,40 @@ func (d disorderlyDisk) writeSnapshot(snap *raftpb.Snapshot, st *state) error {
 	if body, err = swapSessions(body); err != nil || body == nil {
 		return err
 	}
-	d.process.sim.check.body(d.process, st.index, body)
+	d.process.sim.check.body(d.process, st.Index, body)
 	return os.WriteFile(path, body, fsx.FileMode)
 }
 
 // swapSessions exchanges the first two session records of a snapshot, if it has
 // two.
 func swapSessions(body []byte) ([]byte, error) {
-	payload, err := io.ReadAll(&frameReader{r: bytes.NewReader(body)})
+	payload, err := io.ReadAll(&FrameReader{R: bytes.NewReader(body)})
 	if err != nil {
 		return nil, err
 	}
 	rest := bytes.NewReader(payload)
-	d := snapshotDecoder{r: bufio.NewReader(rest)}
-	offset := func() int { return len(payload) - rest.Len() - d.r.Buffered() }
-	if _, err := d.r.Discard(len(snapshotMagic)); err != nil {
+	d := SnapshotDecoder{R: bufio.NewReader(rest)}
+	offset := func() int { return len(payload) - rest.Len() - d.R.Buffered() }
+	if _, err := d.R.Discard(len(SnapshotMagic)); err != nil {
 		return nil, err
 	}
 	const headerFields = 7 // format, index, term, rv, now, number of the next retry, sum
 	for range headerFields {
-		d.uint()
+		d.Uint()
 	}
-	starts, scratch := []int{offset()}, newState()
+	starts, scratch := []int{offset()}, NewState()
 	for range 2 {
-		if d.uint() != recordSession {
-			return nil, d.err
+		if d.Uint() != RecordSession {
+			return nil, d.Err
 		}
-		if err := d.record(recordSession, &scratch); err != nil {
+		if err := d.Record(RecordSession, &scratch); err != nil {
 			return nil, err
 		}
 		starts = append(starts, offset())
 	}
 	swapped := slices.Concat(payload[:starts[0]], payload[starts[1]:starts[2]], payload[starts[0]:starts[1]], payload[starts[2]:])
 	var out bytes.Buffer
-	_, err = (&frameWriter{w: &out}).Write(swapped)
+	_, err = (&FrameWriter{W: &out}).Write(swapped)
 	return out.Bytes(), err
 }
 
@@ -514,11 +514,11 @@ func onceProposed(again func(*raftpb.Message) *raftpb.Message) func(*process, *r
 		if m.GetType() != raftpb.MsgProp || m.GetEntries()[0].GetType() != raftpb.EntryNormal {
 			return m
 		}
-		h, _, err := decodeBatch(m.GetEntries()[0].GetData())
+		h, _, err := DecodeBatch(m.GetEntries()[0].GetData())
 		if err != nil {
 			return m
 		}
-		id := batchID{h.session, h.seq}
+		id := batchID{h.Session, h.Seq}
 		if proposed[id] {
 			return again(m)
 		}
@@ -531,10 +531,10 @@ func onceProposed(again func(*raftpb.Message) *raftpb.Message) func(*process, *r
 func asNewBatch(m *raftpb.Message) *raftpb.Message {
 	m = proto.CloneOf(m)
 	data := m.Entries[0].Data
-	h, _, err := decodeBatch(data)
+	h, _, err := DecodeBatch(data)
 	if err == nil {
-		h.session++
-		h.put(data)
+		h.Session++
+		h.Put(data)
 	}
 	return m
 }
@@ -556,16 +556,16 @@ func readAtOnce(_ *process, m *raftpb.Message) {
 
 // expireByOwnClock deletes keys when the clock of each node says so.
 func expireByOwnClock(p *process) {
-	st, now := &p.store.state, p.node.clock().UnixMilli()
+	st, now := &p.store.State, p.node.clock().UnixMilli()
 	var due []string
-	st.items.Scan(func(key string, it item) bool {
-		if it.expires != 0 && it.expires <= now {
+	st.Items.Scan(func(key string, it Item) bool {
+		if it.Expires != 0 && it.Expires <= now {
 			due = append(due, key)
 		}
 		return true
 	})
 	for _, key := range due {
-		st.items.Delete(key)
+		st.Items.Delete(key)
 	}
 }
 
@@ -573,62 +573,62 @@ func expireByOwnClock(p *process) {
 func otherValue() func(*process) {
 	changed := false
 	return func(p *process) {
-		key, it, ok := p.store.state.items.Max()
+		key, it, ok := p.store.State.Items.Max()
 		if changed || !ok || p.node.id != 2 {
 			return
 		}
 		changed = true
-		p.store.state.forget(key, it)
-		it.value += "?"
-		p.store.state.items.Set(key, it)
-		p.store.state.remember(key, it)
+		p.store.State.Forget(key, it)
+		it.Value += "?"
+		p.store.State.Items.Set(key, it)
+		p.store.State.Remember(key, it)
 	}
 }
 
 // dropNewestEvent forgets the last event of the window.
-func dropNewestEvent(st *state) {
-	l := st.events.copy()
-	if l.count == 0 {
+func dropNewestEvent(st *State) {
+	l := st.Events.Copy()
+	if l.Count == 0 {
 		return
 	}
-	last := &l.chunks[len(l.chunks)-1]
-	last.events = last.events[:len(last.events)-1]
-	if len(last.events) == 0 {
-		l.chunks = l.chunks[:len(l.chunks)-1]
+	last := &l.Chunks[len(l.Chunks)-1]
+	last.Events = last.Events[:len(last.Events)-1]
+	if len(last.Events) == 0 {
+		l.Chunks = l.Chunks[:len(l.Chunks)-1]
 	}
-	l.count--
-	st.events = l
+	l.Count--
+	st.Events = l
 }
 
 // splitTxn writes the first operation of a transaction before the others.
-func splitTxn(p *process, c *command) {
-	if c.op != opTxn {
+func splitTxn(p *process, c *Command) {
+	if c.Op != OpTxn {
 		return
 	}
-	t, err := decodeTxn(c.value)
-	if err != nil || len(t.then) < 2 || len(t.compare) > 0 {
+	t, err := DecodeTxn(c.Value)
+	if err != nil || len(t.Then) < 2 || len(t.Compare) > 0 {
 		return
 	}
-	first, rest := txn{then: t.then[:1]}, txn{then: t.then[1:]}
-	if _, _, err := p.loop.enqueue(&command{op: opTxn, value: first.encode()}, p.node.clock().Add(time.Second)); err == nil {
-		c.value = rest.encode()
+	first, rest := Txn{Then: t.Then[:1]}, Txn{Then: t.Then[1:]}
+	if _, _, err := p.loop.enqueue(&Command{Op: OpTxn, Value: first.Encode()}, p.node.clock().Add(time.Second)); err == nil {
+		c.Value = rest.Encode()
 	}
 }
 
 // checkEarly looks whether a condition holds now, and not when it counts.
-func checkEarly(p *process, c *command) {
-	it, _, exists := p.store.get(c.key)
-	if c.op == opPut && c.condition.holds(it, exists) {
-		c.condition = condition{}
+func checkEarly(p *process, c *Command) {
+	it, _, exists := p.store.Get(c.Key)
+	if c.Op == OpPut && c.Condition.Holds(it, exists) {
+		c.Condition = Condition{}
 	}
 }
 
 // firstPeerURLs replaces addresses by those of the first day.
-func firstPeerURLs(st *state) {
-	st.members = maps.Clone(st.members)
-	for id, m := range st.members {
+func firstPeerURLs(st *State) {
+	st.Members = maps.Clone(st.Members)
+	for id, m := range st.Members {
 		m.PeerURL = fmt.Sprintf("http://first%d", id)
-		st.members[id] = m
+		st.Members[id] = m
 	}
 }
 
@@ -679,7 +679,7 @@ func waitForLost(p *process, m *raftpb.Message) time.Duration {
 
 // waitForNew connects to a member before it goes on: one that is not there yet
 // does not answer.
-func waitForNew(p *process, members []member) time.Duration {
+func waitForNew(p *process, members []Member) time.Duration {
 	for _, m := range members {
 		if m.ID <= uint64(len(p.sim.nodes)) && p.sim.node(m.ID).process == nil && m.ID != p.node.id {
 			return peerDialTimeout
@@ -774,13 +774,13 @@ type unsyncedDisk struct{ disk }
 func (d unsyncedDisk) sync() error { return nil }
 
 // expireNow lets a leader expire keys so much before their time, on a condition.
-func expireNow(early time.Duration, c condition) func(*process) {
+func expireNow(early time.Duration, c Condition) func(*process) {
 	return func(p *process) {
 		if !leadsIt(p) || !p.sim.chance(0.01) {
 			return
 		}
-		for _, cmd := range p.store.expired(p.node.clock().Add(early).UnixMilli(), 1, 1) {
-			cmd.condition.kind = c.kind
+		for _, cmd := range p.store.Expired(p.node.clock().Add(early).UnixMilli(), 1, 1) {
+			cmd.Condition.Kind = c.Kind
 			_, _, _ = p.loop.enqueue(&cmd, p.node.clock().Add(time.Second))
 		}
 	}

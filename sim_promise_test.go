@@ -249,7 +249,7 @@ func (c *checker) notRefused(session, seq uint64, b *modelBatch) {
 			continue
 		}
 		for place, result := range b.results {
-			if (r.place == wholeBatch || r.place == place) && result.status != statusNone && result.status != statusRefused {
+			if (r.place == wholeBatch || r.place == place) && result.Status != StatusNone && result.Status != StatusRefused {
 				c.violate("refused", "command %d of batch %d of session %x was applied at entry %d, and its client was told that it was not",
 					place, seq, session, b.index)
 				return
@@ -279,7 +279,7 @@ func (c *checker) answered(call *simCall) {
 			c.violate("answer", "%v; but it came to %+v", op, b.results[call.place])
 		}
 	}
-	if op.version() < floor && (op.isRead() || !op.result.replayed) {
+	if op.version() < floor && (op.isRead() || !op.result.Replayed) {
 		c.violate("stale", "node %d answers with version %d, and %d was known when it was asked: %v", p.node.id, op.version(), floor, op)
 	}
 }
@@ -287,22 +287,22 @@ func (c *checker) answered(call *simCall) {
 // toldOfKey looks at what the client of a request with an Idempotency-Key is told:
 // once any attempt was applied, all are told what came of that one.
 func (c *checker) toldOfKey(op *simOp, outcome simOutcome) {
-	id := op.cmd.retry
-	if op.isRead() || id.key == "" || outcome == opOpen {
+	id := op.cmd.Retry
+	if op.isRead() || id.Key == "" || outcome == opOpen {
 		return
 	}
-	first, applied := c.model.retries[id.key]
+	first, applied := c.model.retries[id.Key]
 	got := op.result
-	if first.first.ops == nil {
-		got.ops = nil // what was read is not remembered
+	if first.First.Ops == nil {
+		got.Ops = nil // what was read is not remembered
 	}
 	switch {
 	case outcome == opRefused && applied:
 		c.violate("retry", "%v; its client is told that it was not applied", op)
 	case outcome == opRefused:
-		c.refusedKeys[id.key] = true
-	case !applied || !sameResult(first.first, got):
-		c.violate("retry", "%v; but the first attempt came to %+v", op, first.first)
+		c.refusedKeys[id.Key] = true
+	case !applied || !sameResult(first.First, got):
+		c.violate("retry", "%v; but the first attempt came to %+v", op, first.First)
 	}
 }
 
@@ -312,16 +312,16 @@ const proposedLateMax = time.Second
 // wanted looks at a batch that a process proposes, maybe not for the first time:
 // nobody may be waiting any more for a request in it.
 func (c *checker) wanted(p *process, data []byte) {
-	h, _, err := decodeBatch(data)
-	if err != nil || h.session != p.replica.session {
+	h, _, err := DecodeBatch(data)
+	if err != nil || h.Session != p.replica.session {
 		return
 	}
 	for _, b := range p.replica.pending {
-		if b.seq != h.seq {
+		if b.seq != h.Seq {
 			continue
 		}
 		for place, deadline := range p.waits[b] {
-			if late := p.replica.now.Sub(deadline); late > proposedLateMax && op(data[b.offsets[place]]) != opNop {
+			if late := p.replica.now.Sub(deadline); late > proposedLateMax && Op(data[b.offsets[place]]) != OpNop {
 				c.violate("late", "node %d proposes command %d of batch %d, for which nobody waits since %v", p.node.id, place, b.seq, late)
 			}
 		}
@@ -361,10 +361,10 @@ type simClock struct {
 // latest returns what the clock of a batch's proposer showed at most when it
 // proposed. Where it led itself that is the time in the batch; another leader may
 // have put its own there.
-func (c *checker) latest(h batchHeader, term uint64) int64 {
-	clock, known := c.clocks[h.session]
+func (c *checker) latest(h BatchHeader, term uint64) int64 {
+	clock, known := c.clocks[h.Session]
 	if !known || c.leaders[term] == clock.node.id && clock.node.lives == clock.life {
-		return h.time
+		return h.Time
 	}
 	return clock.node.clockWith(clock.offset).UnixMilli()
 }
@@ -380,10 +380,10 @@ func (c *checker) stamped(p *process, ents []*raftpb.Entry) {
 			continue
 		}
 		c.wanted(p, e.GetData())
-		h, _, err := decodeBatch(e.GetData())
-		at, now := time.UnixMilli(h.time), p.node.clock()
+		h, _, err := DecodeBatch(e.GetData())
+		at, now := time.UnixMilli(h.Time), p.node.clock()
 		// It may have come in the turn before, which goes by the tick before that.
-		if early := p.ticks[0].Add(-clockSkewMax - time.Millisecond); err == nil && (at.Before(early) || at.After(now.Add(clockSkewMax))) {
+		if early := p.ticks[0].Add(-ClockSkewMax - time.Millisecond); err == nil && (at.Before(early) || at.After(now.Add(ClockSkewMax))) {
 			c.violate("time", "node %d leads at %v, and takes a batch of %v", p.node.id, now, at)
 		}
 	}
@@ -400,8 +400,8 @@ func (c *checker) overdue() {
 		return
 	}
 	for key, it := range c.model.items {
-		if it.expires != 0 && it.expires < n.clock().Add(-overdueMax).UnixMilli() {
-			c.violate("overdue", "key %q is still there, %d ms after its time", key, n.clock().UnixMilli()-it.expires)
+		if it.Expires != 0 && it.Expires < n.clock().Add(-overdueMax).UnixMilli() {
+			c.violate("overdue", "key %q is still there, %d ms after its time", key, n.clock().UnixMilli()-it.Expires)
 			return
 		}
 	}

@@ -20,7 +20,7 @@ import (
 func (s *sim) wantFresh(t *testing.T, read *simOp, want string) {
 	t.Helper()
 	s.runUntil(500*time.Millisecond, read.ended)
-	if read.ended() && read.outcome == opDone && read.item.value != want {
+	if read.ended() && read.outcome == opDone && read.item.Value != want {
 		t.Errorf("%v, although %q was acknowledged before it began", read, want)
 	}
 }
@@ -28,11 +28,11 @@ func (s *sim) wantFresh(t *testing.T, read *simOp, want string) {
 // bigTxn writes value to key, and so much else that two of them are applied in
 // two turns.
 func bigTxn(key, value string) *simOp {
-	tx := txn{then: []command{{op: opPut, key: key, value: value}}}
+	tx := Txn{Then: []Command{{Op: OpPut, Key: key, Value: value}}}
 	for _, pad := range []string{"/1", "/2", "/3"} {
-		tx.then = append(tx.then, command{op: opPut, key: key + pad, value: key + pad + strings.Repeat("x", 900<<10)})
+		tx.Then = append(tx.Then, Command{Op: OpPut, Key: key + pad, Value: key + pad + strings.Repeat("x", 900<<10)})
 	}
-	return &simOp{cmd: command{op: opTxn, key: key, value: tx.encode()}}
+	return &simOp{cmd: Command{Op: OpTxn, Key: key, Value: tx.Encode()}}
 }
 
 // A single voter forgot in a crash how much is committed. It leads again at once,
@@ -58,7 +58,7 @@ func TestRead_OneVoterAfterCrash(t *testing.T) {
 func TestRead_OneVoterJustElected(t *testing.T) {
 	s, n := newScenario(t, defaultSimConfig(1, 1))
 	learner := s.addNode("http://n2", true)
-	s.change(t, n, memberChange{addLearner, member{ID: learner.id, PeerURL: learner.url}})
+	s.change(t, n, MemberChange{Kind: AddLearner, Member: Member{ID: learner.id, PeerURL: learner.url}})
 	n.crash(tailKept)
 	n.start()
 	r := n.process.replica
@@ -95,7 +95,7 @@ func removedLeader(t *testing.T) (s *sim, left, gone, learner *simNode, late *he
 	s, left = newScenario(t, defaultSimConfig(1, 2))
 	gone = s.node(left.id%2 + 1)
 	learner = s.addNode("http://n3", true)
-	s.change(t, left, memberChange{addLearner, member{ID: learner.id, PeerURL: learner.url}})
+	s.change(t, left, MemberChange{Kind: AddLearner, Member: Member{ID: learner.id, PeerURL: learner.url}})
 	learner.start()
 	s.wait(t, s.begin(left, putOp("k", "old"), time.Second))
 	s.run(time.Second)
@@ -104,19 +104,19 @@ func removedLeader(t *testing.T) (s *sim, left, gone, learner *simNode, late *he
 		return m.GetFrom() == gone.id && m.GetTo() == learner.id && m.GetCommit() > before
 	})
 	acks := s.hold(func(m *raftpb.Message) bool { return m.GetFrom() == gone.id && m.GetType() == raftpb.MsgAppResp })
-	left.proposeChange(memberChange{removeMember, member{ID: gone.id}}, changeTimeout)
+	left.proposeChange(MemberChange{Kind: RemoveMember, Member: Member{ID: gone.id}}, changeTimeout)
 	s.run(20 * time.Millisecond)
 	left.crash(tailLost)
 	acks.stop()
 	// It ends when it is told that it was removed: not here.
 	told := s.hold(func(m *raftpb.Message) bool {
-		return m.GetFrom() == gone.id && left.process != nil && left.process.store.state.removed[gone.id]
+		return m.GetFrom() == gone.id && left.process != nil && left.process.store.State.Removed[gone.id]
 	})
 	left.start()
 	gone.process.loop.call(gone.process.replica.raw.Campaign)
 	gone.process.wake()
 	if !s.runUntil(2*time.Second, func() bool {
-		return gone.process != nil && leads(gone) && gone.process.store.state.removed[gone.id] && left.process.store.state.removed[gone.id] &&
+		return gone.process != nil && leads(gone) && gone.process.store.State.Removed[gone.id] && left.process.store.State.Removed[gone.id] &&
 			learner.process.replica.leader == gone.id
 	}) {
 		t.Fatalf("node %d does not lead, or its removal was not applied; %v", gone.id, s.check.violations)
@@ -190,7 +190,7 @@ func TestRead_AnswerToEarlierLife(t *testing.T) {
 	follower.crash(tailKept)
 	follower.start()
 	if !s.runUntil(time.Second, func() bool {
-		return s.agreedLeader() == leader && follower.process.store.applied() == leader.process.store.applied()
+		return s.agreedLeader() == leader && follower.process.store.Applied() == leader.process.store.Applied()
 	}) {
 		t.Fatalf("node %d does not follow; %v", follower.id, s.check.violations)
 	}

@@ -67,12 +67,12 @@ func (w *simWatcher) look() {
 
 // connect starts to watch at a node.
 func (w *simWatcher) connect(p *process) {
-	if p == nil || p.store.version() < w.cursor {
+	if p == nil || p.store.Version() < w.cursor {
 		return // it would wait
 	}
 	watcher, err := p.hub.watch(w.key, w.isPrefix, w.cursor)
 	if err != nil {
-		w.start(p.store.version()) // it would list everything and go on from there
+		w.start(p.store.Version()) // it would list everything and go on from there
 		return
 	}
 	w.start(w.cursor)
@@ -92,10 +92,10 @@ func (s *sim) watchClock() time.Time { return simEpoch.Add(s.now) }
 func (w *simWatcher) start(rv uint64) {
 	w.cursor, w.part, w.idle = rv, false, false
 	all := w.sim.check.model.events
-	for w.next = min(w.next, len(all)); w.next > 0 && all[w.next-1].rv > rv; {
+	for w.next = min(w.next, len(all)); w.next > 0 && all[w.next-1].RV > rv; {
 		w.next--
 	}
-	for w.next < len(all) && all[w.next].rv <= rv {
+	for w.next < len(all) && all[w.next].RV <= rv {
 		w.next++
 	}
 }
@@ -208,9 +208,9 @@ func (w *simWatcher) take(text string) error {
 
 // wanted returns the next event that the watcher has not seen and wants, nil if
 // there is none.
-func (w *simWatcher) wanted() *event {
+func (w *simWatcher) wanted() *Event {
 	for all := w.sim.check.model.events; w.next < len(all); w.next++ {
-		if e := &all[w.next]; e.key == w.key || w.isPrefix && strings.HasPrefix(e.key, w.key) {
+		if e := &all[w.next]; e.Key == w.key || w.isPrefix && strings.HasPrefix(e.Key, w.key) {
 			return e
 		}
 	}
@@ -219,7 +219,7 @@ func (w *simWatcher) wanted() *event {
 
 // reached: the watcher is told that it knows all up to a version.
 func (w *simWatcher) reached(rv uint64) error {
-	if e := w.wanted(); e != nil && e.rv <= rv {
+	if e := w.wanted(); e != nil && e.RV <= rv {
 		return fmt.Errorf("%+v comes before that", *e)
 	}
 	if now := w.sim.check.model.rv; rv > now || rv < w.cursor {
@@ -238,7 +238,7 @@ func (w *simWatcher) event(m watchMessage) error {
 	w.next++
 	w.count++
 	next := w.wanted()
-	if want.more = next != nil && next.rv == want.rv; m != want {
+	if want.more = next != nil && next.RV == want.rv; m != want {
 		return fmt.Errorf("instead of %v", want)
 	}
 	if w.part = m.more; !w.part {

@@ -33,11 +33,11 @@ import (
 // a content type, and retries say who sent the request.
 
 const (
-	snapshotMagic = "RAFTRVSS"
-	frameSize     = 256 << 10
+	SnapshotMagic = "RAFTRVSS"
+	FrameSize     = 256 << 10
 
 	recordEnd     = 0
-	recordSession = 1
+	RecordSession = 1
 	recordMember  = 2
 	recordRemoved = 3
 	recordItem    = 4
@@ -52,53 +52,53 @@ const (
 
 // snapshotFormats has the format of each level. All of them are read for ever;
 // 1 had no sum.
-var snapshotFormats = [levelNewest + 1]uint64{1: 2, 2: 3, 3: 4}
+var snapshotFormats = [LevelNewest + 1]uint64{1: 2, 2: 3, 3: 4}
 
 var (
-	castagnoli        = crc32.MakeTable(crc32.Castagnoli)
-	errSnapshotDamage = errors.New("snapshot is damaged")
-	errSnapshotFormat = errors.New("the snapshot has another format")
+	Castagnoli        = crc32.MakeTable(crc32.Castagnoli)
+	ErrSnapshotDamage = errors.New("snapshot is damaged")
+	ErrSnapshotFormat = errors.New("the snapshot has another format")
 )
 
-// writeTo streams the state to w.
-func (s *state) writeTo(w io.Writer) error {
-	e := newSnapshotEncoder(w)
+// Encode streams the state to w.
+func (s *State) Encode(w io.Writer) error {
+	e := NewSnapshotEncoder(w)
 	if err := s.writeHead(e); err != nil {
 		return err
 	}
-	s.items.Scan(func(key string, it item) bool {
+	s.Items.Scan(func(key string, it Item) bool {
 		e.keyItem(key, it)
 		return e.err == nil
 	})
-	return s.writeEnd(e, s.items.Len())
+	return s.writeEnd(e, s.Items.Len())
 }
 
-func newSnapshotEncoder(w io.Writer) *snapshotEncoder {
-	return &snapshotEncoder{w: bufio.NewWriterSize(&frameWriter{w: w}, frameSize)}
+func NewSnapshotEncoder(w io.Writer) *snapshotEncoder {
+	return &snapshotEncoder{W: bufio.NewWriterSize(&FrameWriter{W: w}, FrameSize)}
 }
 
 // writeHead writes what comes before the items.
-func (s *state) writeHead(e *snapshotEncoder) error {
-	e.level = s.level
-	e.bytes([]byte(snapshotMagic))
-	e.uint(snapshotFormats[s.level])
-	e.uint(s.index)
-	e.uint(s.term)
-	e.uint(s.rv)
-	e.uint(uint64(s.now))
-	e.uint(s.retries.next)
-	e.uint(s.sum)
-	if s.level >= 2 {
-		e.uint(uint64(s.level))
-		e.uint(uint64(s.elapsed))
-		e.uint(uint64(s.seen))
+func (s *State) writeHead(e *snapshotEncoder) error {
+	e.level = s.Level
+	e.Bytes([]byte(SnapshotMagic))
+	e.Uint(snapshotFormats[s.Level])
+	e.Uint(s.Index)
+	e.Uint(s.Term)
+	e.Uint(s.RV)
+	e.Uint(uint64(s.Now))
+	e.Uint(s.Retries.next)
+	e.Uint(s.Sum)
+	if s.Level >= 2 {
+		e.Uint(uint64(s.Level))
+		e.Uint(uint64(s.elapsed))
+		e.Uint(uint64(s.seen))
 	}
 	if err := s.writeCluster(e); err != nil {
 		return err
 	}
-	s.retries.records.Scan(func(n uint64, r retryRecord) bool {
-		e.uint(recordRetry)
-		e.uint(n)
+	s.Retries.Records.Scan(func(n uint64, r RetryRecord) bool {
+		e.Uint(recordRetry)
+		e.Uint(n)
 		e.retry(&r)
 		return e.err == nil
 	})
@@ -106,227 +106,227 @@ func (s *state) writeHead(e *snapshotEncoder) error {
 }
 
 // writeEnd writes what comes after so many items.
-func (s *state) writeEnd(e *snapshotEncoder, items int) error {
-	e.uint(recordEvents)
-	e.uint(s.events.first)
-	e.uint(s.events.dropped)
-	for _, chunk := range s.events.chunks {
-		for i := range chunk.events {
-			e.event(&chunk.events[i])
+func (s *State) writeEnd(e *snapshotEncoder, items int) error {
+	e.Uint(recordEvents)
+	e.Uint(s.Events.First)
+	e.Uint(s.Events.Dropped)
+	for _, chunk := range s.Events.Chunks {
+		for i := range chunk.Events {
+			e.event(&chunk.Events[i])
 		}
 	}
-	e.uint(recordEnd)
-	e.uint(uint64(items))
+	e.Uint(recordEnd)
+	e.Uint(uint64(items))
 	if e.err != nil {
 		return e.err
 	}
-	return e.w.Flush()
+	return e.W.Flush()
 }
 
 // writeCluster writes what the state knows of sessions and members.
-func (s *state) writeCluster(e *snapshotEncoder) error {
-	for _, id := range slices.Sorted(maps.Keys(s.sessions)) {
-		t := s.sessions[id]
-		e.uint(recordSession)
-		e.uint(id)
-		e.uint(t.used)
-		e.uint(t.max)
+func (s *State) writeCluster(e *snapshotEncoder) error {
+	for _, id := range slices.Sorted(maps.Keys(s.Sessions)) {
+		t := s.Sessions[id]
+		e.Uint(RecordSession)
+		e.Uint(id)
+		e.Uint(t.used)
+		e.Uint(t.max)
 		for _, word := range t.seen {
-			e.uint(word)
+			e.Uint(word)
 		}
 	}
-	for _, m := range s.sortedMembers() {
+	for _, m := range s.SortedMembers() {
 		b, err := json.Marshal(m)
 		if err != nil {
 			return fmt.Errorf("encode member %d: %w", m.ID, err)
 		}
-		e.uint(recordMember)
+		e.Uint(recordMember)
 		e.string(string(b))
 	}
-	for _, id := range slices.Sorted(maps.Keys(s.removed)) {
-		e.uint(recordRemoved)
-		e.uint(id)
+	for _, id := range slices.Sorted(maps.Keys(s.Removed)) {
+		e.Uint(recordRemoved)
+		e.Uint(id)
 	}
 	return nil
 }
 
-// readState reads what writeTo wrote, and nothing more than that: bytes after
+// ReadState reads what writeTo wrote, and nothing more than that: bytes after
 // the end are damage.
-func readState(r io.Reader) (state, error) { return readStateAt(r, 0) }
+func ReadState(r io.Reader) (State, error) { return readStateAt(r, 0) }
 
 // readStateAt is readState for a state that starts at a byte of its file.
-func readStateAt(r io.Reader, offset int64) (state, error) {
-	frames := &frameReader{r: r, read: offset}
-	d := snapshotDecoder{r: bufio.NewReaderSize(frames, frameSize)}
+func readStateAt(r io.Reader, offset int64) (State, error) {
+	frames := &FrameReader{R: r, read: offset}
+	d := SnapshotDecoder{R: bufio.NewReaderSize(frames, FrameSize)}
 	st, err := d.state()
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		err = frames.damage("it breaks off")
 	}
 	if err != nil {
-		return state{}, err
+		return State{}, err
 	}
-	if _, err := d.r.ReadByte(); !errors.Is(err, io.EOF) {
-		return state{}, frames.damage("bytes after its end")
+	if _, err := d.R.ReadByte(); !errors.Is(err, io.EOF) {
+		return State{}, frames.damage("bytes after its end")
 	}
 	return st, nil
 }
 
-func (d *snapshotDecoder) state() (state, error) {
-	st := newState()
-	magic := make([]byte, len(snapshotMagic))
-	if _, err := io.ReadFull(d.r, magic); err != nil {
+func (d *SnapshotDecoder) state() (State, error) {
+	st := NewState()
+	magic := make([]byte, len(SnapshotMagic))
+	if _, err := io.ReadFull(d.R, magic); err != nil {
 		return st, err
 	}
-	if string(magic) != snapshotMagic {
-		return st, fmt.Errorf("%w: not a snapshot file", errSnapshotDamage)
+	if string(magic) != SnapshotMagic {
+		return st, fmt.Errorf("%w: not a snapshot file", ErrSnapshotDamage)
 	}
-	format := d.uint()
-	if d.err == nil && !slices.Contains(snapshotFormats[levelFirst:], format) {
-		return st, fmt.Errorf("%w: it is %d, this program knows %d: use the version that wrote it", errSnapshotFormat, format, snapshotFormats[levelFirst:])
+	format := d.Uint()
+	if d.Err == nil && !slices.Contains(snapshotFormats[LevelFirst:], format) {
+		return st, fmt.Errorf("%w: it is %d, this program knows %d: use the version that wrote it", ErrSnapshotFormat, format, snapshotFormats[LevelFirst:])
 	}
-	st.index, st.term, st.rv = d.uint(), d.uint(), d.uint()
-	st.now, st.retries.next, st.sum = int64(d.uint()), d.uint(), d.uint()
-	if format > snapshotFormats[levelFirst] {
-		level := d.uint()
-		if d.err == nil && (level > levelNewest || snapshotFormats[level] != format) {
-			return st, fmt.Errorf("%w: it is %d of feature level %d, this program knows up to level %d: use the version that wrote it", errSnapshotFormat, format, level, levelNewest)
+	st.Index, st.Term, st.RV = d.Uint(), d.Uint(), d.Uint()
+	st.Now, st.Retries.next, st.Sum = int64(d.Uint()), d.Uint(), d.Uint()
+	if format > snapshotFormats[LevelFirst] {
+		level := d.Uint()
+		if d.Err == nil && (level > LevelNewest || snapshotFormats[level] != format) {
+			return st, fmt.Errorf("%w: it is %d of feature level %d, this program knows up to level %d: use the version that wrote it", ErrSnapshotFormat, format, level, LevelNewest)
 		}
-		if d.err == nil {
-			st.setLevel(int(level))
+		if d.Err == nil {
+			st.SetLevel(int(level))
 		}
-		st.elapsed, st.seen = int64(d.uint()), int64(d.uint())
+		st.elapsed, st.seen = int64(d.Uint()), int64(d.Uint())
 	}
-	d.level = st.level
-	for d.err == nil {
-		kind := d.uint()
-		if d.err != nil {
+	d.level = st.Level
+	for d.Err == nil {
+		kind := d.Uint()
+		if d.Err != nil {
 			break
 		}
 		if kind == recordEnd {
-			if n := d.uint(); d.err == nil && n != uint64(st.items.Len()) {
-				return st, fmt.Errorf("%w: %d items instead of %d", errSnapshotDamage, st.items.Len(), n)
+			if n := d.Uint(); d.Err == nil && n != uint64(st.Items.Len()) {
+				return st, fmt.Errorf("%w: %d items instead of %d", ErrSnapshotDamage, st.Items.Len(), n)
 			}
-			return st, d.err
+			return st, d.Err
 		}
-		if err := d.record(kind, &st); err != nil {
+		if err := d.Record(kind, &st); err != nil {
 			return st, err
 		}
 	}
-	return st, d.err
+	return st, d.Err
 }
 
-// record reads one record of any kind but end into st.
-func (d *snapshotDecoder) record(kind uint64, st *state) error {
+// Record reads one record of any kind but end into st.
+func (d *SnapshotDecoder) Record(kind uint64, st *State) error {
 	switch kind {
-	case recordSession:
-		id := d.uint()
-		t := &session{used: d.uint(), max: d.uint()}
+	case RecordSession:
+		id := d.Uint()
+		t := &session{used: d.Uint(), max: d.Uint()}
 		for i := range t.seen {
-			t.seen[i] = d.uint()
+			t.seen[i] = d.Uint()
 		}
-		st.sessionsDigest += t.digest(id) - st.sessions[id].digest(id)
-		st.sessions[id] = t
+		st.SessionsDigest += t.digest(id) - st.Sessions[id].digest(id)
+		st.Sessions[id] = t
 	case recordMember:
-		var m member
-		if b := d.string(); d.err == nil {
+		var m Member
+		if b := d.string(); d.Err == nil {
 			if err := json.Unmarshal([]byte(b), &m); err != nil {
-				return fmt.Errorf("%w: member: %w", errSnapshotDamage, err)
+				return fmt.Errorf("%w: member: %w", ErrSnapshotDamage, err)
 			}
 		}
-		st.members[m.ID] = m
+		st.Members[m.ID] = m
 	case recordRemoved:
-		st.removed[d.uint()] = true
+		st.Removed[d.Uint()] = true
 	case recordRetry:
-		st.retries.insert(d.uint(), d.retry())
+		st.Retries.insert(d.Uint(), d.retry())
 	case recordItem:
 		key, it := d.string(), d.item()
-		if d.err == nil {
-			st.items.Load(key, it)
-			st.remember(key, it)
+		if d.Err == nil {
+			st.Items.Load(key, it)
+			st.Remember(key, it)
 		}
 	case recordEvents:
-		st.events.first, st.events.dropped = d.uint(), d.uint()
+		st.Events.First, st.Events.Dropped = d.Uint(), d.Uint()
 	case recordEvent:
 		e := d.event()
-		if d.err == nil && (e.kind == 0 || e.kind > eventExpired) {
-			return fmt.Errorf("%w: event of unknown kind %d", errSnapshotDamage, e.kind)
+		if d.Err == nil && (e.Kind == 0 || e.Kind > EventExpired) {
+			return fmt.Errorf("%w: event of unknown kind %d", ErrSnapshotDamage, e.Kind)
 		}
-		if d.err == nil {
-			st.events.add(e) // whoever restores the state has the bounds
+		if d.Err == nil {
+			st.Events.add(e) // whoever restores the state has the bounds
 		}
 	default:
-		return fmt.Errorf("%w: record of unknown kind %d", errSnapshotDamage, kind)
+		return fmt.Errorf("%w: record of unknown kind %d", ErrSnapshotDamage, kind)
 	}
 	return nil
 }
 
 type snapshotEncoder struct {
-	w     *bufio.Writer
+	W     *bufio.Writer
 	level int // of the state
 	buf   [binary.MaxVarintLen64]byte
 	err   error // the first one; bufio.Writer keeps it too
 }
 
-func (e *snapshotEncoder) bytes(b []byte) {
-	if _, err := e.w.Write(b); err != nil {
+func (e *snapshotEncoder) Bytes(b []byte) {
+	if _, err := e.W.Write(b); err != nil {
 		e.err = err
 	}
 }
 
-func (e *snapshotEncoder) uint(v uint64) {
-	e.bytes(e.buf[:binary.PutUvarint(e.buf[:], v)])
+func (e *snapshotEncoder) Uint(v uint64) {
+	e.Bytes(e.buf[:binary.PutUvarint(e.buf[:], v)])
 }
 
 func (e *snapshotEncoder) string(s string) {
-	e.uint(uint64(len(s)))
-	if _, err := e.w.WriteString(s); err != nil {
+	e.Uint(uint64(len(s)))
+	if _, err := e.W.WriteString(s); err != nil {
 		e.err = err
 	}
 }
 
-func (e *snapshotEncoder) keyItem(key string, it item) {
-	e.uint(recordItem)
+func (e *snapshotEncoder) keyItem(key string, it Item) {
+	e.Uint(recordItem)
 	e.string(key)
 	e.item(it)
 }
 
-func (e *snapshotEncoder) item(it item) {
-	e.string(it.value)
-	e.uint(it.rv)
-	e.uint(it.created)
-	e.uint(uint64(it.expires))
+func (e *snapshotEncoder) item(it Item) {
+	e.string(it.Value)
+	e.Uint(it.RV)
+	e.Uint(it.Created)
+	e.Uint(uint64(it.Expires))
 	if e.level >= 3 {
-		e.string(it.contentType)
+		e.string(it.ContentType)
 	}
 }
 
-func (e *snapshotEncoder) event(v *event) {
-	e.uint(recordEvent)
-	e.uint(v.rv)
-	e.uint(v.prev)
-	e.uint(uint64(v.time))
-	e.uint(uint64(v.kind))
-	e.uint(eventFlags(v))
-	e.string(v.key)
-	e.item(v.item)
+func (e *snapshotEncoder) event(v *Event) {
+	e.Uint(recordEvent)
+	e.Uint(v.RV)
+	e.Uint(v.Prev)
+	e.Uint(uint64(v.Time))
+	e.Uint(uint64(v.Kind))
+	e.Uint(eventFlags(v))
+	e.string(v.Key)
+	e.item(v.Item)
 }
 
-func (e *snapshotEncoder) retry(r *retryRecord) {
-	e.string(r.id.key)
-	e.bytes(r.id.digest[:])
-	e.uint(uint64(r.time))
-	e.uint(uint64(r.first.status))
-	e.uint(r.first.rv)
-	e.uint(r.first.current)
-	e.uint(r.first.count)
-	e.string(r.first.key)
-	e.uint(uint64(len(r.first.ops)))
-	for _, op := range r.first.ops {
-		e.uint(uint64(op.status))
-		e.item(op.item)
+func (e *snapshotEncoder) retry(r *RetryRecord) {
+	e.string(r.ID.Key)
+	e.Bytes(r.ID.Digest[:])
+	e.Uint(uint64(r.Time))
+	e.Uint(uint64(r.First.Status))
+	e.Uint(r.First.RV)
+	e.Uint(r.First.Current)
+	e.Uint(r.First.Count)
+	e.string(r.First.Key)
+	e.Uint(uint64(len(r.First.Ops)))
+	for _, op := range r.First.Ops {
+		e.Uint(uint64(op.Status))
+		e.item(op.Item)
 	}
 	if e.level >= 3 {
-		e.uint(r.id.client)
+		e.Uint(r.ID.Client)
 	}
 }
 
@@ -336,110 +336,110 @@ const (
 	eventIsCut  = 1 << 1 // from format 3 on
 )
 
-func eventFlags(v *event) (flags uint64) {
-	if v.last {
+func eventFlags(v *Event) (flags uint64) {
+	if v.Last {
 		flags |= eventIsLast
 	}
-	if v.cut {
+	if v.Cut {
 		flags |= eventIsCut
 	}
 	return flags
 }
 
-// snapshotDecoder reads fields; after an error all of them are zero.
-type snapshotDecoder struct {
-	r     *bufio.Reader
+// SnapshotDecoder reads fields; after an error all of them are zero.
+type SnapshotDecoder struct {
+	R     *bufio.Reader
 	level int // of the state
-	err   error
+	Err   error
 }
 
-func (d *snapshotDecoder) uint() uint64 {
-	if d.err != nil {
+func (d *SnapshotDecoder) Uint() uint64 {
+	if d.Err != nil {
 		return 0
 	}
-	v, err := binary.ReadUvarint(d.r)
+	v, err := binary.ReadUvarint(d.R)
 	if err != nil {
-		d.err = err
+		d.Err = err
 		return 0
 	}
 	return v
 }
 
-func (d *snapshotDecoder) string() string {
-	n := d.uint()
-	if d.err != nil {
+func (d *SnapshotDecoder) string() string {
+	n := d.Uint()
+	if d.Err != nil {
 		return ""
 	}
 	if n > recordFieldMax {
-		d.err = fmt.Errorf("%w: field of %d bytes", errSnapshotDamage, n)
+		d.Err = fmt.Errorf("%w: field of %d bytes", ErrSnapshotDamage, n)
 		return ""
 	}
 	var b strings.Builder // so that the bytes are not copied once more
 	for left := int(n); left > 0; {
 		// It grows as bytes arrive, not by the announced length.
 		if b.Len() == b.Cap() {
-			b.Grow(min(left, max(b.Len(), frameSize)))
+			b.Grow(min(left, max(b.Len(), FrameSize)))
 		}
-		part, err := d.r.Peek(min(left, d.r.Size(), b.Cap()-b.Len()))
+		part, err := d.R.Peek(min(left, d.R.Size(), b.Cap()-b.Len()))
 		b.Write(part)
 		left -= len(part)
-		if _, discardErr := d.r.Discard(len(part)); err != nil || discardErr != nil {
-			d.err = cmp.Or(err, discardErr)
+		if _, discardErr := d.R.Discard(len(part)); err != nil || discardErr != nil {
+			d.Err = cmp.Or(err, discardErr)
 			return ""
 		}
 	}
 	return b.String()
 }
 
-func (d *snapshotDecoder) item() item {
-	it := item{value: d.string(), rv: d.uint(), created: d.uint(), expires: int64(d.uint())}
+func (d *SnapshotDecoder) item() Item {
+	it := Item{Value: d.string(), RV: d.Uint(), Created: d.Uint(), Expires: int64(d.Uint())}
 	if d.level >= 3 {
-		it.contentType = intern(d.string())
+		it.ContentType = intern(d.string())
 	}
 	return it
 }
 
-func (d *snapshotDecoder) event() event {
-	e := event{rv: d.uint(), prev: d.uint(), time: int64(d.uint()), kind: eventKind(d.uint())}
-	flags := d.uint()
+func (d *SnapshotDecoder) event() Event {
+	e := Event{RV: d.Uint(), Prev: d.Uint(), Time: int64(d.Uint()), Kind: EventKind(d.Uint())}
+	flags := d.Uint()
 	if flags > eventIsLast|eventIsCut {
-		d.err = fmt.Errorf("%w: event with unknown flags %d", errSnapshotDamage, flags)
+		d.Err = fmt.Errorf("%w: event with unknown flags %d", ErrSnapshotDamage, flags)
 	}
-	e.last, e.cut = flags&eventIsLast != 0, flags&eventIsCut != 0
-	e.key, e.item = d.string(), d.item()
+	e.Last, e.Cut = flags&eventIsLast != 0, flags&eventIsCut != 0
+	e.Key, e.Item = d.string(), d.item()
 	return e
 }
 
-func (d *snapshotDecoder) retry() retryRecord {
-	r := retryRecord{id: retryID{key: d.string()}}
-	if d.err == nil {
-		_, d.err = io.ReadFull(d.r, r.id.digest[:])
+func (d *SnapshotDecoder) retry() RetryRecord {
+	r := RetryRecord{ID: RetryID{Key: d.string()}}
+	if d.Err == nil {
+		_, d.Err = io.ReadFull(d.R, r.ID.Digest[:])
 	}
-	r.time = int64(d.uint())
-	r.first = result{status: status(d.uint()), rv: d.uint(), current: d.uint(), count: d.uint(), key: d.string()}
-	for n := d.uint(); n > 0 && d.err == nil; n-- {
-		r.first.ops = append(r.first.ops, opResult{status: status(d.uint()), item: d.item()})
+	r.Time = int64(d.Uint())
+	r.First = Result{Status: Status(d.Uint()), RV: d.Uint(), Current: d.Uint(), Count: d.Uint(), Key: d.string()}
+	for n := d.Uint(); n > 0 && d.Err == nil; n-- {
+		r.First.Ops = append(r.First.Ops, OpResult{Status: Status(d.Uint()), Item: d.item()})
 	}
 	if d.level >= 3 {
-		r.id.client = d.uint()
+		r.ID.Client = d.Uint()
 	}
 	return r
 }
 
-// frameWriter puts each Write into frames.
-type frameWriter struct{ w io.Writer }
+// FrameWriter puts each Write into frames.
+type FrameWriter struct{ W io.Writer }
 
-func (f *frameWriter) Write(p []byte) (int, error) {
+func (f *FrameWriter) Write(p []byte) (int, error) {
 	n := 0
 	for len(p) > 0 {
-		payload := p[:min(len(p), frameSize)]
+		payload := p[:min(len(p), FrameSize)]
 		var head [8]byte
 		binary.LittleEndian.PutUint32(head[0:], uint32(len(payload)))
-		binary.LittleEndian.PutUint32(head[4:], crc32.Checksum(payload, castagnoli))
-		if _, err := f.w.Write(head[:]); err != nil {
+		binary.LittleEndian.PutUint32(head[4:], crc32.Checksum(payload, Castagnoli))
+		if _, err := f.W.Write(head[:]); err != nil {
 			return n, err
 		}
-		if _, err := f.w.Write(payload); err != nil {
+		if _, err := f.W.Write(payload); err != nil {
 			return n, err
 		}
 		n += len(payload)
@@ -448,15 +448,15 @@ func (f *frameWriter) Write(p []byte) (int, error) {
 	return n, nil
 }
 
-// frameReader checks frames and yields their payloads.
-type frameReader struct {
-	r    io.Reader
+// FrameReader checks frames and yields their payloads.
+type FrameReader struct {
+	R    io.Reader
 	buf  []byte // one frame
 	rest []byte // what is left of it
 	read int64  // where in the file the next frame starts
 }
 
-func (f *frameReader) Read(p []byte) (int, error) {
+func (f *FrameReader) Read(p []byte) (int, error) {
 	if len(f.rest) == 0 {
 		if err := f.next(); err != nil {
 			return 0, err
@@ -467,30 +467,30 @@ func (f *frameReader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-func (f *frameReader) next() error {
+func (f *FrameReader) next() error {
 	var head [8]byte
-	if _, err := io.ReadFull(f.r, head[:]); err != nil {
+	if _, err := io.ReadFull(f.R, head[:]); err != nil {
 		if errors.Is(err, io.ErrUnexpectedEOF) {
 			return f.damage("it breaks off")
 		}
 		return err // io.EOF between frames is the end
 	}
 	length := binary.LittleEndian.Uint32(head[0:])
-	if length == 0 || length > frameSize {
+	if length == 0 || length > FrameSize {
 		return f.damage(fmt.Sprintf("frame of %d bytes", length))
 	}
 	if f.buf == nil {
-		f.buf = make([]byte, frameSize)
+		f.buf = make([]byte, FrameSize)
 	}
 	f.rest = nil
 	payload := f.buf[:length]
-	if _, err := io.ReadFull(f.r, payload); err != nil {
+	if _, err := io.ReadFull(f.R, payload); err != nil {
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 			return f.damage("it breaks off")
 		}
 		return err
 	}
-	if crc32.Checksum(payload, castagnoli) != binary.LittleEndian.Uint32(head[4:]) {
+	if crc32.Checksum(payload, Castagnoli) != binary.LittleEndian.Uint32(head[4:]) {
 		return f.damage("checksum mismatch")
 	}
 	f.rest = payload
@@ -499,6 +499,6 @@ func (f *frameReader) next() error {
 }
 
 // damage says where the frame is that cannot be read.
-func (f *frameReader) damage(what string) error {
-	return fmt.Errorf("%w: %s, in the frame at byte %d", errSnapshotDamage, what, f.read)
+func (f *FrameReader) damage(what string) error {
+	return fmt.Errorf("%w: %s, in the frame at byte %d", ErrSnapshotDamage, what, f.read)
 }

@@ -90,7 +90,7 @@ type identity struct {
 	Joined bool `json:"joined,omitempty"`
 	// Founders are who founded the cluster, with their directories: nobody if this
 	// member joined, or if the cluster was recovered or is of before.
-	Founders []member `json:"founders,omitempty"`
+	Founders []Member `json:"founders,omitempty"`
 	// Backup is the digest of the backup that the cluster was restored from.
 	Backup string `json:"backup,omitempty"`
 	// Recovered: the cluster has a number of its own, see recover.
@@ -130,7 +130,7 @@ type storage struct {
 type recovered struct {
 	identity  identity
 	log       *raft.MemoryStorage
-	state     state
+	state     State
 	confState *raftpb.ConfState
 
 	// replay leaves the rest of the log behind if it finds an entry that this
@@ -237,7 +237,7 @@ func (s *storage) create(id identity) (*recovered, error) {
 	if s.wal, err = wal.Create(s.logger, s.path(walDir), metadata); err != nil {
 		return nil, fmt.Errorf("create log: %w", err)
 	}
-	return &recovered{identity: id, log: raft.NewMemoryStorage(), state: newState(), confState: &raftpb.ConfState{}}, nil
+	return &recovered{identity: id, log: raft.NewMemoryStorage(), state: NewState(), confState: &raftpb.ConfState{}}, nil
 }
 
 // recreate starts the log anew, of a member that has joined and is empty.
@@ -264,21 +264,21 @@ func (r *recovered) empty() bool {
 func (r *recovered) untouched() bool {
 	hs, _, err := r.log.InitialState()
 	last, _ := r.log.LastIndex()
-	return err == nil && last == firstIndex && hs.GetTerm() == firstTerm && hs.GetVote() == raft.None
+	return err == nil && last == FirstIndex && hs.GetTerm() == FirstTerm && hs.GetVote() == raft.None
 }
 
 // bootstrap makes st the first state of a new cluster, as a snapshot. Every
 // member writes the same one, which takes the place of the log entries that
 // would add the members; so a member's addresses are never only in the log.
-func (s *storage) bootstrap(r *recovered, st state) error {
+func (s *storage) bootstrap(r *recovered, st State) error {
 	confState := &raftpb.ConfState{}
-	for _, m := range st.sortedMembers() {
+	for _, m := range st.SortedMembers() {
 		confState.Voters = append(confState.Voters, m.ID)
 	}
 	first := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{
-		ConfState: confState, Index: new(st.index), Term: new(st.term),
+		ConfState: confState, Index: new(st.Index), Term: new(st.Term),
 	}}
-	hs := &raftpb.HardState{Term: new(st.term), Commit: new(st.index)}
+	hs := &raftpb.HardState{Term: new(st.Term), Commit: new(st.Index)}
 	if err := s.writeSnapshot(first, &st); err != nil {
 		return err
 	}
@@ -299,8 +299,8 @@ func (s *storage) bootstrap(r *recovered, st state) error {
 }
 
 // saveFirstState writes the body of what bootstrap will make the first state.
-func (s *storage) saveFirstState(st *state) error {
-	return s.writeSnapshot(&raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(st.index), Term: new(st.term)}}, st)
+func (s *storage) saveFirstState(st *State) error {
+	return s.writeSnapshot(&raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(st.Index), Term: new(st.Term)}}, st)
 }
 
 // load reads what the directory holds. It returns nil if it holds nothing yet.
@@ -320,7 +320,7 @@ func (s *storage) load() (*recovered, error) {
 	if err := s.checkLog(); err != nil {
 		return nil, err
 	}
-	r := &recovered{log: raft.NewMemoryStorage(), state: newState(), confState: &raftpb.ConfState{}}
+	r := &recovered{log: raft.NewMemoryStorage(), state: NewState(), confState: &raftpb.ConfState{}}
 	start, err := s.loadSnapshot(r)
 	if err != nil {
 		return nil, err
@@ -368,17 +368,17 @@ func (s *storage) load() (*recovered, error) {
 
 // replay applies the whole log to the state, as far as it goes.
 func (r *recovered) replay() error {
-	st := &kvstore{state: r.state}
+	st := &Store{State: r.state}
 	last, err := r.log.LastIndex()
-	if err != nil || last <= r.state.index {
+	if err != nil || last <= r.state.Index {
 		return err
 	}
-	ents, err := r.log.Entries(r.state.index+1, last+1, noLimit)
+	ents, err := r.log.Entries(r.state.Index+1, last+1, noLimit)
 	if err != nil {
 		return err
 	}
 	for _, e := range ents {
-		if err := st.state.follows(e.GetIndex()); err != nil {
+		if err := st.State.Follows(e.GetIndex()); err != nil {
 			return fmt.Errorf("apply entry %d: %w", e.GetIndex(), err)
 		}
 		if err := st.applyEntry(e); err != nil {
@@ -387,7 +387,7 @@ func (r *recovered) replay() error {
 			break
 		}
 	}
-	r.state = st.state
+	r.state = st.State
 	return nil
 }
 
@@ -395,10 +395,10 @@ func (r *recovered) replay() error {
 // or not it is committed: a leader could not get it to any follower.
 func (r *recovered) checkReadable() error {
 	last, err := r.log.LastIndex()
-	if err != nil || last <= r.state.index {
+	if err != nil || last <= r.state.Index {
 		return err
 	}
-	ents, err := r.log.Entries(r.state.index+1, last+1, noLimit)
+	ents, err := r.log.Entries(r.state.Index+1, last+1, noLimit)
 	if err != nil {
 		return err
 	}
@@ -420,36 +420,36 @@ func readable(e *raftpb.Entry) error {
 	if len(e.GetData()) == 0 {
 		return nil
 	}
-	_, commands, err := decodeBatch(e.GetData())
+	_, commands, err := DecodeBatch(e.GetData())
 	if err != nil {
 		return err
 	}
-	for d := (fields{data: commands}); len(d.data) > 0; {
-		if d.command(false); d.err != nil {
-			return d.err
+	for d := (Fields{Data: commands}); len(d.Data) > 0; {
+		if d.Command(false); d.Err != nil {
+			return d.Err
 		}
 	}
 	return nil
 }
 
 // applyEntry applies an entry that nobody waits for, outside of a replica.
-func (s *kvstore) applyEntry(e *raftpb.Entry) error {
+func (s *Store) applyEntry(e *raftpb.Entry) error {
 	switch {
 	case e.GetType() == raftpb.EntryConfChange:
 		_, h, change, err := decodeMemberChange(e)
 		if err != nil {
 			return err
 		}
-		_, _, err = s.applyMember(e.GetIndex(), e.GetTerm(), h, change)
+		_, _, err = s.ApplyMember(e.GetIndex(), e.GetTerm(), h, change)
 		return err
 	case len(e.GetData()) == 0:
-		return s.skip(e.GetIndex(), e.GetTerm())
+		return s.Skip(e.GetIndex(), e.GetTerm())
 	default:
-		h, commands, err := decodeBatch(e.GetData())
+		h, commands, err := DecodeBatch(e.GetData())
 		if err != nil {
 			return err
 		}
-		_, err = s.apply(e.GetIndex(), e.GetTerm(), h, commands, nil)
+		_, err = s.Apply(e.GetIndex(), e.GetTerm(), h, commands, nil)
 		return err
 	}
 }
@@ -585,7 +585,7 @@ func (s *storage) loadSnapshot(r *recovered) (*walpb.Snapshot, error) {
 		if errors.Is(err, errInterrupted) {
 			return nil, err
 		}
-		if errors.Is(err, errSnapshotFormat) { // nothing is missing, and what follows an older one is as new
+		if errors.Is(err, ErrSnapshotFormat) { // nothing is missing, and what follows an older one is as new
 			return nil, err
 		}
 		if err != nil {
@@ -611,39 +611,39 @@ func (s *storage) loadSnapshot(r *recovered) (*walpb.Snapshot, error) {
 	return &walpb.Snapshot{}, nil
 }
 
-func (s *storage) readSnapshot(w *walpb.Snapshot) (*raftpb.Snapshot, state, error) {
+func (s *storage) readSnapshot(w *walpb.Snapshot) (*raftpb.Snapshot, State, error) {
 	path := s.metaPath(w)
 	meta, err := snap.Read(s.logger, path)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, state{}, err
+		return nil, State{}, err
 	}
 	if err != nil { // it has one checksum, over all of it
-		return nil, state{}, fmt.Errorf("%s, at byte 0: %w", path, err)
+		return nil, State{}, fmt.Errorf("%s, at byte 0: %w", path, err)
 	}
 	if m := meta.GetMetadata(); m.GetIndex() != w.GetIndex() || m.GetTerm() != w.GetTerm() {
-		return nil, state{}, fmt.Errorf("%s: %w: it is of index %d, term %d", path, errSnapshotDamage, m.GetIndex(), m.GetTerm())
+		return nil, State{}, fmt.Errorf("%s: %w: it is of index %d, term %d", path, ErrSnapshotDamage, m.GetIndex(), m.GetTerm())
 	}
 	st, err := s.readBody(w.GetIndex(), w.GetTerm())
 	return meta, st, err
 }
 
 // readBody reads the body of a snapshot, which must be at index and term.
-func (s *storage) readBody(index, term uint64) (state, error) {
+func (s *storage) readBody(index, term uint64) (State, error) {
 	f, err := os.Open(s.bodyPath(index))
 	if err != nil {
-		return state{}, err
+		return State{}, err
 	}
 	defer f.Close()
 	return s.readStateOf(f, index, term)
 }
 
-func (s *storage) readStateOf(f *os.File, index, term uint64) (state, error) {
-	st, err := readState(interruptible{f, s})
+func (s *storage) readStateOf(f *os.File, index, term uint64) (State, error) {
+	st, err := ReadState(interruptible{f, s})
 	if err != nil {
-		return state{}, fmt.Errorf("%s: %w", f.Name(), err)
+		return State{}, fmt.Errorf("%s: %w", f.Name(), err)
 	}
-	if st.index != index || st.term != term {
-		return state{}, fmt.Errorf("%s: %w: it holds index %d, term %d", f.Name(), errSnapshotDamage, st.index, st.term)
+	if st.Index != index || st.Term != term {
+		return State{}, fmt.Errorf("%s: %w: it holds index %d, term %d", f.Name(), ErrSnapshotDamage, st.Index, st.Term)
 	}
 	return st, nil
 }
@@ -757,9 +757,9 @@ func (s *storage) sync() error {
 	return s.wal.Sync()
 }
 
-func (s *storage) writeSnapshot(meta *raftpb.Snapshot, st *state) error {
+func (s *storage) writeSnapshot(meta *raftpb.Snapshot, st *State) error {
 	// The log comes first: without space for it the member cannot go on.
-	if err := s.hasRoom(st.snapshotSize()); err != nil {
+	if err := s.hasRoom(st.SnapshotSize()); err != nil {
 		return err
 	}
 	err := s.writeBody(meta, st)
@@ -782,15 +782,15 @@ func (s *storage) hasRoom(size uint64) error {
 	return nil
 }
 
-func (s *storage) writeBody(meta *raftpb.Snapshot, st *state) error {
+func (s *storage) writeBody(meta *raftpb.Snapshot, st *State) error {
 	return s.writeFile(s.bodyPath(meta.GetMetadata().GetIndex()), func(f *os.File) error {
-		return st.writeTo(&syncingWriter{storage: s, file: f, rests: true})
+		return st.Encode(&syncingWriter{storage: s, file: f, rests: true})
 	})
 }
 
 // receive saves the body of a snapshot that another member sent, and returns the
 // state in it. A body that is damaged gets no name.
-func (s *storage) receive(body io.Reader, index, term uint64) (st state, err error) {
+func (s *storage) receive(body io.Reader, index, term uint64) (st State, err error) {
 	err = s.writeFile(s.bodyPath(index), func(f *os.File) error {
 		// Without rests: who receives a snapshot serves nobody. In pieces, whatever body could do.
 		if _, err := io.Copy(&syncingWriter{storage: s, file: f}, struct{ io.Reader }{body}); err != nil {

@@ -38,8 +38,8 @@ func newDisk(t *testing.T, dir string) (*storage, *recovered) {
 		testkit.Must(t, err)
 	}
 	if r.empty() {
-		r.state.members[1] = member{ID: 1, PeerURL: "http://127.0.0.1:1"}
-		r.state.index, r.state.term = 1, 1
+		r.state.Members[1] = Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
+		r.state.Index, r.state.Term = 1, 1
 		testkit.Must(t, s.bootstrap(r, r.state))
 	}
 	return s, r
@@ -48,23 +48,23 @@ func newDisk(t *testing.T, dir string) (*storage, *recovered) {
 // putEntry returns a log entry that puts one key.
 func putEntry(index, term uint64, key, value string) *raftpb.Entry {
 	b := newBatch(nil)
-	b.add(&command{op: opPut, key: key, value: value})
-	batchHeader{session: 9, seq: index}.put(b.data)
+	b.add(&Command{Op: OpPut, Key: key, Value: value})
+	BatchHeader{Session: 9, Seq: index}.Put(b.data)
 	return &raftpb.Entry{Index: new(index), Term: new(term), Data: b.data}
 }
 
-func applyEntry(t *testing.T, st *kvstore, e *raftpb.Entry) {
+func applyEntry(t *testing.T, st *Store, e *raftpb.Entry) {
 	t.Helper()
-	h, commands, err := decodeBatch(e.GetData())
+	h, commands, err := DecodeBatch(e.GetData())
 	testkit.Must(t, err)
-	_, err = st.apply(e.GetIndex(), e.GetTerm(), h, commands, nil)
+	_, err = st.Apply(e.GetIndex(), e.GetTerm(), h, commands, nil)
 	testkit.Must(t, err)
 }
 
-func encodeState(t *testing.T, st *state) []byte {
+func encodeState(t *testing.T, st *State) []byte {
 	t.Helper()
 	var buf bytes.Buffer
-	testkit.Must(t, st.writeTo(&buf))
+	testkit.Must(t, st.Encode(&buf))
 	return buf.Bytes()
 }
 
@@ -122,22 +122,22 @@ func TestStorage_FirstStartIsAtomic(t *testing.T) {
 
 	s, r := newDisk(t, dir)
 	testkit.Must(t, s.close())
-	if r.state.index != 1 || len(r.confState.GetVoters()) != 1 {
-		t.Errorf("second start came to index %d, configuration %v", r.state.index, r.confState)
+	if r.state.Index != 1 || len(r.confState.GetVoters()) != 1 {
+		t.Errorf("second start came to index %d, configuration %v", r.state.Index, r.confState)
 	}
 }
 
 // snapshotAt applies entries up to index and makes a snapshot there.
-func snapshotAt(t *testing.T, s *storage, st *kvstore, index uint64) *raftpb.Snapshot {
+func snapshotAt(t *testing.T, s *storage, st *Store, index uint64) *raftpb.Snapshot {
 	t.Helper()
-	for i := st.applied() + 1; i <= index; i++ {
+	for i := st.Applied() + 1; i <= index; i++ {
 		e := putEntry(i, 1, fmt.Sprintf("key-%d", i), strings.Repeat("v", 500))
 		testkit.Must(t, s.save(&raftpb.HardState{Term: new(uint64(1)), Commit: new(i)}, []*raftpb.Entry{e}))
 		applyEntry(t, st, e)
 	}
-	view := st.snapshot()
+	view := st.Snapshot()
 	snap := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{
-		Index: new(view.index), Term: new(view.term), ConfState: &raftpb.ConfState{Voters: []uint64{1}},
+		Index: new(view.Index), Term: new(view.Term), ConfState: &raftpb.ConfState{Voters: []uint64{1}},
 	}}
 	testkit.Must(t, s.writeSnapshot(snap, &view))
 	testkit.Must(t, s.commitSnapshot(snap))
@@ -148,12 +148,12 @@ func TestStorage_PurgeKeepsTwoSnapshotsAndTheLogForBoth(t *testing.T) {
 	smallSegments(t)
 	dir := t.TempDir()
 	s, r := newDisk(t, dir)
-	st := &kvstore{state: r.state}
+	st := &Store{State: r.state}
 	for _, index := range []uint64{300, 600, 900} {
 		snapshotAt(t, s, st, index)
 		testkit.Must(t, s.purge())
 	}
-	want := encodeState(t, &st.state)
+	want := encodeState(t, &st.State)
 	testkit.Must(t, s.close())
 
 	if bodies, _ := filepath.Glob(filepath.Join(dir, snapDir, "*"+bodySuffix)); len(bodies) != 2 {
@@ -176,16 +176,16 @@ func TestStorage_PurgeKeepsTwoSnapshotsAndTheLogForBoth(t *testing.T) {
 	testkit.Must(t, os.WriteFile(damaged, b, fsx.FileMode))
 	s, r = newDisk(t, dir)
 	defer s.close()
-	if r.state.index != 600 {
-		t.Fatalf("started from index %d", r.state.index)
+	if r.state.Index != 600 {
+		t.Fatalf("started from index %d", r.state.Index)
 	}
-	st = &kvstore{state: r.state}
+	st = &Store{State: r.state}
 	ents, err := r.log.Entries(601, 901, noLimit)
 	testkit.Must(t, err)
 	for _, e := range ents {
 		applyEntry(t, st, e)
 	}
-	if got := encodeState(t, &st.state); !bytes.Equal(got, want) {
+	if got := encodeState(t, &st.State); !bytes.Equal(got, want) {
 		t.Error("the older snapshot and the log do not lead to the state that was saved")
 	}
 }
@@ -196,15 +196,15 @@ func TestStorage_OrphanSnapshotIsIgnored(t *testing.T) {
 	smallSegments(t)
 	dir := t.TempDir()
 	s, r := newDisk(t, dir)
-	st := &kvstore{state: r.state}
+	st := &Store{State: r.state}
 	for i := uint64(2); i <= 20; i++ {
 		e := putEntry(i, 1, "k", fmt.Sprint(i))
 		testkit.Must(t, s.save(&raftpb.HardState{Term: new(uint64(1)), Commit: new(i)}, []*raftpb.Entry{e}))
 		applyEntry(t, st, e)
 	}
-	view := st.snapshot()
+	view := st.Snapshot()
 	snap := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{
-		Index: new(view.index), Term: new(view.term), ConfState: &raftpb.ConfState{Voters: []uint64{1}},
+		Index: new(view.Index), Term: new(view.Term), ConfState: &raftpb.ConfState{Voters: []uint64{1}},
 	}}
 	testkit.Must(t, s.writeSnapshot(snap, &view))
 	testkit.Must(t, s.snap.SaveSnap(snap))
@@ -212,8 +212,8 @@ func TestStorage_OrphanSnapshotIsIgnored(t *testing.T) {
 
 	s, r = newDisk(t, dir)
 	defer s.close()
-	if r.state.index != 1 {
-		t.Errorf("started from index %d of a snapshot that does not count", r.state.index)
+	if r.state.Index != 1 {
+		t.Errorf("started from index %d of a snapshot that does not count", r.state.Index)
 	}
 	if last, _ := r.log.LastIndex(); last != 20 {
 		t.Errorf("the log ends at %d", last)
@@ -407,21 +407,21 @@ func TestStorage_NewerSnapshot(t *testing.T) {
 	smallSegments(t)
 	dir := t.TempDir()
 	s, rec := newDisk(t, dir)
-	st := &kvstore{state: rec.state}
+	st := &Store{State: rec.state}
 	snapshotAt(t, s, st, 20)
 	snapshotAt(t, s, st, 30)
 	newest := s.bodyPath(30)
 	testkit.Must(t, s.close())
 	var b bytes.Buffer
-	e := newSnapshotEncoder(&b)
-	e.bytes([]byte(snapshotMagic))
-	e.uint(99)
-	testkit.Must(t, e.w.Flush())
+	e := NewSnapshotEncoder(&b)
+	e.Bytes([]byte(SnapshotMagic))
+	e.Uint(99)
+	testkit.Must(t, e.W.Flush())
 	testkit.Must(t, os.WriteFile(newest, b.Bytes(), fsx.FileMode))
 	s, err := openStorage(dir, zap.NewNop())
 	testkit.Must(t, err)
 	defer s.close()
-	if _, err := s.load(); !errors.Is(err, errSnapshotFormat) || !strings.Contains(err.Error(), "use the version that wrote it") || strings.Contains(err.Error(), adviceForDamage) {
+	if _, err := s.load(); !errors.Is(err, ErrSnapshotFormat) || !strings.Contains(err.Error(), "use the version that wrote it") || strings.Contains(err.Error(), adviceForDamage) {
 		t.Errorf("%v", err)
 	}
 }

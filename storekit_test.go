@@ -8,38 +8,38 @@ import (
 )
 
 // applyTo applies each command as an entry of its own.
-func applyTo(t testing.TB, s *kvstore, commands ...command) {
+func applyTo(t testing.TB, s *Store, commands ...Command) {
 	t.Helper()
 	for i := range commands {
-		n := s.applied() + 1
-		_, err := s.apply(n, 1, batchHeader{session: 1, seq: n, time: 1}, commands[i].appendTo(nil), nil)
+		n := s.Applied() + 1
+		_, err := s.Apply(n, 1, BatchHeader{Session: 1, Seq: n, Time: 1}, commands[i].AppendTo(nil), nil)
 		testkit.Must(t, err)
 	}
 }
 
 // exampleState is a state with some of everything.
-func exampleState(t testing.TB) state {
+func exampleState(t testing.TB) State {
 	t.Helper()
-	s := newKVStore()
-	s.state.members[1] = member{ID: 1, PeerURL: "http://a:1"}
-	s.state.members[2] = member{ID: 2, PeerURL: "http://b:1", Learner: true}
-	s.state.removed[3] = true
+	s := New()
+	s.State.Members[1] = Member{ID: 1, PeerURL: "http://a:1"}
+	s.State.Members[2] = Member{ID: 2, PeerURL: "http://b:1", Learner: true}
+	s.State.Removed[3] = true
 	applyTo(t, s,
-		command{op: opPut, key: "a", value: "1"},
-		command{op: opPut, key: "b", value: "\xff", expires: 1_700_000_001_000, retry: retryID{key: "r"}},
-		command{op: opDelete, key: "a", condition: condition{kind: ifMatch, rv: 9}, retry: retryID{key: "t"}},
-		command{op: opDelete, key: "a"})
-	return s.snapshot()
+		Command{Op: OpPut, Key: "a", Value: "1"},
+		Command{Op: OpPut, Key: "b", Value: "\xff", Expires: 1_700_000_001_000, Retry: RetryID{Key: "r"}},
+		Command{Op: OpDelete, Key: "a", Condition: Condition{Kind: IfMatch, RV: 9}, Retry: RetryID{Key: "t"}},
+		Command{Op: OpDelete, Key: "a"})
+	return s.Snapshot()
 }
 
 // wantSameItems compares keys, values and versions.
-func wantSameItems(t testing.TB, got, want *state) {
+func wantSameItems(t testing.TB, got, want *State) {
 	t.Helper()
-	if got.rv != want.rv || got.items.Len() != want.items.Len() {
-		t.Errorf("version %d and %d items, want %d and %d", got.rv, got.items.Len(), want.rv, want.items.Len())
+	if got.RV != want.RV || got.Items.Len() != want.Items.Len() {
+		t.Errorf("version %d and %d items, want %d and %d", got.RV, got.Items.Len(), want.RV, want.Items.Len())
 	}
-	want.items.Scan(func(key string, it item) bool {
-		if other, ok := got.items.Get(key); !ok || other != it {
+	want.Items.Scan(func(key string, it Item) bool {
+		if other, ok := got.Items.Get(key); !ok || other != it {
 			t.Errorf("%q is %+v, want %+v", key, other, it)
 		}
 		return true
@@ -47,12 +47,12 @@ func wantSameItems(t testing.TB, got, want *state) {
 }
 
 // encodeBackup returns a backup of the state.
-func encodeBackup(t testing.TB, st state) []byte {
+func encodeBackup(t testing.TB, st State) []byte {
 	t.Helper()
-	b, err := (&kvstore{state: st}).backup()
+	b, err := (&Store{State: st}).Backup()
 	testkit.Must(t, err)
-	defer b.close()
+	defer b.Close()
 	var out bytes.Buffer
-	testkit.Must(t, b.writeTo(&out, backupHead{Format: backupFormat, Cluster: "7", Member: 1, Version: "v0"}, func() {}))
+	testkit.Must(t, b.Encode(&out, BackupHead{Format: BackupFormat, Cluster: "7", Member: 1, Version: "v0"}, func() {}))
 	return out.Bytes()
 }

@@ -112,7 +112,7 @@ func (c *virtualCluster) newNode(cfg config) *virtualNode {
 		rec, err = disk.found(own, own.clusterID(founders), founders)
 		testkit.Must(t, err)
 	}
-	store := &kvstore{state: rec.state}
+	store := &Store{State: rec.state}
 	hub := newHub(store)
 	n := &virtualNode{
 		node:    &node{loop: newLoop(cfg.tick, hub.notify, logger), config: cfg, store: store, hub: hub, logger: logger},
@@ -178,7 +178,7 @@ func (n *virtualNode) send(msgs []*raftpb.Message) {
 }
 
 // setMembers implements transport.
-func (n *virtualNode) setMembers([]member) {}
+func (n *virtualNode) setMembers([]Member) {}
 
 // deliver takes a message to its receiver, unless something is in the way.
 func (c *virtualCluster) deliver(m *raftpb.Message) {
@@ -682,7 +682,7 @@ func TestReplica_LateCommands(t *testing.T) {
 		}
 		p := follower.process
 		enqueue := func(value string, timeout time.Duration) (*batch, int) {
-			b, i, err := p.loop.enqueue(&command{op: opPut, key: "k", value: value}, follower.clock().Add(timeout))
+			b, i, err := p.loop.enqueue(&Command{Op: OpPut, Key: "k", Value: value}, follower.clock().Add(timeout))
 			testkit.Must(t, err)
 			return b, i
 		}
@@ -694,7 +694,7 @@ func TestReplica_LateCommands(t *testing.T) {
 		if !s.runUntil(3*time.Second, func() bool { return isClosed(b.done) }) || b.err != nil {
 			t.Fatalf("no answer: %v", b.err)
 		}
-		if b.results[early].status != statusCreated || b.results[late].status != statusNone {
+		if b.results[early].Status != StatusCreated || b.results[late].Status != StatusNone {
 			t.Errorf("offered before: %v; came to %+v", offered, b.results)
 		}
 		s.judge(t)

@@ -187,9 +187,9 @@ func (l *link) receiveSnapshot(w http.ResponseWriter, r *http.Request) {
 		status = http.StatusBadRequest
 	case errors.Is(err, errNoSpace), errors.Is(err, syscall.ENOSPC), errors.Is(err, fault.ErrDiskFull):
 		status = http.StatusInsufficientStorage
-	case errors.Is(err, errSnapshotFormat):
+	case errors.Is(err, ErrSnapshotFormat):
 		status = http.StatusUnsupportedMediaType
-	case errors.Is(err, errSnapshotDamage):
+	case errors.Is(err, ErrSnapshotDamage):
 		status = http.StatusUnprocessableEntity
 	}
 	refusePeer(w, err.Error(), status)
@@ -218,7 +218,7 @@ func (l *link) takeSnapshot(r *http.Request, control *http.ResponseController) e
 		return refuse(refusedTerm, "a snapshot of term %d in term %d", m.GetTerm(), own) // raft would ignore it, and its file stay
 	}
 	meta := m.GetSnapshot().GetMetadata()
-	if meta.GetIndex() <= n.store.applied() {
+	if meta.GetIndex() <= n.store.Applied() {
 		return n.receive(l, m, nil, false) // raft ignores it and says how far this member is
 	}
 	most := snapshotBodyMax(n.guard.quota)

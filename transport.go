@@ -46,7 +46,7 @@ type peerNetwork struct {
 	rafthttpLevel  zap.AtomicLevel
 	storage        *storage
 	loop           *loop
-	store          *kvstore
+	store          *Store
 	guard          *guard
 	// removed has room for one error: somebody says that this member was removed.
 	removed  chan error
@@ -54,7 +54,7 @@ type peerNetwork struct {
 	bodies   atomic.Int64 // bytes of the messages that are being read from requests
 	arriving atomic.Bool  // a snapshot
 
-	members atomic.Pointer[[]member] // as the loop said last
+	members atomic.Pointer[[]Member] // as the loop said last
 	changed chan struct{}            // holds one token: whom this node talks to is new
 	renamed chan struct{}            // holds one token: whom it would talk to is new
 	knocked chan struct{}            // holds one token: a node that has no link has called
@@ -62,12 +62,12 @@ type peerNetwork struct {
 	// proven are the addresses at which members have said who they are.
 	proven atomic.Pointer[map[uint64]string]
 	// reported are the members that others list and this node does not know.
-	reported atomic.Pointer[map[uint64]member]
+	reported atomic.Pointer[map[uint64]Member]
 	links    atomic.Pointer[map[uint64]*link]
 	work     sync.WaitGroup // links that close, snapshots that are sent
 }
 
-func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, g *guard, logger *zap.Logger) *peerNetwork {
+func newPeerNetwork(id, cluster uint64, s *storage, st *Store, l *loop, g *guard, logger *zap.Logger) *peerNetwork {
 	n := &peerNetwork{
 		id: id, cluster: cluster, logger: logger, storage: s, loop: l, store: st, guard: g,
 		removed: make(chan error, 1),
@@ -76,9 +76,9 @@ func newPeerNetwork(id, cluster uint64, s *storage, st *kvstore, l *loop, g *gua
 		knocks:  make(chan uint64, knocksMax),
 		knocked: make(chan struct{}, 1),
 	}
-	n.members.Store(&[]member{})
+	n.members.Store(&[]Member{})
 	n.links.Store(&map[uint64]*link{})
-	n.reported.Store(&map[uint64]member{})
+	n.reported.Store(&map[uint64]Member{})
 	n.proven.Store(&map[uint64]string{})
 	// rafthttp reports every step of every connection, and every message that it drops, from the loop's goroutine.
 	n.rafthttpLogger = logger.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
@@ -170,7 +170,7 @@ func (n *peerNetwork) serveRaft(w http.ResponseWriter, r *http.Request) {
 		refusePeer(w, "the request does not say who sends it", http.StatusBadRequest)
 		return
 	}
-	if n.store.tellsRemoved(n.id, uint64(from)) {
+	if n.store.TellsRemoved(n.id, uint64(from)) {
 		n.refusals.add(uint64(from), refuse(refusedStranger, "the sender was removed"))
 		refusePeer(w, errPeerRemoved.Error(), http.StatusGone)
 		return
@@ -225,7 +225,7 @@ func (n *peerNetwork) send(msgs []*raftpb.Message) {
 }
 
 // setMembers implements transport.
-func (n *peerNetwork) setMembers(members []member) {
+func (n *peerNetwork) setMembers(members []Member) {
 	n.members.Store(&members)
 	wake(n.renamed)
 	wake(n.changed)
@@ -267,7 +267,7 @@ func (n *peerNetwork) run(ctx context.Context, silenceMax time.Duration) error {
 // relink opens links to members that have none and were found at their address,
 // and closes those that nobody needs. Those that are worn are replaced.
 func (n *peerNetwork) relink(worn func(*link) bool) {
-	old, wanted := *n.links.Load(), map[uint64]member{}
+	old, wanted := *n.links.Load(), map[uint64]Member{}
 	for _, m := range n.found(slices.Collect(maps.Values(n.wanted()))) {
 		wanted[m.ID] = m
 	}
@@ -302,9 +302,9 @@ func (n *peerNetwork) relink(worn func(*link) bool) {
 
 // wanted returns whom this node talks to: the members as far as it knows, and
 // those that it must have missed.
-func (n *peerNetwork) wanted() map[uint64]member {
+func (n *peerNetwork) wanted() map[uint64]Member {
 	wanted := maps.Clone(*n.reported.Load())
-	for _, id := range n.store.removed() {
+	for _, id := range n.store.Removed() {
 		delete(wanted, id)
 	}
 	for _, m := range *n.members.Load() {
@@ -318,7 +318,7 @@ func (n *peerNetwork) wanted() map[uint64]member {
 // receive takes a message that came over a link, with the state that came with
 // it if it is a snapshot. Every message of another node comes through here.
 // dialed says that this node opened the connection on which it came.
-func (n *peerNetwork) receive(l *link, m *raftpb.Message, body *state, dialed bool) error {
+func (n *peerNetwork) receive(l *link, m *raftpb.Message, body *State, dialed bool) error {
 	if err := n.check(l, m, dialed); err != nil {
 		n.refusals.add(l.member.ID, err)
 		return err

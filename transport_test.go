@@ -48,8 +48,8 @@ func newTestNetwork(t *testing.T, peerURL string, run bool) *testNetwork {
 	t.Helper()
 	disk, rec := newDisk(t, t.TempDir())
 	t.Cleanup(func() { testkit.Must(t, disk.close()) })
-	rec.state.members[2] = member{ID: 2, PeerURL: peerURL}
-	store := &kvstore{state: rec.state}
+	rec.state.Members[2] = Member{ID: 2, PeerURL: peerURL}
+	store := &Store{State: rec.state}
 	conf := &raftpb.ConfState{Voters: []uint64{1, 2}}
 	snap := snapshotAt(t, disk, store, 20)
 	snap.Metadata.ConfState = conf
@@ -203,7 +203,7 @@ func TestNetwork_DivergedSendsNoSnapshot(t *testing.T) {
 	}))
 	defer peer.Close()
 	n := newTestNetwork(t, peer.URL, false)
-	n.guard.verdict.Store(int32(diverged))
+	n.guard.verdict.Store(int32(Diverged))
 	n.lead()
 	n.wantReported()
 	if asked.Load() != 0 {
@@ -260,8 +260,8 @@ func TestNetwork_SnapshotBackOff(t *testing.T) {
 // in the way of the next attempt.
 func TestNetwork_ReceivesSnapshot(t *testing.T) {
 	n := newTestNetwork(t, "http://127.0.0.1:1", false)
-	st := n.store.snapshot()
-	st.index, st.term = 30, 9
+	st := n.store.Snapshot()
+	st.Index, st.Term = 30, 9
 	good := encodeState(t, &st)
 	damaged := []byte(strings.Replace(string(good), "vvvv", "vwvv", 1))
 	newer := append([]byte{}, good...)
@@ -290,7 +290,7 @@ func TestNetwork_ReceivesSnapshot(t *testing.T) {
 	if status, text := n.request("POST", rafthttp.RaftSnapshotPrefix, 2, snapshotRequest(t, 30, good)); status != http.StatusNoContent {
 		t.Errorf("whole: %d %s", status, text)
 	}
-	if m := n.arrivedMessages(); len(m) != 1 || m[0].body == nil || m[0].body.index != 30 {
+	if m := n.arrivedMessages(); len(m) != 1 || m[0].body == nil || m[0].body.Index != 30 {
 		t.Errorf("delivered: %v", m)
 	}
 	if status, text := n.request("POST", rafthttp.RaftSnapshotPrefix, 2, snapshotRequest(t, 5, nil)); status != http.StatusNoContent {
@@ -301,7 +301,7 @@ func TestNetwork_ReceivesSnapshot(t *testing.T) {
 // TestNetwork_Senders: only members get through to rafthttp, and addresses come from the configuration only.
 func TestNetwork_Senders(t *testing.T) {
 	n := newTestNetwork(t, "http://127.0.0.1:1", false)
-	n.store.state.removed = map[uint64]bool{5: true}
+	n.store.State.Removed = map[uint64]bool{5: true}
 	tests := []struct {
 		name, method, path string
 		from               uint64
@@ -345,13 +345,13 @@ func TestNetwork_SnapshotWithoutState(t *testing.T) {
 func TestNetwork_Members(t *testing.T) {
 	n := newTestNetwork(t, "http://127.0.0.1:1", false)
 	first := (*n.links.Load())[2]
-	n.setMembers([]member{{ID: 1}, {ID: 2, PeerURL: "http://127.0.0.1:1"}, {ID: 3, PeerURL: "::none"}, {ID: 4, PeerURL: "http://127.0.0.1:1"}})
+	n.setMembers([]Member{{ID: 1}, {ID: 2, PeerURL: "http://127.0.0.1:1"}, {ID: 3, PeerURL: "::none"}, {ID: 4, PeerURL: "http://127.0.0.1:1"}})
 	n.relinkAll()
 	links := *n.links.Load()
 	if len(links) != 2 || links[2] != first || links[4] == nil {
 		t.Errorf("links: %v", links)
 	}
-	n.setMembers([]member{{ID: 1}, {ID: 2, PeerURL: "http://127.0.0.1:2"}})
+	n.setMembers([]Member{{ID: 1}, {ID: 2, PeerURL: "http://127.0.0.1:2"}})
 	n.relinkAll()
 	links = *n.links.Load()
 	if len(links) != 1 || links[2] == first || links[2].outbox != first.outbox {
@@ -373,15 +373,15 @@ func TestNetwork_UnknownMember(t *testing.T) {
 	n := newTestNetwork(t, other.URL, false)
 	steps := []struct {
 		name    string
-		members []member
+		members []Member
 		removed []uint64
 		cluster uint64
 		linked  bool
 	}{
-		{"another cluster lists it", []member{{ID: 8, PeerURL: "http://127.0.0.1:1"}}, nil, testCluster + 1, false},
-		{"nobody lists it", []member{{ID: 1}, {ID: 2, PeerURL: other.URL}}, nil, testCluster, false},
-		{"a member lists it", []member{{ID: 8, PeerURL: "http://127.0.0.1:1"}}, nil, testCluster, true},
-		{"it was removed", []member{{ID: 8, PeerURL: "http://127.0.0.1:1"}}, []uint64{8}, testCluster, false},
+		{"another cluster lists it", []Member{{ID: 8, PeerURL: "http://127.0.0.1:1"}}, nil, testCluster + 1, false},
+		{"nobody lists it", []Member{{ID: 1}, {ID: 2, PeerURL: other.URL}}, nil, testCluster, false},
+		{"a member lists it", []Member{{ID: 8, PeerURL: "http://127.0.0.1:1"}}, nil, testCluster, true},
+		{"it was removed", []Member{{ID: 8, PeerURL: "http://127.0.0.1:1"}}, []uint64{8}, testCluster, false},
 	}
 	for _, step := range steps {
 		answer.Members, answer.Removed, answer.Cluster = step.members, step.removed, fmt.Sprintf("%x", step.cluster)

@@ -52,35 +52,35 @@ func (h *httpAPI) postTxn(w http.ResponseWriter, r request) error {
 	if err != nil {
 		return err
 	}
-	t, err := parseTxn(body, h.valueSizeMax, h.store.level())
+	t, err := parseTxn(body, h.valueSizeMax, h.store.Level())
 	if err != nil {
 		return err
 	}
-	res, err := h.propose(w, r, command{op: opTxn, value: t.encode()}, body)
+	res, err := h.propose(w, r, Command{Op: OpTxn, Value: t.Encode()}, body)
 	if err != nil {
 		return err
 	}
-	setResourceVersion(w.Header(), res.rv)
-	if res.status == statusTooMany {
-		return fault.ErrResultTooLarge.WithDetail("the values to get have more than %d bytes; get fewer in one transaction", h.store.rules().txnResultMax)
+	setResourceVersion(w.Header(), res.RV)
+	if res.Status == StatusTooMany {
+		return fault.ErrResultTooLarge.WithDetail("the values to get have more than %d bytes; get fewer in one transaction", h.store.Rules().TxnResultMax)
 	}
-	ops := t.branch(res.status)
-	if len(res.ops) < len(ops) { // of a retry
+	ops := t.Branch(res.Status)
+	if len(res.Ops) < len(ops) { // of a retry
 		return fault.ErrResultNotKept.WithDetail("the transaction was carried out before, with succeeded: %v, at resource version %d; what it read was for who asked first, and is not kept",
-			res.status == statusSucceeded, res.rv)
+			res.Status == StatusSucceeded, res.RV)
 	}
 	s := newStream(w, r, typeJSON)
 	defer s.free()
 	s.buf = append(s.buf, `{"succeeded":`...)
-	s.buf = strconv.AppendBool(s.buf, res.status == statusSucceeded)
+	s.buf = strconv.AppendBool(s.buf, res.Status == StatusSucceeded)
 	s.buf = append(s.buf, `,"resourceVersion":`...)
-	s.buf = strconv.AppendUint(s.buf, res.rv, 10)
+	s.buf = strconv.AppendUint(s.buf, res.RV, 10)
 	s.buf = append(s.buf, `,"results":[`...)
-	for i := range res.ops {
+	for i := range res.Ops {
 		if i > 0 {
 			s.buf = append(s.buf, ',')
 		}
-		s.appendOpResult(&ops[i], &res.ops[i], res.rv)
+		s.appendOpResult(&ops[i], &res.Ops[i], res.RV)
 	}
 	s.buf = append(s.buf, "]}\n"...)
 	s.end()
@@ -88,24 +88,24 @@ func (h *httpAPI) postTxn(w http.ResponseWriter, r request) error {
 }
 
 // appendOpResult appends what became of one operation.
-func (s *stream) appendOpResult(c *command, r *opResult, rv uint64) {
+func (s *stream) appendOpResult(c *Command, r *OpResult, rv uint64) {
 	s.buf = append(s.buf, `{"op":"`...)
-	s.buf = append(s.buf, opNames[c.op]...)
+	s.buf = append(s.buf, opNames[c.Op]...)
 	s.buf = append(s.buf, `",`...)
-	s.buf = appendBytesField(s.buf, "key", c.key)
-	switch c.op {
-	case opPut:
+	s.buf = AppendBytesField(s.buf, "key", c.Key)
+	switch c.Op {
+	case OpPut:
 		s.buf = append(s.buf, `,"resourceVersion":`...)
 		s.buf = strconv.AppendUint(s.buf, rv, 10)
 		s.buf = append(s.buf, `,"created":`...)
-		s.buf = strconv.AppendBool(s.buf, r.status == statusCreated)
-	case opDelete:
+		s.buf = strconv.AppendBool(s.buf, r.Status == StatusCreated)
+	case OpDelete:
 		s.buf = append(s.buf, `,"deleted":`...)
-		s.buf = strconv.AppendBool(s.buf, r.status == statusDeleted)
+		s.buf = strconv.AppendBool(s.buf, r.Status == StatusDeleted)
 	default:
 		s.buf = append(s.buf, `,"item":`...)
-		if r.status == statusFound {
-			s.appendItem(c.key, r.item, false)
+		if r.Status == StatusFound {
+			s.appendItem(c.Key, r.Item, false)
 		} else {
 			s.buf = append(s.buf, "null"...)
 		}
@@ -114,28 +114,28 @@ func (s *stream) appendOpResult(c *command, r *opResult, rv uint64) {
 	s.flushLarge()
 }
 
-var opNames = map[op]string{opPut: "put", opDelete: "delete", opGet: "get"}
+var opNames = map[Op]string{OpPut: "put", OpDelete: "delete", OpGet: "get"}
 
 // parseTxn reads a transaction.
-func parseTxn(body string, valueSizeMax, level int) (t txn, err error) {
+func parseTxn(body string, valueSizeMax, level int) (t Txn, err error) {
 	var b txnBody
 	if err := decodeBody(body, jsonField{"if", &b.If}, jsonField{"then", &b.Then}, jsonField{"else", &b.Else}); err != nil {
-		return txn{}, err
+		return Txn{}, err
 	}
 	for _, list := range []struct {
 		name  string
 		parts []json.RawMessage
 	}{{"if", b.If}, {"then", b.Then}, {"else", b.Else}} {
-		if len(list.parts) > txnOpsMax {
-			return txn{}, fault.ErrInvalid.WithDetail("%s: %d entries; at most %d are taken", list.name, len(list.parts), txnOpsMax)
+		if len(list.parts) > TxnOpsMax {
+			return Txn{}, fault.ErrInvalid.WithDetail("%s: %d entries; at most %d are taken", list.name, len(list.parts), TxnOpsMax)
 		}
 	}
 	p := txnParser{valueSizeMax: valueSizeMax, level: level}
 	for i, part := range b.If {
-		t.compare = append(t.compare, p.comparison(fmt.Sprintf("if[%d]", i), part))
+		t.Compare = append(t.Compare, p.comparison(fmt.Sprintf("if[%d]", i), part))
 	}
-	t.then = p.operations("then", b.Then)
-	t.otherwise = p.operations("else", b.Else)
+	t.Then = p.operations("then", b.Then)
+	t.Otherwise = p.operations("else", b.Else)
 	return t, p.err
 }
 
@@ -158,29 +158,29 @@ func (p *txnParser) decode(place string, part json.RawMessage, fields ...jsonFie
 	}
 }
 
-func (p *txnParser) comparison(place string, part json.RawMessage) comparison {
+func (p *txnParser) comparison(place string, part json.RawMessage) Comparison {
 	var b comparisonBody
 	p.decode(place, part, jsonField{"key", &b.Key}, jsonField{"keyBase64", &b.KeyBase64}, jsonField{"resourceVersion", &b.ResourceVersion},
 		jsonField{"createdResourceVersion", &b.CreatedResourceVersion}, jsonField{"exists", &b.Exists}, jsonField{"value", &b.Value}, jsonField{"valueBase64", &b.ValueBase64})
-	c := comparison{key: p.key(place, b.Key, b.KeyBase64)}
+	c := Comparison{Key: p.key(place, b.Key, b.KeyBase64)}
 	n := 0
 	if b.ResourceVersion != nil {
-		c.kind, c.rv = byVersion, *b.ResourceVersion
+		c.Kind, c.RV = ByVersion, *b.ResourceVersion
 		n++
 	}
 	if b.CreatedResourceVersion != nil {
-		c.kind, c.rv = byCreated, *b.CreatedResourceVersion
+		c.Kind, c.RV = ByCreated, *b.CreatedResourceVersion
 		n++
 	}
 	if b.Exists != nil {
-		c.kind = byAbsent
+		c.Kind = ByAbsent
 		if *b.Exists {
-			c.kind = byExists
+			c.Kind = ByExists
 		}
 		n++
 	}
 	if b.Value != nil || b.ValueBase64 != nil {
-		c.kind, c.value = byValue, p.value(place, b.Value, b.ValueBase64)
+		c.Kind, c.Value = ByValue, p.value(place, b.Value, b.ValueBase64)
 		n++
 	}
 	if n != 1 {
@@ -190,17 +190,17 @@ func (p *txnParser) comparison(place string, part json.RawMessage) comparison {
 }
 
 // operations reads the operations of one branch.
-func (p *txnParser) operations(branch string, parts []json.RawMessage) []command {
-	var ops []command
+func (p *txnParser) operations(branch string, parts []json.RawMessage) []Command {
+	var ops []Command
 	written := map[string]int{} // key: which operation writes it
 	for i, part := range parts {
 		place := fmt.Sprintf("%s[%d]", branch, i)
 		c := p.operation(place, part)
-		if c.op != opGet {
-			if first, twice := written[c.key]; twice {
+		if c.Op != OpGet {
+			if first, twice := written[c.Key]; twice {
 				p.fail(place+".key", "%s[%d] writes this key already", branch, first)
 			}
-			written[c.key] = i
+			written[c.Key] = i
 		}
 		ops = append(ops, c)
 		if p.err != nil {
@@ -210,31 +210,31 @@ func (p *txnParser) operations(branch string, parts []json.RawMessage) []command
 	return ops
 }
 
-func (p *txnParser) operation(place string, part json.RawMessage) command {
+func (p *txnParser) operation(place string, part json.RawMessage) Command {
 	var b operationBody
 	p.decode(place, part, jsonField{"op", &b.Op}, jsonField{"key", &b.Key}, jsonField{"keyBase64", &b.KeyBase64},
 		jsonField{"value", &b.Value}, jsonField{"valueBase64", &b.ValueBase64}, jsonField{"ttl", &b.TTL}, jsonField{"contentType", &b.ContentType})
-	c := command{key: p.key(place, b.Key, b.KeyBase64)}
+	c := Command{Key: p.key(place, b.Key, b.KeyBase64)}
 	hasValue := b.Value != nil || b.ValueBase64 != nil
 	switch b.Op {
 	case "put":
-		c.op = opPut
+		c.Op = OpPut
 		if !hasValue {
 			p.fail(place+".value", "a put needs value or valueBase64")
 		}
-		c.value = p.value(place, b.Value, b.ValueBase64)
-		c.setTTL(p.ttl(place+".ttl", b.TTL), p.level)
+		c.Value = p.value(place, b.Value, b.ValueBase64)
+		c.SetTTL(p.ttl(place+".ttl", b.TTL), p.level)
 		if b.ContentType != nil {
 			if !isMediaType(*b.ContentType) {
-				p.fail(place+".contentType", "must be a media type such as text/plain; charset=utf-8, of at most %d bytes", contentTypeSizeMax)
+				p.fail(place+".contentType", "must be a media type such as text/plain; charset=utf-8, of at most %d bytes", ContentTypeSizeMax)
 			}
 			c.setContentType(*b.ContentType, p.level)
 		}
 		return c
 	case "delete":
-		c.op = opDelete
+		c.Op = OpDelete
 	case "get":
-		c.op = opGet
+		c.Op = OpGet
 	default:
 		p.fail(place+".op", "must be put, delete or get, not %q", b.Op)
 	}
@@ -252,8 +252,8 @@ func (p *txnParser) operation(place string, part json.RawMessage) command {
 
 func (p *txnParser) key(place string, text, encoded *string) string {
 	key := p.bytes(place+".key", text, encoded)
-	if len(key) == 0 || len(key) > keySizeMax {
-		p.fail(place+".key", "has %d bytes; it must have 1 to %d", len(key), keySizeMax)
+	if len(key) == 0 || len(key) > KeySizeMax {
+		p.fail(place+".key", "has %d bytes; it must have 1 to %d", len(key), KeySizeMax)
 	}
 	return key
 }

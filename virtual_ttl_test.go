@@ -17,7 +17,7 @@ func TestVirtual_TTLStartsWhenApplied(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newVirtualCluster(t)
 		n := c.leader()
-		c.waitLevel(levelNewest)
+		c.waitLevel(LevelNewest)
 		c.isolate(c.followers()...)
 		time.Sleep(time.Second)
 		time.AfterFunc(10*time.Second, func() { c.isolate() })
@@ -38,7 +38,7 @@ func TestVirtual_TTLStartsWhenApplied(t *testing.T) {
 // its nodes cannot ask each other.
 func (c *virtualCluster) waitLevel(level int) {
 	c.t.Helper()
-	raise := raiseLevel(level, 1, 2, 3)
+	raise := RaiseLevel(level, 1, 2, 3)
 	for slices.ContainsFunc(c.nodes, func(n *virtualNode) bool { return n.loop.status.Load().level < level }) {
 		if n := c.leader(); n != nil {
 			_, err := n.loop.propose(c.t.Context(), time.Second, raise)
@@ -53,21 +53,21 @@ func (c *virtualCluster) waitLevel(level int) {
 func TestVirtual_ExpiryIsPunctual(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newVirtualCluster(t)
-		c.waitLevel(levelNewest)
+		c.waitLevel(LevelNewest)
 		n := c.leader()
 		for i := range 20 {
 			time.Sleep(time.Duration(i) * 7 * time.Millisecond)
 			if r := n.do(http.MethodPut, "/k?ttl=1s", "v"); r.status != http.StatusCreated {
 				t.Fatal(r)
 			}
-			it, _, _ := n.store.get("k")
+			it, _, _ := n.store.Get("k")
 			for {
-				if _, _, ok := n.store.get("k"); !ok {
+				if _, _, ok := n.store.Get("k"); !ok {
 					break
 				}
 				time.Sleep(time.Millisecond)
 			}
-			if late := time.Since(time.UnixMilli(it.expires)); late < 0 || late > 20*time.Millisecond {
+			if late := time.Since(time.UnixMilli(it.Expires)); late < 0 || late > 20*time.Millisecond {
 				t.Errorf("the key went %v after its deadline", late)
 			}
 		}
@@ -75,9 +75,9 @@ func TestVirtual_ExpiryIsPunctual(t *testing.T) {
 		const batches = 8
 		at := time.Now().Add(2 * time.Second)
 		for i := range batches {
-			var x []command
+			var x []Command
 			for j := range expireMax {
-				x = append(x, command{op: opPut, key: fmt.Sprintf("s/%d/%d", i, j), expires: at.UnixMilli()})
+				x = append(x, Command{Op: OpPut, Key: fmt.Sprintf("s/%d/%d", i, j), Expires: at.UnixMilli()})
 			}
 			b := newBatch(nil)
 			for i := range x {
@@ -101,4 +101,4 @@ func TestVirtual_ExpiryIsPunctual(t *testing.T) {
 }
 
 // expiring returns one of the keys that have a deadline, if there are any.
-func expiring(s *kvstore) []command { return s.expired(1<<60, 1, 1) }
+func expiring(s *Store) []Command { return s.Expired(1<<60, 1, 1) }

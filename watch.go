@@ -29,7 +29,7 @@ const (
 
 // hub wakes the watchers of a store.
 type hub struct {
-	store *kvstore
+	store *Store
 	wake  chan struct{} // holds one token: something was applied
 	busy  atomic.Bool   // a watcher is armed
 
@@ -70,7 +70,7 @@ func (s *watchStats) note(n int, err error) {
 	}
 }
 
-func newHub(store *kvstore) *hub {
+func newHub(store *Store) *hub {
 	return &hub{store: store, wake: make(chan struct{}, 1), readEvents: readEventsMax, keys: map[string]*watchNode{}}
 }
 
@@ -97,7 +97,7 @@ func (h *hub) run(ctx context.Context) error {
 // distribute looks at all that was applied since the last time.
 func (h *hub) distribute() {
 	for more := true; more; {
-		h.versions.release(h.store.version())
+		h.versions.release(h.store.Version())
 		more = h.lookAtSome()
 	}
 }
@@ -109,7 +109,7 @@ func (h *hub) lookAtSome() (more bool) {
 	if h.armed == 0 {
 		return false
 	}
-	events, _, ok := h.store.eventsFrom(h.next)
+	events, _, ok := h.store.EventsFrom(h.next)
 	if !ok { // a snapshot skipped them
 		h.wakeAll()
 		return false
@@ -121,14 +121,14 @@ func (h *hub) lookAtSome() (more bool) {
 }
 
 // look wakes those who want the next event.
-func (h *hub) look(e *event) {
-	if n := h.keys[e.key]; n != nil {
+func (h *hub) look(e *Event) {
+	if n := h.keys[e.Key]; n != nil {
 		h.wakeNode(n)
 	}
-	h.prefixes.eachPrefix(e.key, h.wakeNode)
+	h.prefixes.eachPrefix(e.Key, h.wakeNode)
 	h.next++
-	if e.last {
-		h.rv = e.rv
+	if e.Last {
+		h.rv = e.RV
 	}
 }
 
@@ -261,7 +261,7 @@ type watcher struct {
 // watch starts a watch of one key, or of all keys with a prefix, for the events
 // above rv, which the store must have reached. The caller must close it.
 func (h *hub) watch(key string, isPrefix bool, rv uint64) (*watcher, error) {
-	n, ok := h.store.seekEvent(rv)
+	n, ok := h.store.SeekEvent(rv)
 	if !ok {
 		return nil, fault.ErrExpired
 	}
@@ -296,7 +296,7 @@ func (w *watcher) signal() { wakeUp(w.wake) }
 //
 // An error is final, and comes without events. What w got after rv is then an
 // incomplete version.
-func (w *watcher) read(take func(e *event, last bool)) (n int, rv uint64, err error) {
+func (w *watcher) read(take func(e *Event, last bool)) (n int, rv uint64, err error) {
 	for {
 		if armed, rv, err := w.state(); armed || err != nil {
 			return 0, rv, err
@@ -328,18 +328,18 @@ func (w *watcher) state() (armed bool, rv uint64, err error) {
 
 // scan reads the window until it has passed on events enough, or is at the end.
 // It stops within a version only before an event that w wants.
-func (w *watcher) scan(take func(e *event, last bool)) (n int, err error) {
+func (w *watcher) scan(take func(e *Event, last bool)) (n int, err error) {
 	size := uint64(0)
-	var found *event // to be passed on once it is known whether it is the last of its version
+	var found *Event // to be passed on once it is known whether it is the last of its version
 	pass := func(last bool) (full bool) {
 		take(found, last)
 		n++
-		size += found.size()
+		size += found.Size()
 		found = nil
 		return n >= w.hub.readEvents || size >= readBytesMax
 	}
 	for {
-		chunk, aging, ok := w.hub.store.eventsFrom(w.next)
+		chunk, aging, ok := w.hub.store.EventsFrom(w.next)
 		switch {
 		case !ok && n > 0:
 			return n, nil // the next read fails
@@ -352,15 +352,15 @@ func (w *watcher) scan(take func(e *event, last bool)) (n int, err error) {
 		}
 		for i := range chunk {
 			e := &chunk[i]
-			if w.wants(e.key) {
+			if w.wants(e.Key) {
 				if found != nil && pass(false) {
 					return n, nil
 				}
 				found = e
 			}
 			w.next++
-			if e.last {
-				w.rv = e.rv
+			if e.Last {
+				w.rv = e.RV
 				if found != nil && pass(true) {
 					return n, nil
 				}
@@ -378,7 +378,7 @@ func (w *watcher) wants(key string) bool {
 
 // waitVersion returns once the store holds version rv.
 func (h *hub) waitVersion(ctx context.Context, rv uint64) error {
-	if h.store.version() >= rv {
+	if h.store.Version() >= rv {
 		return nil
 	}
 	v := &versionWaiter{rv: rv, done: make(chan struct{})}

@@ -23,7 +23,7 @@ import (
 // watchRig is a store whose writes come from a test, and its hub.
 type watchRig struct {
 	t     testing.TB
-	store *kvstore
+	store *Store
 	hub   *hub
 
 	mu      sync.Mutex // one writer at a time
@@ -34,7 +34,7 @@ type watchRig struct {
 }
 
 func newWatchRig(t testing.TB) *watchRig {
-	store := newKVStore()
+	store := New()
 	return &watchRig{t: t, store: store, hub: newHub(store), record: true}
 }
 
@@ -50,23 +50,23 @@ func (r *watchRig) run() {
 }
 
 // apply applies a batch of commands and tells the hub.
-func (r *watchRig) apply(commands ...command) []result {
+func (r *watchRig) apply(commands ...Command) []Result {
 	r.t.Helper()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var data []byte
 	for i := range commands {
-		data = commands[i].appendTo(data)
+		data = commands[i].AppendTo(data)
 	}
 	r.index++
-	before := r.store.state.events.end()
-	var out []result
-	h := batchHeader{session: 1, seq: r.index, time: cmp.Or(r.now, int64(r.index))}
-	if _, err := r.store.apply(r.index, 1, h, data, &out); err != nil {
+	before := r.store.State.Events.End()
+	var out []Result
+	h := BatchHeader{Session: 1, Seq: r.index, Time: cmp.Or(r.now, int64(r.index))}
+	if _, err := r.store.Apply(r.index, 1, h, data, &out); err != nil {
 		r.t.Fatal(err)
 	}
 	for r.record {
-		events, _, ok := r.store.eventsFrom(before)
+		events, _, ok := r.store.EventsFrom(before)
 		if !ok {
 			r.t.Fatal("events left the window before they were recorded")
 		}
@@ -84,16 +84,16 @@ func (r *watchRig) apply(commands ...command) []result {
 
 func (r *watchRig) put(key, value string) uint64 {
 	r.t.Helper()
-	return r.apply(command{op: opPut, key: key, value: value})[0].rv
+	return r.apply(Command{Op: OpPut, Key: key, Value: value})[0].RV
 }
 
 // fill puts n keys below k/, some in each batch.
 func (r *watchRig) fill(n int) {
 	r.t.Helper()
 	for i := 0; i < n; i += 1000 {
-		var batch []command
+		var batch []Command
 		for j := i; j < min(i+1000, n); j++ {
-			batch = append(batch, command{op: opPut, key: fmt.Sprintf("k/%06d", j), value: "v"})
+			batch = append(batch, Command{Op: OpPut, Key: fmt.Sprintf("k/%06d", j), Value: "v"})
 		}
 		r.apply(batch...)
 	}
@@ -110,10 +110,10 @@ func (r *watchRig) watch(key string, isPrefix bool, rv uint64) *watcher {
 }
 
 // readAll returns what one read passes on.
-func readAll(w *watcher) (events []event, rv uint64, err error) {
-	n, rv, err := w.read(func(e *event, last bool) {
+func readAll(w *watcher) (events []Event, rv uint64, err error) {
+	n, rv, err := w.read(func(e *Event, last bool) {
 		c := *e
-		c.last = last
+		c.Last = last
 		events = append(events, c)
 	})
 	if n != len(events) {
@@ -131,8 +131,8 @@ func drain(w *watcher) (got []string, rv uint64, err error) {
 			return got, rv, err
 		}
 		for _, e := range events {
-			s := fmt.Sprintf("%s@%d", e.key, e.rv)
-			if !e.last {
+			s := fmt.Sprintf("%s@%d", e.Key, e.RV)
+			if !e.Last {
 				s += "+"
 			}
 			got = append(got, s)
@@ -277,11 +277,11 @@ func TestHub_ArmBehindAndAhead(t *testing.T) {
 // wants was read, wherever in it, in the chunks and in the reads that is.
 func TestHub_Versions(t *testing.T) {
 	r := newWatchRig(t)
-	mixed := txn{then: []command{
-		{op: opPut, key: "a1", value: "v"}, {op: opPut, key: "b1", value: "v"},
-		{op: opPut, key: "a2", value: "v"}, {op: opPut, key: "b2", value: "v"},
+	mixed := Txn{Then: []Command{
+		{Op: OpPut, Key: "a1", Value: "v"}, {Op: OpPut, Key: "b1", Value: "v"},
+		{Op: OpPut, Key: "a2", Value: "v"}, {Op: OpPut, Key: "b2", Value: "v"},
 	}}
-	r.apply(command{op: opTxn, value: mixed.encode()})
+	r.apply(Command{Op: OpTxn, Value: mixed.Encode()})
 	r.put("a3", "v")
 	wantDrained(t, r.watch("a", true, 0), 2, "a1@1+", "a2@1", "a3@2")
 	wantDrained(t, r.watch("b", true, 0), 2, "b1@1+", "b2@1")
@@ -304,8 +304,8 @@ func TestHub_LargeVersion(t *testing.T) {
 				wantDrained(t, w, start)
 			}
 		}
-		if got := r.apply(command{op: opDeletePrefix, key: "k/"})[0]; got.count != n {
-			t.Fatalf("%d deleted", got.count)
+		if got := r.apply(Command{Op: OpDeletePrefix, Key: "k/"})[0]; got.Count != n {
+			t.Fatalf("%d deleted", got.Count)
 		}
 		r.put("z", "w")
 		r.hub.distribute()
@@ -324,10 +324,10 @@ func TestHub_LargeVersion(t *testing.T) {
 				}
 				for i, e := range batch {
 					events++
-					if e.rv != start+1 || e.last != (events == want) {
-						t.Fatalf("event %d of %d: %s at %d, last=%v", events, want, e.key, e.rv, e.last)
+					if e.RV != start+1 || e.Last != (events == want) {
+						t.Fatalf("event %d of %d: %s at %d, last=%v", events, want, e.Key, e.RV, e.Last)
 					}
-					if i == len(batch)-1 && (rv > start) != e.last {
+					if i == len(batch)-1 && (rv > start) != e.Last {
 						t.Errorf("version %d is said to be complete after %d of %d", rv, events, want)
 					}
 				}
@@ -360,7 +360,7 @@ func TestHub_ReadSize(t *testing.T) {
 		}
 		size := 0
 		for _, e := range events {
-			size += len(e.item.value)
+			size += len(e.Item.Value)
 		}
 		sizes = append(sizes, size)
 		if size > readBytesMax+10<<10 && size < 1<<20 || size > 1<<20+readBytesMax {
@@ -374,16 +374,16 @@ func TestHub_ReadSize(t *testing.T) {
 
 // smallWindow keeps about n events.
 // shrinkWindow sets the bounds of the window, and drops what is too much.
-func shrinkWindow(s *kvstore, countMax, bytesMax uint64) {
-	s.setWindow(countMax, bytesMax)
-	s.trimWindow()
+func shrinkWindow(s *Store, countMax, bytesMax uint64) {
+	s.SetWindow(countMax, bytesMax)
+	s.TrimWindow()
 }
 
 func (r *watchRig) smallWindow(n uint64) { shrinkWindow(r.store, n, 64<<20) }
 
 func TestHub_Slow(t *testing.T) {
 	r := newWatchRig(t)
-	r.smallWindow(16 * chunkEventsMax)
+	r.smallWindow(16 * ChunkEventsMax)
 	w, patient := r.watch("", true, 0), r.watch("", true, 0)
 	patient.patient = true
 	fresh := r.watch("", true, 0)
@@ -391,21 +391,21 @@ func TestHub_Slow(t *testing.T) {
 	wantDrained(t, w, 1, "a@1")
 	wantDrained(t, patient, 1, "a@1")
 	// As long as nothing was dropped nobody is slow.
-	r.fill(15 * chunkEventsMax)
+	r.fill(15 * ChunkEventsMax)
 	r.hub.distribute()
-	for range 2 * chunkEventsMax / readEventsMax {
+	for range 2 * ChunkEventsMax / readEventsMax {
 		if events, _, err := readAll(w); len(events) != readEventsMax || err != nil {
 			t.Fatalf("%d events, %v", len(events), err)
 		}
 	}
 	// When the oldest chunk is gone and w is in the second of those that are left:
-	for r.store.eventsDropped() == 0 {
+	for r.store.EventsDropped() == 0 {
 		r.fill(100)
 		r.hub.distribute()
 	}
 	_, rv, err := readAll(w)
-	if !errors.Is(err, fault.ErrSlow) || rv != 1+2*chunkEventsMax {
-		t.Fatalf("read up to %d, %v; want errSlow after %d", rv, err, 1+2*chunkEventsMax)
+	if !errors.Is(err, fault.ErrSlow) || rv != 1+2*ChunkEventsMax {
+		t.Fatalf("read up to %d, %v; want errSlow after %d", rv, err, 1+2*ChunkEventsMax)
 	}
 	if _, again, err := readAll(w); again != rv || !errors.Is(err, fault.ErrSlow) {
 		t.Errorf("then read up to %d, %v", again, err)
@@ -427,8 +427,8 @@ func TestHub_Slow(t *testing.T) {
 	}
 	v.check(&r.history)
 	v.report(t)
-	if v.done != r.store.version() {
-		t.Errorf("resumed up to %d of %d", v.done, r.store.version())
+	if v.done != r.store.Version() {
+		t.Errorf("resumed up to %d of %d", v.done, r.store.Version())
 	}
 	// Who is behind the window is not resumed, whether or not it was live.
 	for name, w := range map[string]*watcher{"patient": patient, "fresh": fresh} {
@@ -436,18 +436,18 @@ func TestHub_Slow(t *testing.T) {
 			t.Errorf("%s: up to %d, %v; want errExpired", name, rv, err)
 		}
 	}
-	if _, err := r.hub.watch("", true, r.store.eventsDropped()-1); !errors.Is(err, fault.ErrExpired) {
+	if _, err := r.hub.watch("", true, r.store.EventsDropped()-1); !errors.Is(err, fault.ErrExpired) {
 		t.Errorf("watch from before the window: %v", err)
 	}
-	wantDrained(t, r.watch("nothing", false, r.store.eventsDropped()), r.store.version())
+	wantDrained(t, r.watch("nothing", false, r.store.EventsDropped()), r.store.Version())
 }
 
 // TestHub_SnapshotSkips: a snapshot takes the place of events that this node
 // never had.
 func TestHub_SnapshotSkips(t *testing.T) {
 	leader := newWatchRig(t)
-	leader.fill(3 * chunkEventsMax)
-	leader.smallWindow(chunkEventsMax)
+	leader.fill(3 * ChunkEventsMax)
+	leader.smallWindow(ChunkEventsMax)
 
 	r := newWatchRig(t)
 	r.put("k/000000", "v")
@@ -455,7 +455,7 @@ func TestHub_SnapshotSkips(t *testing.T) {
 	wantDrained(t, armed, 1)
 	wantDrained(t, caughtUp, 1)
 	notArmed := r.watch("k/", true, 0)
-	r.store.restore(leader.store.snapshot())
+	r.store.Restore(leader.store.Snapshot())
 	r.hub.distribute()
 	for name, w := range map[string]*watcher{"armed": armed, "caught up": caughtUp, "not armed": notArmed} {
 		if got, _, err := drain(w); !errors.Is(err, fault.ErrExpired) || len(got) > 0 {
@@ -465,17 +465,17 @@ func TestHub_SnapshotSkips(t *testing.T) {
 
 	// If the window of the snapshot reaches back far enough nobody loses anything.
 	overlap := newWatchRig(t)
-	overlap.fill(2 * chunkEventsMax)
+	overlap.fill(2 * ChunkEventsMax)
 	w := overlap.watch("k/", true, 0)
 	if _, _, err := drain(w); err != nil {
 		t.Fatal(err)
 	}
 	ahead := newWatchRig(t)
-	ahead.fill(2 * chunkEventsMax)
+	ahead.fill(2 * ChunkEventsMax)
 	ahead.fill(1)
-	overlap.store.restore(ahead.store.snapshot())
+	overlap.store.Restore(ahead.store.Snapshot())
 	overlap.hub.distribute()
-	wantDrained(t, w, 2*chunkEventsMax+1, fmt.Sprintf("k/000000@%d", 2*chunkEventsMax+1))
+	wantDrained(t, w, 2*ChunkEventsMax+1, fmt.Sprintf("k/000000@%d", 2*ChunkEventsMax+1))
 }
 
 func TestHub_NotifyNeverBlocks(t *testing.T) {
@@ -622,7 +622,7 @@ func TestWatchNode_Model(t *testing.T) {
 		}
 		return string(b)
 	}
-	h := newHub(newKVStore())
+	h := newHub(New())
 	var open []*watcher
 	for range 20_000 {
 		switch n := random.IntN(4); {
@@ -638,12 +638,12 @@ func TestWatchNode_Model(t *testing.T) {
 			h.arm(w)
 			open = append(open, w)
 		default:
-			e := event{key: name(16)}
+			e := Event{Key: name(16)}
 			h.next = 0
 			h.look(&e)
 			for _, w := range open {
-				if woken := !w.armed.Load(); woken != w.wants(e.key) {
-					t.Fatalf("key %q, watch of %q (prefix: %v): woken %v", e.key, w.key, w.isPrefix, woken)
+				if woken := !w.armed.Load(); woken != w.wants(e.Key) {
+					t.Fatalf("key %q, watch of %q (prefix: %v): woken %v", e.Key, w.key, w.isPrefix, woken)
 				}
 			}
 			h.next = 0
@@ -678,7 +678,7 @@ func TestWatchNode_Model(t *testing.T) {
 
 // BenchmarkHub_Look: what an event costs the hub that nobody waits for.
 func BenchmarkHub_Look(b *testing.B) {
-	long := strings.Repeat("a", keySizeMax-1)
+	long := strings.Repeat("a", KeySizeMax-1)
 	for _, bb := range []struct {
 		name     string
 		prefixes int
@@ -695,7 +695,7 @@ func BenchmarkHub_Look(b *testing.B) {
 			for i := range bb.prefixes {
 				r.hub.arm(r.watch(bb.prefix(i), true, 0))
 			}
-			e := event{key: bb.key}
+			e := Event{Key: bb.key}
 			for b.Loop() {
 				r.hub.look(&e)
 			}
@@ -706,7 +706,7 @@ func BenchmarkHub_Look(b *testing.B) {
 // TestHub_WaitVersionEndsTwice: a deadline that passes when the hub closes.
 func TestHub_WaitVersionEndsTwice(t *testing.T) {
 	for range 200 {
-		h := newHub(newKVStore())
+		h := newHub(New())
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
 		for rv := uint64(1); rv <= 4; rv++ {
@@ -724,7 +724,7 @@ func TestHub_Random(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	r := newWatchRig(t)
-	r.smallWindow(8 * chunkEventsMax)
+	r.smallWindow(8 * ChunkEventsMax)
 	r.run()
 	var stop atomic.Bool
 	var writers, watchers sync.WaitGroup
@@ -746,7 +746,7 @@ func TestHub_Random(t *testing.T) {
 	for i := range validators {
 		random := rand.New(rand.NewPCG(seed, uint64(100+i)))
 		key := randomKey(random)[:random.IntN(3)]
-		v := newWatchValidator(fmt.Sprintf("watch %d of %q", i, key), key, true, false, r.store.version())
+		v := newWatchValidator(fmt.Sprintf("watch %d of %q", i, key), key, true, false, r.store.Version())
 		if random.IntN(3) == 0 {
 			v.key, v.isPrefix = randomKey(random), false
 		}
@@ -760,7 +760,7 @@ func TestHub_Random(t *testing.T) {
 					mu.Lock()
 					retired = append(retired, &old)
 					mu.Unlock()
-					*v = *newWatchValidator(v.name, v.key, v.isPrefix, false, r.store.version())
+					*v = *newWatchValidator(v.name, v.key, v.isPrefix, false, r.store.Version())
 					continue
 				}
 				done, err := observeSome(w, v, random, &stop)
@@ -808,13 +808,13 @@ func observeSome(w *watcher, v *watchValidator, random *rand.Rand, stop *atomic.
 		}
 		switch {
 		case len(events) > 0:
-			if rv >= events[len(events)-1].rv != events[len(events)-1].last {
+			if rv >= events[len(events)-1].RV != events[len(events)-1].Last {
 				v.violation("up to %d after %v", rv, messageOf(events[len(events)-1]))
 			}
 			if random.IntN(50) == 0 { // enough to fall behind
 				time.Sleep(time.Duration(random.IntN(250)) * time.Millisecond)
 			}
-		case stop.Load() && rv == w.hub.store.version():
+		case stop.Load() && rv == w.hub.store.Version():
 			v.observe(watchMessage{kind: "BOOKMARK", rv: rv})
 			return true, nil
 		default:
@@ -835,24 +835,24 @@ func randomKey(random *rand.Rand) string {
 }
 
 // randomBatch returns commands as they may come in one entry.
-func randomBatch(random *rand.Rand) []command {
-	var batch []command
-	one := func() command {
+func randomBatch(random *rand.Rand) []Command {
+	var batch []Command
+	one := func() Command {
 		if random.IntN(3) == 0 {
-			return command{op: opDelete, key: randomKey(random)}
+			return Command{Op: OpDelete, Key: randomKey(random)}
 		}
-		return command{op: opPut, key: randomKey(random), value: fmt.Sprint(random.Uint64())}
+		return Command{Op: OpPut, Key: randomKey(random), Value: fmt.Sprint(random.Uint64())}
 	}
 	for range 1 + random.IntN(20) {
 		switch random.IntN(20) {
 		case 0:
-			batch = append(batch, command{op: opDeletePrefix, key: randomKey(random)[:3]})
+			batch = append(batch, Command{Op: OpDeletePrefix, Key: randomKey(random)[:3]})
 		case 1, 2:
-			var t txn
+			var t Txn
 			for range 1 + random.IntN(20) {
-				t.then = append(t.then, one())
+				t.Then = append(t.Then, one())
 			}
-			batch = append(batch, command{op: opTxn, value: t.encode()})
+			batch = append(batch, Command{Op: OpTxn, Value: t.Encode()})
 		default:
 			batch = append(batch, one())
 		}
@@ -871,7 +871,7 @@ func TestHub_CloseRaces(t *testing.T) {
 		for i := range 8 {
 			wg.Go(func() {
 				for {
-					w, err := r.hub.watch([]string{"", "k", "k1"}[i%3], i%2 == 0, r.store.version())
+					w, err := r.hub.watch([]string{"", "k", "k1"}[i%3], i%2 == 0, r.store.Version())
 					if err != nil {
 						t.Error(err)
 						return
@@ -925,7 +925,7 @@ func TestMetrics_Watches(t *testing.T) {
 	shrinkWindow(r.store, 1, 1)
 	r.fill(20_000) // a has read to the first and waits
 	for {
-		n, _, err := a.read(func(*event, bool) {})
+		n, _, err := a.read(func(*Event, bool) {})
 		if err != nil {
 			break
 		}
@@ -941,17 +941,17 @@ func TestMetrics_Watches(t *testing.T) {
 // TestRestore_NoVersionTwice: of two clusters that were made from the same file the
 // later one gives out no version of the other, and takes none for its own.
 func TestRestore_NoVersionTwice(t *testing.T) {
-	const taken = leapEpoch + 200_000_000_000
+	const taken = LeapEpoch + 200_000_000_000
 	made := func(level int, start int64, writes int) *watchRig {
 		r := newWatchRig(t)
 		r.record = false
 		r.now = taken
-		r.apply(raiseLevel(level))
+		r.apply(RaiseLevel(level))
 		r.put("k", "v")
-		r.store.state.begin([]member{{ID: 1}}, nil)
-		r.index, r.now = r.store.state.index, start
-		st := r.store.snapshot() // as a node that was restored reads it
-		r.store.restore(st)
+		r.store.State.Begin([]Member{{ID: 1}}, nil)
+		r.index, r.now = r.store.State.Index, start
+		st := r.store.Snapshot() // as a node that was restored reads it
+		r.store.Restore(st)
 		for range writes {
 			r.put("k", "w")
 		}
@@ -959,20 +959,20 @@ func TestRestore_NoVersionTwice(t *testing.T) {
 	}
 	for level := 1; level <= 2; level++ {
 		first, second := made(level, taken+5000, 50), made(level, taken+5001, 8)
-		seen := first.store.version()
+		seen := first.store.Version()
 		_, err := second.hub.watch("k", false, seen)
 		if apart := err != nil; apart != (level == 2) {
-			t.Errorf("level %d: a watch from version %d of the first cluster in the second, which is at %d: %v", level, seen, second.store.version(), err)
+			t.Errorf("level %d: a watch from version %d of the first cluster in the second, which is at %d: %v", level, seen, second.store.Version(), err)
 		}
-		it, rv, _ := second.store.get("k")
-		if level == 2 && (rv-8 <= seen || it.rv != rv || second.store.eventsDropped() != rv-8 || it.rv >= 1<<53) {
+		it, rv, _ := second.store.Get("k")
+		if level == 2 && (rv-8 <= seen || it.RV != rv || second.store.EventsDropped() != rv-8 || it.RV >= 1<<53) {
 			t.Errorf("the second cluster is at version %d, the first at %d", rv, seen)
 		}
 	}
 	// It happens once, and only after a restore.
 	r := newWatchRig(t)
 	r.now = taken
-	r.apply(raiseLevel(2))
+	r.apply(RaiseLevel(2))
 	for want := range uint64(3) {
 		if rv := r.put("k", "v"); rv != want+1 {
 			t.Errorf("version %d", rv)
@@ -982,14 +982,14 @@ func TestRestore_NoVersionTwice(t *testing.T) {
 
 // TestHub_Ends: a hub that has ended is not reopened, and its reason stays.
 func TestHub_Ends(t *testing.T) {
-	h := newHub(newKVStore())
+	h := newHub(New())
 	h.close(fault.ErrDiverged)
 	h.close(fault.ErrShuttingDown)
 	h.close(fault.ErrDiverged)
 	h.reopen()
 	w, err := h.watch("", true, 0)
 	testkit.Must(t, err)
-	if _, _, err := w.read(func(*event, bool) {}); !errors.Is(err, fault.ErrShuttingDown) {
+	if _, _, err := w.read(func(*Event, bool) {}); !errors.Is(err, fault.ErrShuttingDown) {
 		t.Errorf("read: %v", err)
 	}
 	if err := h.waitVersion(t.Context(), 1); !errors.Is(err, fault.ErrShuttingDown) {
@@ -1000,14 +1000,14 @@ func TestHub_Ends(t *testing.T) {
 // TestHub_LooksForTheFirst: what was applied just before the first watcher or waiter came is not missed until the
 // next write: they make the hub look.
 func TestHub_LooksForTheFirst(t *testing.T) {
-	s := newKVStore()
+	s := New()
 	h := newHub(s)
 	w, err := h.watch("", true, 0)
 	testkit.Must(t, err)
-	if _, err := w.scan(func(*event, bool) {}); err != nil {
+	if _, err := w.scan(func(*Event, bool) {}); err != nil {
 		t.Fatal(err)
 	}
-	applyTo(t, s, command{op: opPut, key: "k", value: "v"})
+	applyTo(t, s, Command{Op: OpPut, Key: "k", Value: "v"})
 	h.notify() // nobody waits, so this does nothing
 	if len(h.wake) != 0 {
 		t.Fatal("it looks although nobody waits")
@@ -1017,20 +1017,20 @@ func TestHub_LooksForTheFirst(t *testing.T) {
 		t.Error("a watcher that arms itself does not make the hub look")
 	}
 	h.distribute()
-	if n, _, err := w.read(func(*event, bool) {}); n != 1 || err != nil {
+	if n, _, err := w.read(func(*Event, bool) {}); n != 1 || err != nil {
 		t.Errorf("read %d events: %v", n, err)
 	}
 	w.close()
 
 	h = newHub(s)
 	done := make(chan error, 1)
-	go func() { done <- h.waitVersion(t.Context(), s.version()+1) }()
+	go func() { done <- h.waitVersion(t.Context(), s.Version()+1) }()
 	select {
 	case <-h.wake:
 	case <-time.After(5 * time.Second):
 		t.Fatal("one that waits for a version does not make the hub look")
 	}
-	applyTo(t, s, command{op: opPut, key: "k", value: "v"})
+	applyTo(t, s, Command{Op: OpPut, Key: "k", Value: "v"})
 	h.distribute()
 	testkit.Must(t, <-done)
 }
@@ -1039,12 +1039,12 @@ func TestHub_LooksForTheFirst(t *testing.T) {
 func TestHub_PrefixTooLong(t *testing.T) {
 	r := newWatchRig(t)
 	r.record = false
-	r.apply(raiseLevel(2))
+	r.apply(RaiseLevel(2))
 	for i := range 5000 {
-		r.put(fmt.Sprintf("%0*d", keySizeMax, i), "")
+		r.put(fmt.Sprintf("%0*d", KeySizeMax, i), "")
 	}
-	before := r.store.version()
-	if res := r.apply(command{op: opDeletePrefix, key: "0"}); res[0].status != statusTooMany || r.store.version() != before {
+	before := r.store.Version()
+	if res := r.apply(Command{Op: OpDeletePrefix, Key: "0"}); res[0].Status != StatusTooMany || r.store.Version() != before {
 		t.Errorf("%+v", res[0])
 	}
 }
@@ -1054,23 +1054,23 @@ func TestHub_PrefixTooLong(t *testing.T) {
 func TestHub_OthersDoNotNotice(t *testing.T) {
 	const n = 90
 	keyOf := func(i int) string { return fmt.Sprintf("big/%d", i) }
-	var each, expire []command
-	var x txn
+	var each, expire []Command
+	var x Txn
 	for i := range n {
-		each = append(each, command{op: opDelete, key: keyOf(i)})
-		expire = append(expire, command{op: opExpire, key: keyOf(i)})
-		x.then = append(x.then, command{op: opDelete, key: keyOf(i)})
+		each = append(each, Command{Op: OpDelete, Key: keyOf(i)})
+		expire = append(expire, Command{Op: OpExpire, Key: keyOf(i)})
+		x.Then = append(x.Then, Command{Op: OpDelete, Key: keyOf(i)})
 	}
-	for name, batch := range map[string][]command{
-		"prefix":      {{op: opDeletePrefix, key: "big/"}},
+	for name, batch := range map[string][]Command{
+		"prefix":      {{Op: OpDeletePrefix, Key: "big/"}},
 		"deletes":     each,
 		"expiries":    expire,
-		"transaction": {{op: opTxn, value: x.encode()}},
+		"transaction": {{Op: OpTxn, Value: x.Encode()}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newWatchRig(t)
 			r.record = false
-			r.apply(raiseLevel(2))
+			r.apply(RaiseLevel(2))
 			value := strings.Repeat("x", 1<<20)
 			for i := range n {
 				r.put(keyOf(i), value)
@@ -1100,26 +1100,26 @@ func TestHub_DeletedValue(t *testing.T) {
 	for level, want := range map[int][]bool{1: {true, true}, 2: {true, false}} {
 		r := newWatchRig(t)
 		if level > 1 {
-			r.apply(raiseLevel(level))
+			r.apply(RaiseLevel(level))
 		}
-		for i, size := range []int{deletedValueMax, deletedValueMax + 1} {
+		for i, size := range []int{DeletedValueMax, DeletedValueMax + 1} {
 			r.put("k", strings.Repeat("x", size))
-			n := r.store.state.events.end()
-			r.apply(command{op: opDelete, key: "k"})
-			events, _, _ := r.store.eventsFrom(n)
-			if e := events[0]; e.cut == want[i] || len(e.item.value) != map[bool]int{true: size}[want[i]] || e.item.created == 0 {
-				t.Errorf("level %d: of %d bytes %d are kept, cut %v", level, size, len(e.item.value), e.cut)
+			n := r.store.State.Events.End()
+			r.apply(Command{Op: OpDelete, Key: "k"})
+			events, _, _ := r.store.EventsFrom(n)
+			if e := events[0]; e.Cut == want[i] || len(e.Item.Value) != map[bool]int{true: size}[want[i]] || e.Item.Created == 0 {
+				t.Errorf("level %d: of %d bytes %d are kept, cut %v", level, size, len(e.Item.Value), e.Cut)
 			}
 		}
-		snap := r.store.snapshot()
+		snap := r.store.Snapshot()
 		var written bytes.Buffer
-		testkit.Must(t, snap.writeTo(&written))
-		st, err := readState(&written)
+		testkit.Must(t, snap.Encode(&written))
+		st, err := ReadState(&written)
 		if err != nil {
 			t.Fatal(err)
 		}
-		got, _, _ := st.events.from(0)
-		for i, e := range snap.events.chunks[0].events {
+		got, _, _ := st.Events.From(0)
+		for i, e := range snap.Events.Chunks[0].Events {
 			if got[i] != e {
 				t.Errorf("level %d: event %d is %+v in a snapshot", level, i, got[i])
 			}
@@ -1133,14 +1133,14 @@ func TestEventLog_NewestEntry(t *testing.T) {
 	r := newWatchRig(t)
 	r.record = false
 	shrinkWindow(r.store, 1, 1)
-	r.fill(2 * chunkEventsMax)
-	w := r.watch("k/", true, r.store.version())
+	r.fill(2 * ChunkEventsMax)
+	w := r.watch("k/", true, r.store.Version())
 	if _, _, err := drain(w); err != nil {
 		t.Fatal(err)
 	}
-	var batch []command
-	for i := range 5 * chunkEventsMax {
-		batch = append(batch, command{op: opPut, key: fmt.Sprintf("k/%d", i)})
+	var batch []Command
+	for i := range 5 * ChunkEventsMax {
+		batch = append(batch, Command{Op: OpPut, Key: fmt.Sprintf("k/%d", i)})
 	}
 	for range 3 {
 		r.apply(batch...)
@@ -1151,7 +1151,7 @@ func TestEventLog_NewestEntry(t *testing.T) {
 	}
 	r.put("k/0", "v")
 	r.put("k/0", "v")
-	if n := r.store.state.events.count; n > chunkEventsMax {
+	if n := r.store.State.Events.Count; n > ChunkEventsMax {
 		t.Errorf("%d events are left", n)
 	}
 }

@@ -39,15 +39,15 @@ func (m watchMessage) String() string {
 }
 
 // messageOf is the message that tells of an event.
-func messageOf(e event) watchMessage {
-	m := watchMessage{rv: e.rv, prev: e.prev, key: e.key, value: e.item.value, more: !e.last}
-	switch e.kind {
-	case eventAdded:
+func messageOf(e Event) watchMessage {
+	m := watchMessage{rv: e.RV, prev: e.Prev, key: e.Key, value: e.Item.Value, more: !e.Last}
+	switch e.Kind {
+	case EventAdded:
 		m.kind = "ADDED"
-	case eventModified:
+	case EventModified:
 		m.kind = "MODIFIED"
-	case eventDeleted, eventExpired:
-		m.kind, m.expired = "DELETED", e.kind == eventExpired
+	case EventDeleted, EventExpired:
+		m.kind, m.expired = "DELETED", e.Kind == EventExpired
 	}
 	return m
 }

@@ -102,8 +102,8 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *keyList, err erro
 	switch n := len(filter); {
 	case p.has(paramKey) && p.has(paramPrefix):
 		return nil, errKeyPrefix
-	case n > keySizeMax || n == 0 && !isPrefix:
-		return nil, fault.ErrInvalid.WithDetail("the key or prefix has %d bytes; a key has 1 to %d", n, keySizeMax)
+	case n > KeySizeMax || n == 0 && !isPrefix:
+		return nil, fault.ErrInvalid.WithDetail("the key or prefix has %d bytes; a key has 1 to %d", n, KeySizeMax)
 	}
 	resumed, err := p.setLastEventID(r.Header)
 	if err != nil {
@@ -121,7 +121,7 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *keyList, err erro
 	switch {
 	case p.initial && !resumed:
 		return h.listAndWatch(s, r, filter, isPrefix)
-	case known && rv <= h.store.version():
+	case known && rv <= h.store.Version():
 		if err := h.backend.serving(r.Context(), p.timeout); err != nil {
 			return nil, err
 		}
@@ -131,7 +131,7 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *keyList, err erro
 		if err := h.backend.linearize(r.Context(), p.timeout); err != nil {
 			return nil, err
 		}
-		now := h.store.version()
+		now := h.store.Version()
 		if known && rv > now {
 			return nil, fault.ErrInvalid.WithDetail("resource version %d is in the future: the store is at %d", rv, now)
 		}
@@ -148,7 +148,7 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *keyList, err erro
 		s.relist = true
 		return h.listAndWatch(s, r, filter, isPrefix)
 	}
-	return nil, expired(h.store.version())
+	return nil, expired(h.store.Version())
 }
 
 // listAndWatch starts a watch with what there is.
@@ -163,7 +163,7 @@ func (h *httpAPI) listAndWatch(s *watchStream, r request, filter string, isPrefi
 	s.rv = list.rv
 	if s.watcher, err = h.hub.watch(filter, isPrefix, list.rv); err != nil {
 		list.close()
-		return nil, expired(h.store.version())
+		return nil, expired(h.store.Version())
 	}
 	return list, nil
 }
@@ -192,10 +192,10 @@ func (h *httpAPI) newWatchList(r request, filter string, isPrefix bool) (*keyLis
 	if isPrefix {
 		return h.openList(r, filter, "", math.MaxInt)
 	}
-	it, rv, ok := h.store.get(filter)
+	it, rv, ok := h.store.Get(filter)
 	l := &keyList{rv: rv}
 	if ok {
-		l.items = []keyItem{{filter, it}}
+		l.items = []KeyItem{{Key: filter, Item: it}}
 	}
 	return l, nil
 }
@@ -297,7 +297,7 @@ func (s *watchStream) writeList(list *keyList) error {
 			return err // the node stops
 		}
 		for i := range items {
-			e := event{rv: items[i].rv, kind: eventAdded, key: items[i].key, item: items[i].item}
+			e := Event{RV: items[i].RV, Kind: EventAdded, Key: items[i].Key, Item: items[i].Item}
 			s.appendEvent(&e, false)
 			if len(*s.buf) >= watchPartSize || s.large != "" {
 				if err := s.write(); err != nil {
@@ -379,22 +379,22 @@ func (s *watchStream) appendVersion(buf []byte, kind string, hasID bool) []byte 
 }
 
 // What the kinds of events are called.
-var eventTypes = [...]string{eventAdded: "ADDED", eventModified: "MODIFIED", eventDeleted: "DELETED", eventExpired: "DELETED"}
+var eventTypes = [...]string{EventAdded: "ADDED", EventModified: "MODIFIED", EventDeleted: "DELETED", EventExpired: "DELETED"}
 
 // appendEvent adds the message of an event; if it is not the last of its version
 // others follow.
-func (s *watchStream) appendEvent(e *event, last bool) {
+func (s *watchStream) appendEvent(e *Event, last bool) {
 	s.part = !last
 	s.append(func(buf []byte) []byte {
 		// No id sooner, or a client that resumes would lose half a version.
-		buf = s.appendHead(buf, eventTypes[e.kind], e.rv, last)
-		it := e.item
-		it.rv = e.rv // of a deletion: its own
-		buf = s.appendItem(buf, e.key, it, e.cut)
-		if e.prev != 0 {
+		buf = s.appendHead(buf, eventTypes[e.Kind], e.RV, last)
+		it := e.Item
+		it.RV = e.RV // of a deletion: its own
+		buf = s.appendItem(buf, e.Key, it, e.Cut)
+		if e.Prev != 0 {
 			buf = append(buf[:len(buf)-1], `,"previousResourceVersion":`...)
-			buf = strconv.AppendUint(buf, e.prev, 10)
-			if e.kind == eventExpired {
+			buf = strconv.AppendUint(buf, e.Prev, 10)
+			if e.Kind == EventExpired {
 				buf = append(buf, `,"reason":"expired"`...)
 			}
 			buf = append(buf, '}')
@@ -405,20 +405,20 @@ func (s *watchStream) appendEvent(e *event, last bool) {
 		case s.listing:
 			more = moreOfList
 		default:
-			more = int64(e.rv) - 1
+			more = int64(e.RV) - 1
 		}
 		return s.appendTail(buf, more)
 	})
 }
 
 // appendItem appends an item. One that makes a read of its own is written in pieces.
-func (s *watchStream) appendItem(buf []byte, key string, it item, cut bool) []byte {
-	if cut || len(it.value) < readBytesMax {
-		return appendItemJSON(buf, key, it, cut)
+func (s *watchStream) appendItem(buf []byte, key string, it Item, cut bool) []byte {
+	if cut || len(it.Value) < readBytesMax {
+		return AppendItemJSON(buf, key, it, cut)
 	}
-	buf = appendItemStart(buf, key, utf8.ValidString(it.value))
-	s.large, s.split = it.value, len(buf)
-	return appendItemEnd(append(buf, '"'), it)
+	buf = AppendItemStart(buf, key, utf8.ValidString(it.Value))
+	s.large, s.split = it.Value, len(buf)
+	return AppendItemEnd(append(buf, '"'), it)
 }
 
 // append adds to what is to be written.
@@ -506,7 +506,7 @@ func (s *watchStream) writeLarge() error {
 	for rest := s.large; rest != ""; {
 		piece := rest[:min(len(rest), streamPieceSize)]
 		rest = rest[len(piece):]
-		*buf = appendPiece((*buf)[:0], piece, isText)
+		*buf = AppendPiece((*buf)[:0], piece, isText)
 		if err := s.writeParts(*buf); err != nil {
 			return err
 		}

@@ -81,7 +81,7 @@ func (w *watchConn) next() watchMessage {
 }
 
 // do carries out a command as if a client had sent it.
-func (f *front) apply(c command) result {
+func (f *front) apply(c Command) Result {
 	f.t.Helper()
 	res, err := f.backend.propose(f.t.Context(), 0, c)
 	if err != nil {
@@ -97,11 +97,11 @@ func bookmarkLine(rv uint64) string {
 // watchStory writes one of everything that a watch tells of.
 func (f *front) watchStory() {
 	f.put("a", "1")
-	f.apply(command{op: opPut, key: "a", value: "2", expires: 1767323045678})
-	f.apply(command{op: opExpire, key: "a", condition: condition{kind: ifMatch, rv: 2}})
-	both := txn{then: []command{{op: opPut, key: "a\"/\xff", value: "\x00\n\xff"}, {op: opPut, key: "b", value: "é<\u2028"}}}
-	f.apply(command{op: opTxn, value: both.encode()})
-	f.apply(command{op: opDelete, key: "b"})
+	f.apply(Command{Op: OpPut, Key: "a", Value: "2", Expires: 1767323045678})
+	f.apply(Command{Op: OpExpire, Key: "a", Condition: Condition{Kind: IfMatch, RV: 2}})
+	both := Txn{Then: []Command{{Op: OpPut, Key: "a\"/\xff", Value: "\x00\n\xff"}, {Op: OpPut, Key: "b", Value: "é<\u2028"}}}
+	f.apply(Command{Op: OpTxn, Value: both.Encode()})
+	f.apply(Command{Op: OpDelete, Key: "b"})
 }
 
 func TestWatch_Lines(t *testing.T) {
@@ -216,7 +216,7 @@ func TestWatch_Refused(t *testing.T) {
 	for query, detail := range map[string]string{
 		"key=a&prefix=a": "exclude each other",
 		"key=":           "the key or prefix has 0 bytes",
-		"prefix=" + strings.Repeat("x", keySizeMax+1): "has 4097 bytes",
+		"prefix=" + strings.Repeat("x", KeySizeMax+1): "has 4097 bytes",
 		"initial=yes":       "initial must be true or false",
 		"limit=3":           `unknown parameter "limit"; allowed here: resourceVersion, prefix, key, initial, timeout`,
 		"timeout=25h":       "at most 24h0m0s",
@@ -245,8 +245,8 @@ func TestWatch_Refused(t *testing.T) {
 // fillWindow writes until the window has lost what was there before.
 func (f *front) fillWindow() {
 	f.t.Helper()
-	shrinkWindow(f.store, chunkEventsMax, 64<<20)
-	for start := f.store.version(); f.store.eventsDropped() <= start; {
+	shrinkWindow(f.store, ChunkEventsMax, 64<<20)
+	for start := f.store.Version(); f.store.EventsDropped() <= start; {
 		f.put("filler", "x")
 	}
 }
@@ -262,12 +262,12 @@ func TestWatch_Expired(t *testing.T) {
 			t.Errorf("%d %+v", w.status, p)
 		}
 	}
-	rv := f.store.version()
+	rv := f.store.Version()
 	f.watch("prefix=a&initial=true").want(
 		`{"type":"ADDED","object":{"keyBase64":"YSIv/w==","valueBase64":"AAr/","resourceVersion":4,"createdResourceVersion":4},"more":true}`, bookmarkLine(rv))
-	f.watch(fmt.Sprint("resourceVersion=", f.store.eventsDropped())).want(
+	f.watch(fmt.Sprint("resourceVersion=", f.store.EventsDropped())).want(
 		fmt.Sprintf(`{"type":"MODIFIED","object":{"key":"filler","value":"x","resourceVersion":%d,"createdResourceVersion":6,"previousResourceVersion":%d}}`,
-			f.store.eventsDropped()+1, f.store.eventsDropped()))
+			f.store.EventsDropped()+1, f.store.EventsDropped()))
 }
 
 // A browser resumes by itself, and gives up for good after a 410. So one that wants
@@ -276,7 +276,7 @@ func TestWatch_ListsAgain(t *testing.T) {
 	f := newFront(t)
 	f.watchStory()
 	f.fillWindow()
-	rv := f.store.version()
+	rv := f.store.Version()
 	f.watch("prefix=a&initial=true", "Last-Event-ID: 4").want(
 		fmt.Sprintf(`{"type":"RELIST","object":{"resourceVersion":%d},"more":true}`, rv),
 		`{"type":"ADDED","object":{"keyBase64":"YSIv/w==","valueBase64":"AAr/","resourceVersion":4,"createdResourceVersion":4},"more":true}`, bookmarkLine(rv))
@@ -389,13 +389,13 @@ func TestWatch_List(t *testing.T) {
 		case 0:
 			f.put(fmt.Sprintf("k/%05d", i), "new")
 		case 1:
-			f.apply(command{op: opDelete, key: fmt.Sprintf("k/%05d", i)})
+			f.apply(Command{Op: OpDelete, Key: fmt.Sprintf("k/%05d", i)})
 		case 2:
 			f.put(fmt.Sprintf("k/%05d+", i), "new")
 		}
 	}
 	f.put("k/the end", "")
-	for v.done < f.store.version() {
+	for v.done < f.store.Version() {
 		v.observe(w.next())
 	}
 	record()
@@ -413,7 +413,7 @@ func TestWatch_LargeVersion(t *testing.T) {
 		f.put(fmt.Sprintf("k/%05d", i), "v")
 	}
 	w := f.watch(fmt.Sprint("resourceVersion=", n))
-	f.apply(command{op: opDeletePrefix, key: "k/"})
+	f.apply(Command{Op: OpDeletePrefix, Key: "k/"})
 	for i := range n {
 		if m := w.next(); m.kind != "DELETED" || m.rv != n+1 || m.prev != uint64(i+1) || m.more != (i < n-1) {
 			t.Fatalf("message %d: %v", i, m)
@@ -434,7 +434,7 @@ func TestWatch_LargeVersionReadSlowly(t *testing.T) {
 				f.put(fmt.Sprintf("k/%05d", i), "v")
 			}
 			w := f.watch(fmt.Sprint("resourceVersion=", n, query))
-			f.apply(command{op: opDeletePrefix, key: "k/"})
+			f.apply(Command{Op: OpDeletePrefix, Key: "k/"})
 			start := time.Now()
 			for i := range n {
 				if i%100 == 0 {
@@ -632,40 +632,40 @@ func TestWatch_NeverReads(t *testing.T) {
 func TestWatch_TooSlow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newPipeFront(t)
-		shrinkWindow(f.store, 16*chunkEventsMax, 64<<20)
+		shrinkWindow(f.store, 16*ChunkEventsMax, 64<<20)
 		w := f.watch("resourceVersion=0")
 		v := newWatchValidator("slow", "", true, false, 0)
-		for range chunkEventsMax + 100 { // the second chunk
+		for range ChunkEventsMax + 100 { // the second chunk
 			f.put("k", "v")
 			v.observe(w.next())
 		}
 		synctest.Wait()
 		// It takes one event, which its client does not read until the first chunk
 		// has left the window.
-		for f.store.eventsDropped() == 0 {
+		for f.store.EventsDropped() == 0 {
 			f.put("k", "v")
 			synctest.Wait()
 		}
 		v.observe(w.next())
 		m := w.next()
-		if m.kind != "ERROR" || m.code != "watch-too-slow" || m.rv != v.done || m.rv != chunkEventsMax+101 {
+		if m.kind != "ERROR" || m.code != "watch-too-slow" || m.rv != v.done || m.rv != ChunkEventsMax+101 {
 			t.Errorf("%v after %d", m, v.done)
 		}
 		w.wantEnd()
 		resumed := f.watch(fmt.Sprint("resourceVersion=", v.resume()))
-		for v.done < f.store.version() {
+		for v.done < f.store.Version() {
 			v.observe(resumed.next())
 		}
-		if v.events != int(f.store.version()) {
-			t.Errorf("%d events, %d versions", v.events, f.store.version())
+		if v.events != int(f.store.Version()) {
+			t.Errorf("%d events, %d versions", v.events, f.store.Version())
 		}
 		v.report(t)
 
 		// Who is even slower has lost events, and is told that.
-		w = f.watch(fmt.Sprint("resourceVersion=", f.store.version()))
+		w = f.watch(fmt.Sprint("resourceVersion=", f.store.Version()))
 		synctest.Wait()
-		rv := f.store.version() + 1
-		for f.store.eventsDropped() <= rv {
+		rv := f.store.Version() + 1
+		for f.store.EventsDropped() <= rv {
 			f.put("k", "v")
 			synctest.Wait()
 		}
@@ -720,7 +720,7 @@ func TestWatch_LargeValues(t *testing.T) {
 		}
 	}
 	s := &watchStream{} // however many there are, they do not copy it
-	s.appendEvent(&event{kind: eventAdded, key: "k", rv: 2, item: item{value: values[0], rv: 2}}, true)
+	s.appendEvent(&Event{Kind: EventAdded, Key: "k", RV: 2, Item: Item{Value: values[0], RV: 2}}, true)
 	if n := len(*s.buf); n > 200 {
 		t.Errorf("%d bytes are copied", n)
 	}
@@ -730,7 +730,7 @@ func TestWatch_LargeValues(t *testing.T) {
 func TestWatch_DeletedValue(t *testing.T) {
 	for _, cut := range []bool{false, true} {
 		s := &watchStream{}
-		s.appendEvent(&event{kind: eventDeleted, key: "k", rv: 2, prev: 1, cut: cut}, true)
+		s.appendEvent(&Event{Kind: EventDeleted, Key: "k", RV: 2, Prev: 1, Cut: cut}, true)
 		if got := strings.Contains(string(*s.buf), `"value":"`); got == cut {
 			t.Errorf("cut %v: %s", cut, *s.buf)
 		}
