@@ -74,8 +74,8 @@ type browsers struct {
 }
 
 // newBrowsers needs origins that checkOrigin accepts.
-func newBrowsers(store *Store, names, origins []string) *browsers {
-	b := &browsers{store: store, names: names, origins: origins, varyAccept: varyAccept}
+func newBrowsers(kv *Store, names, origins []string) *browsers {
+	b := &browsers{store: kv, names: names, origins: origins, varyAccept: varyAccept}
 	for _, origin := range origins {
 		if err := b.check.AddTrustedOrigin(origin); err != nil {
 			panic(err) // the caller has checked it

@@ -20,13 +20,13 @@ import (
 
 // fuzzFront is a front without a server.
 func fuzzFront(f *testing.F) (*httpAPI, *fakeBackend) {
-	store := New()
-	store.State.Members[1] = Member{ID: 1, PeerURL: "http://127.0.0.1:1", ClientURL: "http://node1:2"}
-	store.State.SetLevel(LevelNewest)
-	hub := newHub(store)
-	backend := &fakeBackend{store: store}
+	kv := New()
+	kv.State.Members[1] = Member{ID: 1, PeerURL: "http://127.0.0.1:1", ClientURL: "http://node1:2"}
+	kv.State.SetLevel(LevelNewest)
+	hub := newHub(kv)
+	backend := &fakeBackend{store: kv}
 	return newHTTPAPI(httpConfig{
-		id: 1, store: store, hub: hub, backend: backend, logger: zap.NewNop(), timeout: time.Second, bookmark: time.Second, valueSizeMax: testValueSizeMax,
+		id: 1, store: kv, hub: hub, backend: backend, logger: zap.NewNop(), timeout: time.Second, bookmark: time.Second, valueSizeMax: testValueSizeMax,
 		version: "v0", newID: newUUID, hosts: []string{"own.example"}, registry: prometheus.NewRegistry(), level: zap.NewAtomicLevel(),
 	}).(*httpAPI), backend
 }

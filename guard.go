@@ -71,12 +71,12 @@ type health struct {
 	DiskClosed bool   `json:"diskClosed,omitempty"`
 }
 
-func newGuard(cfg *config, store *Store, waiting func() int, logger *zap.Logger) *guard {
+func newGuard(cfg *config, kv *Store, waiting func() int, logger *zap.Logger) *guard {
 	g := &guard{
 		id:      cfg.id,
 		reserve: cfg.diskReserve,
 		quota:   cfg.quota,
-		store:   store,
+		store:   kv,
 		free:    func() (uint64, error) { return freeBytes(cfg.dataDir) },
 		waiting: waiting,
 		logger:  logger,

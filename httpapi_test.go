@@ -269,14 +269,14 @@ var testClient = &http.Client{CheckRedirect: func(*http.Request, []*http.Request
 func serveFront(t *testing.T, l net.Listener, dial func() (net.Conn, error), options ...func(*httpConfig)) *front {
 	core, logs := observer.New(zap.DebugLevel)
 	logger := zap.New(core)
-	store := New()
-	store.State.Members[1] = Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
-	hub := newHub(store)
-	backend := &fakeBackend{store: store, applied: hub.notify}
+	kv := New()
+	kv.State.Members[1] = Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
+	hub := newHub(kv)
+	backend := &fakeBackend{store: kv, applied: hub.notify}
 	cfg := httpConfig{
 		id:           1,
 		cluster:      "abc",
-		store:        store,
+		store:        kv,
 		hub:          hub,
 		backend:      backend,
 		logger:       logger,
@@ -312,7 +312,7 @@ func serveFront(t *testing.T, l net.Listener, dial func() (net.Conn, error), opt
 		stopHub()
 		hubDone.Wait()
 	})
-	return &front{t: t, dial: dial, backend: backend, store: store, hub: hub, logs: logs, config: cfg, api: handler.(*httpAPI)}
+	return &front{t: t, dial: dial, backend: backend, store: kv, hub: hub, logs: logs, config: cfg, api: handler.(*httpAPI)}
 }
 
 // mustDial returns a connection that is closed with the test.
@@ -1481,15 +1481,15 @@ type benchBody struct{ bytes.Reader }
 func (*benchBody) Close() error { return nil }
 
 func benchFront(b *testing.B) http.Handler {
-	store := New()
-	fake := fakeBackend{store: store}
+	kv := New()
+	fake := fakeBackend{store: kv}
 	value := strings.Repeat("v", 64)
 	for i := range 4096 {
 		if _, err := fake.propose(b.Context(), 0, Command{Op: OpPut, Key: "key-" + strconv.Itoa(i), Value: value}); err != nil {
 			b.Fatal(err)
 		}
 	}
-	return newHTTPAPI(httpConfig{store: store, backend: &instantBackend{}, logger: zap.NewNop(), timeout: time.Second, valueSizeMax: ValueSizeMaxDefault, registry: prometheus.NewRegistry()})
+	return newHTTPAPI(httpConfig{store: kv, backend: &instantBackend{}, logger: zap.NewNop(), timeout: time.Second, valueSizeMax: ValueSizeMaxDefault, registry: prometheus.NewRegistry()})
 }
 
 func BenchmarkHTTP_Put(b *testing.B) {

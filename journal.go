@@ -369,11 +369,11 @@ func (j *journal) run(ctx context.Context, src journalSource, syncEvery time.Dur
 }
 
 // beginHold makes the window wait for what is not in the file.
-func (j *journal) beginHold(store *Store) {
+func (j *journal) beginHold(kv *Store) {
 	j.caughtUp = false
 	j.hold.RV.Store(j.rv)
 	j.hold.Overtaken.Store(false)
-	store.HoldWindow(&j.hold)
+	kv.HoldWindow(&j.hold)
 }
 
 // catchUp waits until the store has what the journal has. After a restart that
@@ -419,8 +419,8 @@ func (j *journal) pause(src journalSource) error {
 }
 
 // skip writes that the events that have left the window are missing.
-func (j *journal) skip(ctx context.Context, store *Store) error {
-	to := store.EventsDropped()
+func (j *journal) skip(ctx context.Context, kv *Store) error {
+	to := kv.EventsDropped()
 	if err := j.resume(); err != nil { // half a version may be there
 		return err
 	}
@@ -431,7 +431,7 @@ func (j *journal) skip(ctx context.Context, store *Store) error {
 		zap.String("journal", j.path), zap.Uint64("from", j.rv+1), zap.Uint64("to", to))
 	j.buf = appendGap(j.buf[:0], j.rv+1, to)
 	j.rv = to
-	return j.append(ctx, store)
+	return j.append(ctx, kv)
 }
 
 // follow appends events until there are none any more: then it returns nil.
@@ -489,7 +489,7 @@ var closedC = func() chan struct{} {
 }()
 
 // drain appends the last events, of which no hub tells.
-func (j *journal) drain(ctx context.Context, w *watcher, store *Store) error {
+func (j *journal) drain(ctx context.Context, w *watcher, kv *Store) error {
 	for {
 		n, err := w.scan(j.appendEvent)
 		if errors.Is(err, fault.ErrExpired) {
@@ -498,7 +498,7 @@ func (j *journal) drain(ctx context.Context, w *watcher, store *Store) error {
 		if n == 0 || err != nil {
 			return err
 		}
-		if err := j.append(ctx, store); err != nil {
+		if err := j.append(ctx, kv); err != nil {
 			return err
 		}
 	}
@@ -517,11 +517,11 @@ func (j *journal) appendEvent(e *Event, last bool) {
 }
 
 // append writes when nobody else has the file open.
-func (j *journal) append(ctx context.Context, store *Store) error {
+func (j *journal) append(ctx context.Context, kv *Store) error {
 	if len(j.buf) == 0 {
 		return nil
 	}
-	if err := j.claim(ctx, store); err != nil {
+	if err := j.claim(ctx, kv); err != nil {
 		return err
 	}
 	return j.write()
@@ -529,7 +529,7 @@ func (j *journal) append(ctx context.Context, store *Store) error {
 
 // claim returns as soon as nobody else has the file open, or has it for so long that he does
 // not copy it. Whoever opens it afterwards waits for yield.
-func (j *journal) claim(ctx context.Context, store *Store) error {
+func (j *journal) claim(ctx context.Context, kv *Store) error {
 	if j.yield(); j.leased {
 		return nil
 	}
@@ -542,7 +542,7 @@ func (j *journal) claim(ctx context.Context, store *Store) error {
 		if j.shared.IsZero() {
 			j.shared = time.Now()
 		}
-		if !errors.Is(err, syscall.EAGAIN) || time.Since(j.shared) > end || store.WindowStrained() {
+		if !errors.Is(err, syscall.EAGAIN) || time.Since(j.shared) > end || kv.WindowStrained() {
 			break
 		}
 		select {
@@ -599,13 +599,13 @@ func (j *journal) resumeCut() error {
 
 // next goes on in another file, if there is no longer this one at the path. If it
 // cannot be used the journal stays where it is.
-func (j *journal) next(ctx context.Context, store *Store) error {
+func (j *journal) next(ctx context.Context, kv *Store) error {
 	now, err := j.file.Stat()
 	if err != nil {
 		return err
 	}
 	if info, err := os.Stat(j.path); err == nil && os.SameFile(info, now) {
-		return j.claim(ctx, store) // it may have been cut
+		return j.claim(ctx, kv) // it may have been cut
 	}
 	k, err := j.openNext()
 	if err != nil {

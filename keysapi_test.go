@@ -368,8 +368,8 @@ func TestHTTP_ExactPages(t *testing.T) {
 
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		store := New()
-		turn := turns{store: store, began: time.Now()}
+		kv := New()
+		turn := turns{store: kv, began: time.Now()}
 		for _, tt := range []struct {
 			writes       bool
 			worked, want time.Duration
@@ -385,7 +385,7 @@ func TestTurns(t *testing.T) {
 		} {
 			if tt.writes {
 				c := Command{Op: OpPut, Key: "a", Value: "1"}
-				if _, err := store.Apply(store.Applied()+1, 1, BatchHeader{Session: 1, Seq: store.Applied() + 1}, c.AppendTo(nil), nil); err != nil {
+				if _, err := kv.Apply(kv.Applied()+1, 1, BatchHeader{Session: 1, Seq: kv.Applied() + 1}, c.AppendTo(nil), nil); err != nil {
 					t.Fatal(err)
 				}
 			}

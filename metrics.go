@@ -232,10 +232,10 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 	}
 	gauge(descMembers, float64(len(s.Members)-learners), "voter")
 	gauge(descMembers, float64(learners), "learner")
-	store := m.node.store.Stats()
-	gauge(descKeys, float64(store.Keys))
-	gauge(descStoreBytes, float64(store.Bytes))
-	gauge(descWindow, float64(store.Events))
+	kv := m.node.store.Stats()
+	gauge(descKeys, float64(kv.Keys))
+	gauge(descStoreBytes, float64(kv.Bytes))
+	gauge(descWindow, float64(kv.Events))
 
 	q := m.node.queueStats()
 	gauge(descQueueBatches, float64(q.batches))

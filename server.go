@@ -144,17 +144,17 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		return err
 	}
 
-	store := &Store{State: rec.state, LevelMax: cfg.levelMax}
-	if err := store.CheckLevel(rec.state.Level); err != nil {
+	kv := &Store{State: rec.state, LevelMax: cfg.levelMax}
+	if err := kv.CheckLevel(rec.state.Level); err != nil {
 		return fmt.Errorf("data directory %s: %w", cfg.dataDir, err)
 	}
-	store.SetWindow(cfg.watchEvents, cfg.watchBytes)
-	hub := newHub(store)
+	kv.SetWindow(cfg.watchEvents, cfg.watchBytes)
+	hub := newHub(kv)
 	n := &node{
 		loop:    newLoop(cfg.tick, hub.notify, logger),
 		config:  cfg,
 		cluster: rec.identity.Cluster,
-		store:   store,
+		store:   kv,
 		hub:     hub,
 		disk:    newMeasuredDisk(disk),
 		logger:  logger,

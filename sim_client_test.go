@@ -208,11 +208,11 @@ func (c *simCall) capture() {
 
 // look reads the store.
 func (c *simCall) look() {
-	op, store := c.op, c.process.store
+	op, kv := c.op, c.process.store
 	if op.list {
-		op.items, op.rv = store.List(op.cmd.Key, "", math.MaxInt)
+		op.items, op.rv = kv.List(op.cmd.Key, "", math.MaxInt)
 	} else {
-		op.item, op.rv, op.found = store.Get(op.cmd.Key)
+		op.item, op.rv, op.found = kv.Get(op.cmd.Key)
 	}
 }
 

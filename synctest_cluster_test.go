@@ -112,15 +112,15 @@ func (c *virtualCluster) newNode(cfg config) *virtualNode {
 		rec, err = disk.found(own, own.clusterID(founders), founders)
 		testkit.Must(t, err)
 	}
-	store := &Store{State: rec.state}
-	hub := newHub(store)
+	kv := &Store{State: rec.state}
+	hub := newHub(kv)
 	n := &virtualNode{
-		node:    &node{loop: newLoop(cfg.tick, hub.notify, logger), config: cfg, store: store, hub: hub, logger: logger},
+		node:    &node{loop: newLoop(cfg.tick, hub.notify, logger), config: cfg, store: kv, hub: hub, logger: logger},
 		cluster: c,
 		disk:    disk,
 		ended:   make(chan error, 1),
 	}
-	n.guard = newGuard(&n.config, store, n.loop.waiting, logger)
+	n.guard = newGuard(&n.config, kv, n.loop.waiting, logger)
 	r, err := newReplica(replicaConfig{
 		id: cfg.id, session: randomID(), electionTicks: cfg.electionTicks, heartbeatTicks: cfg.heartbeatTicks,
 		snapshotEntries: cfg.snapshotEntries, snapshotBytes: cfg.snapshotBytes,

@@ -49,9 +49,9 @@ func newTestNetwork(t *testing.T, peerURL string, run bool) *testNetwork {
 	disk, rec := newDisk(t, t.TempDir())
 	t.Cleanup(func() { testkit.Must(t, disk.close()) })
 	rec.state.Members[2] = Member{ID: 2, PeerURL: peerURL}
-	store := &Store{State: rec.state}
+	kv := &Store{State: rec.state}
 	conf := &raftpb.ConfState{Voters: []uint64{1, 2}}
-	snap := snapshotAt(t, disk, store, 20)
+	snap := snapshotAt(t, disk, kv, 20)
 	snap.Metadata.ConfState = conf
 	log := raft.NewMemoryStorage()
 	testkit.Must(t, log.ApplySnapshot(snap))
@@ -61,12 +61,12 @@ func newTestNetwork(t *testing.T, peerURL string, run bool) *testNetwork {
 	n := &testNetwork{t: t, logs: logs}
 	n.free.Store(math.MaxInt64)
 	l := newLoop(10*time.Millisecond, func() {}, zap.NewNop())
-	g := newGuard(&config{id: 1, diskReserve: 1 << 20}, store, l.waiting, zap.NewNop())
+	g := newGuard(&config{id: 1, diskReserve: 1 << 20}, kv, l.waiting, zap.NewNop())
 	g.free = func() (uint64, error) { return n.free.Load(), nil }
-	n.peerNetwork = newPeerNetwork(1, testCluster, disk, store, l, g, zap.New(core))
+	n.peerNetwork = newPeerNetwork(1, testCluster, disk, kv, l, g, zap.New(core))
 	var err error
 	n.leader, err = newReplica(replicaConfig{
-		id: 1, session: 1, electionTicks: 1000, heartbeatTicks: 1, snapshotEntries: 1000, snapshotBytes: 1 << 30, log: log, store: store,
+		id: 1, session: 1, electionTicks: 1000, heartbeatTicks: 1, snapshotEntries: 1000, snapshotBytes: 1 << 30, log: log, store: kv,
 		confState: conf, disk: disk, transport: n.peerNetwork, driver: l, logger: zap.NewNop(),
 	})
 	testkit.Must(t, err)

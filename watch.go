@@ -70,8 +70,8 @@ func (s *watchStats) note(n int, err error) {
 	}
 }
 
-func newHub(store *Store) *hub {
-	return &hub{store: store, wake: make(chan struct{}, 1), readEvents: readEventsMax, keys: map[string]*watchNode{}}
+func newHub(kv *Store) *hub {
+	return &hub{store: kv, wake: make(chan struct{}, 1), readEvents: readEventsMax, keys: map[string]*watchNode{}}
 }
 
 // notify says that something was applied. It does not block.

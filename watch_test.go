@@ -34,8 +34,8 @@ type watchRig struct {
 }
 
 func newWatchRig(t testing.TB) *watchRig {
-	store := New()
-	return &watchRig{t: t, store: store, hub: newHub(store), record: true}
+	kv := New()
+	return &watchRig{t: t, store: kv, hub: newHub(kv), record: true}
 }
 
 // run runs the hub until the test ends.
