@@ -147,12 +147,12 @@ if anything is damaged or missing.`,
 			if err != nil {
 				return err
 			}
-			return b.print(cmd.OutOrStdout())
+			return printBackup(b, cmd.OutOrStdout())
 		},
 	}
 }
 
-func (b *BackupFile) print(w io.Writer) error {
+func printBackup(b *BackupFile, w io.Writer) error {
 	var members []string
 	for _, m := range b.State.SortedMembers() {
 		members = append(members, fmt.Sprintf("%d=%s", m.ID, m.PeerURL))

@@ -232,7 +232,7 @@ func TestCommand_Recover(t *testing.T) {
 	snapshotAt(t, s, st, 20)
 	e := putEntry(21, 3, "not known to be committed", "v")
 	testkit.Must(t, s.save(&raftpb.HardState{Term: new(uint64(3)), Commit: new(uint64(20))}, []*raftpb.Entry{e}))
-	applyEntry(t, st, e)
+	testkit.Must(t, applyEntry(st, e))
 	if _, err := runCommand(t, "recover", "--data-dir", from); err == nil || !strings.Contains(err.Error(), "in use by another process") {
 		t.Errorf("recovered from a node that runs: %v", err)
 	}

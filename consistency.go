@@ -103,15 +103,15 @@ func (g *guard) set(v Verdict) {
 	}
 	g.verdict.Store(int32(v))
 	if g.gate != nil && v != Sound {
-		g.gate(v.err())
+		g.gate(errorOf(v))
 	}
 	if v != Unchecked {
 		g.release()
 	}
 }
 
-// err is what requests are told.
-func (v Verdict) err() *fault.Error {
+// errorOf is what requests are told.
+func errorOf(v Verdict) *fault.Error {
 	switch v {
 	case Sound:
 		return nil
@@ -124,14 +124,14 @@ func (v Verdict) err() *fault.Error {
 
 // serving says why the node serves nothing at present.
 func (g *guard) serving() error {
-	if err := g.current().err(); err != nil {
+	if err := errorOf(g.current()); err != nil {
 		return err
 	}
 	return nil
 }
 
 // suspect says whether the node has reason to think that its state is wrong.
-func (v Verdict) suspect() bool { return v == Doubtful || v == Diverged }
+func suspect(v Verdict) bool { return v == Doubtful || v == Diverged }
 
 // judge compares this node's state with those of others.
 func (g *guard) judge(others map[uint64]health) (before, now Verdict) {
@@ -244,7 +244,7 @@ func (n *node) exchange(ctx context.Context) error {
 		}
 		_, now := n.guard.hear(n.askOthers(ctx, n.judgeEarly), leader)
 		// Somebody else may lead better.
-		if leader == n.config.id && (now.suspect() || n.guard.space.Load().full && !n.guard.othersFull.Load()) {
+		if leader == n.config.id && (suspect(now) || n.guard.space.Load().full && !n.guard.othersFull.Load()) {
 			n.loop.call(func() error {
 				n.loop.replica.transfer()
 				return nil

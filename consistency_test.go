@@ -50,7 +50,7 @@ func TestOpinion(t *testing.T) {
 		if _, v := g.hear(step.others, 2); v != step.want {
 			t.Errorf("step %d: %v, want %v", i, v, step.want)
 		}
-		if err, want := g.serving(), step.want.err(); want == nil && err != nil || want != nil && !errors.Is(err, want) {
+		if err, want := g.serving(), errorOf(step.want); want == nil && err != nil || want != nil && !errors.Is(err, want) {
 			t.Errorf("step %d, %v: %v", i, step.want, err)
 		}
 	}
@@ -179,7 +179,7 @@ func (r *exchangeRig) wait(t *testing.T, want Verdict) {
 	t.Helper()
 	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
 		err := r.hub.closed.Load()
-		if v := r.guard.current(); v == want && err == want.err() {
+		if v := r.guard.current(); v == want && err == errorOf(want) {
 			return
 		} else if time.Now().After(end) {
 			t.Fatalf("%v, and watches get %v; want %v", v, err, want)

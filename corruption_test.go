@@ -57,7 +57,7 @@ func newLogWriter(t *testing.T, value func(n int) string) *logWriter {
 func (r *logWriter) save(ents ...*raftpb.Entry) {
 	r.t.Helper()
 	for _, e := range ents {
-		testkit.Must(r.t, r.store.applyEntry(e))
+		testkit.Must(r.t, applyEntry(r.store, e))
 		r.made.last = e.GetIndex()
 		r.made.states[r.made.last] = encodeState(r.t, &r.store.State)
 	}

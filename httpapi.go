@@ -371,7 +371,7 @@ func (h *httpAPI) describe(c *Command, r request) error {
 	}
 	level := h.store.Level()
 	c.SetTTL(r.params.ttl, level)
-	c.setContentType(contentType, level)
+	setContentType(c, contentType, level)
 	return nil
 }
 

@@ -284,7 +284,7 @@ const formType = "application/x-www-form-urlencoded"
 
 // setContentType makes a put keep the type of its value, as soon as all members
 // know how to.
-func (c *Command) setContentType(contentType string, level int) {
+func setContentType(c *Command, contentType string, level int) {
 	if level >= 3 {
 		c.ContentType = contentType
 	}

@@ -152,7 +152,7 @@ func FuzzCheckMessage(f *testing.F) {
 		for _, e := range m.GetEntries() { // that were taken: nothing but the level stands in the way of applying them
 			s := New()
 			s.State.Level, s.State.Index = LevelNewest, e.GetIndex()-1
-			if err := s.applyEntry(e); err != nil {
+			if err := applyEntry(s, e); err != nil {
 				t.Errorf("taken, and cannot be applied: %v", err)
 			}
 		}

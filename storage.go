@@ -381,7 +381,7 @@ func (r *recovered) replay() error {
 		if err := st.State.Follows(e.GetIndex()); err != nil {
 			return fmt.Errorf("apply entry %d: %w", e.GetIndex(), err)
 		}
-		if err := st.applyEntry(e); err != nil {
+		if err := applyEntry(st, e); err != nil {
 			r.unreadable = fmt.Errorf("entry %d of term %d: %w", e.GetIndex(), e.GetTerm(), err)
 			r.left = last - e.GetIndex() + 1
 			break
@@ -433,7 +433,7 @@ func readable(e *raftpb.Entry) error {
 }
 
 // applyEntry applies an entry that nobody waits for, outside of a replica.
-func (s *Store) applyEntry(e *raftpb.Entry) error {
+func applyEntry(s *Store, e *raftpb.Entry) error {
 	switch {
 	case e.GetType() == raftpb.EntryConfChange:
 		_, h, change, err := decodeMemberChange(e)

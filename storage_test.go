@@ -53,14 +53,6 @@ func putEntry(index, term uint64, key, value string) *raftpb.Entry {
 	return &raftpb.Entry{Index: new(index), Term: new(term), Data: b.data}
 }
 
-func applyEntry(t *testing.T, st *Store, e *raftpb.Entry) {
-	t.Helper()
-	h, commands, err := DecodeBatch(e.GetData())
-	testkit.Must(t, err)
-	_, err = st.Apply(e.GetIndex(), e.GetTerm(), h, commands, nil)
-	testkit.Must(t, err)
-}
-
 func encodeState(t *testing.T, st *State) []byte {
 	t.Helper()
 	var buf bytes.Buffer
@@ -133,7 +125,7 @@ func snapshotAt(t *testing.T, s *storage, st *Store, index uint64) *raftpb.Snaps
 	for i := st.Applied() + 1; i <= index; i++ {
 		e := putEntry(i, 1, fmt.Sprintf("key-%d", i), strings.Repeat("v", 500))
 		testkit.Must(t, s.save(&raftpb.HardState{Term: new(uint64(1)), Commit: new(i)}, []*raftpb.Entry{e}))
-		applyEntry(t, st, e)
+		testkit.Must(t, applyEntry(st, e))
 	}
 	view := st.Snapshot()
 	snap := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{
@@ -183,7 +175,7 @@ func TestStorage_PurgeKeepsTwoSnapshotsAndTheLogForBoth(t *testing.T) {
 	ents, err := r.log.Entries(601, 901, noLimit)
 	testkit.Must(t, err)
 	for _, e := range ents {
-		applyEntry(t, st, e)
+		testkit.Must(t, applyEntry(st, e))
 	}
 	if got := encodeState(t, &st.State); !bytes.Equal(got, want) {
 		t.Error("the older snapshot and the log do not lead to the state that was saved")
@@ -200,7 +192,7 @@ func TestStorage_OrphanSnapshotIsIgnored(t *testing.T) {
 	for i := uint64(2); i <= 20; i++ {
 		e := putEntry(i, 1, "k", fmt.Sprint(i))
 		testkit.Must(t, s.save(&raftpb.HardState{Term: new(uint64(1)), Commit: new(i)}, []*raftpb.Entry{e}))
-		applyEntry(t, st, e)
+		testkit.Must(t, applyEntry(st, e))
 	}
 	view := st.Snapshot()
 	snap := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{

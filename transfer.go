@@ -120,7 +120,7 @@ func reasonOf(err error) string {
 // postSnapshot sends m and the state behind it, and returns how large that is.
 func (l *link) postSnapshot(m *raftpb.Message) (size int64, err error) {
 	n := l.network
-	if n.guard.current().suspect() {
+	if suspect(n.guard.current()) {
 		return 0, fault.ErrDiverged // its state is for nobody
 	}
 	if n.guard.isClosed(l.member.ID) {

@@ -228,7 +228,7 @@ func (p *txnParser) operation(place string, part json.RawMessage) Command {
 			if !isMediaType(*b.ContentType) {
 				p.fail(place+".contentType", "must be a media type such as text/plain; charset=utf-8, of at most %d bytes", ContentTypeSizeMax)
 			}
-			c.setContentType(*b.ContentType, p.level)
+			setContentType(&c, *b.ContentType, p.level)
 		}
 		return c
 	case "delete":
