@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // This file finds out who is at the addresses of the members. An address is what
@@ -246,7 +247,7 @@ func (n *peerNetwork) knock(id uint64) {
 
 // found returns those of members that have said who they are, with the addresses
 // where they did.
-func (n *peerNetwork) found(members []Member) (found []Member) {
+func (n *peerNetwork) found(members []store.Member) (found []store.Member) {
 	if n == nil {
 		return members // there is no network in this test
 	}
@@ -262,8 +263,8 @@ func (n *peerNetwork) found(members []Member) (found []Member) {
 
 // checkAddress refuses to give a member an address where somebody else answers.
 // That nobody does is fine: members are added before they are started.
-func (n *node) checkAddress(ctx context.Context, m Member) error {
-	if m.PeerURL == "" || slices.ContainsFunc(n.store.Members(), func(o Member) bool { return o.PeerURL == m.PeerURL }) {
+func (n *node) checkAddress(ctx context.Context, m store.Member) error {
+	if m.PeerURL == "" || slices.ContainsFunc(n.store.Members(), func(o store.Member) bool { return o.PeerURL == m.PeerURL }) {
 		return nil // nothing new, or refused as that of another
 	}
 	info, err := askPeer(ctx, m.PeerURL)
@@ -278,7 +279,7 @@ func (n *node) checkAddress(ctx context.Context, m Member) error {
 	}
 	// It may be the same process, at two addresses.
 	twice := m.ID == n.config.id && info.Process != n.process
-	for _, now := range n.network.found([]Member{{ID: m.ID}}) {
+	for _, now := range n.network.found([]store.Member{{ID: m.ID}}) {
 		old, err := askPeer(ctx, now.PeerURL)
 		twice = recognize(m.ID, n.cluster, old, err) == nil && old.Process != info.Process
 	}
@@ -293,7 +294,7 @@ func (n *node) checkAddress(ctx context.Context, m Member) error {
 // so a majority of the other voters that it knows must list it. If it has applied
 // that itself, one that knows, too, is enough: see applyConfChange.
 func (n *node) isRemoved(ctx context.Context) (removed bool, by, of []uint64) {
-	var voters []Member
+	var voters []store.Member
 	for _, m := range n.store.Members() {
 		if m.ID != n.config.id && !m.Learner {
 			voters, of = append(voters, m), append(of, m.ID)

@@ -17,6 +17,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -100,7 +101,7 @@ func TestAcquaint(t *testing.T) {
 
 	// It moves, but still is where it was: another one at the new address is not believed.
 	second.says(&peerInfo{Cluster: cluster, Node: 2, Process: 2}, nil)
-	n.setMembers([]Member{{ID: 1}, {ID: 2, PeerURL: second.URL}})
+	n.setMembers([]store.Member{{ID: 1}, {ID: 2, PeerURL: second.URL}})
 	testkit.WaitFor(t, func() bool { return second.asked.Load() >= 3 })
 	n.wantProven(first.URL)
 	if second.others.Load() != 0 {
@@ -110,12 +111,12 @@ func TestAcquaint(t *testing.T) {
 	second.says(&peerInfo{Cluster: cluster, Node: 2, Process: 1}, nil)
 	n.wantProven(second.URL)
 	// Or the old one is gone.
-	n.setMembers([]Member{{ID: 1}, {ID: 2, PeerURL: first.URL}})
+	n.setMembers([]store.Member{{ID: 1}, {ID: 2, PeerURL: first.URL}})
 	n.wantProven(first.URL)
 	second.says(&peerInfo{Cluster: cluster, Node: 2, Process: 7}, nil)
 	first.CloseClientConnections()
 	first.Close()
-	n.setMembers([]Member{{ID: 1}, {ID: 2, PeerURL: second.URL}})
+	n.setMembers([]store.Member{{ID: 1}, {ID: 2, PeerURL: second.URL}})
 	n.wantProven(second.URL)
 	if got := n.logs.FilterMessageSnippet("nothing is sent to the address of a member").Len(); got != 2 {
 		t.Errorf("%d lines about it, want one for each reason", got)
@@ -159,7 +160,7 @@ func TestAcquaint_Changes(t *testing.T) {
 
 // TestIsRemoved: what it takes to believe that.
 func TestIsRemoved(t *testing.T) {
-	voter := func(id uint64, tr *decoy) Member { return Member{ID: id, PeerURL: tr.URL} }
+	voter := func(id uint64, tr *decoy) store.Member { return store.Member{ID: id, PeerURL: tr.URL} }
 	two, three, four := newDecoy(t), newDecoy(t), newDecoy(t)
 	for _, tt := range []struct {
 		name  string
@@ -176,14 +177,14 @@ func TestIsRemoved(t *testing.T) {
 		{"a learner, and this node has applied it", []uint64{4}, true, false},
 		{"only this node has applied it", nil, true, false},
 	} {
-		st := stateWithMembers([]Member{{ID: 1}, voter(2, two), voter(3, three), {ID: 4, PeerURL: four.URL, Learner: true}})
+		st := stateWithMembers([]store.Member{{ID: 1}, voter(2, two), voter(3, three), {ID: 4, PeerURL: four.URL, Learner: true}})
 		if tt.known {
 			delete(st.Members, 1)
 			st.Removed[1] = true
 		}
 		network := &peerNetwork{}
 		network.proven.Store(&map[uint64]string{2: two.URL, 3: three.URL, 4: four.URL})
-		n := &node{config: config{id: 1}, cluster: 7, store: &Store{State: st}, network: network, logger: zap.NewNop()}
+		n := &node{config: config{id: 1}, cluster: 7, store: &store.Store{State: st}, network: network, logger: zap.NewNop()}
 		for id, tr := range map[uint64]*decoy{2: two, 3: three, 4: four} {
 			info := &peerInfo{Cluster: "7", Node: id}
 			if slices.Contains(tt.lists, id) {
@@ -201,26 +202,26 @@ func TestIsRemoved(t *testing.T) {
 func TestRefuseChange_Size(t *testing.T) {
 	for _, tt := range []struct {
 		voters, learners int
-		kind             MemberChangeKind
+		kind             store.MemberChangeKind
 		id               uint64
 		refused          string
 	}{
-		{7, 3, AddLearner, 100, ""},
-		{7, 4, AddLearner, 100, "at most 4 learners"},
-		{3, 9, AddLearner, 100, "at most 4 learners"},
-		{7, 4, PromoteLearner, 60, "at most 7 voters"},
-		{9, 4, PromoteLearner, 60, "at most 7 voters"},
-		{9, 9, RemoveMember, 2, ""},
-		{9, 9, RemoveMember, 60, ""},
+		{7, 3, store.AddLearner, 100, ""},
+		{7, 4, store.AddLearner, 100, "at most 4 learners"},
+		{3, 9, store.AddLearner, 100, "at most 4 learners"},
+		{7, 4, store.PromoteLearner, 60, "at most 7 voters"},
+		{9, 4, store.PromoteLearner, 60, "at most 7 voters"},
+		{9, 9, store.RemoveMember, 2, ""},
+		{9, 9, store.RemoveMember, 60, ""},
 	} {
-		r := &replica{replicaConfig: replicaConfig{store: New()}}
+		r := &replica{replicaConfig: replicaConfig{store: store.New()}}
 		for i := range uint64(tt.voters) {
-			r.store.State.Members[i+1] = Member{ID: i + 1}
+			r.store.State.Members[i+1] = store.Member{ID: i + 1}
 		}
 		for i := range uint64(tt.learners) {
-			r.store.State.Members[60+i] = Member{ID: 60 + i, Learner: true}
+			r.store.State.Members[60+i] = store.Member{ID: 60 + i, Learner: true}
 		}
-		err := r.refuseSize(MemberChange{Kind: tt.kind, Member: Member{ID: tt.id}})
+		err := r.refuseSize(store.MemberChange{Kind: tt.kind, Member: store.Member{ID: tt.id}})
 		if tt.refused == "" && err != nil || tt.refused != "" && (err == nil || !strings.Contains(err.Error(), tt.refused)) {
 			t.Errorf("%d voters, %d learners: %v, want %q", tt.voters, tt.learners, err, tt.refused)
 		}

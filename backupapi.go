@@ -13,6 +13,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/shares"
+	"raftrv/internal/store"
 )
 
 // Headers of a backup. The digest is that of RFC 9530, and comes behind the body.
@@ -46,7 +47,7 @@ func (h *httpAPI) getSnapshot(w http.ResponseWriter, r request) error {
 		return busy
 	}
 	defer b.Close()
-	head := BackupHead{Format: BackupFormat, Cluster: h.backend.status().ClusterID, Member: h.id, Time: time.Now().UTC().Truncate(time.Second), Version: h.version}
+	head := store.BackupHead{Format: store.BackupFormat, Cluster: h.backend.status().ClusterID, Member: h.id, Time: time.Now().UTC().Truncate(time.Second), Version: h.version}
 	header := w.Header()
 	setResourceVersion(header, b.Rest.RV)
 	header[headerCluster] = []string{head.Cluster}

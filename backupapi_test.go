@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -24,7 +25,7 @@ func TestHTTP_Snapshot(t *testing.T) {
 	a.WantHeader(t, "Resource-Version", "1000")
 	a.WantHeader(t, "Raft-Index", fmt.Sprint(f.store.Applied()))
 	a.WantHeader(t, "Content-Type", "application/octet-stream")
-	got := &BackupFile{Size: int64(len(a.Body))}
+	got := &store.BackupFile{Size: int64(len(a.Body))}
 	err := got.Read(strings.NewReader(a.Body))
 	testkit.Must(t, err)
 	want := f.store.Snapshot()
@@ -42,7 +43,7 @@ func TestHTTP_Snapshot(t *testing.T) {
 
 // Who reads slowly gets all of it. Who does not read is cut off.
 func TestHTTP_SlowSnapshot(t *testing.T) {
-	const most = streamWriteTimeout * 2 * FrameSize / streamPaceSize // for one part
+	const most = streamWriteTimeout * 2 * store.FrameSize / streamPaceSize // for one part
 	for _, pause := range []time.Duration{most / 2, 2 * most} {
 		t.Run(pause.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -55,7 +56,7 @@ func TestHTTP_SlowSnapshot(t *testing.T) {
 				testkit.Must(t, err)
 				res, err := http.ReadResponse(bufio.NewReader(c), nil)
 				testkit.Must(t, err)
-				digest, part := sha256.New(), make([]byte, 2*FrameSize) // a write never waits for two of them
+				digest, part := sha256.New(), make([]byte, 2*store.FrameSize) // a write never waits for two of them
 				for err == nil {
 					time.Sleep(pause)
 					var n int

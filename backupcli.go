@@ -21,6 +21,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/store"
 )
 
 // This file is the commands that take and use backups, and the one for a
@@ -143,7 +144,7 @@ func newInspectCommand() *cobra.Command {
 if anything is damaged or missing.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			b, err := ReadBackup(args[0])
+			b, err := store.ReadBackup(args[0])
 			if err != nil {
 				return err
 			}
@@ -152,7 +153,7 @@ if anything is damaged or missing.`,
 	}
 }
 
-func printBackup(b *BackupFile, w io.Writer) error {
+func printBackup(b *store.BackupFile, w io.Writer) error {
 	var members []string
 	for _, m := range b.State.SortedMembers() {
 		members = append(members, fmt.Sprintf("%d=%s", m.ID, m.PeerURL))
@@ -198,7 +199,7 @@ wants to resume from an old one is answered 410: list again.`,
 				return err
 			}
 			syscall.Umask(0o077)
-			b, err := ReadBackup(args[0])
+			b, err := store.ReadBackup(args[0])
 			if err != nil {
 				return err
 			}

@@ -18,11 +18,12 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
 // backupOf writes a backup of a state to a file.
-func backupOf(t *testing.T, st State) string {
+func backupOf(t *testing.T, st store.State) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "backup")
 	testkit.Must(t, os.WriteFile(path, encodeBackup(t, st), fsx.FileMode))
@@ -43,7 +44,7 @@ func TestSaveBackup(t *testing.T) {
 	defer node.Close()
 	saved, err := saveBackup(t.Context(), node.URL+"/", path)
 	testkit.Must(t, err)
-	got, err := ReadBackup(path)
+	got, err := store.ReadBackup(path)
 	testkit.Must(t, err)
 	if got.State.RV != old.RV || saved.size != got.Size {
 		t.Errorf("%+v", got)
@@ -166,7 +167,7 @@ func TestCommand_SnapshotRestore(t *testing.T) {
 			testkit.Must(t, s.close())
 			s, rec := openRestored(t, dir)
 			checkRestored(t, rec, &old)
-			bodies[testkit.ReadFile(t, s.bodyPath(FirstIndex))], directories[rec.identity.Directory] = true, true
+			bodies[testkit.ReadFile(t, s.bodyPath(store.FirstIndex))], directories[rec.identity.Directory] = true, true
 			if own, err := s.loadFounding(); own != nil || err != nil || rec.identity.Cluster != step.cluster {
 				t.Errorf("%+v, %v, cluster %x", own, err, rec.identity.Cluster)
 			}
@@ -196,10 +197,10 @@ func openRestored(t *testing.T, dir string) (*storage, *recovered) {
 }
 
 // checkRestored looks at a restored state, of which old is the origin.
-func checkRestored(t *testing.T, rec *recovered, old *State) {
+func checkRestored(t *testing.T, rec *recovered, old *store.State) {
 	t.Helper()
 	got := rec.state
-	if got.RV != old.RV+VersionJump || got.Index != FirstIndex || !rec.untouched() {
+	if got.RV != old.RV+store.VersionJump || got.Index != store.FirstIndex || !rec.untouched() {
 		t.Errorf("version %d, index %d, untouched %v; version in the backup %d", got.RV, got.Index, rec.untouched(), old.RV)
 	}
 	if len(got.Sessions) != 0 || len(got.Removed) != 0 || len(got.Members) != 3 || got.Members[2].Learner || len(rec.confState.GetVoters()) != 3 {
@@ -225,10 +226,10 @@ func TestCommand_Recover(t *testing.T) {
 	parent := t.TempDir()
 	from, to := filepath.Join(parent, "data"), filepath.Join(parent, "data-recovered")
 	s, rec := newDisk(t, from)
-	rec.state.Members[2] = Member{ID: 2, PeerURL: "http://127.0.0.1:2"}
-	rec.state.Members[3] = Member{ID: 3, PeerURL: "http://127.0.0.1:3"}
+	rec.state.Members[2] = store.Member{ID: 2, PeerURL: "http://127.0.0.1:2"}
+	rec.state.Members[3] = store.Member{ID: 3, PeerURL: "http://127.0.0.1:3"}
 	rec.state.Removed[4] = true
-	st := &Store{State: rec.state}
+	st := &store.Store{State: rec.state}
 	snapshotAt(t, s, st, 20)
 	e := putEntry(21, 3, "not known to be committed", "v")
 	testkit.Must(t, s.save(&raftpb.HardState{Term: new(uint64(3)), Commit: new(uint64(20))}, []*raftpb.Entry{e}))
@@ -272,7 +273,7 @@ func TestCommand_Recover(t *testing.T) {
 	if len(got.Members) != 1 || got.Members[1].PeerURL != "http://127.0.0.1:1" || !got.Removed[2] || !got.Removed[3] || !got.Removed[4] || got.Removed[1] {
 		t.Errorf("members %v, removed %v", got.Members, got.Removed)
 	}
-	if rec.identity.Cluster == 7 || got.RV != st.Version()+VersionJump {
+	if rec.identity.Cluster == 7 || got.RV != st.Version()+store.VersionJump {
 		t.Errorf("cluster %x, version %d", rec.identity.Cluster, got.RV)
 	}
 	got.RV = st.Version()
@@ -284,7 +285,7 @@ func TestMakeDirectory_Fails(t *testing.T) {
 	dir := t.TempDir()
 	cfg := configOf(t, "--id", "1", "--cluster", restoreMembers, "--data-dir", filepath.Join(dir, "file", "data"))
 	testkit.Must(t, os.WriteFile(filepath.Join(dir, "file"), nil, fsx.FileMode))
-	b, err := ReadBackup(backupOf(t, exampleState(t)))
+	b, err := store.ReadBackup(backupOf(t, exampleState(t)))
 	testkit.Must(t, err)
 	if err := restoreBackup(cfg, b, 0, zap.NewNop()); err == nil {
 		t.Error("made a directory in a file")

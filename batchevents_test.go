@@ -9,23 +9,24 @@ import (
 
 	"go.uber.org/zap"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
 // eventsRig applies what a loop would have put into batches.
 type eventsRig struct {
 	t     *testing.T
-	store *Store
+	store *store.Store
 }
 
-func (r *eventsRig) apply(commands ...Command) (out []Result) {
+func (r *eventsRig) apply(commands ...store.Command) (out []store.Result) {
 	r.t.Helper()
 	var data []byte
 	for i := range commands {
 		data = commands[i].AppendTo(data)
 	}
 	n := r.store.Applied() + 1
-	_, err := r.store.Apply(n, 1, BatchHeader{Session: 1, Seq: n, Time: int64(n)}, data, &out)
+	_, err := r.store.Apply(n, 1, store.BatchHeader{Session: 1, Seq: n, Time: int64(n)}, data, &out)
 	testkit.Must(r.t, err)
 	return out
 }
@@ -44,54 +45,54 @@ func TestEntryEvents_Bounded(t *testing.T) {
 		n     int
 		value int // size
 		ttl   bool
-		do    func(key func(i int) string) []Command // nil = let them expire
+		do    func(key func(i int) string) []store.Command // nil = let them expire
 	}{
 		{name: "prefix, large values", keys: keyOf(8), n: 70, value: 1 << 20, do: deleteAll},
-		{name: "prefix, many keys", keys: keyOf(8), n: DeletePrefixMax, value: DeletedValueMax, do: deleteAll},
-		{name: "prefix, many long keys", keys: keyOf(400), n: DeletePrefixMax, value: DeletedValueMax, do: deleteAll},
-		{name: "prefix, longest keys", keys: keyOf(KeySizeMax), n: 3900, value: DeletedValueMax, do: deleteAll},
-		{name: "prefixes", keys: keyOf(4), n: many, do: func(func(int) string) (cs []Command) {
+		{name: "prefix, many keys", keys: keyOf(8), n: store.DeletePrefixMax, value: store.DeletedValueMax, do: deleteAll},
+		{name: "prefix, many long keys", keys: keyOf(400), n: store.DeletePrefixMax, value: store.DeletedValueMax, do: deleteAll},
+		{name: "prefix, longest keys", keys: keyOf(store.KeySizeMax), n: 3900, value: store.DeletedValueMax, do: deleteAll},
+		{name: "prefixes", keys: keyOf(4), n: many, do: func(func(int) string) (cs []store.Command) {
 			for i := range 16 {
-				cs = append(cs, Command{Op: OpDeletePrefix, Key: fmt.Sprintf("%x", i)})
+				cs = append(cs, store.Command{Op: store.OpDeletePrefix, Key: fmt.Sprintf("%x", i)})
 			}
 			return cs
 		}},
-		{name: "deletes", keys: keyOf(4), n: many, value: DeletedValueMax, do: func(key func(int) string) (cs []Command) {
+		{name: "deletes", keys: keyOf(4), n: many, value: store.DeletedValueMax, do: func(key func(int) string) (cs []store.Command) {
 			for i := range many {
-				cs = append(cs, Command{Op: OpDelete, Key: key(i)})
+				cs = append(cs, store.Command{Op: store.OpDelete, Key: key(i)})
 			}
 			return cs
 		}},
-		{name: "puts and deletes of overdue keys", keys: keyOf(4), n: many, value: DeletedValueMax, ttl: true, do: func(key func(int) string) (cs []Command) {
+		{name: "puts and deletes of overdue keys", keys: keyOf(4), n: many, value: store.DeletedValueMax, ttl: true, do: func(key func(int) string) (cs []store.Command) {
 			for i := range many {
-				cs = append(cs, Command{Op: OpPut, Key: key(i)}, Command{Op: OpDelete, Key: key(i)})
+				cs = append(cs, store.Command{Op: store.OpPut, Key: key(i)}, store.Command{Op: store.OpDelete, Key: key(i)})
 			}
 			return cs
 		}},
-		{name: "transactions", keys: keyOf(4), n: many, value: DeletedValueMax, ttl: true, do: func(key func(int) string) (cs []Command) {
-			for i := 0; i+3*TxnOpsMax <= many; i += 3 * TxnOpsMax {
-				var x Txn
-				for j := range TxnOpsMax {
-					x.Compare = append(x.Compare, Comparison{Kind: ByAbsent, Key: key(i + j)})
-					x.Then = append(x.Then, Command{Op: OpPut, Key: key(i + TxnOpsMax + j)})
-					x.Otherwise = append(x.Otherwise, Command{Op: OpDelete, Key: key(i + 2*TxnOpsMax + j)})
+		{name: "transactions", keys: keyOf(4), n: many, value: store.DeletedValueMax, ttl: true, do: func(key func(int) string) (cs []store.Command) {
+			for i := 0; i+3*store.TxnOpsMax <= many; i += 3 * store.TxnOpsMax {
+				var x store.Txn
+				for j := range store.TxnOpsMax {
+					x.Compare = append(x.Compare, store.Comparison{Kind: store.ByAbsent, Key: key(i + j)})
+					x.Then = append(x.Then, store.Command{Op: store.OpPut, Key: key(i + store.TxnOpsMax + j)})
+					x.Otherwise = append(x.Otherwise, store.Command{Op: store.OpDelete, Key: key(i + 2*store.TxnOpsMax + j)})
 				}
-				cs = append(cs, Command{Op: OpTxn, Value: x.Encode()})
+				cs = append(cs, store.Command{Op: store.OpTxn, Value: x.Encode()})
 			}
 			return cs
 		}},
-		{name: "expiry of long keys", keys: keyOf(KeySizeMax), n: 3000, value: DeletedValueMax, ttl: true},
+		{name: "expiry of long keys", keys: keyOf(store.KeySizeMax), n: 3000, value: store.DeletedValueMax, ttl: true},
 		{name: "expiry of large values", keys: keyOf(8), n: 1200, value: 64 << 10, ttl: true},
-		{name: "mixed", keys: keyOf(4), n: many, value: 100, ttl: true, do: func(key func(int) string) (cs []Command) {
+		{name: "mixed", keys: keyOf(4), n: many, value: 100, ttl: true, do: func(key func(int) string) (cs []store.Command) {
 			random := rand.New(rand.NewPCG(1, 2))
 			for range many {
 				switch k := key(random.IntN(2 * many)); random.IntN(200) {
 				case 0:
-					cs = append(cs, Command{Op: OpDeletePrefix, Key: k[:2]})
+					cs = append(cs, store.Command{Op: store.OpDeletePrefix, Key: k[:2]})
 				case 1:
-					cs = append(cs, Command{Op: OpPut, Key: k, Value: strings.Repeat("x", 100_000)})
+					cs = append(cs, store.Command{Op: store.OpPut, Key: k, Value: strings.Repeat("x", 100_000)})
 				default:
-					cs = append(cs, Command{Op: []Op{OpPut, OpDelete}[random.IntN(2)], Key: k})
+					cs = append(cs, store.Command{Op: []store.Op{store.OpPut, store.OpDelete}[random.IntN(2)], Key: k})
 				}
 			}
 			return cs
@@ -99,12 +100,12 @@ func TestEntryEvents_Bounded(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			r := &eventsRig{t: t, store: New()}
-			r.apply(RaiseLevel(2))
+			r := &eventsRig{t: t, store: store.New()}
+			r.apply(store.RaiseLevel(2))
 			value := strings.Repeat("v", tt.value)
-			var load []Command
+			var load []store.Command
 			for i := range tt.n {
-				c := Command{Op: OpPut, Key: tt.keys(i), Value: value}
+				c := store.Command{Op: store.OpPut, Key: tt.keys(i), Value: value}
 				if tt.ttl {
 					c.Expires = 1
 				}
@@ -125,15 +126,17 @@ func TestEntryEvents_Bounded(t *testing.T) {
 	}
 }
 
-func deleteAll(func(int) string) []Command { return []Command{{Op: OpDeletePrefix, Key: "0"}} }
+func deleteAll(func(int) string) []store.Command {
+	return []store.Command{{Op: store.OpDeletePrefix, Key: "0"}}
+}
 
 // applyAsLoop applies commands in the batches that a loop makes of them.
-func (r *eventsRig) applyAsLoop(commands []Command) {
+func (r *eventsRig) applyAsLoop(commands []store.Command) {
 	r.t.Helper()
 	l := newLoop(time.Millisecond, func() {}, zap.NewNop())
-	l.status.Store(&replicaStatus{level: LevelNewest})
+	l.status.Store(&replicaStatus{level: store.LevelNewest})
 	batches := []*batch{nil}
-	var batch []Command
+	var batch []store.Command
 	flush := func() {
 		if len(batch) > 0 {
 			r.applyChecked(batch...)
@@ -156,12 +159,12 @@ func (r *eventsRig) applyAsLoop(commands []Command) {
 }
 
 // applyChecked applies a batch and looks at the events that it makes.
-func (r *eventsRig) applyChecked(batch ...Command) {
+func (r *eventsRig) applyChecked(batch ...store.Command) {
 	r.t.Helper()
 	events := &r.store.State.Events
 	before := events.End()
 	for i, res := range r.apply(batch...) {
-		if res.Status == StatusTooMany {
+		if res.Status == store.StatusTooMany {
 			r.t.Errorf("command %d, %d of %q, is refused", i, batch[i].Op, batch[i].Key)
 		}
 	}
@@ -176,7 +179,7 @@ func (r *eventsRig) applyChecked(batch ...Command) {
 		}
 		n += uint64(len(part))
 	}
-	if size > EventBytesMaxDefault/2 || n-before > EventsMaxDefault/2 {
+	if size > store.EventBytesMaxDefault/2 || n-before > store.EventsMaxDefault/2 {
 		r.t.Errorf("%d commands make %d events of %d bytes", len(batch), n-before, size)
 	}
 }

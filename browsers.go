@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // This file is about browsers, which carry out what any web page says, with the
@@ -62,7 +63,7 @@ func withBrowserHeader(part []byte) []byte {
 
 // browsers decides who may ask.
 type browsers struct {
-	store   *Store
+	store   *store.Store
 	names   []string // host names of this node, lower case
 	origins []string // that may read and write
 	check   http.CrossOriginProtection
@@ -74,7 +75,7 @@ type browsers struct {
 }
 
 // newBrowsers needs origins that checkOrigin accepts.
-func newBrowsers(kv *Store, names, origins []string) *browsers {
+func newBrowsers(kv *store.Store, names, origins []string) *browsers {
 	b := &browsers{store: kv, names: names, origins: origins, varyAccept: varyAccept}
 	for _, origin := range origins {
 		if err := b.check.AddTrustedOrigin(origin); err != nil {

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -29,7 +30,7 @@ func (f *front) sendAs(host, method, target, body string, headers ...string) tes
 // Host. So only names that are the node's own are served.
 func TestBrowsers_Host(t *testing.T) {
 	f := newFront(t, func(c *httpConfig) { c.hosts = []string{"own.example"} })
-	f.store.State.Members[2] = Member{ID: 2, PeerURL: "http://b:1", ClientURL: "http://Second.example:2"}
+	f.store.State.Members[2] = store.Member{ID: 2, PeerURL: "http://b:1", ClientURL: "http://Second.example:2"}
 	f.put("secret", "s")
 	tests := []struct {
 		host string
@@ -62,7 +63,7 @@ func TestBrowsers_Host(t *testing.T) {
 	}
 	// The members are looked at again.
 	f.store.Mu.Lock()
-	f.store.State.Members[3] = Member{ID: 3, PeerURL: "http://c:1", ClientURL: "http://third.example:3"}
+	f.store.State.Members[3] = store.Member{ID: 3, PeerURL: "http://c:1", ClientURL: "http://third.example:3"}
 	f.store.Mu.Unlock()
 	f.sendAs("third.example", "GET", "/secret", "").Want(t, 200)
 	// The absolute form of a target counts, as it does for net/http.
@@ -254,7 +255,7 @@ func TestBrowsers_EveryAnswer(t *testing.T) {
 
 // Whether a request may be made costs nothing where it is by an address.
 func TestBrowsers_AdmitAllocatesNothing(t *testing.T) {
-	b := newBrowsers(New(), []string{"node.example"}, nil)
+	b := newBrowsers(store.New(), []string{"node.example"}, nil)
 	for _, host := range []string{"127.0.0.1:12380", "[::1]:12380", "10.0.0.1", "localhost:1", "node.example:1"} {
 		b.isOwnHost(host) // the first look at a name gathers all
 		r := &http.Request{Method: "PUT", Host: host, Header: http.Header{}}

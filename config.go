@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/spf13/pflag"
+
+	"raftrv/internal/store"
 )
 
 // config is what a node is started with. See flags for meanings and defaults.
@@ -65,7 +67,7 @@ type config struct {
 	accessLog bool
 	pprof     bool
 
-	members []Member // filled by validate
+	members []store.Member // filled by validate
 }
 
 // Ranges of the flags. Below them a cluster is not stable on ordinary
@@ -108,16 +110,16 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.Uint64Var(&c.segmentBytes, "wal-segment-bytes", segmentBytesDefault, "size of one file of the log, in `bytes`, all of which are taken from the disk when it is begun; there are at least two")
 	f.Uint64Var(&c.diskReserve, "disk-reserve-bytes", 0, "with fewer free `bytes` on the disk this node takes no writes but deletes (default four files of the log and the size of a snapshot)")
 	f.Uint64Var(&c.quota, "quota-bytes", quotaDefault, "largest size of the store, in `bytes`; beyond it only deletes are taken, and what makes it smaller; 0 = any")
-	f.IntVar(&c.valueSizeMax, "max-value-bytes", ValueSizeMaxDefault, "largest value, in `bytes`")
+	f.IntVar(&c.valueSizeMax, "max-value-bytes", store.ValueSizeMaxDefault, "largest value, in `bytes`")
 	f.DurationVar(&c.requestTimeout, "request-timeout", 5*time.Second, "deadline of a request that does not set ?timeout=")
 	f.IntVar(&c.connectionsMax, "max-connections", connectionsMaxDefault, "largest `number` of client connections")
 	f.IntVar(&c.addressMax, "max-connections-per-address", 0, "largest `number` of client connections from one address, or one /64 network of IPv6 (default a quarter of --max-connections); as many as that for all clients behind one proxy")
-	f.Uint64Var(&c.watchEvents, "watch-events", EventsMaxDefault, "`number` of recent events that are kept, so that watches can resume ...")
-	f.Uint64Var(&c.watchBytes, "watch-bytes", EventBytesMaxDefault, "... or this many `bytes` of them, whichever is less")
+	f.Uint64Var(&c.watchEvents, "watch-events", store.EventsMaxDefault, "`number` of recent events that are kept, so that watches can resume ...")
+	f.Uint64Var(&c.watchBytes, "watch-bytes", store.EventBytesMaxDefault, "... or this many `bytes` of them, whichever is less")
 	f.DurationVar(&c.watchBookmark, "watch-bookmark", 10*time.Second, "longest `time` between two bookmarks of a watch")
 	f.StringVar(&c.journal, "journal", "", "append every write to this `file`, one JSON object a line; a node that cannot write it stops, since a record of all writes must not miss any")
 	f.DurationVar(&c.journalSync, "journal-sync", time.Second, "longest `time` before what is in the journal is safe from a power cut")
-	f.IntVar(&c.levelMax, "feature-level-max", LevelNewest, "highest feature `level` that this node takes part in; with a lower one than the others know the cluster stays there, and an older version can come back")
+	f.IntVar(&c.levelMax, "feature-level-max", store.LevelNewest, "highest feature `level` that this node takes part in; with a lower one than the others know the cluster stays there, and an older version can come back")
 	f.StringVar(&c.logLevel, "log-level", "info", "debug, info, warn or error; PUT /-/v1/log-level changes it later")
 	f.StringVar(&c.logFormat, "log-format", "console", "console or json")
 	f.BoolVar(&c.accessLog, "access-log", false, "log every HTTP request, with its path; at level info")
@@ -161,11 +163,11 @@ func (c *config) validate() error {
 		checkRange("--wal-segment-bytes", c.segmentBytes, segmentBytesMin, segmentBytesMax),
 		checkRange("--disk-reserve-bytes", c.diskReserve, 0, 1<<50),
 		checkRange("--quota-bytes", c.quota, 0, 1<<50),
-		checkRange("--max-value-bytes", c.valueSizeMax, 1, ValueSizeLimit),
+		checkRange("--max-value-bytes", c.valueSizeMax, 1, store.ValueSizeLimit),
 		checkRange("--request-timeout", c.requestTimeout, time.Millisecond, timeoutMax),
 		checkRange("--max-connections", c.connectionsMax, 1, connectionsLimit),
 		checkRange("--max-connections-per-address", c.addressMax, 0, connectionsLimit),
-		checkRange("--feature-level-max", c.levelMax, LevelFirst, LevelNewest),
+		checkRange("--feature-level-max", c.levelMax, store.LevelFirst, store.LevelNewest),
 		checkRange("--watch-events", c.watchEvents, watchEventsMin, watchEventsLimit),
 		checkRange("--watch-bytes", c.watchBytes, watchBytesMin, watchBytesLimit),
 		checkRange("--watch-bookmark", c.watchBookmark, 10*time.Millisecond, time.Minute),
@@ -224,8 +226,8 @@ func checkOneOf(flag, v string, allowed ...string) error {
 }
 
 // self returns this node's own entry in --cluster, or nil.
-func (c *config) self() *Member {
-	i := slices.IndexFunc(c.members, func(m Member) bool { return m.ID == c.id })
+func (c *config) self() *store.Member {
+	i := slices.IndexFunc(c.members, func(m store.Member) bool { return m.ID == c.id })
 	if i < 0 {
 		return nil
 	}
@@ -283,7 +285,7 @@ func (c *config) peerAddress(rec *recovered) (string, error) {
 }
 
 // hasOther says whether another member than id has a peer URL.
-func hasOther(members map[uint64]Member, peerURL string, id uint64) bool {
+func hasOther(members map[uint64]store.Member, peerURL string, id uint64) bool {
 	for _, m := range members {
 		if m.PeerURL == peerURL && m.ID != id {
 			return true
@@ -293,10 +295,10 @@ func hasOther(members map[uint64]Member, peerURL string, id uint64) bool {
 }
 
 // parseCluster reads "URL,URL,..." or "ID=URL,ID=URL,...".
-func parseCluster(s string) ([]Member, error) {
-	var members []Member
+func parseCluster(s string) ([]store.Member, error) {
+	var members []store.Member
 	for i, part := range strings.Split(s, ",") {
-		m := Member{ID: uint64(i + 1), PeerURL: strings.TrimSpace(part)}
+		m := store.Member{ID: uint64(i + 1), PeerURL: strings.TrimSpace(part)}
 		if id, rest, ok := strings.Cut(m.PeerURL, "="); ok {
 			var err error
 			if m.ID, err = parseMemberID(id); err != nil {
@@ -316,6 +318,6 @@ func parseCluster(s string) ([]Member, error) {
 		}
 		members = append(members, m)
 	}
-	slices.SortFunc(members, func(a, b Member) int { return cmp.Compare(a.ID, b.ID) })
+	slices.SortFunc(members, func(a, b store.Member) int { return cmp.Compare(a.ID, b.ID) })
 	return members, nil
 }

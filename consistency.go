@@ -16,6 +16,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/fsx"
+	"raftrv/internal/store"
 )
 
 // This file is the consistency check: members tell each other the sums of their
@@ -73,7 +74,7 @@ func newOpinion(dir string) *opinion {
 	return o
 }
 
-func (o *opinion) current() Verdict { return Verdict(o.verdict.Load()) }
+func (o *opinion) current() store.Verdict { return store.Verdict(o.verdict.Load()) }
 
 // release lets those go on who wait for the first comparison.
 func (o *opinion) release() { o.checkedOnce.Do(func() { close(o.checked) }) }
@@ -85,10 +86,10 @@ func (g *guard) begin() error {
 	switch {
 	case err == nil:
 		g.noted = true
-		g.set(Diverged)
-		g.report(Unchecked, Diverged, nil)
+		g.set(store.Diverged)
+		g.report(store.Unchecked, store.Diverged, nil)
 	case errors.Is(err, os.ErrNotExist):
-		g.set(Unchecked)
+		g.set(store.Unchecked)
 	default:
 		return err
 	}
@@ -97,25 +98,25 @@ func (g *guard) begin() error {
 
 // set changes the opinion. The gate opens before anybody is told that the node
 // serves, and closes after everybody is told that it does not.
-func (g *guard) set(v Verdict) {
-	if g.gate != nil && v == Sound {
+func (g *guard) set(v store.Verdict) {
+	if g.gate != nil && v == store.Sound {
 		g.gate(nil)
 	}
 	g.verdict.Store(int32(v))
-	if g.gate != nil && v != Sound {
+	if g.gate != nil && v != store.Sound {
 		g.gate(errorOf(v))
 	}
-	if v != Unchecked {
+	if v != store.Unchecked {
 		g.release()
 	}
 }
 
 // errorOf is what requests are told.
-func errorOf(v Verdict) *fault.Error {
+func errorOf(v store.Verdict) *fault.Error {
 	switch v {
-	case Sound:
+	case store.Sound:
 		return nil
-	case Unchecked:
+	case store.Unchecked:
 		return fault.ErrUnchecked
 	default:
 		return fault.ErrDiverged
@@ -131,20 +132,20 @@ func (g *guard) serving() error {
 }
 
 // suspect says whether the node has reason to think that its state is wrong.
-func suspect(v Verdict) bool { return v == Doubtful || v == Diverged }
+func suspect(v store.Verdict) bool { return v == store.Doubtful || v == store.Diverged }
 
 // judge compares this node's state with those of others.
-func (g *guard) judge(others map[uint64]health) (before, now Verdict) {
+func (g *guard) judge(others map[uint64]health) (before, now store.Verdict) {
 	before = g.current()
 	now, differ := g.compare(others)
-	if before == Diverged || now == Unchecked {
+	if before == store.Diverged || now == store.Unchecked {
 		now = before
 	}
 	if now != before {
 		g.set(now)
 		g.report(before, now, differ)
 	}
-	if now == Diverged && !g.noted && g.path != "" {
+	if now == store.Diverged && !g.noted && g.path != "" {
 		if err := g.note(differ); err != nil {
 			g.logger.Error("cannot write down that this node's state is wrong; it is tried again", zap.Error(err))
 		} else {
@@ -155,12 +156,12 @@ func (g *guard) judge(others map[uint64]health) (before, now Verdict) {
 }
 
 // compare says what others have told means for this node's state.
-func (g *guard) compare(others map[uint64]health) (v Verdict, differ []uint64) {
-	told := map[uint64]Sums{}
+func (g *guard) compare(others map[uint64]health) (v store.Verdict, differ []uint64) {
+	told := map[uint64]store.Sums{}
 	for id, h := range others {
 		told[id] = h.Sums
 	}
-	return Judge(g.store.OwnSums(), g.id, told, g.store.Voters())
+	return store.Judge(g.store.OwnSums(), g.id, told, g.store.Voters())
 }
 
 // note writes the verdict down, so that it lasts.
@@ -192,7 +193,7 @@ func replaceFile(path string, content []byte) error {
 
 // hear takes what the others have told. It returns what that means for this
 // node's state.
-func (g *guard) hear(others map[uint64]health, leader uint64) (before, now Verdict) {
+func (g *guard) hear(others map[uint64]health, leader uint64) (before, now store.Verdict) {
 	g.others.Store(&others)
 	voters, full := g.store.Voters(), 0
 	for _, id := range voters {
@@ -205,16 +206,16 @@ func (g *guard) hear(others map[uint64]health, leader uint64) (before, now Verdi
 }
 
 // report logs what an operator should know.
-func (g *guard) report(before, now Verdict, differ []uint64) {
+func (g *guard) report(before, now store.Verdict, differ []uint64) {
 	switch {
-	case now == Diverged:
+	case now == store.Diverged:
 		g.logger.Error("the state of this node is not that of the majority: it serves nothing any more, also after a restart", zap.Uint64("node", g.id),
 			zap.Uint64s("differsFrom", differ), zap.String("file", g.path), zap.String("do", fmt.Sprintf("remove it (curl -X DELETE http://NODE/-/v1/members/%d), "+
 				"then add it under a new ID, with an empty --data-dir and --join; keep the old directory to find the reason", g.id)))
-	case now == Doubtful:
+	case now == store.Doubtful:
 		g.logger.Error("this node and others have different states and there is no majority for any: it serves nothing until there is one for its own", zap.Uint64("node", g.id),
 			zap.Uint64s("differsFrom", differ), zap.String("do", "bring back the members that are down; if there are none, keep the one that you trust and remove the others"))
-	case before == Unchecked:
+	case before == store.Unchecked:
 		g.logger.Info("a majority has the state of this node: it serves", zap.Uint64("node", g.id), zap.Uint64s("differ", differ))
 	default:
 		g.logger.Warn("a majority has the state of this node: it serves again", zap.Uint64("node", g.id), zap.Uint64s("differ", differ))
@@ -233,7 +234,7 @@ func (n *node) exchange(ctx context.Context) error {
 			return nil
 		}
 		every, leader := exchangeEvery, n.loop.status.Load().leader
-		if n.guard.current() == Unchecked {
+		if n.guard.current() == store.Unchecked {
 			every = firstExchangeEvery
 			if leader == 0 || !n.informed.Load() {
 				timer.Reset(every) // nobody could be served, and who is a voter may be out of date
@@ -250,7 +251,7 @@ func (n *node) exchange(ctx context.Context) error {
 				return nil
 			})
 		}
-		if now != Unchecked {
+		if now != store.Unchecked {
 			every = exchangeEvery
 		}
 		timer.Reset(every)
@@ -260,8 +261,8 @@ func (n *node) exchange(ctx context.Context) error {
 // judgeEarly looks at the first answers of a round while others may still come,
 // since one member may need long to be known as silent.
 func (n *node) judgeEarly(others map[uint64]health) {
-	if n.guard.current() == Unchecked && n.informed.Load() {
-		if v, _ := n.guard.compare(others); v == Sound {
+	if n.guard.current() == store.Unchecked && n.informed.Load() {
+		if v, _ := n.guard.compare(others); v == store.Sound {
 			n.guard.judge(others)
 		}
 	}
@@ -309,7 +310,7 @@ func (n *node) askOthers(ctx context.Context, heard func(map[uint64]health)) map
 // awaitServing returns once the node may serve, or why it may not, and what is
 // left of timeout.
 func (n *node) awaitServing(ctx context.Context, timeout time.Duration) (left time.Duration, err error) {
-	if n.guard.current() != Unchecked {
+	if n.guard.current() != store.Unchecked {
 		return timeout, n.guard.serving()
 	}
 	start := time.Now()
@@ -331,7 +332,7 @@ func (n *node) awaitServing(ctx context.Context, timeout time.Duration) (left ti
 // a leader there is nobody to compare with, and whoever asks for no more than
 // what this node has is answered: it may be the last one that is left.
 func (n *node) serving(ctx context.Context, timeout time.Duration) error {
-	if n.guard.current() == Unchecked && n.loop.status.Load().leader == 0 {
+	if n.guard.current() == store.Unchecked && n.loop.status.Load().leader == 0 {
 		return nil
 	}
 	_, err := n.awaitServing(ctx, timeout)

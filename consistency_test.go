@@ -18,6 +18,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -29,23 +30,23 @@ func TestOpinion(t *testing.T) {
 	testkit.Must(t, g.begin())
 	applyTo(t, g.store, somePut)
 	own := health{Sums: g.store.Sums()}
-	other := health{Sums: Sums{Now: Checkpoint{Index: own.Sums.Now.Index, Sum: own.Sums.Now.Sum + 1}}}
-	elsewhere := health{Sums: Sums{Now: Checkpoint{Index: own.Sums.Now.Index + 1, Sum: 7}}}
+	other := health{Sums: store.Sums{Now: store.Checkpoint{Index: own.Sums.Now.Index, Sum: own.Sums.Now.Sum + 1}}}
+	elsewhere := health{Sums: store.Sums{Now: store.Checkpoint{Index: own.Sums.Now.Index + 1, Sum: 7}}}
 	for i, step := range []struct {
 		others map[uint64]health
-		want   Verdict
+		want   store.Verdict
 	}{
-		{nil, Unchecked},
-		{map[uint64]health{2: elsewhere, 3: elsewhere}, Unchecked},
-		{map[uint64]health{2: other}, Doubtful},
-		{nil, Doubtful},
-		{map[uint64]health{2: elsewhere, 3: elsewhere}, Doubtful},
-		{map[uint64]health{2: other, 3: own}, Sound},
-		{nil, Sound},
-		{map[uint64]health{2: elsewhere}, Sound},
-		{map[uint64]health{2: other, 3: other}, Diverged},
-		{nil, Diverged},
-		{map[uint64]health{2: own, 3: own}, Diverged},
+		{nil, store.Unchecked},
+		{map[uint64]health{2: elsewhere, 3: elsewhere}, store.Unchecked},
+		{map[uint64]health{2: other}, store.Doubtful},
+		{nil, store.Doubtful},
+		{map[uint64]health{2: elsewhere, 3: elsewhere}, store.Doubtful},
+		{map[uint64]health{2: other, 3: own}, store.Sound},
+		{nil, store.Sound},
+		{map[uint64]health{2: elsewhere}, store.Sound},
+		{map[uint64]health{2: other, 3: other}, store.Diverged},
+		{nil, store.Diverged},
+		{map[uint64]health{2: own, 3: own}, store.Diverged},
 	} {
 		if _, v := g.hear(step.others, 2); v != step.want {
 			t.Errorf("step %d: %v, want %v", i, v, step.want)
@@ -59,11 +60,11 @@ func TestOpinion(t *testing.T) {
 // TestOpinion_Lasts: that a node's state is wrong is remembered over restarts, and nothing else is.
 func TestOpinion_Lasts(t *testing.T) {
 	dir := t.TempDir()
-	start := func(want Verdict) *guard {
+	start := func(want store.Verdict) *guard {
 		t.Helper()
-		s := New()
+		s := store.New()
 		for _, id := range []uint64{1, 2, 3} {
-			s.State.Members[id] = Member{ID: id}
+			s.State.Members[id] = store.Member{ID: id}
 		}
 		applyTo(t, s, somePut)
 		g := newGuard(&config{id: 1, dataDir: dir}, s, func() int { return 0 }, zap.NewNop())
@@ -73,18 +74,18 @@ func TestOpinion_Lasts(t *testing.T) {
 		}
 		return g
 	}
-	g := start(Unchecked)
+	g := start(store.Unchecked)
 	own := health{Sums: g.store.Sums()}
-	other := health{Sums: Sums{Now: Checkpoint{Index: own.Sums.Now.Index, Sum: own.Sums.Now.Sum + 1}}}
+	other := health{Sums: store.Sums{Now: store.Checkpoint{Index: own.Sums.Now.Index, Sum: own.Sums.Now.Sum + 1}}}
 	g.hear(map[uint64]health{2: own}, 2)
-	g = start(Unchecked)
+	g = start(store.Unchecked)
 	g.hear(map[uint64]health{2: other}, 2)
-	g = start(Unchecked)
+	g = start(store.Unchecked)
 	// A disk that cannot take the note gets it later.
 	path := filepath.Join(dir, divergedName)
 	testkit.Must(t, os.Mkdir(path+".tmp", 0o700))
 	g.hear(map[uint64]health{2: other, 3: other}, 2)
-	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) || g.current() != Diverged {
+	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) || g.current() != store.Diverged {
 		t.Fatalf("%v: %v", g.current(), err)
 	}
 	testkit.Must(t, os.Remove(path+".tmp"))
@@ -95,11 +96,11 @@ func TestOpinion_Lasts(t *testing.T) {
 	if err := json.Unmarshal(text, &note); err != nil || note.Member != 1 || note.Index != own.Sums.Now.Index {
 		t.Errorf("%s: %v", text, err)
 	}
-	g = start(Diverged)
+	g = start(store.Diverged)
 	g.hear(map[uint64]health{2: own, 3: own}, 2)
-	start(Diverged)
+	start(store.Diverged)
 	testkit.Must(t, os.Remove(path)) // by a person
-	start(Unchecked)
+	start(store.Unchecked)
 }
 
 // peerAnswers is a member of which only the answer to others runs.
@@ -120,12 +121,12 @@ func newExchangeRig(t *testing.T) *exchangeRig {
 	n, _ := idleNode(t)
 	n.config.id, n.informed, n.cluster = 1, new(atomic.Bool), 7
 	n.guard.id = 1
-	n.store.State.Members[1] = Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
+	n.store.State.Members[1] = store.Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
 	r := &exchangeRig{node: n, peers: map[uint64]*peerAnswers{}}
 	for _, id := range []uint64{2, 3} {
 		p := new(peerAnswers)
 		r.peers[id] = p
-		n.store.State.Members[id] = Member{ID: id, PeerURL: fmt.Sprintf("http://%d", id)}
+		n.store.State.Members[id] = store.Member{ID: id, PeerURL: fmt.Sprintf("http://%d", id)}
 	}
 	before := peerClient.Transport
 	peerClient.Transport = r
@@ -175,7 +176,7 @@ func (r *exchangeRig) say(id uint64, same bool) {
 }
 
 // wait waits for a verdict, and for the watches to be what it says.
-func (r *exchangeRig) wait(t *testing.T, want Verdict) {
+func (r *exchangeRig) wait(t *testing.T, want store.Verdict) {
 	t.Helper()
 	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
 		err := r.hub.closed.Load()
@@ -191,7 +192,7 @@ func (r *exchangeRig) wait(t *testing.T, want Verdict) {
 func TestExchange(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newExchangeRig(t)
-		r.wait(t, Unchecked)
+		r.wait(t, store.Unchecked)
 		served := make(chan error, 1)
 		go func() { served <- r.serving(t.Context(), time.Minute) }()
 
@@ -199,12 +200,12 @@ func TestExchange(t *testing.T) {
 		r.say(2, true)
 		r.loop.status.Store(&replicaStatus{leader: 2})
 		time.Sleep(5 * exchangeEvery)
-		r.wait(t, Unchecked)
+		r.wait(t, store.Unchecked)
 		// One member that needs long does not hold up the first comparison.
 		r.peers[3].delay.Store(int64(time.Minute))
 		start := time.Now()
 		r.informed.Store(true)
-		r.wait(t, Sound)
+		r.wait(t, store.Sound)
 		if took := time.Since(start); took > peerDialTimeout/2 {
 			t.Errorf("it took %v, waiting for a member that does not answer", took)
 		}
@@ -215,8 +216,8 @@ func TestExchange(t *testing.T) {
 		testkit.Must(t, err)
 		defer w.close()
 		r.say(2, false)
-		r.wait(t, Doubtful)
-		if _, _, err := w.read(func(*Event, bool) {}); !errors.Is(err, fault.ErrDiverged) {
+		r.wait(t, store.Doubtful)
+		if _, _, err := w.read(func(*store.Event, bool) {}); !errors.Is(err, fault.ErrDiverged) {
 			t.Errorf("watch of a node in doubt: %v", err)
 		}
 		if err := r.serving(t.Context(), time.Minute); !errors.Is(err, fault.ErrDiverged) {
@@ -226,16 +227,16 @@ func TestExchange(t *testing.T) {
 		h := health{Member: 2, Sums: r.store.Sums()}
 		r.peers[3].health.Store(&h)
 		time.Sleep(5 * exchangeEvery)
-		r.wait(t, Doubtful)
+		r.wait(t, store.Doubtful)
 
 		r.say(3, true)
-		r.wait(t, Sound)
+		r.wait(t, store.Sound)
 		again, err := r.hub.watch("", true, r.store.Version())
 		testkit.Must(t, err)
 		defer again.close()
 		applyTo(t, r.store, somePut)
 		r.hub.distribute()
-		if n, _, err := again.read(func(*Event, bool) {}); n != 1 || err != nil {
+		if n, _, err := again.read(func(*store.Event, bool) {}); n != 1 || err != nil {
 			t.Errorf("watch after the doubt: %d events, %v", n, err)
 		}
 	})
@@ -285,7 +286,7 @@ func TestAskOthers_OnlyTheExchangeJudges(t *testing.T) {
 		r.informed.Store(true) // and there is no leader, so the exchange asks nobody
 		r.say(2, true)
 		r.say(3, true)
-		if got := r.askOthers(t.Context(), nil); len(got) != 2 || r.guard.current() != Unchecked {
+		if got := r.askOthers(t.Context(), nil); len(got) != 2 || r.guard.current() != store.Unchecked {
 			t.Errorf("%d have answered, and the node is %v, want 2, unchecked", len(got), r.guard.current())
 		}
 	})

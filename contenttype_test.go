@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"raftrv/internal/store"
 )
 
 // TestHTTP_ContentType: the type of a value is kept with it, and given back where a
@@ -62,7 +64,7 @@ func TestHTTP_ContentType(t *testing.T) {
 	}
 	for _, bad := range [][]string{
 		{"text"}, {"/"}, {"text/"}, {"/plain"}, {"text/plain; charset"}, {"text/plain; charset=\"utf-8"}, {"text/plain, text/html"}, {"text/plain; a=b; a=c"},
-		{"text plain/x"}, {"text/pl\x00ain"}, {"text/plain; name=\"\xe4\""}, {"text/" + strings.Repeat("x", ContentTypeSizeMax)}, {"text/plain", "text/html"}, {"text/plain", "text/plain"},
+		{"text plain/x"}, {"text/pl\x00ain"}, {"text/plain; name=\"\xe4\""}, {"text/" + strings.Repeat("x", store.ContentTypeSizeMax)}, {"text/plain", "text/html"}, {"text/plain", "text/plain"},
 	} {
 		var headers []string
 		for _, v := range bad {
@@ -107,13 +109,13 @@ func TestHTTP_ContentTypeBefore(t *testing.T) {
 	for _, key := range []string{"k", "t"} {
 		f.do("GET", "/"+key, "").WantHeader(t, "Content-Type", "application/octet-stream")
 	}
-	for _, c := range []Command{{Op: OpPut, Key: "k", ContentType: "a/b"}, {Op: OpPut, Key: "k", Retry: RetryID{Key: "r", Client: 1}}} {
-		if err := CheckCommands(c.AppendTo(nil), 2); err == nil || !strings.Contains(err.Error(), "this needs 3") {
+	for _, c := range []store.Command{{Op: store.OpPut, Key: "k", ContentType: "a/b"}, {Op: store.OpPut, Key: "k", Retry: store.RetryID{Key: "r", Client: 1}}} {
+		if err := store.CheckCommands(c.AppendTo(nil), 2); err == nil || !strings.Contains(err.Error(), "this needs 3") {
 			t.Errorf("%+v: %v", c, err)
 		}
 	}
-	header := Command{Op: OpPut, Key: "k", ContentType: "a/b\r\nSet-Cookie: x=y"}
-	if err := CheckCommands(header.AppendTo(nil), 3); err == nil {
+	header := store.Command{Op: store.OpPut, Key: "k", ContentType: "a/b\r\nSet-Cookie: x=y"}
+	if err := store.CheckCommands(header.AppendTo(nil), 3); err == nil {
 		t.Error("a member may propose any header")
 	}
 }

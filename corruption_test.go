@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -42,7 +43,7 @@ type directory struct {
 type logWriter struct {
 	t     *testing.T
 	disk  *storage
-	store *Store
+	store *store.Store
 	term  uint64
 	made  *directory
 	value func(n int) string
@@ -50,7 +51,7 @@ type logWriter struct {
 
 func newLogWriter(t *testing.T, value func(n int) string) *logWriter {
 	disk, rec := newDisk(t, filepath.Join(memoryDir(t), "data"))
-	return &logWriter{t: t, disk: disk, store: &Store{State: rec.state}, term: 1, value: value, made: &directory{states: map[uint64][]byte{}}}
+	return &logWriter{t: t, disk: disk, store: &store.Store{State: rec.state}, term: 1, value: value, made: &directory{states: map[uint64][]byte{}}}
 }
 
 // save appends entries and says that they are committed.
@@ -77,9 +78,9 @@ func (r *logWriter) put(n int) {
 // addLearner appends a configuration change.
 func (r *logWriter) addLearner(id uint64) {
 	r.t.Helper()
-	b, err := newMemberChange(MemberChange{Kind: AddLearner, Member: Member{ID: id, PeerURL: fmt.Sprint("http://l:", id)}}, time.Time{})
+	b, err := newMemberChange(store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: id, PeerURL: fmt.Sprint("http://l:", id)}}, time.Time{})
 	testkit.Must(r.t, err)
-	BatchHeader{Session: 9, Seq: 500 + id}.Put(b.data)
+	store.BatchHeader{Session: 9, Seq: 500 + id}.Put(b.data)
 	b.change.Context = b.data
 	data, err := proto.Marshal(b.change)
 	testkit.Must(r.t, err)
@@ -639,10 +640,10 @@ func TestCommand_RecoverDamaged(t *testing.T) {
 		var index uint64
 		_, err = fmt.Sscanf(out[strings.Index(out, "entries up to"):], "entries up to %d", &index)
 		testkit.Must(t, err)
-		want, err := ReadState(bytes.NewReader(made.states[index]))
+		want, err := store.ReadState(bytes.NewReader(made.states[index]))
 		testkit.Must(t, err)
 		s, rec := openRestored(t, to)
-		rec.state.RV -= VersionJump
+		rec.state.RV -= store.VersionJump
 		wantSameItems(t, &rec.state, &want)
 		testkit.Must(t, s.close())
 		t.Logf("%s: up to entry %d of %d", what, index, made.last)

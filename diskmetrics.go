@@ -6,6 +6,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.etcd.io/raft/v3/raftpb"
+
+	"raftrv/internal/store"
 )
 
 // measuredDisk is the storage of a node with a clock beside it.
@@ -52,7 +54,7 @@ func (d *measuredDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 }
 
 // writeSnapshot implements disk.
-func (d *measuredDisk) writeSnapshot(snap *raftpb.Snapshot, st *State) error {
+func (d *measuredDisk) writeSnapshot(snap *raftpb.Snapshot, st *store.State) error {
 	start := time.Now()
 	if err := d.storage.writeSnapshot(snap, st); err != nil {
 		return err

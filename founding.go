@@ -13,6 +13,7 @@ import (
 	"syscall"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/store"
 )
 
 // This file is how a cluster comes to be. It is founded once: every member of the
@@ -43,11 +44,11 @@ import (
 // founding is the record of a node that has no cluster yet, and what it tells
 // the others.
 type founding struct {
-	Format    int      `json:"format"`
-	Member    uint64   `json:"member"`
-	Directory uint64   `json:"directory,string"` // number of the data directory
-	Members   []Member `json:"members"`          // the list: IDs and peer URLs
-	Token     string   `json:"token,omitempty"`  // digest of --cluster-token
+	Format    int            `json:"format"`
+	Member    uint64         `json:"member"`
+	Directory uint64         `json:"directory,string"` // number of the data directory
+	Members   []store.Member `json:"members"`          // the list: IDs and peer URLs
+	Token     string         `json:"token,omitempty"`  // digest of --cluster-token
 	// Backup is the digest of the backup that the cluster is restored from. The
 	// list and the token are then those that restore was given.
 	Backup string `json:"backup,omitempty"`
@@ -61,7 +62,7 @@ const foundingFormat = 1
 func newFounding(cfg *config) *founding {
 	f := &founding{Format: foundingFormat, Member: cfg.id, Directory: randomID(), dir: cfg.dataDir}
 	for _, m := range cfg.members {
-		f.Members = append(f.Members, Member{ID: m.ID, PeerURL: m.PeerURL})
+		f.Members = append(f.Members, store.Member{ID: m.ID, PeerURL: m.PeerURL})
 	}
 	if cfg.token != "" {
 		sum := sha256.Sum256([]byte(cfg.token))
@@ -77,7 +78,7 @@ func (f *founding) agrees(o *founding) bool {
 
 // clusterID returns the number of the cluster that these members found: those of
 // the list, with their directories.
-func (f *founding) clusterID(founders []Member) uint64 {
+func (f *founding) clusterID(founders []store.Member) uint64 {
 	h := sha256.New()
 	for _, m := range founders {
 		fmt.Fprintf(h, "%d=%s/%x,", m.ID, m.PeerURL, m.Directory)
@@ -95,10 +96,10 @@ type peerAnswer struct {
 // foundingStep is what a round of questions came to. Nothing of it set means to
 // ask again.
 type foundingStep struct {
-	cluster  uint64   // founded with this number ...
-	founders []Member // ... by these; those that do not agree yet are without a directory
-	waiting  []string // for whom, and what they answered
-	refusal  error    // the way out, at once
+	cluster  uint64         // founded with this number ...
+	founders []store.Member // ... by these; those that do not agree yet are without a directory
+	waiting  []string       // for whom, and what they answered
+	refusal  error          // the way out, at once
 	// conflicts are the way out if they last, by member: somebody may be about to
 	// start a node with other flags.
 	conflicts map[uint64]error
@@ -140,13 +141,13 @@ func (f *founding) decide(process uint64, answers map[uint64]peerAnswer) foundin
 // isFounder says whether a node that has a cluster names this one as a founder
 // of it, with this directory.
 func (f *founding) isFounder(info *peerInfo) bool {
-	return info.Cluster != "" && slices.ContainsFunc(info.Founders, func(m Member) bool {
+	return info.Cluster != "" && slices.ContainsFunc(info.Founders, func(m store.Member) bool {
 		return m.ID == f.Member && m.Directory == f.Directory
 	})
 }
 
 // follow founds what another node has founded with this one.
-func (f *founding) follow(m Member, info *peerInfo) (uint64, []Member, error) {
+func (f *founding) follow(m store.Member, info *peerInfo) (uint64, []store.Member, error) {
 	if slices.Contains(info.Removed, f.Member) {
 		return 0, nil, errRemovedID(f.Member)
 	}
@@ -159,7 +160,7 @@ func (f *founding) follow(m Member, info *peerInfo) (uint64, []Member, error) {
 
 // judge returns the directory of a member that agrees, or why it does not, if
 // that is more than that it is not there yet.
-func (f *founding) judge(process uint64, m Member, a peerAnswer) (directory uint64, refusal, conflict error) {
+func (f *founding) judge(process uint64, m store.Member, a peerAnswer) (directory uint64, refusal, conflict error) {
 	name := fmt.Sprintf("node %d (%s)", m.ID, m.PeerURL)
 	info := a.info
 	switch {
@@ -217,7 +218,7 @@ func (f *founding) refuse(name string, info *peerInfo) error {
 		"instead give all nodes of --cluster an empty --data-dir, or the same backup", name, info.Cluster, restored(f))
 }
 
-func formatList(members []Member) string {
+func formatList(members []store.Member) string {
 	var urls []string
 	for _, m := range members {
 		urls = append(urls, fmt.Sprintf("%d=%s", m.ID, m.PeerURL))
@@ -303,7 +304,7 @@ func (s *storage) removeFounding() error {
 }
 
 // found makes the directory that of a founding member.
-func (s *storage) found(f *founding, cluster uint64, founders []Member) (*recovered, error) {
+func (s *storage) found(f *founding, cluster uint64, founders []store.Member) (*recovered, error) {
 	rec, err := s.create(identity{Member: f.Member, Cluster: cluster, Directory: f.Directory, Backup: f.Backup, Founders: founders})
 	if err != nil {
 		return nil, adviseRoom(err)
@@ -322,12 +323,12 @@ func adviseRoom(err error) error {
 
 // writeFirstState ends what found began, also after a crash. Every founder
 // writes the same state.
-func (s *storage) writeFirstState(rec *recovered, founders []Member) error {
-	st := NewState()
-	st.Index, st.Term = FirstIndex, FirstTerm
+func (s *storage) writeFirstState(rec *recovered, founders []store.Member) error {
+	st := store.NewState()
+	st.Index, st.Term = store.FirstIndex, store.FirstTerm
 	if rec.identity.Backup != "" {
 		var err error
-		if st, err = s.readBody(FirstIndex, FirstTerm); err != nil {
+		if st, err = s.readBody(store.FirstIndex, store.FirstTerm); err != nil {
 			return err
 		}
 	}

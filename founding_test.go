@@ -11,6 +11,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -18,7 +19,7 @@ import (
 func foundingOf(id uint64, nodes int) *founding {
 	f := &founding{Format: foundingFormat, Member: id, Directory: 10 + id, dir: "d"}
 	for i := range nodes {
-		f.Members = append(f.Members, Member{ID: uint64(i + 1), PeerURL: fmt.Sprintf("http://%c:1", 'a'+i)})
+		f.Members = append(f.Members, store.Member{ID: uint64(i + 1), PeerURL: fmt.Sprintf("http://%c:1", 'a'+i)})
 	}
 	return f
 }
@@ -74,9 +75,9 @@ func TestFounding_Decide(t *testing.T) {
 		{"one has founded with it, but something else", silent, two, answer(peerInfo{Node: 3, Cluster: "5", Founders: founders}), "from another list or token", "", false},
 		{"founded, and it was removed since", silent, two, answer(peerInfo{Node: 3, Cluster: fmt.Sprintf("%x", cluster), Founders: founders, Removed: []uint64{1}}), "node 1 was removed", "", false},
 		{"one has data, and nobody knows this one", silent, two, answer(peerInfo{Node: 3, Cluster: "5"}), "node 3 (http://c:1) has data, of cluster 5, and this node is empty", "", false},
-		{"one has data that knows it", silent, two, answer(peerInfo{Node: 3, Cluster: "5", Members: []Member{{ID: 1, Directory: 8}}}), "with another data directory", "", false},
-		{"an older version, with data", silent, two, answer(peerInfo{Cluster: "5", Members: []Member{{ID: 1}, {ID: 2, Directory: 8}}}), "has data, of cluster 5", "", false},
-		{"an older version, as empty", silent, two, answer(peerInfo{Cluster: "5", Members: []Member{{ID: 1}, {ID: 2}}}), waits, "runs an older version", true},
+		{"one has data that knows it", silent, two, answer(peerInfo{Node: 3, Cluster: "5", Members: []store.Member{{ID: 1, Directory: 8}}}), "with another data directory", "", false},
+		{"an older version, with data", silent, two, answer(peerInfo{Cluster: "5", Members: []store.Member{{ID: 1}, {ID: 2, Directory: 8}}}), "has data, of cluster 5", "", false},
+		{"an older version, as empty", silent, two, answer(peerInfo{Cluster: "5", Members: []store.Member{{ID: 1}, {ID: 2}}}), waits, "runs an older version", true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			step := own.decide(101, map[uint64]peerAnswer{1: tt.self, 2: tt.two, 3: tt.three})
@@ -186,7 +187,7 @@ func TestFounding_BreaksOff(t *testing.T) {
 // A node is left out when others of its own members, so many that there is no
 // majority without them, are in another cluster.
 func TestLeftOut(t *testing.T) {
-	members := []Member{{ID: 1, PeerURL: "http://a:1"}, {ID: 2}, {ID: 3}, {ID: 4, Learner: true}}
+	members := []store.Member{{ID: 1, PeerURL: "http://a:1"}, {ID: 2}, {ID: 3}, {ID: 4, Learner: true}}
 	in := func(node uint64, cluster string) peerAnswer {
 		return peerAnswer{info: &peerInfo{Node: node, Cluster: cluster}}
 	}
@@ -214,7 +215,7 @@ func TestLeftOut(t *testing.T) {
 // Where a node listens for the others, of which the directory may know more than
 // the flags.
 func TestConfig_PeerAddress(t *testing.T) {
-	rec := &recovered{state: stateWithMembers([]Member{{ID: 1, PeerURL: "http://a:1"}, {ID: 2, PeerURL: "http://b:1"}})}
+	rec := &recovered{state: stateWithMembers([]store.Member{{ID: 1, PeerURL: "http://a:1"}, {ID: 2, PeerURL: "http://b:1"}})}
 	for _, tt := range []struct {
 		name string
 		args []string

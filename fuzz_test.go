@@ -10,6 +10,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -87,7 +88,7 @@ func FuzzPeerInfo(f *testing.F) {
 		}
 		_, _ = p.clusterID()
 		_, _ = p.isOlder(), p.directoryOf(1)
-		_ = commonLevel(p.Members, map[uint64]health{1: p.Health}, 1, LevelNewest)
+		_ = commonLevel(p.Members, map[uint64]health{1: p.Health}, 1, store.LevelNewest)
 		for _, m := range p.Members {
 			_ = m.Check()
 		}

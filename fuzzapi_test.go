@@ -15,14 +15,15 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
 // fuzzFront is a front without a server.
 func fuzzFront(f *testing.F) (*httpAPI, *fakeBackend) {
-	kv := New()
-	kv.State.Members[1] = Member{ID: 1, PeerURL: "http://127.0.0.1:1", ClientURL: "http://node1:2"}
-	kv.State.SetLevel(LevelNewest)
+	kv := store.New()
+	kv.State.Members[1] = store.Member{ID: 1, PeerURL: "http://127.0.0.1:1", ClientURL: "http://node1:2"}
+	kv.State.SetLevel(store.LevelNewest)
 	hub := newHub(kv)
 	backend := &fakeBackend{store: kv}
 	return newHTTPAPI(httpConfig{
@@ -100,8 +101,8 @@ func FuzzContentType(f *testing.F) {
 		if err != nil || kept == "" {
 			return
 		}
-		c := Command{Op: OpPut, Key: "k", ContentType: kept}
-		if err := CheckCommands(c.AppendTo(nil), LevelNewest); err != nil {
+		c := store.Command{Op: store.OpPut, Key: "k", ContentType: kept}
+		if err := store.CheckCommands(c.AppendTo(nil), store.LevelNewest); err != nil {
 			t.Errorf("%q is taken, and cannot be proposed: %v", kept, err)
 		}
 		kind, _, err := mime.ParseMediaType(servedType(kept)[0])

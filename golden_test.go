@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -47,7 +48,7 @@ func unpackGolden(t *testing.T, level int) string {
 // for each level, and the program of a next level opens those of this one.
 func TestGolden_DataDirectory(t *testing.T) {
 	smallSegments(t)
-	for level := LevelFirst; level <= LevelNewest; level++ {
+	for level := store.LevelFirst; level <= store.LevelNewest; level++ {
 		dir := unpackGolden(t, level)
 		s, rec := openRestored(t, filepath.Join(dir, "data"))
 		began := rec.state.Index
@@ -71,7 +72,7 @@ func TestGolden_DataDirectory(t *testing.T) {
 		wantSameAfresh(t, level, st)
 
 		// It goes on as it was: with a snapshot of the same level, which is read again.
-		again, err := ReadState(bytes.NewReader(encodeState(t, st)))
+		again, err := store.ReadState(bytes.NewReader(encodeState(t, st)))
 		if err != nil || again.Level != level || again.Sum != st.Sum || again.Retries.Digest != st.Retries.Digest || again.SessionsDigest != st.SessionsDigest {
 			t.Errorf("level %d: written and read: %v", level, err)
 		}
@@ -81,7 +82,7 @@ func TestGolden_DataDirectory(t *testing.T) {
 
 // wantSameAfresh: with the snapshot before, more of the log is applied, as it was by the program that wrote the
 // newest snapshot.
-func wantSameAfresh(t *testing.T, level int, want *State) {
+func wantSameAfresh(t *testing.T, level int, want *store.State) {
 	t.Helper()
 	dir := filepath.Join(unpackGolden(t, level), "data")
 	for _, kind := range []string{"*.snap", "*.snap.db"} {
@@ -101,7 +102,7 @@ func wantSameAfresh(t *testing.T, level int, want *State) {
 // TestGolden_Backup: a backup of any level is inspected, and restored at its level.
 func TestGolden_Backup(t *testing.T) {
 	smallSegments(t)
-	for level := LevelFirst; level <= LevelNewest; level++ {
+	for level := store.LevelFirst; level <= store.LevelNewest; level++ {
 		dir := unpackGolden(t, level)
 		out, err := runCommand(t, "snapshot", "inspect", filepath.Join(dir, "backup"))
 		if err != nil || !strings.Contains(out, "checksum          ok") {
@@ -111,7 +112,7 @@ func TestGolden_Backup(t *testing.T) {
 		_, err = runCommand(t, "snapshot", "restore", filepath.Join(dir, "backup"), "--data-dir", to, "--id", "1", "--cluster", restoreMembers)
 		testkit.Must(t, err)
 		s, _ := openRestored(t, to)
-		st, err := s.readBody(FirstIndex, FirstTerm)
+		st, err := s.readBody(store.FirstIndex, store.FirstTerm)
 		testkit.Must(t, err)
 		if st.Level != level || len(st.Members) != 3 {
 			t.Errorf("level %d: level %d, members %v", level, st.Level, st.Members)
@@ -122,11 +123,11 @@ func TestGolden_Backup(t *testing.T) {
 }
 
 // wantGoldenItems compares the keys of a state, and the outcomes of requests, with what its node listed.
-func wantGoldenItems(t *testing.T, dir string, st *State) {
+func wantGoldenItems(t *testing.T, dir string, st *store.State) {
 	t.Helper()
 	var lines []string
-	st.Items.Scan(func(key string, it Item) bool {
-		lines = append(lines, string(AppendItemJSON(nil, key, it, false)))
+	st.Items.Scan(func(key string, it store.Item) bool {
+		lines = append(lines, string(store.AppendItemJSON(nil, key, it, false)))
 		return true
 	})
 	var want []string
@@ -143,7 +144,7 @@ func wantGoldenItems(t *testing.T, dir string, st *State) {
 		r, _ := st.Retries.Records.Get(n)
 		it, exists := st.Items.Get("g/once-" + round)
 		first, replayed := st.Retries.Lookup(r.ID, st.Clock())
-		if !known || !exists || !replayed || first.RV != it.RV || first.Status != StatusCreated {
+		if !known || !exists || !replayed || first.RV != it.RV || first.Status != store.StatusCreated {
 			t.Errorf("level %d: the request invoice-%s: %+v, %v", st.Level, round, first, replayed)
 		}
 		if it, _ := st.Items.Get("g/ttl-" + round); it.Expires == 0 {
@@ -153,7 +154,7 @@ func wantGoldenItems(t *testing.T, dir string, st *State) {
 }
 
 // wantGoldenEvents compares the window of events with what a watch of its node saw.
-func wantGoldenEvents(t *testing.T, dir string, st *State) {
+func wantGoldenEvents(t *testing.T, dir string, st *store.State) {
 	t.Helper()
 	var want, got []string
 	for line := range strings.Lines(testkit.ReadFile(t, filepath.Join(dir, "events"))) {
@@ -170,7 +171,7 @@ func wantGoldenEvents(t *testing.T, dir string, st *State) {
 			want = append(want, fmt.Sprint(e.Type, " ", e.Object.KeyBase64 != "" || e.Object.Key == "", " ", e.Object.ResourceVersion))
 		}
 	}
-	s := &Store{State: *st}
+	s := &store.Store{State: *st}
 	n, ok := s.SeekEvent(0)
 	for ok {
 		events, _, _ := s.EventsFrom(n)
@@ -178,7 +179,7 @@ func wantGoldenEvents(t *testing.T, dir string, st *State) {
 			break
 		}
 		for _, e := range events {
-			kind := map[EventKind]string{EventAdded: "ADDED", EventModified: "MODIFIED", EventDeleted: "DELETED", EventExpired: "DELETED"}[e.Kind]
+			kind := map[store.EventKind]string{store.EventAdded: "ADDED", store.EventModified: "MODIFIED", store.EventDeleted: "DELETED", store.EventExpired: "DELETED"}[e.Kind]
 			got = append(got, fmt.Sprint(kind, " ", e.Key == "g/\x00\xff", " ", e.RV))
 		}
 		n += uint64(len(events))

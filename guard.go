@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // This file decides what a node does not take at present: writes when a disk has
@@ -38,7 +39,7 @@ type guard struct {
 	id      uint64
 	reserve uint64 // as configured; 0 = by default
 	quota   uint64 // 0 = none
-	store   *Store
+	store   *store.Store
 	free    func() (uint64, error) // bytes that the disk has
 	waiting func() int             // bytes that wait to be written
 	logger  *zap.Logger
@@ -64,14 +65,14 @@ type space struct {
 
 // health is what a member tells the others about itself.
 type health struct {
-	Member     uint64 `json:"member"`
-	Sums       Sums   `json:"sums"`
-	Level      int    `json:"level,omitempty"` // that it knows; 0 = it is older than levels
-	DiskFull   bool   `json:"diskFull,omitempty"`
-	DiskClosed bool   `json:"diskClosed,omitempty"`
+	Member     uint64     `json:"member"`
+	Sums       store.Sums `json:"sums"`
+	Level      int        `json:"level,omitempty"` // that it knows; 0 = it is older than levels
+	DiskFull   bool       `json:"diskFull,omitempty"`
+	DiskClosed bool       `json:"diskClosed,omitempty"`
 }
 
-func newGuard(cfg *config, kv *Store, waiting func() int, logger *zap.Logger) *guard {
+func newGuard(cfg *config, kv *store.Store, waiting func() int, logger *zap.Logger) *guard {
 	g := &guard{
 		id:      cfg.id,
 		reserve: cfg.diskReserve,
@@ -142,7 +143,7 @@ func (g *guard) lookAtDisk() error {
 func (g *guard) members() int { return max(1, g.store.MemberCount()) }
 
 // admit says whether a command of so many bytes may be proposed.
-func (g *guard) admit(c *Command, size int) error {
+func (g *guard) admit(c *store.Command, size int) error {
 	// The others may take as many bytes at the same time, and this node has to
 	// write them too.
 	cost := int64(size) * int64(g.members())
@@ -173,18 +174,18 @@ func (g *guard) receive(size int) bool {
 }
 
 // grows says whether a command may make the store larger.
-func grows(c *Command) bool {
+func grows(c *store.Command) bool {
 	switch c.Op {
-	case OpPut:
+	case store.OpPut:
 		return true
-	case OpTxn:
-		t, err := DecodeTxn(c.Value)
+	case store.OpTxn:
+		t, err := store.DecodeTxn(c.Value)
 		if err != nil {
 			return true
 		}
-		for _, ops := range [][]Command{t.Then, t.Otherwise} {
+		for _, ops := range [][]store.Command{t.Then, t.Otherwise} {
 			for i := range ops {
-				if ops[i].Op == OpPut {
+				if ops[i].Op == store.OpPut {
 					return true
 				}
 			}
@@ -206,16 +207,16 @@ func (g *guard) diskFull() error {
 	return nil
 }
 
-func (g *guard) overQuota(c *Command, size int) error {
+func (g *guard) overQuota(c *store.Command, size int) error {
 	if g.quota == 0 {
 		return nil
 	}
 	now := g.store.Size()
-	after := now + uint64(size) + ItemOverhead
+	after := now + uint64(size) + store.ItemOverhead
 	if after+queueSizeMax <= g.quota || after+uint64(g.waiting()) <= g.quota {
 		return nil
 	}
-	if c.Op == OpPut {
+	if c.Op == store.OpPut {
 		if old, _, ok := g.store.Get(c.Key); ok && len(c.Value) <= len(old.Value) {
 			return nil
 		}
@@ -228,7 +229,7 @@ func (g *guard) writable() error {
 	if err := g.diskFull(); err != nil {
 		return err
 	}
-	return g.overQuota(&Command{Op: OpTxn}, 0)
+	return g.overQuota(&store.Command{Op: store.OpTxn}, 0)
 }
 
 // describe adds to a status what the guard knows.
@@ -279,7 +280,7 @@ func (n *node) watchDisk(ctx context.Context) error {
 // propose is that of the loop, unless the node must not serve or take the command.
 // What is remembered of a retry is answered whatever the node could do with it now:
 // it is committed. That may also become known while the retry waits.
-func (n *node) propose(ctx context.Context, timeout time.Duration, c Command) (Result, error) {
+func (n *node) propose(ctx context.Context, timeout time.Duration, c store.Command) (store.Result, error) {
 	if first, known := n.outcome(c.Retry); known {
 		return first, nil
 	}
@@ -294,20 +295,20 @@ func (n *node) propose(ctx context.Context, timeout time.Duration, c Command) (R
 
 // outcome returns what became of an earlier request with an Idempotency-Key, if
 // this node knows and may tell it.
-func (n *node) outcome(id RetryID) (first Result, known bool) {
-	if id.Key == "" || n.guard.serving() != nil && (n.guard.current() != Unchecked || n.loop.status.Load().leader != 0) {
-		return Result{}, false
+func (n *node) outcome(id store.RetryID) (first store.Result, known bool) {
+	if id.Key == "" || n.guard.serving() != nil && (n.guard.current() != store.Unchecked || n.loop.status.Load().leader != 0) {
+		return store.Result{}, false
 	}
 	return n.store.Outcome(id)
 }
 
-func (n *node) proposeNew(ctx context.Context, timeout time.Duration, c Command) (Result, error) {
+func (n *node) proposeNew(ctx context.Context, timeout time.Duration, c store.Command) (store.Result, error) {
 	timeout, err := n.awaitServing(ctx, timeout)
 	if err != nil {
-		return Result{}, err
+		return store.Result{}, err
 	}
 	if err := n.guard.admit(&c, c.EncodedSizeMax()); err != nil {
-		return Result{}, err
+		return store.Result{}, err
 	}
 	res, err := n.loop.propose(ctx, timeout, c)
 	if e, ok := errors.AsType[*fault.Error](err); ok && e.Code == fault.ErrLevel.Code {
@@ -322,13 +323,13 @@ func (n *node) proposeNew(ctx context.Context, timeout time.Duration, c Command)
 // who is right.
 func (n *node) awaitMembership(ctx context.Context, timeout time.Duration) (left time.Duration, err error) {
 	left, err = n.awaitServing(ctx, timeout)
-	if n.guard.current() == Doubtful {
+	if n.guard.current() == store.Doubtful {
 		err = nil
 	}
 	return left, err
 }
 
-func (n *node) addMember(ctx context.Context, timeout time.Duration, m Member) error {
+func (n *node) addMember(ctx context.Context, timeout time.Duration, m store.Member) error {
 	timeout, err := n.awaitMembership(ctx, timeout)
 	if err != nil {
 		return err
@@ -355,12 +356,12 @@ func (n *node) promoteMember(ctx context.Context, timeout time.Duration, id uint
 	return n.loop.promoteMember(ctx, timeout, id)
 }
 
-func (n *node) updateMember(ctx context.Context, timeout time.Duration, m Member) error {
+func (n *node) updateMember(ctx context.Context, timeout time.Duration, m store.Member) error {
 	timeout, err := n.awaitMembership(ctx, timeout)
 	if err != nil {
 		return err
 	}
-	if err := n.guard.admit(&Command{Op: OpMember}, memberSizeMax); err != nil {
+	if err := n.guard.admit(&store.Command{Op: store.OpMember}, memberSizeMax); err != nil {
 		return err
 	}
 	if err := n.checkAddress(ctx, m); err != nil {

@@ -8,15 +8,16 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
 // newTestGuard returns the guard of member 1 of three, whose disk has room for so many bytes.
 func newTestGuard(t *testing.T, free *uint64) *guard {
 	t.Helper()
-	s := New()
+	s := store.New()
 	for id := range uint64(3) {
-		s.State.Members[id+1] = Member{ID: id + 1}
+		s.State.Members[id+1] = store.Member{ID: id + 1}
 	}
 	g := newGuard(&config{id: 1, diskReserve: 1000, quota: 10_000}, s, func() int { return 0 }, zap.NewNop())
 	g.free = func() (uint64, error) { return *free, nil }
@@ -25,8 +26,8 @@ func newTestGuard(t *testing.T, free *uint64) *guard {
 }
 
 var (
-	somePut    = Command{Op: OpPut, Key: "k", Value: "v"}
-	someDelete = Command{Op: OpDelete, Key: "k"}
+	somePut    = store.Command{Op: store.OpPut, Key: "k", Value: "v"}
+	someDelete = store.Command{Op: store.OpDelete, Key: "k"}
 )
 
 // TestGuard_Disk: between two looks no more is taken than there was room for, since all three members may take
@@ -100,19 +101,19 @@ func TestGuard_OthersFull(t *testing.T) {
 func TestGuard_Quota(t *testing.T) {
 	free := uint64(math.MaxUint64 / 4)
 	g := newTestGuard(t, &free)
-	big := Command{Op: OpPut, Key: "big", Value: string(make([]byte, 9_900))}
+	big := store.Command{Op: store.OpPut, Key: "big", Value: string(make([]byte, 9_900))}
 	testkit.Must(t, g.admit(&big, 9_900))
 	applyTo(t, g.store, big)
-	txn := func(ops ...Command) *Command {
-		t := Txn{Then: ops}
-		return &Command{Op: OpTxn, Value: t.Encode()}
+	txn := func(ops ...store.Command) *store.Command {
+		t := store.Txn{Then: ops}
+		return &store.Command{Op: store.OpTxn, Value: t.Encode()}
 	}
-	for name, c := range map[string]*Command{"put": &somePut, "transaction": txn(someDelete, somePut)} {
+	for name, c := range map[string]*store.Command{"put": &somePut, "transaction": txn(someDelete, somePut)} {
 		if err := g.admit(c, 10); !errors.Is(err, fault.ErrQuota) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	for name, c := range map[string]*Command{"smaller": {Op: OpPut, Key: "big", Value: "v"}, "delete": &someDelete, "prefix": {Op: OpDeletePrefix, Key: "b"}, "transaction": txn(someDelete)} {
+	for name, c := range map[string]*store.Command{"smaller": {Op: store.OpPut, Key: "big", Value: "v"}, "delete": &someDelete, "prefix": {Op: store.OpDeletePrefix, Key: "b"}, "transaction": txn(someDelete)} {
 		if err := g.admit(c, 10); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -120,12 +121,12 @@ func TestGuard_Quota(t *testing.T) {
 	if err := g.writable(); !errors.Is(err, fault.ErrQuota) {
 		t.Error(err)
 	}
-	applyTo(t, g.store, Command{Op: OpDelete, Key: "big"})
+	applyTo(t, g.store, store.Command{Op: store.OpDelete, Key: "big"})
 	testkit.Must(t, g.admit(&somePut, 10))
 	testkit.Must(t, g.writable())
 
 	// What waits to be written counts as written.
-	waits := 10_000 - int(g.store.Size()) - ItemOverhead - 100
+	waits := 10_000 - int(g.store.Size()) - store.ItemOverhead - 100
 	g.waiting = func() int { return waits }
 	testkit.Must(t, g.admit(&somePut, 100))
 	if err := g.admit(&somePut, 101); !errors.Is(err, fault.ErrQuota) {

@@ -18,6 +18,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -31,16 +32,16 @@ type hostile struct {
 
 // entryOf returns an entry of a log with these commands.
 func entryOf(index, term uint64, commands []byte) *raftpb.Entry {
-	data := make([]byte, BatchHeaderSize, BatchHeaderSize+len(commands))
-	BatchHeader{Session: 1 << 60, Seq: 1, Time: 1}.Put(data)
+	data := make([]byte, store.BatchHeaderSize, store.BatchHeaderSize+len(commands))
+	store.BatchHeader{Session: 1 << 60, Seq: 1, Time: 1}.Put(data)
 	return &raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Index: new(index), Term: new(term), Data: append(data, commands...)}
 }
 
 // hostileMessages are messages from one member to another, which is in a term and has a log up to last.
 func hostileMessages(from, to, term, last uint64) map[string]*raftpb.Message {
-	encode := func(c Command) []byte { return c.AppendTo(nil) }
+	encode := func(c store.Command) []byte { return c.AppendTo(nil) }
 	change := func(m string) *raftpb.Entry {
-		e := entryOf(0, 0, encode(Command{Op: OpMember, Value: m}))
+		e := entryOf(0, 0, encode(store.Command{Op: store.OpMember, Value: m}))
 		data, _ := proto.Marshal(&raftpb.ConfChange{Type: raftpb.ConfChangeAddLearnerNode.Enum(), NodeId: new(uint64(77)), Context: e.Data}) // cannot fail
 		return &raftpb.Entry{Type: raftpb.EntryConfChange.Enum(), Data: data}
 	}
@@ -51,7 +52,7 @@ func hostileMessages(from, to, term, last uint64) map[string]*raftpb.Message {
 	app := func(ents ...*raftpb.Entry) *raftpb.Message {
 		return &raftpb.Message{Type: raftpb.MsgApp.Enum(), Term: new(term), LogTerm: new(term), Index: new(last), Commit: new(last + 1), Entries: ents}
 	}
-	good := encode(Command{Op: OpPut, Key: "hostile", Value: "v"})
+	good := encode(store.Command{Op: store.OpPut, Key: "hostile", Value: "v"})
 	of := func(t raftpb.MessageType, fill func(*raftpb.Message)) *raftpb.Message {
 		m := &raftpb.Message{Type: t.Enum(), Term: new(term)}
 		if fill != nil {
@@ -62,11 +63,11 @@ func hostileMessages(from, to, term, last uint64) map[string]*raftpb.Message {
 	const huge = 1<<64 - 1
 	all := map[string]*raftpb.Message{
 		"propose garbage":                  prop(entryOf(0, 0, []byte("\x01\x00garbage"))),
-		"propose a broken txn":             prop(entryOf(0, 0, encode(Command{Op: OpTxn, Value: "\xff\xff"}))),
-		"propose a level that is none":     prop(entryOf(0, 0, encode(Command{Op: OpLevel, Value: "\xff"}))),
+		"propose a broken txn":             prop(entryOf(0, 0, encode(store.Command{Op: store.OpTxn, Value: "\xff\xff"}))),
+		"propose a level that is none":     prop(entryOf(0, 0, encode(store.Command{Op: store.OpLevel, Value: "\xff"}))),
 		"propose an address that is none":  prop(change(`{"id":77,"peerURL":"::bad"}`)),
-		"propose a long key":               prop(entryOf(0, 0, encode(Command{Op: OpPut, Key: strings.Repeat("k", 100_000)}))),
-		"propose a long key in a txn":      prop(entryOf(0, 0, encode(Command{Op: OpTxn, Value: (&Txn{Then: []Command{{Op: OpPut, Key: strings.Repeat("k", 5000)}}}).Encode()}))),
+		"propose a long key":               prop(entryOf(0, 0, encode(store.Command{Op: store.OpPut, Key: strings.Repeat("k", 100_000)}))),
+		"propose a long key in a txn":      prop(entryOf(0, 0, encode(store.Command{Op: store.OpTxn, Value: (&store.Txn{Then: []store.Command{{Op: store.OpPut, Key: strings.Repeat("k", 5000)}}}).Encode()}))),
 		"propose a member of another ID":   prop(change(`{"id":78,"peerURL":"http://127.0.0.1:1"}`)),
 		"propose nothing":                  {Type: raftpb.MsgProp.Enum()},
 		"propose no batch":                 prop(&raftpb.Entry{Data: []byte("x")}),

@@ -24,6 +24,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/shares"
+	"raftrv/internal/store"
 )
 
 // This file is the HTTP front: it turns requests into commands and reads, and
@@ -67,7 +68,7 @@ const (
 type backend interface {
 	// propose waits until the command is durable on a quorum and applied here,
 	// at most timeout. ctx ends the wait early when the client is gone.
-	propose(ctx context.Context, timeout time.Duration, c Command) (Result, error)
+	propose(ctx context.Context, timeout time.Duration, c store.Command) (store.Result, error)
 	// linearize returns once this node has applied every write that was
 	// acknowledged before the call.
 	linearize(ctx context.Context, timeout time.Duration) error
@@ -85,17 +86,17 @@ type backend interface {
 
 // nodeStatus is one node's view of itself and the cluster.
 type nodeStatus struct {
-	ID              uint64   `json:"id"`
-	ClusterID       string   `json:"clusterId"` // hexadecimal
-	LeaderID        uint64   `json:"leaderId"`  // 0 if not known
-	Role            string   `json:"role"`      // leader, follower, candidate, pre-candidate or learner
-	Term            uint64   `json:"term"`
-	CommittedIndex  uint64   `json:"committedIndex"`
-	AppliedIndex    uint64   `json:"appliedIndex"`
-	ResourceVersion uint64   `json:"resourceVersion"`
-	Version         string   `json:"version"`
-	FeatureLevel    int      `json:"featureLevel"` // of the cluster
-	Members         []Member `json:"members"`
+	ID              uint64         `json:"id"`
+	ClusterID       string         `json:"clusterId"` // hexadecimal
+	LeaderID        uint64         `json:"leaderId"`  // 0 if not known
+	Role            string         `json:"role"`      // leader, follower, candidate, pre-candidate or learner
+	Term            uint64         `json:"term"`
+	CommittedIndex  uint64         `json:"committedIndex"`
+	AppliedIndex    uint64         `json:"appliedIndex"`
+	ResourceVersion uint64         `json:"resourceVersion"`
+	Version         string         `json:"version"`
+	FeatureLevel    int            `json:"featureLevel"` // of the cluster
+	Members         []store.Member `json:"members"`
 
 	StateBytes       uint64 `json:"stateBytes"` // that the keys and values take, about
 	StateSum         string `json:"stateSum"`   // of all entries up to appliedIndex; hexadecimal
@@ -112,7 +113,7 @@ type nodeStatus struct {
 type httpConfig struct {
 	id           uint64 // of this node; the first part of a key that it makes up
 	cluster      string // as in the status
-	store        *Store
+	store        *store.Store
 	hub          *hub // of the store
 	backend      backend
 	logger       *zap.Logger
@@ -296,18 +297,18 @@ func (h *httpAPI) getKey(w http.ResponseWriter, r request) error {
 }
 
 // read returns the item that a request names, and the store's resource version.
-func (h *httpAPI) read(w http.ResponseWriter, r request) (Item, uint64, error) {
+func (h *httpAPI) read(w http.ResponseWriter, r request) (store.Item, uint64, error) {
 	if err := h.catchUp(r); err != nil {
-		return Item{}, 0, err
+		return store.Item{}, 0, err
 	}
 	it, rv, ok := h.store.Get(r.name)
 	if !ok {
 		setResourceVersion(w.Header(), rv)
-		return Item{}, 0, noKey(r.name)
+		return store.Item{}, 0, noKey(r.name)
 	}
 	if match, ok := r.Header["If-Match"]; ok && !anyTagMatches(match, it.RV, false) {
 		setResourceVersion(w.Header(), rv)
-		return Item{}, 0, preconditionFailed(it.RV)
+		return store.Item{}, 0, preconditionFailed(it.RV)
 	}
 	return it, rv, nil
 }
@@ -333,7 +334,7 @@ func noKey(key string) error {
 }
 
 // isUnchanged says whether the client has this version already.
-func isUnchanged(r request, it Item) bool {
+func isUnchanged(r request, it store.Item) bool {
 	tags, ok := r.Header["If-None-Match"]
 	return ok && anyTagMatches(tags, it.RV, true)
 }
@@ -343,7 +344,7 @@ func (h *httpAPI) putKey(w http.ResponseWriter, r request) error {
 	if err != nil {
 		return err
 	}
-	c := Command{Op: OpPut, Key: r.name, Value: value}
+	c := store.Command{Op: store.OpPut, Key: r.name, Value: value}
 	if err := h.describe(&c, r); err != nil {
 		return err
 	}
@@ -355,7 +356,7 @@ func (h *httpAPI) putKey(w http.ResponseWriter, r request) error {
 		return err
 	}
 	code := http.StatusNoContent
-	if res.Status == StatusCreated {
+	if res.Status == store.StatusCreated {
 		code = http.StatusCreated
 	}
 	setWriteHeaders(w.Header(), res.RV)
@@ -364,7 +365,7 @@ func (h *httpAPI) putKey(w http.ResponseWriter, r request) error {
 }
 
 // describe makes a put say what a request says of its value.
-func (h *httpAPI) describe(c *Command, r request) error {
+func (h *httpAPI) describe(c *store.Command, r request) error {
 	contentType, err := parseContentType(r.Header)
 	if err != nil {
 		return err
@@ -376,7 +377,7 @@ func (h *httpAPI) describe(c *Command, r request) error {
 }
 
 func (h *httpAPI) deleteKey(w http.ResponseWriter, r request) error {
-	c := Command{Op: OpDelete, Key: r.name}
+	c := store.Command{Op: store.OpDelete, Key: r.name}
 	var err error
 	if c.Condition, err = parseCondition(r.Header); err != nil {
 		return err
@@ -386,7 +387,7 @@ func (h *httpAPI) deleteKey(w http.ResponseWriter, r request) error {
 		return err
 	}
 	setResourceVersion(w.Header(), res.RV)
-	if res.Status == StatusNotFound {
+	if res.Status == store.StatusNotFound {
 		return noKey(r.name)
 	}
 	w.WriteHeader(http.StatusNoContent)
@@ -395,9 +396,9 @@ func (h *httpAPI) deleteKey(w http.ResponseWriter, r request) error {
 
 // propose carries out the command of a request with this body, once if the
 // request has an Idempotency-Key. What the state machine refused is an error.
-func (h *httpAPI) propose(w http.ResponseWriter, r request, c Command, body string) (res Result, err error) {
+func (h *httpAPI) propose(w http.ResponseWriter, r request, c store.Command, body string) (res store.Result, err error) {
 	if c.Retry, err = r.retryID(&c, body); err != nil {
-		return Result{}, err
+		return store.Result{}, err
 	}
 	if c.Retry.Key != "" && h.store.Level() >= 3 {
 		c.Retry.Client = clientOf(r.Request)
@@ -407,22 +408,22 @@ func (h *httpAPI) propose(w http.ResponseWriter, r request, c Command, body stri
 		if e, ok := errors.AsType[*fault.Error](err); ok && c.Retry.Key != "" && e.Code == fault.ErrUnknown.Code && e.Outcome == fault.Unknown {
 			err = fault.ErrUnknownRetry
 		}
-		return Result{}, err
+		return store.Result{}, err
 	}
 	if res.Replayed {
 		w.Header()["Idempotency-Replayed"] = replayed
 	}
 	switch {
-	case res.Status == StatusPrecondition && res.Current == 0 && c.Op == OpDelete && c.Condition.Kind != IfAbsent:
-		res.Status = StatusNotFound // as without the condition, which then does not count (RFC 9110, section 13.2.1)
-	case res.Status == StatusPrecondition:
+	case res.Status == store.StatusPrecondition && res.Current == 0 && c.Op == store.OpDelete && c.Condition.Kind != store.IfAbsent:
+		res.Status = store.StatusNotFound // as without the condition, which then does not count (RFC 9110, section 13.2.1)
+	case res.Status == store.StatusPrecondition:
 		setResourceVersion(w.Header(), res.RV)
 		if res.Replayed {
-			return Result{}, preconditionFailedThen(res.Current)
+			return store.Result{}, preconditionFailedThen(res.Current)
 		}
-		return Result{}, preconditionFailed(res.Current)
-	case res.Status == StatusRetryOther:
-		return Result{}, fault.ErrRetryOther
+		return store.Result{}, preconditionFailed(res.Current)
+	case res.Status == store.StatusRetryOther:
+		return store.Result{}, fault.ErrRetryOther
 	}
 	return res, nil
 }
@@ -485,7 +486,7 @@ func (h *httpAPI) patchObject(w http.ResponseWriter, r request) error {
 // create puts the value under a key that nobody else can have chosen.
 func (h *httpAPI) create(w http.ResponseWriter, r request, value string, code int) error {
 	key := strconv.FormatUint(h.id, 10) + "-" + h.newID()
-	c := Command{Op: OpPut, Key: key, Value: value}
+	c := store.Command{Op: store.OpPut, Key: key, Value: value}
 	if err := h.describe(&c, r); err != nil {
 		return err
 	}
@@ -589,8 +590,8 @@ func parseKey(escaped string) (string, error) {
 	if err != nil {
 		return "", fault.ErrInvalid.WithDetail("the path has a malformed escape; write %% as %%25")
 	}
-	if len(key) == 0 || len(key) > KeySizeMax {
-		return "", fault.ErrInvalid.WithDetail("the key has %d bytes; it must have 1 to %d", len(key), KeySizeMax)
+	if len(key) == 0 || len(key) > store.KeySizeMax {
+		return "", fault.ErrInvalid.WithDetail("the key has %d bytes; it must have 1 to %d", len(key), store.KeySizeMax)
 	}
 	return key, nil
 }
@@ -716,7 +717,7 @@ var (
 
 // setItemHeaders sets the header of a read: an item, and the store's resource
 // version when it was read.
-func setItemHeaders(header http.Header, it Item, rv uint64) {
+func setItemHeaders(header http.Header, it store.Item, rv uint64) {
 	var buf [64]byte
 	b := appendETag(buf[:0], it.RV)
 	etagEnd := len(b)
@@ -733,7 +734,7 @@ func setItemHeaders(header http.Header, it Item, rv uint64) {
 }
 
 // setExpires says when an item expires.
-func setExpires(header http.Header, it Item) {
+func setExpires(header http.Header, it store.Item) {
 	if it.Expires == 0 {
 		return
 	}
@@ -741,7 +742,7 @@ func setExpires(header http.Header, it Item) {
 }
 
 // writeNotModified answers a read of a version that the client has.
-func writeNotModified(w http.ResponseWriter, it Item, rv uint64) {
+func writeNotModified(w http.ResponseWriter, it store.Item, rv uint64) {
 	setETag(w.Header(), it.RV)
 	setResourceVersion(w.Header(), rv)
 	setExpires(w.Header(), it)

@@ -27,6 +27,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/shares"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -35,7 +36,7 @@ const testValueSizeMax = 100 << 10 // more than bodyFree
 // fakeBackend is a cluster of one that never fails unless it is told to. Writes
 // go through the real encoding into a real store.
 type fakeBackend struct {
-	store   *Store
+	store   *store.Store
 	applied func() // nil = nobody wants to know
 
 	mu           sync.Mutex
@@ -52,25 +53,25 @@ type fakeBackend struct {
 	canceled error
 }
 
-func (b *fakeBackend) propose(ctx context.Context, timeout time.Duration, c Command) (Result, error) {
+func (b *fakeBackend) propose(ctx context.Context, timeout time.Duration, c store.Command) (store.Result, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.timeout = timeout
 	if b.err != nil {
-		return Result{}, b.err
+		return store.Result{}, b.err
 	}
 	if b.delay > 0 {
 		select {
 		case <-time.After(b.delay):
 		case <-ctx.Done():
 			b.canceled = context.Cause(ctx)
-			return Result{}, ctx.Err()
+			return store.Result{}, ctx.Err()
 		}
 	}
 	b.index++
-	var out []Result
-	if _, err := b.store.Apply(b.index, 1, BatchHeader{Session: 1, Seq: b.index}, c.AppendTo(nil), &out); err != nil {
-		return Result{}, err
+	var out []store.Result
+	if _, err := b.store.Apply(b.index, 1, store.BatchHeader{Session: 1, Seq: b.index}, c.AppendTo(nil), &out); err != nil {
+		return store.Result{}, err
 	}
 	if b.applied != nil {
 		b.applied()
@@ -122,17 +123,17 @@ func (b *fakeBackend) writable() error {
 func (b *fakeBackend) status() nodeStatus {
 	return nodeStatus{
 		ID: 1, ClusterID: "c0ffee", LeaderID: 2, Role: "follower", Term: 3, CommittedIndex: 4, AppliedIndex: 4,
-		ResourceVersion: b.store.Version(), Version: "v0", FeatureLevel: 1, Divergence: "sound", Members: []Member{{ID: 1, PeerURL: "http://127.0.0.1:1"}},
+		ResourceVersion: b.store.Version(), Version: "v0", FeatureLevel: 1, Divergence: "sound", Members: []store.Member{{ID: 1, PeerURL: "http://127.0.0.1:1"}},
 	}
 }
 
 // memberCall is a call of memberBackend.
 type memberCall struct {
 	name   string
-	member Member
+	member store.Member
 }
 
-func (b *fakeBackend) noteMember(timeout time.Duration, name string, m Member) error {
+func (b *fakeBackend) noteMember(timeout time.Duration, name string, m store.Member) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.timeout = timeout
@@ -143,24 +144,24 @@ func (b *fakeBackend) noteMember(timeout time.Duration, name string, m Member) e
 	return nil
 }
 
-func (b *fakeBackend) addMember(_ context.Context, timeout time.Duration, m Member) error {
+func (b *fakeBackend) addMember(_ context.Context, timeout time.Duration, m store.Member) error {
 	return b.noteMember(timeout, "add", m)
 }
 
 func (b *fakeBackend) removeMember(_ context.Context, timeout time.Duration, id uint64) error {
-	return b.noteMember(timeout, "remove", Member{ID: id})
+	return b.noteMember(timeout, "remove", store.Member{ID: id})
 }
 
 func (b *fakeBackend) promoteMember(_ context.Context, timeout time.Duration, id uint64) error {
-	return b.noteMember(timeout, "promote", Member{ID: id})
+	return b.noteMember(timeout, "promote", store.Member{ID: id})
 }
 
-func (b *fakeBackend) updateMember(_ context.Context, timeout time.Duration, m Member) error {
+func (b *fakeBackend) updateMember(_ context.Context, timeout time.Duration, m store.Member) error {
 	return b.noteMember(timeout, "update", m)
 }
 
 func (b *fakeBackend) transferLeader(_ context.Context, timeout time.Duration, id uint64) error {
-	return b.noteMember(timeout, "transfer", Member{ID: id})
+	return b.noteMember(timeout, "transfer", store.Member{ID: id})
 }
 
 // takeMemberCalls returns what was called since the last time.
@@ -189,7 +190,7 @@ type front struct {
 	t       *testing.T
 	dial    func() (net.Conn, error)
 	backend *fakeBackend
-	store   *Store
+	store   *store.Store
 	hub     *hub
 	logs    *observer.ObservedLogs
 	config  httpConfig
@@ -269,8 +270,8 @@ var testClient = &http.Client{CheckRedirect: func(*http.Request, []*http.Request
 func serveFront(t *testing.T, l net.Listener, dial func() (net.Conn, error), options ...func(*httpConfig)) *front {
 	core, logs := observer.New(zap.DebugLevel)
 	logger := zap.New(core)
-	kv := New()
-	kv.State.Members[1] = Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
+	kv := store.New()
+	kv.State.Members[1] = store.Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
 	hub := newHub(kv)
 	backend := &fakeBackend{store: kv, applied: hub.notify}
 	cfg := httpConfig{
@@ -361,7 +362,7 @@ func (f *front) send(method, target string, headers []string, body string) testk
 
 func (f *front) put(key, value string) {
 	f.t.Helper()
-	if _, err := f.backend.propose(f.t.Context(), 0, Command{Op: OpPut, Key: key, Value: value}); err != nil {
+	if _, err := f.backend.propose(f.t.Context(), 0, store.Command{Op: store.OpPut, Key: key, Value: value}); err != nil {
 		f.t.Fatal(err)
 	}
 }
@@ -438,8 +439,8 @@ func TestHTTP_KeysAreTheirBytes(t *testing.T) {
 		{"http://other/a/b", "a/b"},
 		{"HTTPS://other:1//a", "/a"},
 		{"http://other/%2D/x", "-/x"},
-		{"/" + strings.Repeat("k", KeySizeMax), strings.Repeat("k", KeySizeMax)},
-		{"/" + strings.Repeat("%25", KeySizeMax), strings.Repeat("%", KeySizeMax)},
+		{"/" + strings.Repeat("k", store.KeySizeMax), strings.Repeat("k", store.KeySizeMax)},
+		{"/" + strings.Repeat("%25", store.KeySizeMax), strings.Repeat("%", store.KeySizeMax)},
 	}
 	f := newFront(t)
 	for i, tt := range tests {
@@ -463,8 +464,8 @@ func TestHTTP_RefusesTargets(t *testing.T) {
 		method, target string
 		code           int
 	}{
-		{"PUT", "/" + strings.Repeat("k", KeySizeMax+1), 400},
-		{"GET", "/" + strings.Repeat("%25", KeySizeMax+1), 400},
+		{"PUT", "/" + strings.Repeat("k", store.KeySizeMax+1), 400},
+		{"GET", "/" + strings.Repeat("%25", store.KeySizeMax+1), 400},
 		{"PUT", "/", 405}, // no key
 		{"DELETE", "/", 405},
 		{"PUT", "http://x", 405},
@@ -746,9 +747,9 @@ func TestHTTP_AddMember(t *testing.T) {
 		}
 	}
 	want := []memberCall{
-		{"add", Member{ID: 4, PeerURL: "http://127.0.0.1:42379", Promote: true}},
-		{"add", Member{ID: 1<<64 - 1, PeerURL: "https://[::1]:1", Promote: true}},
-		{"add", Member{ID: 5, PeerURL: "http://node-5.example:65535", Promote: true}},
+		{"add", store.Member{ID: 4, PeerURL: "http://127.0.0.1:42379", Promote: true}},
+		{"add", store.Member{ID: 1<<64 - 1, PeerURL: "https://[::1]:1", Promote: true}},
+		{"add", store.Member{ID: 5, PeerURL: "http://node-5.example:65535", Promote: true}},
 	}
 	if got := f.backend.takeMemberCalls(); !slices.Equal(got, want) {
 		t.Errorf("%+v, want %+v", got, want)
@@ -835,8 +836,8 @@ func TestHTTP_Parameters(t *testing.T) {
 		{"GET", "/-/v1/keys/a?prefix=a", 400, "unknown parameter"},
 		{"DELETE", "/-/v1/keys", 400, "a prefix is needed"},
 		{"DELETE", "/-/v1/keys?prefix=", 400, "a prefix is needed"},
-		{"DELETE", "/-/v1/keys?prefix=" + strings.Repeat("a", KeySizeMax+1), 400, "the prefix has 4097 bytes"},
-		{"DELETE", "/-/v1/keys?prefix=" + strings.Repeat("a", KeySizeMax), 200, ""},
+		{"DELETE", "/-/v1/keys?prefix=" + strings.Repeat("a", store.KeySizeMax+1), 400, "the prefix has 4097 bytes"},
+		{"DELETE", "/-/v1/keys?prefix=" + strings.Repeat("a", store.KeySizeMax), 200, ""},
 		{"DELETE", "/-/v1/keys?prefix=a&limit=1", 400, "unknown parameter"},
 		{"POST", "/-/v1/txn?ttl=3s", 400, "unknown parameter"},
 		{"GET", "/-/livez?timeout=1s", 400, `unknown parameter "timeout"; allowed here: none`},
@@ -1362,7 +1363,7 @@ func checkTarget(t *testing.T, target string) {
 		t.Fatalf("%q has the path %q", target, path)
 	}
 	key, keyErr := url.PathUnescape(path[1:])
-	if len(key) >= 1 && len(key) <= KeySizeMax {
+	if len(key) >= 1 && len(key) <= store.KeySizeMax {
 		if got, err := parseKey(path[1:]); got != key || err != nil && keyErr == nil {
 			t.Fatalf("%q names %q, %v", path, got, err)
 		}
@@ -1380,7 +1381,7 @@ func checkTarget(t *testing.T, target string) {
 }
 
 func checkKeyPath(t *testing.T, key string) {
-	if len(key) < 1 || len(key) > KeySizeMax {
+	if len(key) < 1 || len(key) > store.KeySizeMax {
 		return
 	}
 	path, query, err := splitTarget(keyPath(key))
@@ -1462,8 +1463,8 @@ func FuzzHTTPPeerURL(f *testing.F) {
 // instantBackend answers at once, so that a benchmark measures the front alone.
 type instantBackend struct{ fakeBackend }
 
-func (*instantBackend) propose(context.Context, time.Duration, Command) (Result, error) {
-	return Result{Status: StatusReplaced, RV: 123456}, nil
+func (*instantBackend) propose(context.Context, time.Duration, store.Command) (store.Result, error) {
+	return store.Result{Status: store.StatusReplaced, RV: 123456}, nil
 }
 
 func (*instantBackend) linearize(context.Context, time.Duration) error { return nil }
@@ -1481,15 +1482,15 @@ type benchBody struct{ bytes.Reader }
 func (*benchBody) Close() error { return nil }
 
 func benchFront(b *testing.B) http.Handler {
-	kv := New()
+	kv := store.New()
 	fake := fakeBackend{store: kv}
 	value := strings.Repeat("v", 64)
 	for i := range 4096 {
-		if _, err := fake.propose(b.Context(), 0, Command{Op: OpPut, Key: "key-" + strconv.Itoa(i), Value: value}); err != nil {
+		if _, err := fake.propose(b.Context(), 0, store.Command{Op: store.OpPut, Key: "key-" + strconv.Itoa(i), Value: value}); err != nil {
 			b.Fatal(err)
 		}
 	}
-	return newHTTPAPI(httpConfig{store: kv, backend: &instantBackend{}, logger: zap.NewNop(), timeout: time.Second, valueSizeMax: ValueSizeMaxDefault, registry: prometheus.NewRegistry()})
+	return newHTTPAPI(httpConfig{store: kv, backend: &instantBackend{}, logger: zap.NewNop(), timeout: time.Second, valueSizeMax: store.ValueSizeMaxDefault, registry: prometheus.NewRegistry()})
 }
 
 func BenchmarkHTTP_Put(b *testing.B) {

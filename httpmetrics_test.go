@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -64,7 +65,7 @@ func TestMetrics_CountRequestsByRouteAndCode(t *testing.T) {
 
 // A client that has left is no failure of ours.
 func TestMetrics_CountClientsThatLeft(t *testing.T) {
-	h := newHTTPAPI(httpConfig{store: New(), backend: &fakeBackend{store: New(), linearizeErr: io.ErrUnexpectedEOF},
+	h := newHTTPAPI(httpConfig{store: store.New(), backend: &fakeBackend{store: store.New(), linearizeErr: io.ErrUnexpectedEOF},
 		logger: zap.NewNop(), timeout: time.Second, registry: prometheus.NewRegistry()}).(*httpAPI)
 	ctx, leave := testContextThatEnds(t)
 	leave()
@@ -79,7 +80,7 @@ func TestMetrics_CountClientsThatLeft(t *testing.T) {
 // Of a call that is asked for often one request of a few is timed, and the
 // histogram still has about all; one that is asked for seldom is always timed.
 func TestMetrics_BusyCalls(t *testing.T) {
-	h := newHTTPAPI(httpConfig{store: New(), backend: &instantBackend{}, logger: zap.NewNop(), registry: prometheus.NewRegistry()}).(*httpAPI)
+	h := newHTTPAPI(httpConfig{store: store.New(), backend: &instantBackend{}, logger: zap.NewNop(), registry: prometheus.NewRegistry()}).(*httpAPI)
 	c := rootRoute.call(http.MethodGet)
 	m := &h.metrics.calls[c.number]
 	total := 0

@@ -20,6 +20,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/fsx"
+	"raftrv/internal/store"
 )
 
 // This file is the journal: a file to which a node appends a line of JSON for
@@ -96,8 +97,8 @@ type journal struct {
 	written uint64 // and in the file
 	size    int64  // of the file
 
-	hold     Hold // by which the window of events waits
-	caughtUp bool // everything was written once, since the hold began
+	hold     store.Hold // by which the window of events waits
+	caughtUp bool       // everything was written once, since the hold began
 
 	headed bool // the file has a first line that was checked
 	part   bool // file and buf end within a version
@@ -320,7 +321,7 @@ func (s *backwardScanner) prev() (line []byte, start int64, err error) {
 
 // journalSource is where a journal's events come from.
 type journalSource struct {
-	store     *Store
+	store     *store.Store
 	hub       *hub
 	linearize func(ctx context.Context, timeout time.Duration) error
 	stopped   <-chan struct{} // closed when nothing is applied any more
@@ -369,7 +370,7 @@ func (j *journal) run(ctx context.Context, src journalSource, syncEvery time.Dur
 }
 
 // beginHold makes the window wait for what is not in the file.
-func (j *journal) beginHold(kv *Store) {
+func (j *journal) beginHold(kv *store.Store) {
 	j.caughtUp = false
 	j.hold.RV.Store(j.rv)
 	j.hold.Overtaken.Store(false)
@@ -419,7 +420,7 @@ func (j *journal) pause(src journalSource) error {
 }
 
 // skip writes that the events that have left the window are missing.
-func (j *journal) skip(ctx context.Context, kv *Store) error {
+func (j *journal) skip(ctx context.Context, kv *store.Store) error {
 	to := kv.EventsDropped()
 	if err := j.resume(); err != nil { // half a version may be there
 		return err
@@ -489,7 +490,7 @@ var closedC = func() chan struct{} {
 }()
 
 // drain appends the last events, of which no hub tells.
-func (j *journal) drain(ctx context.Context, w *watcher, kv *Store) error {
+func (j *journal) drain(ctx context.Context, w *watcher, kv *store.Store) error {
 	for {
 		n, err := w.scan(j.appendEvent)
 		if errors.Is(err, fault.ErrExpired) {
@@ -505,7 +506,7 @@ func (j *journal) drain(ctx context.Context, w *watcher, kv *Store) error {
 }
 
 // appendEvent adds the line of an event to what is to be written.
-func (j *journal) appendEvent(e *Event, last bool) {
+func (j *journal) appendEvent(e *store.Event, last bool) {
 	if e.RV > j.rv+1 { // the versions of a restored cluster leap once
 		j.buf = appendGap(j.buf, j.rv+1, e.RV-1)
 		j.rv = e.RV - 1
@@ -517,7 +518,7 @@ func (j *journal) appendEvent(e *Event, last bool) {
 }
 
 // append writes when nobody else has the file open.
-func (j *journal) append(ctx context.Context, kv *Store) error {
+func (j *journal) append(ctx context.Context, kv *store.Store) error {
 	if len(j.buf) == 0 {
 		return nil
 	}
@@ -529,7 +530,7 @@ func (j *journal) append(ctx context.Context, kv *Store) error {
 
 // claim returns as soon as nobody else has the file open, or has it for so long that he does
 // not copy it. Whoever opens it afterwards waits for yield.
-func (j *journal) claim(ctx context.Context, kv *Store) error {
+func (j *journal) claim(ctx context.Context, kv *store.Store) error {
 	if j.yield(); j.leased {
 		return nil
 	}
@@ -599,7 +600,7 @@ func (j *journal) resumeCut() error {
 
 // next goes on in another file, if there is no longer this one at the path. If it
 // cannot be used the journal stays where it is.
-func (j *journal) next(ctx context.Context, kv *Store) error {
+func (j *journal) next(ctx context.Context, kv *store.Store) error {
 	now, err := j.file.Stat()
 	if err != nil {
 		return err
@@ -686,23 +687,23 @@ func appendGap(buf []byte, from, to uint64) []byte {
 }
 
 // appendJournalLine appends the line of an event.
-func appendJournalLine(buf []byte, e *Event, last bool) []byte {
+func appendJournalLine(buf []byte, e *store.Event, last bool) []byte {
 	buf = append(buf, `{"rv":`...)
 	buf = strconv.AppendUint(buf, e.RV, 10)
 	buf = append(buf, ',')
-	buf = AppendBytesField(buf, "key", e.Key)
+	buf = store.AppendBytesField(buf, "key", e.Key)
 	buf = append(buf, `,"timestamp":`...)
 	buf = strconv.AppendInt(buf, e.Time*int64(time.Millisecond), 10)
 	switch e.Kind {
-	case EventDeleted:
+	case store.EventDeleted:
 		buf = append(buf, `,"deleted":true`...)
-	case EventExpired:
+	case store.EventExpired:
 		buf = append(buf, `,"deleted":true,"reason":"expired"`...)
 	default:
 		buf = appendJournalValue(buf, e.Item.Value)
 		if e.Item.ContentType != "" {
 			buf = append(buf, ',')
-			buf = AppendBytesField(buf, "contentType", e.Item.ContentType)
+			buf = store.AppendBytesField(buf, "contentType", e.Item.ContentType)
 		}
 	}
 	if !last {
@@ -727,5 +728,5 @@ func appendJournalValue(buf []byte, value string) []byte {
 		buf = compact.Bytes()
 	}
 	buf = append(buf, `,"objText":`...)
-	return AppendJSONString(buf, value)
+	return store.AppendJSONString(buf, value)
 }

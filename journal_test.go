@@ -23,6 +23,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/fsx"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -113,14 +114,14 @@ func (r *journalRig) story() {
 	r.put("a", `{"b": [1,
 	2.50]}`)
 	r.put("a", "no JSON: \"\n")
-	r.apply(Command{Op: OpExpire, Key: "a", Condition: Condition{Kind: IfMatch, RV: 2}})
+	r.apply(store.Command{Op: store.OpExpire, Key: "a", Condition: store.Condition{Kind: store.IfMatch, RV: 2}})
 	r.apply(
-		Command{Op: OpPut, Key: "\xff", Value: "\xfe{}"},
-		Command{Op: OpDelete, Key: "\xff"},
-		Command{Op: OpPut, Key: "k/1", Value: ""},
-		Command{Op: OpPut, Key: "k/2", Value: "12345678901234567890.0"},
-		Command{Op: OpPut, Key: "k/3", Value: "\"\xff\""},
-		Command{Op: OpDeletePrefix, Key: "k/"},
+		store.Command{Op: store.OpPut, Key: "\xff", Value: "\xfe{}"},
+		store.Command{Op: store.OpDelete, Key: "\xff"},
+		store.Command{Op: store.OpPut, Key: "k/1", Value: ""},
+		store.Command{Op: store.OpPut, Key: "k/2", Value: "12345678901234567890.0"},
+		store.Command{Op: store.OpPut, Key: "k/3", Value: "\"\xff\""},
+		store.Command{Op: store.OpDeletePrefix, Key: "k/"},
 	)
 }
 
@@ -255,7 +256,7 @@ func TestJournal_Gap(t *testing.T) {
 	r.put("a", "1")
 	r.cycle()
 	r.setContent(r.content() + `{"rv":2,"key":"k/00000","timestamp":1,"obj":1,"more":true}` + "\n")
-	r.fill(3 * ChunkEventsMax)
+	r.fill(3 * store.ChunkEventsMax)
 	r.history.messages = nil
 	r.smallWindow(1) // of which a chunk is left
 	dropped := r.store.EventsDropped()
@@ -287,8 +288,8 @@ func TestJournal_Gap(t *testing.T) {
 func TestJournal_GapWhileRunning(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		leader := newWatchRig(t)
-		leader.fill(3 * ChunkEventsMax)
-		leader.smallWindow(ChunkEventsMax)
+		leader.fill(3 * store.ChunkEventsMax)
+		leader.smallWindow(store.ChunkEventsMax)
 		r := newJournalRig(t)
 		stop := r.start()
 		r.put("k/000000", "v")
@@ -419,7 +420,7 @@ func TestJournal_Rotated(t *testing.T) {
 				stop := r.start()
 				for i := range 4 {
 					r.put("a", fmt.Sprint(i))
-					r.apply(Command{Op: OpPut, Key: "k/1"}, Command{Op: OpPut, Key: "k/2"}, Command{Op: OpDeletePrefix, Key: "k/"})
+					r.apply(store.Command{Op: store.OpPut, Key: "k/1"}, store.Command{Op: store.OpPut, Key: "k/2"}, store.Command{Op: store.OpDeletePrefix, Key: "k/"})
 					synctest.Wait()
 					rename, failing := strings.HasPrefix(way, "rename"), strings.HasPrefix(way, "a directory")
 					switch {
@@ -508,7 +509,7 @@ func TestJournal_Lease(t *testing.T) {
 	if !j.leased {
 		t.Skip("SKIPPED: this file system has no leases")
 	}
-	j.appendEvent(&Event{RV: 1, Key: "a"}, false)
+	j.appendEvent(&store.Event{RV: 1, Key: "a"}, false)
 	testkit.Must(t, j.append(t.Context(), r.store))
 	opened := make(chan *os.File)
 	go func() {
@@ -521,7 +522,7 @@ func TestJournal_Lease(t *testing.T) {
 	for !fsx.LeaseWanted(j.file) {
 		runtime.Gosched()
 	}
-	j.appendEvent(&Event{RV: 1, Key: "b"}, true)
+	j.appendEvent(&store.Event{RV: 1, Key: "b"}, true)
 	testkit.Must(t, j.append(t.Context(), r.store)) // the rest of the version, and nobody has opened it
 	select {
 	case <-opened:
@@ -530,7 +531,7 @@ func TestJournal_Lease(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	j.appendEvent(&Event{RV: 2, Key: "a"}, true)
+	j.appendEvent(&store.Event{RV: 2, Key: "a"}, true)
 	if err := j.append(ctx, r.store); !errors.Is(err, fault.ErrShuttingDown) {
 		t.Errorf("written while it is open: %v", err)
 	}
@@ -541,7 +542,7 @@ func TestJournal_Lease(t *testing.T) {
 		t.Errorf("written after %v", took)
 	}
 	testkit.Must(t, f.Close())
-	j.appendEvent(&Event{RV: 3, Key: "a"}, true)
+	j.appendEvent(&store.Event{RV: 3, Key: "a"}, true)
 	testkit.Must(t, j.append(t.Context(), r.store))
 	if !j.leased {
 		t.Error("no lease, although nobody else has the file open")
@@ -550,7 +551,7 @@ func TestJournal_Lease(t *testing.T) {
 	j.leased = false
 	testkit.Must(t, j.file.Truncate(0))
 	j.lease = func(*os.File) error { return errors.ErrUnsupported }
-	j.appendEvent(&Event{RV: 4, Key: "a"}, true)
+	j.appendEvent(&store.Event{RV: 4, Key: "a"}, true)
 	if err := j.append(t.Context(), r.store); !errors.Is(err, errJournalCut) {
 		t.Errorf("cut: %v", err)
 	}
@@ -666,7 +667,7 @@ func FuzzJournalLine(f *testing.F) {
 		f.Add(s, s, true)
 	}
 	f.Fuzz(func(t *testing.T, key, value string, last bool) {
-		e := Event{RV: 7, Time: 1, Kind: EventModified, Key: key, Item: Item{Value: value}}
+		e := store.Event{RV: 7, Time: 1, Kind: store.EventModified, Key: key, Item: store.Item{Value: value}}
 		text := appendJournalLine(nil, &e, last)
 		if !utf8.Valid(text) || bytes.IndexByte(text, '\n') != len(text)-1 {
 			t.Fatalf("line %q", text)
@@ -789,7 +790,7 @@ func TestJournal_WaitsForSound(t *testing.T) {
 
 // TestJournal_Overtaken: a journal that would miss something ends its node.
 func TestJournal_Overtaken(t *testing.T) {
-	for _, n := range []int{HoldEventsMax / 2, HoldEventsMax + 4*ChunkEventsMax} {
+	for _, n := range []int{store.HoldEventsMax / 2, store.HoldEventsMax + 4*store.ChunkEventsMax} {
 		synctest.Test(t, func(t *testing.T) {
 			r := newJournalRig(t)
 			r.record = false
@@ -797,16 +798,16 @@ func TestJournal_Overtaken(t *testing.T) {
 			stop := r.start()
 			r.put("a", "v")
 			synctest.Wait()
-			put := Command{Op: OpPut, Key: "k", Value: "v"}
+			put := store.Command{Op: store.OpPut, Key: "k", Value: "v"}
 			for range n { // the journal does not read before it is told to
 				index := r.store.Applied() + 1
-				_, err := r.store.Apply(index, 1, BatchHeader{Session: 1, Seq: index}, put.AppendTo(nil), nil)
+				_, err := r.store.Apply(index, 1, store.BatchHeader{Session: 1, Seq: index}, put.AppendTo(nil), nil)
 				testkit.Must(t, err)
 			}
 			r.hub.notify()
 			synctest.Wait()
 			err := stop()
-			lost := n > HoldEventsMax
+			lost := n > store.HoldEventsMax
 			if errors.Is(err, errJournalSlow) != lost || !lost && err != nil {
 				t.Errorf("%d events: %v", n, err)
 			}

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/store"
 )
 
 // How often a leader asks the members which level they know: soon after a start,
@@ -38,16 +40,16 @@ func (n *node) keepLevel(ctx context.Context) error {
 		if r.Level <= n.store.Level() {
 			continue
 		}
-		res, err := n.propose(ctx, n.config.requestTimeout, RaiseLevel(r.Level, r.Members...))
-		if err == nil && res.Status == StatusReplaced {
+		res, err := n.propose(ctx, n.config.requestTimeout, store.RaiseLevel(r.Level, r.Members...))
+		if err == nil && res.Status == store.StatusReplaced {
 			n.logger.Info("the feature level of the cluster was raised", zap.Int("level", r.Level))
 		}
 	}
 }
 
 // commonLevel returns the highest level that all members know.
-func commonLevel(members []Member, others map[uint64]health, self uint64, own int) Raising {
-	r := Raising{Level: own}
+func commonLevel(members []store.Member, others map[uint64]health, self uint64, own int) store.Raising {
+	r := store.Raising{Level: own}
 	for _, m := range members {
 		r.Members = append(r.Members, m.ID)
 		if m.ID != self {
@@ -71,7 +73,7 @@ func (n *node) oldMembers(level int) string {
 		case !answered:
 			old = append(old, fmt.Sprintf("node %d does not answer", m.ID))
 		case h.Level < level:
-			old = append(old, fmt.Sprintf("node %d knows up to %d", m.ID, max(LevelFirst, h.Level)))
+			old = append(old, fmt.Sprintf("node %d knows up to %d", m.ID, max(store.LevelFirst, h.Level)))
 		}
 	}
 	if len(old) == 0 {

@@ -8,11 +8,12 @@ import (
 	"time"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // TestLevel_Common: who does not answer, or is older than levels, counts.
 func TestLevel_Common(t *testing.T) {
-	members := []Member{{ID: 1}, {ID: 2}, {ID: 3, Learner: true}}
+	members := []store.Member{{ID: 1}, {ID: 2}, {ID: 3, Learner: true}}
 	for name, tt := range map[string]struct {
 		others map[uint64]health
 		want   int
@@ -32,7 +33,7 @@ func TestLevel_OldMembers(t *testing.T) {
 	n, _ := idleNode(t)
 	n.config.id = 1
 	for id := range uint64(3) {
-		n.store.State.Members[id+1] = Member{ID: id + 1}
+		n.store.State.Members[id+1] = store.Member{ID: id + 1}
 	}
 	const upgrade = ": upgrade what is old, bring back or remove what is down"
 	for _, tt := range []struct {
@@ -51,7 +52,7 @@ func TestLevel_OldMembers(t *testing.T) {
 		if got := n.oldMembers(2); got != tt.want {
 			t.Errorf("%+v: %q, want %q", tt, got, tt.want)
 		}
-		_, err := n.proposeNew(t.Context(), time.Second, Command{Op: OpPut, Key: "k", Condition: Condition{Kind: 9}})
+		_, err := n.proposeNew(t.Context(), time.Second, store.Command{Op: store.OpPut, Key: "k", Condition: store.Condition{Kind: 9}})
 		if e, ok := errors.AsType[*fault.Error](err); !ok || !errors.Is(err, fault.ErrLevel) || e.Outcome != fault.NotApplied || !strings.HasSuffix(e.Detail, "; "+tt.want) {
 			t.Errorf("%+v: refused with %v", tt, err)
 		}
@@ -61,7 +62,7 @@ func TestLevel_OldMembers(t *testing.T) {
 // TestLevel_RaisedInThisTurn: from the moment that the store is at a level, what needs it is taken.
 func TestLevel_RaisedInThisTurn(t *testing.T) {
 	l := newLoneLoop(t, nil, nil)
-	c := Command{Op: OpPut, Key: "k", ContentType: "text/plain"}
+	c := store.Command{Op: store.OpPut, Key: "k", ContentType: "text/plain"}
 	if _, _, err := l.enqueue(&c, time.Now().Add(time.Second)); !errors.Is(err, fault.ErrLevel) {
 		t.Errorf("before: %v", err)
 	}

@@ -13,6 +13,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/shares"
+	"raftrv/internal/store"
 )
 
 // This file is the HTTP front's view of keys as JSON: one item, lists, and the
@@ -27,13 +28,13 @@ const (
 
 	// listSizeMax bounds a JSON list, in bytes, unless one item is larger.
 	listSizeMax = 8 << 20
-	listEndMax  = 64 + 6*KeySizeMax
+	listEndMax  = 64 + 6*store.KeySizeMax
 
 	// A list of no more than this needs no place. It comes to less than a part.
 	fewItems = 128
 	fewBytes = 16 << 10
 
-	listsMax     = ScansMax - backupsMax // that are more, and streams, at a time
+	listsMax     = store.ScansMax - backupsMax // that are more, and streams, at a time
 	placeTimeout = 2 * time.Second
 )
 
@@ -65,7 +66,7 @@ func (h *httpAPI) getItem(w http.ResponseWriter, r request) error {
 	setResourceVersion(w.Header(), rv)
 	setExpires(w.Header(), it)
 	if len(it.Value) <= streamBufferSize {
-		writeBody(w, r.Request, http.StatusOK, typeJSON, append(AppendItemJSON(nil, r.name, it, false), '\n'))
+		writeBody(w, r.Request, http.StatusOK, typeJSON, append(store.AppendItemJSON(nil, r.name, it, false), '\n'))
 		return nil
 	}
 	s := newStream(w, r, typeJSON)
@@ -129,7 +130,7 @@ func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 	s.buf = append(s.buf, ']')
 	if more {
 		s.buf = append(s.buf, ',')
-		s.buf = AppendBytesField(s.buf, "after", last)
+		s.buf = store.AppendBytesField(s.buf, "after", last)
 	}
 	s.buf = append(s.buf, "}\n"...)
 	s.end()
@@ -138,7 +139,7 @@ func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 
 // mustRead returns the next items of an answer that has begun, and breaks that off
 // if there is no way to know them any more.
-func (h *httpAPI) mustRead(s *stream, list *keyList) []KeyItem {
+func (h *httpAPI) mustRead(s *stream, list *keyList) []store.KeyItem {
 	items, err := list.read()
 	if err != nil {
 		h.logger.Warn("cut off a stream of keys", zap.Error(err))
@@ -148,17 +149,17 @@ func (h *httpAPI) mustRead(s *stream, list *keyList) []KeyItem {
 }
 
 // hasRoom says whether a JSON list can take one more item, and then its end.
-func (s *stream) hasRoom(it KeyItem, keysOnly bool) bool {
+func (s *stream) hasRoom(it store.KeyItem, keysOnly bool) bool {
 	room := listSizeMax - listEndMax - s.written - len(s.buf)
-	return ItemSizeMax(it, keysOnly) <= room || ItemJSONSize(it, keysOnly) <= room
+	return store.ItemSizeMax(it, keysOnly) <= room || store.ItemJSONSize(it, keysOnly) <= room
 }
 
 // keyList reads items, all from one version.
 type keyList struct {
 	rv    uint64
-	items []KeyItem // if they are few
-	scan  *Scan     // otherwise
-	leave func()    // its place
+	items []store.KeyItem // if they are few
+	scan  *store.Scan     // otherwise
+	leave func()          // its place
 }
 
 // openList reads the first n items with a prefix whose keys come after a key. What
@@ -167,7 +168,7 @@ func (h *httpAPI) openList(r request, prefix, after string, n int) (*keyList, er
 	items, rv := h.store.List(prefix, after, min(n, fewItems+1))
 	size := uint64(0)
 	for _, it := range items {
-		size += ItemSize(it.Key, it.Item)
+		size += store.ItemSize(it.Key, it.Item)
 	}
 	if len(items) <= fewItems && size <= fewBytes {
 		return &keyList{rv: rv, items: items}, nil
@@ -190,7 +191,7 @@ func (h *httpAPI) openScan(r request, prefix, after string) (*keyList, error) {
 }
 
 // read returns the next items, none at the end.
-func (l *keyList) read() ([]KeyItem, error) {
+func (l *keyList) read() ([]store.KeyItem, error) {
 	if l.scan != nil {
 		return l.scan.Read()
 	}
@@ -277,14 +278,14 @@ func appendListEnd(buf []byte, rv uint64, count int, after *string) []byte {
 	buf = strconv.AppendInt(buf, int64(count), 10)
 	if after != nil {
 		buf = append(buf, ',')
-		buf = AppendBytesField(buf, "after", *after)
+		buf = store.AppendBytesField(buf, "after", *after)
 	}
 	return append(buf, "}\n"...)
 }
 
 // turns makes a long read give way to writes.
 type turns struct {
-	store *Store
+	store *store.Store
 	began time.Time // the present turn
 	rv    uint64    // of the store at the last rest
 }
@@ -307,15 +308,15 @@ func (h *httpAPI) deletePrefix(w http.ResponseWriter, r request) error {
 	switch n := len(r.params.prefix); {
 	case n == 0:
 		return errNoPrefix
-	case n > KeySizeMax:
-		return fault.ErrInvalid.WithDetail("the prefix has %d bytes; no key has more than %d", n, KeySizeMax)
+	case n > store.KeySizeMax:
+		return fault.ErrInvalid.WithDetail("the prefix has %d bytes; no key has more than %d", n, store.KeySizeMax)
 	}
-	res, err := h.propose(w, r, Command{Op: OpDeletePrefix, Key: r.params.prefix}, "")
+	res, err := h.propose(w, r, store.Command{Op: store.OpDeletePrefix, Key: r.params.prefix}, "")
 	if err != nil {
 		return err
 	}
 	setResourceVersion(w.Header(), res.RV)
-	if res.Status == StatusTooMany {
+	if res.Status == store.StatusTooMany {
 		return fault.ErrTooManyKeys.WithDetail("more than %d keys have the prefix, or they are so long that their events do not fit into one step; delete by longer prefixes", h.store.Rules().DeletePrefixMax)
 	}
 	return writeJSON(w, r, struct {
@@ -361,21 +362,21 @@ func (s *stream) free() {
 
 // appendItem appends an item. A large value goes out in pieces, so that it takes no
 // more memory than others.
-func (s *stream) appendItem(key string, it Item, keysOnly bool) {
+func (s *stream) appendItem(key string, it store.Item, keysOnly bool) {
 	if keysOnly || len(it.Value) <= streamBufferSize {
-		s.buf = AppendItemJSON(s.buf, key, it, keysOnly)
+		s.buf = store.AppendItemJSON(s.buf, key, it, keysOnly)
 		s.flushLarge()
 		return
 	}
 	isText := utf8.ValidString(it.Value)
-	s.buf = AppendItemStart(s.buf, key, isText)
+	s.buf = store.AppendItemStart(s.buf, key, isText)
 	for rest := it.Value; rest != ""; {
 		piece := rest[:min(len(rest), streamPieceSize)]
 		rest = rest[len(piece):]
-		s.buf = AppendPiece(s.buf, piece, isText)
+		s.buf = store.AppendPiece(s.buf, piece, isText)
 		s.flushLarge()
 	}
-	s.buf = AppendItemEnd(append(s.buf, '"'), it)
+	s.buf = store.AppendItemEnd(append(s.buf, '"'), it)
 }
 
 // flushLarge writes what was appended if that is enough for a part.

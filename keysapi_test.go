@@ -21,27 +21,28 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/shares"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
 var itemTests = []struct {
 	key  string
-	it   Item
+	it   store.Item
 	want string
 }{
-	{"a", Item{Value: "1", RV: 7, Created: 3}, `{"key":"a","value":"1","resourceVersion":7,"createdResourceVersion":3}`},
-	{"a", Item{RV: 1, Created: 1, Expires: 1767366245678}, `{"key":"a","value":"","resourceVersion":1,"createdResourceVersion":1,"expiresAt":"2026-01-02T15:04:05.678Z"}`},
-	{"\xff", Item{Value: "\x80\x00", RV: 1, Created: 1}, `{"keyBase64":"/w==","valueBase64":"gAA=","resourceVersion":1,"createdResourceVersion":1}`},
-	{"é\"\\/", Item{Value: "\x00\x1f\n\r\t\x7f<>&\u2028", RV: 1<<64 - 1, Created: 1}, `{"key":"é\"\\/","value":"\u0000\u001f\n\r\t` + "\x7f<>&\u2028" + `","resourceVersion":18446744073709551615,"createdResourceVersion":1}`},
+	{"a", store.Item{Value: "1", RV: 7, Created: 3}, `{"key":"a","value":"1","resourceVersion":7,"createdResourceVersion":3}`},
+	{"a", store.Item{RV: 1, Created: 1, Expires: 1767366245678}, `{"key":"a","value":"","resourceVersion":1,"createdResourceVersion":1,"expiresAt":"2026-01-02T15:04:05.678Z"}`},
+	{"\xff", store.Item{Value: "\x80\x00", RV: 1, Created: 1}, `{"keyBase64":"/w==","valueBase64":"gAA=","resourceVersion":1,"createdResourceVersion":1}`},
+	{"é\"\\/", store.Item{Value: "\x00\x1f\n\r\t\x7f<>&\u2028", RV: 1<<64 - 1, Created: 1}, `{"key":"é\"\\/","value":"\u0000\u001f\n\r\t` + "\x7f<>&\u2028" + `","resourceVersion":18446744073709551615,"createdResourceVersion":1}`},
 }
 
 func TestItemJSON(t *testing.T) {
 	for _, tt := range itemTests {
-		if got := string(AppendItemJSON(nil, tt.key, tt.it, false)); got != tt.want {
+		if got := string(store.AppendItemJSON(nil, tt.key, tt.it, false)); got != tt.want {
 			t.Errorf("%s\nwant\n%s", got, tt.want)
 		}
 	}
-	got := string(AppendItemJSON([]byte("x"), "a", Item{Value: "1", RV: 2, Created: 1}, true))
+	got := string(store.AppendItemJSON([]byte("x"), "a", store.Item{Value: "1", RV: 2, Created: 1}, true))
 	if want := `x{"key":"a","resourceVersion":2,"createdResourceVersion":1}`; got != want {
 		t.Errorf("%s, want %s", got, want)
 	}
@@ -55,7 +56,7 @@ func FuzzItemJSON(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, key, value string, rv uint64, expires int64) {
 		expires &= 1<<47 - 1 // RFC 3339 has years of four digits
-		b := AppendItemJSON(nil, key, Item{Value: value, RV: rv, Created: rv / 2, Expires: expires}, false)
+		b := store.AppendItemJSON(nil, key, store.Item{Value: value, RV: rv, Created: rv / 2, Expires: expires}, false)
 		var got testkit.JSONItem
 		d := json.NewDecoder(strings.NewReader(string(b)))
 		d.DisallowUnknownFields()
@@ -83,10 +84,10 @@ func BenchmarkItemJSON(b *testing.B) {
 	for _, size := range []int{64, 1024} {
 		b.Run(fmt.Sprintf("size=%d", size), func(b *testing.B) {
 			var buf []byte
-			it := Item{Value: strings.Repeat("v", size), RV: 123456, Created: 123}
+			it := store.Item{Value: strings.Repeat("v", size), RV: 123456, Created: 123}
 			b.SetBytes(int64(size))
 			for b.Loop() {
-				buf = AppendItemJSON(buf[:0], "some/key-123456", it, false)
+				buf = store.AppendItemJSON(buf[:0], "some/key-123456", it, false)
 			}
 		})
 	}
@@ -94,7 +95,7 @@ func BenchmarkItemJSON(b *testing.B) {
 
 func TestHTTP_GetItem(t *testing.T) {
 	f := newFront(t)
-	for i, key := range []string{"a", "1", "a/b//c", "a/", "/", "..", "../keys", "", "-", "-/v1/txn", "\x00\xff", "é", "%", "?a=b", " ", strings.Repeat("\xff", KeySizeMax)} {
+	for i, key := range []string{"a", "1", "a/b//c", "a/", "/", "..", "../keys", "", "-", "-/v1/txn", "\x00\xff", "é", "%", "?a=b", " ", strings.Repeat("\xff", store.KeySizeMax)} {
 		target := "/-/v1/keys/" + keyPath(key)[1:]
 		if key == "" {
 			f.do("GET", target, "").Want(t, 404)
@@ -123,7 +124,7 @@ func TestHTTP_GetItem(t *testing.T) {
 		t.Errorf("%+v", p)
 	}
 	f.do("GET", "/-/v1/keys/a%zz", "").Want(t, 400)
-	f.do("GET", "/-/v1/keys/"+strings.Repeat("a", KeySizeMax+1), "").Want(t, 400)
+	f.do("GET", "/-/v1/keys/"+strings.Repeat("a", store.KeySizeMax+1), "").Want(t, 400)
 	// A key of many slashes, unescaped.
 	if it := testkit.MustDecode[testkit.JSONItem](t, f.do("GET", "/-/v1/keys/a/b//c", "")); it.RawKey() != "a/b//c" {
 		t.Error(it.RawKey())
@@ -158,7 +159,7 @@ func TestHTTP_List(t *testing.T) {
 		{"?prefix=b%FF", all[5:7], ""},
 		{"?prefix=b%FF%FF", all[6:7], ""},
 		{"?prefix=c", nil, ""},
-		{"?prefix=" + strings.Repeat("c", 2*KeySizeMax), nil, ""},
+		{"?prefix=" + strings.Repeat("c", 2*store.KeySizeMax), nil, ""},
 	} {
 		for _, keysOnly := range []bool{false, true} {
 			target := "/-/v1/keys" + tt.query
@@ -368,7 +369,7 @@ func TestHTTP_ExactPages(t *testing.T) {
 
 func TestTurns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		kv := New()
+		kv := store.New()
 		turn := turns{store: kv, began: time.Now()}
 		for _, tt := range []struct {
 			writes       bool
@@ -384,8 +385,8 @@ func TestTurns(t *testing.T) {
 			{true, streamTurn, 0}, // or where one would have been
 		} {
 			if tt.writes {
-				c := Command{Op: OpPut, Key: "a", Value: "1"}
-				if _, err := kv.Apply(kv.Applied()+1, 1, BatchHeader{Session: 1, Seq: kv.Applied() + 1}, c.AppendTo(nil), nil); err != nil {
+				c := store.Command{Op: store.OpPut, Key: "a", Value: "1"}
+				if _, err := kv.Apply(kv.Applied()+1, 1, store.BatchHeader{Session: 1, Seq: kv.Applied() + 1}, c.AppendTo(nil), nil); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -425,7 +426,7 @@ func TestHTTP_StreamBesideWrites(t *testing.T) {
 			f.put(fmt.Sprintf("key-%05d-more", i), "new")
 		}
 	}
-	if _, err := f.backend.propose(t.Context(), 0, Command{Op: OpDeletePrefix, Key: "key-4"}); err != nil {
+	if _, err := f.backend.propose(t.Context(), 0, store.Command{Op: store.OpDeletePrefix, Key: "key-4"}); err != nil {
 		t.Fatal(err)
 	}
 	body, err := io.ReadAll(res.Body)
@@ -445,7 +446,7 @@ func TestHTTP_StreamBesideWrites(t *testing.T) {
 
 func TestHTTP_TooManyStreams(t *testing.T) {
 	f := newFront(t)
-	for range ScansMax {
+	for range store.ScansMax {
 		sc, err := f.store.Scan("", "")
 		if err != nil {
 			t.Fatal(err)
@@ -469,7 +470,7 @@ func TestHTTP_ListSize(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newFront(t)
-			n := min(listSizeMax*9/8/len(AppendItemJSON(nil, "key-000000", Item{Value: value, RV: 1000, Created: 1000}, false)), 9000)
+			n := min(listSizeMax*9/8/len(store.AppendItemJSON(nil, "key-000000", store.Item{Value: value, RV: 1000, Created: 1000}, false)), 9000)
 			for i := range n {
 				f.put(fmt.Sprintf("key-%06d", i), value)
 			}
@@ -496,7 +497,7 @@ func TestHTTP_ListSize(t *testing.T) {
 		})
 	}
 	f := newFront(t)
-	f.store.State.Items.Set("a", Item{Value: strings.Repeat("v", listSizeMax), RV: 1}) // larger than --max-value-bytes was once
+	f.store.State.Items.Set("a", store.Item{Value: strings.Repeat("v", listSizeMax), RV: 1}) // larger than --max-value-bytes was once
 	f.put("b", "v")
 	if list := testkit.MustDecode[testkit.JSONList](t, f.do("GET", "/-/v1/keys", "")); len(list.Items) != 1 || list.After == nil || *list.After != "a" {
 		t.Errorf("%d items of which one is too large", len(list.Items))
@@ -514,17 +515,17 @@ func TestStream_LargeValues(t *testing.T) {
 	} {
 		w := httptest.NewRecorder()
 		s := newStream(w, request{Request: httptest.NewRequest("GET", "/", nil)}, typeJSON)
-		it := Item{Value: value, RV: 7, Created: 3, Expires: 1}
+		it := store.Item{Value: value, RV: 7, Created: 3, Expires: 1}
 		s.appendItem("k", it, false)
 		if got := cap(s.buf); got > 4*streamBufferSize {
 			t.Errorf("it took %d bytes", got)
 		}
 		s.end()
-		if want := AppendItemJSON(nil, "k", it, false); !bytes.Equal(w.Body.Bytes(), want) {
+		if want := store.AppendItemJSON(nil, "k", it, false); !bytes.Equal(w.Body.Bytes(), want) {
 			t.Errorf("%d bytes, want %d", w.Body.Len(), len(want))
 		}
-		size, exact := ItemJSONSize(KeyItem{Key: "k", Item: it}, false), w.Body.Len()
-		if most := ItemSizeMax(KeyItem{Key: "k", Item: it}, false); size < exact || size > exact+ItemFixedSize || most < size {
+		size, exact := store.ItemJSONSize(store.KeyItem{Key: "k", Item: it}, false), w.Body.Len()
+		if most := store.ItemSizeMax(store.KeyItem{Key: "k", Item: it}, false); size < exact || size > exact+store.ItemFixedSize || most < size {
 			t.Errorf("size %d, at most %d, is %d", size, most, exact)
 		}
 	}
@@ -618,7 +619,7 @@ func TestHTTP_SlowStream(t *testing.T) {
 func TestHTTP_StreamThatFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newPipeFront(t)
-		for i := range ScanPart { // the first part, most of which waits for the client
+		for i := range store.ScanPart { // the first part, most of which waits for the client
 			f.put(fmt.Sprintf("a%03d", i), strings.Repeat("v", 1<<10))
 		}
 		const n = 70
@@ -665,13 +666,13 @@ func TestHTTP_DeletePrefix(t *testing.T) {
 	if list, _ := f.store.List("", "", 10); len(list) != 2 || list[0].Key != "a" || list[1].Key != "b" {
 		t.Errorf("%+v", list)
 	}
-	for i := range DeletePrefixMax + 1 {
+	for i := range store.DeletePrefixMax + 1 {
 		f.put(fmt.Sprintf("many/%d", i), "v")
 	}
 	before := f.store.Version()
 	a = f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: a")
 	a.Want(t, 413)
-	if p := mustProblem(t, a); p.Code != "too-many-keys" || p.Outcome != fault.NotApplied || !strings.Contains(p.Detail, strconv.Itoa(DeletePrefixMax)) {
+	if p := mustProblem(t, a); p.Code != "too-many-keys" || p.Outcome != fault.NotApplied || !strings.Contains(p.Detail, strconv.Itoa(store.DeletePrefixMax)) {
 		t.Errorf("%+v", p)
 	}
 	if rv := f.store.Version(); rv != before {
@@ -681,7 +682,7 @@ func TestHTTP_DeletePrefix(t *testing.T) {
 	a = f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: a")
 	a.Want(t, 413) // the same request, the same answer
 	a.WantHeader(t, "Idempotency-Replayed", "true")
-	if got := testkit.MustDecode[deleted](t, f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: b")); got != (deleted{DeletePrefixMax, before + 2}) {
+	if got := testkit.MustDecode[deleted](t, f.do("DELETE", "/-/v1/keys?prefix=many", "", "Idempotency-Key: b")); got != (deleted{store.DeletePrefixMax, before + 2}) {
 		t.Errorf("%+v", got)
 	}
 }
@@ -702,7 +703,7 @@ var streamed = map[string]func(body string) error{
 		if err := os.WriteFile(path, []byte(body), 0o600); err != nil {
 			return nil // which fails the test
 		}
-		_, err := ReadBackup(path)
+		_, err := store.ReadBackup(path)
 		return err
 	},
 	"/-/v1/watch": func(body string) error {
@@ -761,7 +762,7 @@ func TestHTTP_StreamsEndVisibly(t *testing.T) {
 func TestHTTP_StreamThatFailsOverHTTP10(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newPipeFront(t)
-		for i := range ScanPart {
+		for i := range store.ScanPart {
 			f.put(fmt.Sprintf("a%03d", i), strings.Repeat("v", 1<<10))
 		}
 		const n = 70
@@ -785,7 +786,7 @@ func TestHTTP_StreamThatFailsOverHTTP10(t *testing.T) {
 			t.Fatal(err)
 		}
 		if items, _, err := readStream(string(body)); err == nil {
-			t.Errorf("%d items of %d pass for all", len(items), ScanPart+n)
+			t.Errorf("%d items of %d pass for all", len(items), store.ScanPart+n)
 		}
 		synctest.Wait()
 		if got := testkit.Gather(t, f.config.registry)[`raftrv_http_requests_total{code="500",method="GET",route="/-/v1/keys"}`]; got != 1 {

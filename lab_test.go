@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"go.etcd.io/raft/v3"
+
+	"raftrv/internal/store"
 )
 
 // This file is the harness of the lab: the 25 scenarios of the raft course MIT
@@ -290,7 +292,7 @@ func (l *lab) flood(n *simNode, count int, timeout time.Duration) {
 	p.loop.call(func() error {
 		for range count {
 			b := newBatch(nil)
-			b.add(&Command{Op: OpPut, Key: "x", Value: l.value()})
+			b.add(&store.Command{Op: store.OpPut, Key: "x", Value: l.value()})
 			b.deadline = n.clock().Add(timeout)
 			p.replica.propose(b)
 		}

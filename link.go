@@ -17,6 +17,8 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"golang.org/x/time/rate"
 	"google.golang.org/protobuf/proto"
+
+	"raftrv/internal/store"
 )
 
 // link connects this node with one member, in both directions. It is a
@@ -27,7 +29,7 @@ import (
 // A link is never changed: a member that moves, or is silent, gets a new one.
 type link struct {
 	network *peerNetwork
-	member  Member
+	member  store.Member
 	http    *rafthttp.Transport
 	handler http.Handler // of what the member sends
 	outbox  *snapshotOutbox
@@ -49,7 +51,7 @@ type link struct {
 }
 
 // openLink connects to a member, which may be away. outbox is that of the link before.
-func (n *peerNetwork) openLink(m Member, outbox *snapshotOutbox) (*link, error) {
+func (n *peerNetwork) openLink(m store.Member, outbox *snapshotOutbox) (*link, error) {
 	urls := []string{m.PeerURL}
 	if _, err := types.NewURLs(urls); err != nil { // rafthttp would panic
 		return nil, fmt.Errorf("member %d: %w", m.ID, err)

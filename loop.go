@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // This file drives the replica in production: one goroutine, the loop, owns it.
@@ -83,7 +84,7 @@ type inbox struct {
 // message is a raft message, with the body it came with if it is a snapshot.
 type message struct {
 	*raftpb.Message
-	body *State
+	body *store.State
 }
 
 // replicaStatus is what other goroutines may know of the replica.
@@ -399,25 +400,25 @@ func messageSize(m *raftpb.Message) int {
 }
 
 // propose replicates a command and returns what applying it came to.
-func (l *loop) propose(ctx context.Context, timeout time.Duration, c Command) (Result, error) {
+func (l *loop) propose(ctx context.Context, timeout time.Duration, c store.Command) (store.Result, error) {
 	b, i, err := l.enqueue(&c, l.clock().Add(timeout))
 	if err != nil {
-		return Result{}, err
+		return store.Result{}, err
 	}
 	if err := l.await(ctx, b.done, timeout); err != nil {
-		return Result{}, l.giveUp(b, i)
+		return store.Result{}, l.giveUp(b, i)
 	}
 	if b.err != nil {
-		return Result{}, b.err
+		return store.Result{}, b.err
 	}
-	if b.results[i].Status == StatusNone { // it came too late for the proposal that counted
-		return Result{}, fault.ErrUnknown
+	if b.results[i].Status == store.StatusNone { // it came too late for the proposal that counted
+		return store.Result{}, fault.ErrUnknown
 	}
 	return b.results[i], nil
 }
 
 // enqueue adds a command to the open batch and returns its place there.
-func (l *loop) enqueue(c *Command, deadline time.Time) (b *batch, i int, err error) {
+func (l *loop) enqueue(c *store.Command, deadline time.Time) (b *batch, i int, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	size := c.EncodedSizeMax()
@@ -428,11 +429,11 @@ func (l *loop) enqueue(c *Command, deadline time.Time) (b *batch, i int, err err
 	before := len(b.data)
 	b.add(c)
 	// One command that some member does not know would be the end of its batch.
-	err = CheckCommands(b.data[before:], max(LevelFirst, l.status.Load().level))
+	err = store.CheckCommands(b.data[before:], max(store.LevelFirst, l.status.Load().level))
 	if err != nil && l.replica != nil {
 		// The level may have been raised in the turn that goes on, and the front, which
 		// asks the store, made the command with the new one.
-		err = CheckCommands(b.data[before:], l.replica.store.Level())
+		err = store.CheckCommands(b.data[before:], l.replica.store.Level())
 	}
 	if err != nil {
 		b.data, b.offsets, b.events = b.data[:before], b.offsets[:len(b.offsets)-1], b.events-c.EventsMax()
@@ -461,7 +462,7 @@ func (l *loop) refusal(size int) error {
 // openBatch returns a batch that has room for size more bytes and so many events.
 func (l *loop) openBatch(size, events int) *batch {
 	if n := len(l.inbox.queue); n > 0 {
-		if b := l.inbox.queue[n-1]; b.change == nil && len(b.data)+size <= batchSizeMax && b.events+events <= BatchEventsMax {
+		if b := l.inbox.queue[n-1]; b.change == nil && len(b.data)+size <= batchSizeMax && b.events+events <= store.BatchEventsMax {
 			return b
 		}
 	}
@@ -524,34 +525,34 @@ type abandonedCommand struct {
 }
 
 // addMember adds a learner.
-func (l *loop) addMember(ctx context.Context, timeout time.Duration, m Member) error {
-	return l.changeMember(ctx, timeout, MemberChange{Kind: AddLearner, Member: m})
+func (l *loop) addMember(ctx context.Context, timeout time.Duration, m store.Member) error {
+	return l.changeMember(ctx, timeout, store.MemberChange{Kind: store.AddLearner, Member: m})
 }
 
 // removeMember removes a member.
 func (l *loop) removeMember(ctx context.Context, timeout time.Duration, id uint64) error {
-	return l.changeMember(ctx, timeout, MemberChange{Kind: RemoveMember, Member: Member{ID: id}})
+	return l.changeMember(ctx, timeout, store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: id}})
 }
 
 // promoteMember makes a learner a voter.
 func (l *loop) promoteMember(ctx context.Context, timeout time.Duration, id uint64) error {
-	return l.changeMember(ctx, timeout, MemberChange{Kind: PromoteLearner, Member: Member{ID: id}})
+	return l.changeMember(ctx, timeout, store.MemberChange{Kind: store.PromoteLearner, Member: store.Member{ID: id}})
 }
 
 // updateMember changes what is known of a member.
-func (l *loop) updateMember(ctx context.Context, timeout time.Duration, m Member) error {
+func (l *loop) updateMember(ctx context.Context, timeout time.Duration, m store.Member) error {
 	m.Learner, m.Promote = false, false // these change by other calls
 	value, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}
-	res, err := l.propose(ctx, timeout, Command{Op: OpMember, Value: string(value)})
+	res, err := l.propose(ctx, timeout, store.Command{Op: store.OpMember, Value: string(value)})
 	switch {
 	case err != nil:
 		return err
-	case res.Status == StatusNotFound:
+	case res.Status == store.StatusNotFound:
 		return fault.ErrNotFound.WithDetail("there is no member %d", m.ID)
-	case res.Status == StatusPrecondition:
+	case res.Status == store.StatusPrecondition:
 		return fault.ErrMember.WithDetail("another member already has the peer URL %s", m.PeerURL)
 	}
 	return nil
@@ -595,7 +596,7 @@ func (l *loop) transferLeader(ctx context.Context, timeout time.Duration, id uin
 }
 
 // changeMember changes the membership and returns when the change is applied.
-func (l *loop) changeMember(ctx context.Context, timeout time.Duration, c MemberChange) error {
+func (l *loop) changeMember(ctx context.Context, timeout time.Duration, c store.MemberChange) error {
 	b, err := newMemberChange(c, l.clock().Add(timeout))
 	if err != nil {
 		return err

@@ -15,14 +15,15 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
 // noTransport is for a cluster of one.
 type noTransport struct{}
 
-func (noTransport) send([]*raftpb.Message) {}
-func (noTransport) setMembers([]Member)    {}
+func (noTransport) send([]*raftpb.Message)    {}
+func (noTransport) setMembers([]store.Member) {}
 
 // newLoneLoop returns the loop of a single voter, which leads.
 func newLoneLoop(t *testing.T, applied func(), at hook) *loop {
@@ -32,7 +33,7 @@ func newLoneLoop(t *testing.T, applied func(), at hook) *loop {
 	l := newLoop(10*time.Millisecond, applied, zap.NewNop())
 	r, err := newReplica(replicaConfig{
 		id: 1, session: 1, electionTicks: 10, heartbeatTicks: 1, snapshotEntries: 1 << 20, snapshotBytes: 1 << 30, log: rec.log,
-		store: &Store{State: rec.state}, confState: rec.confState, disk: disk, transport: noTransport{}, driver: l, logger: zap.NewNop(), hook: at,
+		store: &store.Store{State: rec.state}, confState: rec.confState, disk: disk, transport: noTransport{}, driver: l, logger: zap.NewNop(), hook: at,
 	})
 	testkit.Must(t, err)
 	l.replica = r
@@ -54,13 +55,13 @@ func TestLoop_IterationsEnd(t *testing.T) {
 			return nil
 		}
 		if rounds++; rounds < 100 { // an end for a loop that has none
-			_, _, err := l.enqueue(&Command{Op: OpPut, Key: fmt.Sprint(rounds), Value: "v"}, time.Now().Add(time.Hour))
+			_, _, err := l.enqueue(&store.Command{Op: store.OpPut, Key: fmt.Sprint(rounds), Value: "v"}, time.Now().Add(time.Hour))
 			return err
 		}
 		stop = true
 		return nil
 	})
-	_, _, err := l.enqueue(&Command{Op: OpPut, Key: "first", Value: "v"}, time.Now().Add(time.Hour))
+	_, _, err := l.enqueue(&store.Command{Op: store.OpPut, Key: "first", Value: "v"}, time.Now().Add(time.Hour))
 	testkit.Must(t, err)
 	for iterations := 1; !stop; iterations++ {
 		before, version, told := rounds, l.replica.store.Version(), notified
@@ -148,7 +149,7 @@ func TestLoop_TimeOfBatch(t *testing.T) {
 	var l *loop
 	var second *batch
 	put := func(key string) *batch {
-		b, _, err := l.enqueue(&Command{Op: OpPut, Key: key, Value: "v", TTL: ttl.Milliseconds()}, now.Add(time.Hour))
+		b, _, err := l.enqueue(&store.Command{Op: store.OpPut, Key: key, Value: "v", TTL: ttl.Milliseconds()}, now.Add(time.Hour))
 		testkit.Must(t, err)
 		return b
 	}

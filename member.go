@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/store"
 )
 
 // This file is how a node finds its place in a cluster: whose data directory it
@@ -37,7 +39,7 @@ type surroundings interface {
 	// waiting says for whom the node waits, for its clients.
 	waiting(whom []string)
 	// ask asks the nodes at the members' addresses who they are.
-	ask(ctx context.Context, members []Member) map[uint64]peerAnswer
+	ask(ctx context.Context, members []store.Member) map[uint64]peerAnswer
 	now() time.Time
 	// pause lets so much time pass, and says whether it did before ctx ended.
 	pause(ctx context.Context, d time.Duration) bool
@@ -160,7 +162,7 @@ func (p *place) join(ctx context.Context, rec *recovered, own *founding) (*recov
 		id.Directory = own.Directory // a founder may be told to join what the others have founded
 	}
 	p.around.tell(peerInfo{Node: id.Member, Process: p.process})
-	others := slices.DeleteFunc(slices.Clone(p.cfg.members), func(m Member) bool { return m.ID == id.Member })
+	others := slices.DeleteFunc(slices.Clone(p.cfg.members), func(m store.Member) bool { return m.ID == id.Member })
 	var info *peerInfo
 	err := p.poll(ctx, "waiting for a node of the cluster to answer", func() (done bool, waiting []string, err error) {
 		answers := p.around.ask(ctx, others)
@@ -326,7 +328,7 @@ const freshRetry = 50 * time.Millisecond
 // announce makes known to the cluster where this node serves clients and which
 // data directory it has.
 func (n *node) announce(ctx context.Context) error {
-	update := Member{ID: n.config.id, ClientURL: n.config.clientURL, Directory: n.directory}
+	update := store.Member{ID: n.config.id, ClientURL: n.config.clientURL, Directory: n.directory}
 	value, err := json.Marshal(update)
 	if err != nil {
 		return err
@@ -340,7 +342,7 @@ func (n *node) announce(ctx context.Context) error {
 			if ok && m.ClientURL == update.ClientURL && m.Directory == update.Directory {
 				return nil
 			}
-			if _, err := n.loop.propose(ctx, n.config.requestTimeout, Command{Op: OpMember, Value: string(value)}); err != nil {
+			if _, err := n.loop.propose(ctx, n.config.requestTimeout, store.Command{Op: store.OpMember, Value: string(value)}); err != nil {
 				n.logger.Debug("announce this node", zap.Error(err))
 			}
 		}
@@ -392,7 +394,7 @@ func (n *node) keepPlace(ctx context.Context) error {
 		}
 		var left error
 		if n.loop.status.Load().leader == 0 {
-			members := slices.DeleteFunc(n.store.Members(), func(m Member) bool { return m.Learner })
+			members := slices.DeleteFunc(n.store.Members(), func(m store.Member) bool { return m.Learner })
 			answers := askPeers(ctx, members)
 			left = leftOut(n.config, n.cluster, members, answers)
 			if now := time.Now(); now.After(sayAt) {
@@ -413,7 +415,7 @@ func (n *node) keepPlace(ctx context.Context) error {
 }
 
 // unreached says which other voters a node does not reach, and what came instead.
-func (n *node) unreached(members []Member, answers map[uint64]peerAnswer) (whom []string) {
+func (n *node) unreached(members []store.Member, answers map[uint64]peerAnswer) (whom []string) {
 	for _, m := range members {
 		if a := answers[m.ID]; m.ID != n.config.id && !m.Learner && (a.info == nil || a.info.Cluster != fmt.Sprintf("%x", n.cluster)) {
 			whom = append(whom, fmt.Sprintf("node %d (%s): %s", m.ID, m.PeerURL, a.describe()))
@@ -424,7 +426,7 @@ func (n *node) unreached(members []Member, answers map[uint64]peerAnswer) (whom 
 
 // leftOut says that a node's cluster can have no majority any more, since so many
 // others are in another one, which was founded without this node.
-func leftOut(cfg config, cluster uint64, members []Member, answers map[uint64]peerAnswer) error {
+func leftOut(cfg config, cluster uint64, members []store.Member, answers map[uint64]peerAnswer) error {
 	var voters int
 	var gone []string
 	var theirs string

@@ -15,33 +15,34 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // What the state machine makes of changes of the membership.
 func TestChangeMember(t *testing.T) {
-	two := []Member{{ID: 1, PeerURL: "http://a:1"}, {ID: 2, PeerURL: "http://b:1"}}
-	withLearner := append(slices.Clone(two), Member{ID: 3, PeerURL: "http://c:1", Learner: true, Promote: true})
+	two := []store.Member{{ID: 1, PeerURL: "http://a:1"}, {ID: 2, PeerURL: "http://b:1"}}
+	withLearner := append(slices.Clone(two), store.Member{ID: 3, PeerURL: "http://c:1", Learner: true, Promote: true})
 	for _, tt := range []struct {
 		name    string
-		members []Member
+		members []store.Member
 		removed uint64
-		change  MemberChange
-		want    []Member // if it is not refused
-		refused string   // part of it
+		change  store.MemberChange
+		want    []store.Member // if it is not refused
+		refused string         // part of it
 	}{
-		{"add", two, 0, MemberChange{Kind: AddLearner, Member: Member{ID: 3, PeerURL: "http://c:1", Promote: true}}, withLearner, ""},
-		{"add again", two, 0, MemberChange{Kind: AddLearner, Member: Member{ID: 2, PeerURL: "http://c:1"}}, nil, "exists already, at http://b:1"},
-		{"add at the URL of another", two, 0, MemberChange{Kind: AddLearner, Member: Member{ID: 3, PeerURL: "http://b:1"}}, nil, "member 2 already has the peer URL http://b:1"},
-		{"add a removed ID", two, 3, MemberChange{Kind: AddLearner, Member: Member{ID: 3, PeerURL: "http://c:1"}}, nil, "an ID is never used again"},
-		{"promote", withLearner, 0, MemberChange{Kind: PromoteLearner, Member: Member{ID: 3}}, append(slices.Clone(two), Member{ID: 3, PeerURL: "http://c:1"}), ""},
-		{"promote a voter", withLearner, 0, MemberChange{Kind: PromoteLearner, Member: Member{ID: 2}}, nil, "a voter already"},
-		{"promote nobody", two, 0, MemberChange{Kind: PromoteLearner, Member: Member{ID: 3}}, nil, "there is no member 3"},
-		{"promote a removed ID", two, 3, MemberChange{Kind: PromoteLearner, Member: Member{ID: 3}}, nil, "was removed"},
-		{"remove a voter", two, 0, MemberChange{Kind: RemoveMember, Member: Member{ID: 1}}, two[1:], ""},
-		{"remove a learner", withLearner, 0, MemberChange{Kind: RemoveMember, Member: Member{ID: 3}}, two, ""},
-		{"remove nobody", two, 0, MemberChange{Kind: RemoveMember, Member: Member{ID: 3}}, nil, "there is no member 3"},
-		{"remove twice", two, 3, MemberChange{Kind: RemoveMember, Member: Member{ID: 3}}, nil, "was removed"},
-		{"remove the last voter", withLearner[1:], 0, MemberChange{Kind: RemoveMember, Member: Member{ID: 2}}, nil, "member 2 is the last voter"},
+		{"add", two, 0, store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: 3, PeerURL: "http://c:1", Promote: true}}, withLearner, ""},
+		{"add again", two, 0, store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: 2, PeerURL: "http://c:1"}}, nil, "exists already, at http://b:1"},
+		{"add at the URL of another", two, 0, store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: 3, PeerURL: "http://b:1"}}, nil, "member 2 already has the peer URL http://b:1"},
+		{"add a removed ID", two, 3, store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: 3, PeerURL: "http://c:1"}}, nil, "an ID is never used again"},
+		{"promote", withLearner, 0, store.MemberChange{Kind: store.PromoteLearner, Member: store.Member{ID: 3}}, append(slices.Clone(two), store.Member{ID: 3, PeerURL: "http://c:1"}), ""},
+		{"promote a voter", withLearner, 0, store.MemberChange{Kind: store.PromoteLearner, Member: store.Member{ID: 2}}, nil, "a voter already"},
+		{"promote nobody", two, 0, store.MemberChange{Kind: store.PromoteLearner, Member: store.Member{ID: 3}}, nil, "there is no member 3"},
+		{"promote a removed ID", two, 3, store.MemberChange{Kind: store.PromoteLearner, Member: store.Member{ID: 3}}, nil, "was removed"},
+		{"remove a voter", two, 0, store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: 1}}, two[1:], ""},
+		{"remove a learner", withLearner, 0, store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: 3}}, two, ""},
+		{"remove nobody", two, 0, store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: 3}}, nil, "there is no member 3"},
+		{"remove twice", two, 3, store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: 3}}, nil, "was removed"},
+		{"remove the last voter", withLearner[1:], 0, store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: 2}}, nil, "member 2 is the last voter"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			st := stateWithMembers(tt.members)
@@ -64,7 +65,7 @@ func TestChangeMember(t *testing.T) {
 				t.Fatal(err)
 			}
 			wantMembers(t, &st, tt.want)
-			if removed := tt.change.Kind == RemoveMember; st.Removed[tt.change.Member.ID] != removed {
+			if removed := tt.change.Kind == store.RemoveMember; st.Removed[tt.change.Member.ID] != removed {
 				t.Errorf("removed IDs: %v", st.Removed)
 			}
 		})
@@ -72,53 +73,53 @@ func TestChangeMember(t *testing.T) {
 }
 
 func TestUpdateMember(t *testing.T) {
-	first := Member{ID: 1, Name: "one", PeerURL: "http://a:1", ClientURL: "http://a:2", Directory: 7}
-	other := Member{ID: 2, PeerURL: "http://b:1", Learner: true, Promote: true}
+	first := store.Member{ID: 1, Name: "one", PeerURL: "http://a:1", ClientURL: "http://a:2", Directory: 7}
+	other := store.Member{ID: 2, PeerURL: "http://b:1", Learner: true, Promote: true}
 	for _, tt := range []struct {
 		name   string
-		update Member
-		want   Member
-		status Status
+		update store.Member
+		want   store.Member
+		status store.Status
 	}{
-		{"nothing", Member{ID: 1}, first, StatusReplaced},
-		{"one field", Member{ID: 1, Name: "uno"}, Member{ID: 1, Name: "uno", PeerURL: "http://a:1", ClientURL: "http://a:2", Directory: 7}, StatusReplaced},
-		{"all fields", Member{ID: 1, Name: "n", PeerURL: "http://c:1", ClientURL: "http://c:2", Directory: 8},
-			Member{ID: 1, Name: "n", PeerURL: "http://c:1", ClientURL: "http://c:2", Directory: 8}, StatusReplaced},
-		{"the same URL", Member{ID: 1, PeerURL: "http://a:1"}, first, StatusReplaced},
-		{"the URL of another", Member{ID: 1, PeerURL: "http://b:1"}, first, StatusPrecondition},
-		{"no vote is lost", Member{ID: 1, Learner: true, Promote: true}, first, StatusReplaced},
-		{"nobody", Member{ID: 3, PeerURL: "http://c:1"}, first, StatusNotFound},
+		{"nothing", store.Member{ID: 1}, first, store.StatusReplaced},
+		{"one field", store.Member{ID: 1, Name: "uno"}, store.Member{ID: 1, Name: "uno", PeerURL: "http://a:1", ClientURL: "http://a:2", Directory: 7}, store.StatusReplaced},
+		{"all fields", store.Member{ID: 1, Name: "n", PeerURL: "http://c:1", ClientURL: "http://c:2", Directory: 8},
+			store.Member{ID: 1, Name: "n", PeerURL: "http://c:1", ClientURL: "http://c:2", Directory: 8}, store.StatusReplaced},
+		{"the same URL", store.Member{ID: 1, PeerURL: "http://a:1"}, first, store.StatusReplaced},
+		{"the URL of another", store.Member{ID: 1, PeerURL: "http://b:1"}, first, store.StatusPrecondition},
+		{"no vote is lost", store.Member{ID: 1, Learner: true, Promote: true}, first, store.StatusReplaced},
+		{"nobody", store.Member{ID: 3, PeerURL: "http://c:1"}, first, store.StatusNotFound},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			st := stateWithMembers([]Member{first, other})
+			st := stateWithMembers([]store.Member{first, other})
 			value, err := json.Marshal(tt.update)
 			if err != nil {
 				t.Fatal(err)
 			}
-			update, err := DecodeMember(value)
+			update, err := store.DecodeMember(value)
 			if r := st.UpdateMember(update); err != nil || r.Status != tt.status {
 				t.Errorf("%+v, %v", r, err)
 			}
-			wantMembers(t, &st, []Member{tt.want, other})
-			if counted := st.Updates == 1; counted != (tt.status == StatusReplaced) {
+			wantMembers(t, &st, []store.Member{tt.want, other})
+			if counted := st.Updates == 1; counted != (tt.status == store.StatusReplaced) {
 				t.Errorf("%d updates", st.Updates)
 			}
 		})
 	}
-	if _, err := DecodeMember("{"); err == nil {
+	if _, err := store.DecodeMember("{"); err == nil {
 		t.Error("malformed update accepted")
 	}
 }
 
-func stateWithMembers(members []Member) State {
-	st := NewState()
+func stateWithMembers(members []store.Member) store.State {
+	st := store.NewState()
 	for _, m := range members {
 		st.Members[m.ID] = m
 	}
 	return st
 }
 
-func wantMembers(t *testing.T, st *State, want []Member) {
+func wantMembers(t *testing.T, st *store.State, want []store.Member) {
 	t.Helper()
 	if got := st.SortedMembers(); !slices.Equal(got, want) {
 		t.Errorf("members %+v\nwant %+v", got, want)
@@ -127,7 +128,7 @@ func wantMembers(t *testing.T, st *State, want []Member) {
 
 // A node that comes back without what it has promised is refused.
 func TestCheckDirectory(t *testing.T) {
-	members := []Member{{ID: 1, Directory: 11}, {ID: 2}}
+	members := []store.Member{{ID: 1, Directory: 11}, {ID: 2}}
 	for _, tt := range []struct {
 		name      string
 		id        uint64
@@ -167,7 +168,7 @@ func (s *sim) changed(t *testing.T, b *batch) error {
 }
 
 // mustChange makes a change, which must succeed.
-func (s *sim) mustChange(t *testing.T, n *simNode, c MemberChange) {
+func (s *sim) mustChange(t *testing.T, n *simNode, c store.MemberChange) {
 	t.Helper()
 	if err := s.changed(t, n.proposeChange(c, memberTimeout)); err != nil {
 		t.Fatal(err)
@@ -196,12 +197,12 @@ func TestMembers_LearnerIsPromoted(t *testing.T) {
 	s, leader := newScenario(t, defaultSimConfig(1, 3))
 	s.wait(t, s.begin(leader, putOp("k", "v"), time.Second))
 	joining := s.addNode("http://n4", true)
-	s.mustChange(t, leader, MemberChange{Kind: AddLearner, Member: Member{ID: 4, PeerURL: joining.url, Promote: true}})
+	s.mustChange(t, leader, store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: 4, PeerURL: joining.url, Promote: true}})
 	s.run(time.Second)
 	if m, _ := leader.process.store.Member(4); !m.Learner {
 		t.Fatalf("promoted before it was started: %+v", m)
 	}
-	s.wantRefused(t, leader.proposeChange(MemberChange{Kind: PromoteLearner, Member: Member{ID: 4}}, memberTimeout), "has not caught up")
+	s.wantRefused(t, leader.proposeChange(store.MemberChange{Kind: store.PromoteLearner, Member: store.Member{ID: 4}}, memberTimeout), "has not caught up")
 	joining.start()
 	s.wantVoter(t, leader, 4)
 	s.wait(t, s.begin(joining, putOp("k", "of the new one"), time.Second))
@@ -211,13 +212,13 @@ func TestMembers_LearnerIsPromoted(t *testing.T) {
 func TestMembers_LearnerStaysOne(t *testing.T) {
 	s, leader := newScenario(t, defaultSimConfig(1, 3))
 	joining := s.addNode("http://n4", true)
-	s.mustChange(t, leader, MemberChange{Kind: AddLearner, Member: Member{ID: 4, PeerURL: joining.url}})
+	s.mustChange(t, leader, store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: 4, PeerURL: joining.url}})
 	joining.start()
 	s.run(3 * time.Second)
 	if m, _ := joining.process.store.Member(4); !m.Learner || joining.process.replica.roleName() != "learner" {
 		t.Fatalf("%+v, %s", m, joining.process.replica.roleName())
 	}
-	s.mustChange(t, joining, MemberChange{Kind: PromoteLearner, Member: Member{ID: 4}})
+	s.mustChange(t, joining, store.MemberChange{Kind: store.PromoteLearner, Member: store.Member{ID: 4}})
 	s.wantVoter(t, leader, 4)
 	s.judge(t)
 }
@@ -231,11 +232,11 @@ func TestMembers_RemovalNeedsMajority(t *testing.T) {
 	s.run(time.Second) // until the leader has noticed
 	for _, at := range []*simNode{leader, follower} {
 		for _, id := range []uint64{leader.id, follower.id} {
-			s.wantRefused(t, at.proposeChange(MemberChange{Kind: RemoveMember, Member: Member{ID: id}}, memberTimeout),
+			s.wantRefused(t, at.proposeChange(store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: id}}, memberTimeout),
 				"of 2 voters after the change only 1 would be reachable, which is no majority")
 		}
 	}
-	s.mustChange(t, follower, MemberChange{Kind: RemoveMember, Member: Member{ID: down.id}})
+	s.mustChange(t, follower, store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: down.id}})
 	if members := leader.process.store.Members(); len(members) != 2 {
 		t.Errorf("%+v", members)
 	}
@@ -248,7 +249,7 @@ func TestMembers_OneChangeAtATime(t *testing.T) {
 	s, leader := newScenario(t, defaultSimConfig(1, 3))
 	add := func(n *simNode) *batch {
 		added := s.addNode(fmt.Sprintf("http://n%d", len(s.nodes)+1), true)
-		return n.proposeChange(MemberChange{Kind: AddLearner, Member: Member{ID: added.id, PeerURL: added.url}}, memberTimeout)
+		return n.proposeChange(store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: added.id, PeerURL: added.url}}, memberTimeout)
 	}
 	for _, at := range []*simNode{leader, s.node(leader.id%3 + 1)} {
 		// The first one is not committed when the second one comes.
@@ -263,7 +264,7 @@ func TestMembers_OneChangeAtATime(t *testing.T) {
 		}
 		s.wantRefused(t, second, "another change of the membership is in progress")
 		s.run(100 * time.Millisecond)
-		s.mustChange(t, at, MemberChange{Kind: RemoveMember, Member: Member{ID: uint64(len(s.nodes)) - 1}})
+		s.mustChange(t, at, store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: uint64(len(s.nodes)) - 1}})
 	}
 	s.judge(t)
 }
@@ -274,7 +275,7 @@ func TestMembers_ChangeIsLost(t *testing.T) {
 	s, old := newScenario(t, defaultSimConfig(1, 3))
 	s.network.isolate(old.id, true)
 	lost := s.addNode("http://n4", true)
-	b := old.proposeChange(MemberChange{Kind: AddLearner, Member: Member{ID: lost.id, PeerURL: lost.url}}, 500*time.Millisecond)
+	b := old.proposeChange(store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: lost.id, PeerURL: lost.url}}, 500*time.Millisecond)
 	if err := s.changed(t, b); err == nil {
 		t.Fatal("changed by a leader that is cut off")
 	}
@@ -297,7 +298,7 @@ func TestMembers_ChangeIsLost(t *testing.T) {
 		t.Fatalf("node %d does not lead again; %v", old.id, s.check.violations)
 	}
 	s.run(100 * time.Millisecond)
-	s.mustChange(t, old, MemberChange{Kind: AddLearner, Member: Member{ID: lost.id, PeerURL: lost.url}})
+	s.mustChange(t, old, store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: lost.id, PeerURL: lost.url}})
 	lost.start()
 	s.judge(t)
 }
@@ -311,7 +312,7 @@ func TestMembers_LeaderIsRemoved(t *testing.T) {
 			if name == "asked another" {
 				at = follower
 			}
-			s.mustChange(t, at, MemberChange{Kind: RemoveMember, Member: Member{ID: leader.id}})
+			s.mustChange(t, at, store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: leader.id}})
 			if !s.runUntil(5*time.Second, func() bool { return leader.retired && s.agreedLeader() != nil }) {
 				t.Fatalf("stopped: %v, leader: %v; %v", leader.retired, s.agreedLeader(), s.check.violations)
 			}
@@ -355,7 +356,7 @@ func TestVirtual_DivergedChangesNoMembers(t *testing.T) {
 		time.Sleep(time.Second)
 		n, other := c.leader(), c.followers()[0]
 		before := fmt.Sprint(n.store.Members())
-		n.guard.verdict.Store(int32(Diverged))
+		n.guard.verdict.Store(int32(store.Diverged))
 		for _, r := range [][3]string{
 			{"PUT", "/-/v1/members/1", `{"name":"x"}`}, {"DELETE", "/-/v1/members/3", ""}, {"POST", "/-/v1/members/4", `{"peerURL":"http://virtual:4"}`},
 			{"POST", "/5", "http://virtual:5"}, {"POST", "/-/v1/members/2/promote", ""}, {"PUT", "/k", "v"}, {"GET", "/k?resourceVersion=0", ""}, {"POST", "/-/v1/txn", "{}"},
@@ -401,10 +402,10 @@ func TestMembers_LearnerIsFarBehind(t *testing.T) {
 	cfg.snapshotEntries = 1 << 40
 	s, leader := newScenario(t, cfg)
 	learner := s.addNode("http://n2", true)
-	s.mustChange(t, leader, MemberChange{Kind: AddLearner, Member: Member{ID: learner.id, PeerURL: learner.url}})
+	s.mustChange(t, leader, store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: learner.id, PeerURL: learner.url}})
 	learner.start()
 	s.run(time.Second)
-	promote := MemberChange{Kind: PromoteLearner, Member: Member{ID: learner.id}}
+	promote := store.MemberChange{Kind: store.PromoteLearner, Member: store.Member{ID: learner.id}}
 	if err := leader.process.replica.refuseChange(promote); err != nil {
 		t.Fatal(err)
 	}
@@ -443,7 +444,7 @@ func TestMembers_HeirIsUp(t *testing.T) {
 	}{
 		{"transfer", func(leader uint64) uint64 { return 5 - leader/5 }, func(_ *sim, leader *simNode) { leader.process.transfer() }},
 		{"removal", func(leader uint64) uint64 { return 1 + 1/leader }, func(_ *sim, leader *simNode) {
-			leader.proposeChange(MemberChange{Kind: RemoveMember, Member: Member{ID: leader.id}}, memberTimeout)
+			leader.proposeChange(store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: leader.id}}, memberTimeout)
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -471,7 +472,7 @@ func TestMembers_RemovalIsDurable(t *testing.T) {
 	s, left := newScenario(t, defaultSimConfig(1, 2))
 	gone := s.node(left.id%2 + 1)
 	s.wait(t, s.begin(left, putOp("k", "v"), time.Second))
-	s.mustChange(t, left, MemberChange{Kind: RemoveMember, Member: Member{ID: gone.id}})
+	s.mustChange(t, left, store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: gone.id}})
 	if !s.runUntil(5*time.Second, func() bool { return gone.retired }) {
 		t.Fatalf("node %d was not told; %v", gone.id, s.check.violations)
 	}

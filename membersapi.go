@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // This file is the HTTP front of the membership: who is in the cluster, and how
@@ -15,11 +16,11 @@ import (
 type memberBackend interface {
 	// addMember adds a learner, which becomes a voter by itself when it has
 	// caught up if Promote is set.
-	addMember(ctx context.Context, timeout time.Duration, m Member) error
+	addMember(ctx context.Context, timeout time.Duration, m store.Member) error
 	removeMember(ctx context.Context, timeout time.Duration, id uint64) error
 	promoteMember(ctx context.Context, timeout time.Duration, id uint64) error
 	// updateMember changes the fields that are set.
-	updateMember(ctx context.Context, timeout time.Duration, m Member) error
+	updateMember(ctx context.Context, timeout time.Duration, m store.Member) error
 	// transferLeader hands leadership to a member, wherever it is.
 	transferLeader(ctx context.Context, timeout time.Duration, id uint64) error
 }
@@ -39,8 +40,8 @@ func (h *httpAPI) listMembers(w http.ResponseWriter, r request) error {
 		return err
 	}
 	return writeJSON(w, r, struct {
-		LeaderID uint64   `json:"leaderId"`
-		Members  []Member `json:"members"`
+		LeaderID uint64         `json:"leaderId"`
+		Members  []store.Member `json:"members"`
 	}{h.backend.status().LeaderID, h.store.Members()})
 }
 
@@ -59,7 +60,7 @@ func (h *httpAPI) addMember(w http.ResponseWriter, r request) error {
 	if err != nil {
 		return err
 	}
-	return done(w, h.backend.addMember(r.Context(), r.params.timeout, Member{ID: id, PeerURL: peerURL, Promote: true}))
+	return done(w, h.backend.addMember(r.Context(), r.params.timeout, store.Member{ID: id, PeerURL: peerURL, Promote: true}))
 }
 
 func (h *httpAPI) postMember(w http.ResponseWriter, r request) error {
@@ -114,7 +115,7 @@ func done(w http.ResponseWriter, err error) error {
 }
 
 // readMember reads the member that a request is about.
-func (h *httpAPI) readMember(w http.ResponseWriter, r request) (m Member, err error) {
+func (h *httpAPI) readMember(w http.ResponseWriter, r request) (m store.Member, err error) {
 	if m.ID, err = parseMemberID(r.name); err != nil {
 		return m, err
 	}

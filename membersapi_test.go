@@ -4,6 +4,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"raftrv/internal/store"
 )
 
 func TestHTTP_Members(t *testing.T) {
@@ -14,18 +16,18 @@ func TestHTTP_Members(t *testing.T) {
 		want                 memberCall // if there is no detail
 		detail               string     // part of it: refused
 	}{
-		{"POST", path, `{"peerURL":"http://a:1"}`, memberCall{"add", Member{ID: 4, PeerURL: "http://a:1", Promote: true}}, ""},
-		{"POST", path, full, memberCall{"add", Member{ID: 4, Name: "four", PeerURL: "http://a:1", ClientURL: "https://b:2", Promote: true}}, ""},
-		{"POST", path, " {\"peerURL\":\" http://a:1\\n\"}\n", memberCall{"add", Member{ID: 4, PeerURL: "http://a:1", Promote: true}}, ""},
-		{"POST", path, `{"peerURL":"http://a:1","learner":true}`, memberCall{"add", Member{ID: 4, PeerURL: "http://a:1", Learner: true}}, ""},
-		{"POST", path, `{"peerURL":"http://a:1","learner":false}`, memberCall{"add", Member{ID: 4, PeerURL: "http://a:1", Promote: true}}, ""},
-		{"PUT", path, full, memberCall{"update", Member{ID: 4, Name: "four", PeerURL: "http://a:1", ClientURL: "https://b:2"}}, ""},
-		{"PUT", path, `{"clientURL":"http://[::1]:65535"}`, memberCall{"update", Member{ID: 4, ClientURL: "http://[::1]:65535"}}, ""},
-		{"PUT", path, `{}`, memberCall{"update", Member{ID: 4}}, ""},
-		{"DELETE", path, "", memberCall{"remove", Member{ID: 4}}, ""},
-		{"DELETE", "/-/v1/members/18446744073709551615", "", memberCall{"remove", Member{ID: 1<<64 - 1}}, ""},
-		{"POST", path + "/promote", "", memberCall{"promote", Member{ID: 4}}, ""},
-		{"POST", "/-/v1/leader/4", "", memberCall{"transfer", Member{ID: 4}}, ""},
+		{"POST", path, `{"peerURL":"http://a:1"}`, memberCall{"add", store.Member{ID: 4, PeerURL: "http://a:1", Promote: true}}, ""},
+		{"POST", path, full, memberCall{"add", store.Member{ID: 4, Name: "four", PeerURL: "http://a:1", ClientURL: "https://b:2", Promote: true}}, ""},
+		{"POST", path, " {\"peerURL\":\" http://a:1\\n\"}\n", memberCall{"add", store.Member{ID: 4, PeerURL: "http://a:1", Promote: true}}, ""},
+		{"POST", path, `{"peerURL":"http://a:1","learner":true}`, memberCall{"add", store.Member{ID: 4, PeerURL: "http://a:1", Learner: true}}, ""},
+		{"POST", path, `{"peerURL":"http://a:1","learner":false}`, memberCall{"add", store.Member{ID: 4, PeerURL: "http://a:1", Promote: true}}, ""},
+		{"PUT", path, full, memberCall{"update", store.Member{ID: 4, Name: "four", PeerURL: "http://a:1", ClientURL: "https://b:2"}}, ""},
+		{"PUT", path, `{"clientURL":"http://[::1]:65535"}`, memberCall{"update", store.Member{ID: 4, ClientURL: "http://[::1]:65535"}}, ""},
+		{"PUT", path, `{}`, memberCall{"update", store.Member{ID: 4}}, ""},
+		{"DELETE", path, "", memberCall{"remove", store.Member{ID: 4}}, ""},
+		{"DELETE", "/-/v1/members/18446744073709551615", "", memberCall{"remove", store.Member{ID: 1<<64 - 1}}, ""},
+		{"POST", path + "/promote", "", memberCall{"promote", store.Member{ID: 4}}, ""},
+		{"POST", "/-/v1/leader/4", "", memberCall{"transfer", store.Member{ID: 4}}, ""},
 
 		{"POST", path, `{}`, memberCall{}, "peerURL is missing"},
 		{"POST", path, `null`, memberCall{}, "must be a JSON object"},
@@ -110,8 +112,8 @@ func TestHTTP_MemberIDs(t *testing.T) {
 // request does without.
 func TestHTTP_ListMembers(t *testing.T) {
 	f := newFront(t)
-	f.store.State.Members[2] = Member{ID: 2, Name: "two", PeerURL: "http://b:1", ClientURL: "http://b:2", Directory: 1<<64 - 1}
-	f.store.State.Members[1] = Member{ID: 1, PeerURL: "http://a:1", Learner: true, Promote: true}
+	f.store.State.Members[2] = store.Member{ID: 2, Name: "two", PeerURL: "http://b:1", ClientURL: "http://b:2", Directory: 1<<64 - 1}
+	f.store.State.Members[1] = store.Member{ID: 1, PeerURL: "http://a:1", Learner: true, Promote: true}
 	const want = `{"leaderId":2,"members":[{"id":1,"peerURL":"http://a:1","learner":true,"promote":true},` +
 		`{"id":2,"name":"two","peerURL":"http://b:1","clientURL":"http://b:2","directory":"18446744073709551615"}]}`
 	for rounds, query := range []string{"?resourceVersion=0", ""} {

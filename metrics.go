@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // This file is what a node tells at /-/metrics. What takes time is measured at
@@ -271,7 +272,7 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 	for _, e := range []*fault.Error{fault.ErrDiskFull, fault.ErrQuota, fault.ErrDiverged, fault.ErrUnchecked} {
 		gauge(descReadOnly, number(s.ReadOnly == e.Code), e.Code)
 	}
-	gauge(descDiverged, number(s.Divergence == Doubtful.String() || s.Divergence == Diverged.String()))
+	gauge(descDiverged, number(s.Divergence == store.Doubtful.String() || s.Divergence == store.Diverged.String()))
 }
 
 func number(b bool) float64 {

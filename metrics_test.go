@@ -11,12 +11,13 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
 // idleNode is a node of which nothing runs.
 func idleNode(t *testing.T) (*node, *listener) {
-	kv := New()
+	kv := store.New()
 	hub := newHub(kv)
 	disk, _ := newDisk(t, t.TempDir())
 	t.Cleanup(func() { testkit.Must(t, disk.close()) })
@@ -92,7 +93,7 @@ func TestMetrics_Disk(t *testing.T) {
 	testkit.Must(t, d.save(hs(2, 1, 2), nil))
 	wantSyncs("a term", 3)
 
-	st := NewState()
+	st := store.NewState()
 	st.Index, st.Term = 2, 1
 	testkit.Must(t, d.writeSnapshot(&raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(uint64(2)), Term: new(uint64(1))}}, &st))
 	got := testkit.Gather(t, registry)

@@ -22,6 +22,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/shares"
+	"raftrv/internal/store"
 )
 
 // This file is the HTTP front for those who look after a node: status,
@@ -88,7 +89,7 @@ func gatherStatus(ctx context.Context, client *http.Client, own nodeStatus) clus
 }
 
 // fetchStatus asks a member for its status.
-func fetchStatus(ctx context.Context, client *http.Client, m Member, cluster string) (*nodeStatus, error) {
+func fetchStatus(ctx context.Context, client *http.Client, m store.Member, cluster string) (*nodeStatus, error) {
 	if m.ClientURL == "" {
 		return nil, errors.New("it has not told its client URL yet; has it ever been up?")
 	}

@@ -21,6 +21,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/shares"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -502,11 +503,11 @@ func isLocal(path string) bool {
 // Every status that is documented is answered to some request, and no other is.
 func TestOpenAPI_Statuses(t *testing.T) {
 	f := newFront(t)
-	f.store.State.SetLevel(LevelNewest)
+	f.store.State.SetLevel(store.LevelNewest)
 	shrinkWindow(f.store, 1, 1<<20)
 	f.do("PUT", "/k", "v", "Idempotency-Key: used", "Content-Type: text/plain")
 	f.do("PUT", "/expires?ttl=1h", "\xff")
-	for i := range DeletePrefixMax + 1 {
+	for i := range store.DeletePrefixMax + 1 {
 		f.put(fmt.Sprintf("many/%d", i), "")
 	}
 	answered := map[string]bool{}
@@ -535,7 +536,7 @@ func TestOpenAPI_Statuses(t *testing.T) {
 		note(r.method, r.target, a.Code)
 	}
 	// A node that does enough of it already.
-	for range ScansMax {
+	for range store.ScansMax {
 		sc, err := f.store.Scan("", "")
 		if err != nil {
 			t.Fatal(err)

@@ -15,6 +15,7 @@ import (
 	"github.com/cespare/xxhash/v2"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // This file reads what a request says beside its path and body: the query and
@@ -284,7 +285,7 @@ const formType = "application/x-www-form-urlencoded"
 
 // setContentType makes a put keep the type of its value, as soon as all members
 // know how to.
-func setContentType(c *Command, contentType string, level int) {
+func setContentType(c *store.Command, contentType string, level int) {
 	if level >= 3 {
 		c.ContentType = contentType
 	}
@@ -299,7 +300,7 @@ func parseContentType(header http.Header) (string, error) {
 	contentType := strings.TrimSpace(values[0])
 	switch {
 	case len(values) > 1 || servedTypes[contentType] == nil && !isMediaType(contentType):
-		return "", fault.ErrInvalid.WithDetail("Content-Type must be given once and be a media type such as text/plain; charset=utf-8, of at most %d bytes", ContentTypeSizeMax)
+		return "", fault.ErrInvalid.WithDetail("Content-Type must be given once and be a media type such as text/plain; charset=utf-8, of at most %d bytes", store.ContentTypeSizeMax)
 	case strings.EqualFold(contentType, formType):
 		return "", nil
 	}
@@ -308,7 +309,7 @@ func parseContentType(header http.Header) (string, error) {
 
 // isMediaType says whether a value may have this content type.
 func isMediaType(s string) bool {
-	if !IsContentType(s) {
+	if !store.IsContentType(s) {
 		return false
 	}
 	_, _, err := mime.ParseMediaType(s)
@@ -348,30 +349,30 @@ func servedType(contentType string) []string {
 // Conditions (RFC 9110, section 13).
 
 // parseCondition reads under which condition a write is to happen.
-func parseCondition(header http.Header) (Condition, error) {
+func parseCondition(header http.Header) (store.Condition, error) {
 	match, hasMatch := header["If-Match"]
 	none, hasNone := header["If-None-Match"]
 	switch {
 	case hasMatch && hasNone:
-		return Condition{}, fault.ErrInvalid.WithDetail("If-Match and If-None-Match exclude each other")
+		return store.Condition{}, fault.ErrInvalid.WithDetail("If-Match and If-None-Match exclude each other")
 	case hasNone:
 		if len(none) != 1 || strings.TrimSpace(none[0]) != "*" {
-			return Condition{}, fault.ErrInvalid.WithDetail("a write takes no If-None-Match but *, which means that the key must not exist")
+			return store.Condition{}, fault.ErrInvalid.WithDetail("a write takes no If-None-Match but *, which means that the key must not exist")
 		}
-		return Condition{Kind: IfAbsent}, nil
+		return store.Condition{Kind: store.IfAbsent}, nil
 	case !hasMatch:
-		return Condition{}, nil
+		return store.Condition{}, nil
 	}
 	if len(match) == 1 {
 		tag := strings.TrimSpace(match[0])
 		if tag == "*" {
-			return Condition{Kind: IfExists}, nil
+			return store.Condition{Kind: store.IfExists}, nil
 		}
 		if opaque, ok := parseStrongTag(tag); ok {
-			return Condition{Kind: IfMatch, RV: tagVersion(opaque)}, nil
+			return store.Condition{Kind: store.IfMatch, RV: tagVersion(opaque)}, nil
 		}
 	}
-	return Condition{}, fault.ErrInvalid.WithDetail(`a write takes one If-Match, either * or one strong ETag in its quotes such as "42"; no list and no weak W/"42"`)
+	return store.Condition{}, fault.ErrInvalid.WithDetail(`a write takes one If-Match, either * or one strong ETag in its quotes such as "42"; no list and no weak W/"42"`)
 }
 
 // parseStrongTag returns what is between the quotes of a strong ETag.
@@ -424,17 +425,17 @@ func anyTagMatches(values []string, rv uint64, weakly bool) bool {
 // retryID identifies a write that its client may send again. What makes two
 // requests the same is all that decides what the write does: not the timeout,
 // nor the time.
-func (r *request) retryID(c *Command, body string) (RetryID, error) {
+func (r *request) retryID(c *store.Command, body string) (store.RetryID, error) {
 	values, ok := r.Header["Idempotency-Key"]
 	if !ok {
-		return RetryID{}, nil
+		return store.RetryID{}, nil
 	}
 	key := ""
 	if len(values) == 1 {
 		key = parseRetryKey(strings.TrimSpace(values[0]))
 	}
 	if key == "" {
-		return RetryID{}, fault.ErrInvalid.WithDetail("Idempotency-Key must be given once and have 1 to %d printable ASCII characters", IdempotencyKeySizeMax)
+		return store.RetryID{}, fault.ErrInvalid.WithDetail("Idempotency-Key must be given once and have 1 to %d printable ASCII characters", store.IdempotencyKeySizeMax)
 	}
 	digest := sha256.New()
 	var n [8]byte
@@ -447,7 +448,7 @@ func (r *request) retryID(c *Command, body string) (RetryID, error) {
 		digest.Write(n[:])
 		digest.Write([]byte(field))
 	}
-	id := RetryID{Key: key}
+	id := store.RetryID{Key: key}
 	copy(id.Digest[:], digest.Sum(nil))
 	return id, nil
 }
@@ -477,7 +478,7 @@ func parseRetryKey(s string) string {
 	if strings.HasPrefix(s, `"`) {
 		s = unquote(s)
 	}
-	if len(s) > IdempotencyKeySizeMax || strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c > '~' }) {
+	if len(s) > store.IdempotencyKeySizeMax || strings.ContainsFunc(s, func(c rune) bool { return c < ' ' || c > '~' }) {
 		return ""
 	}
 	return s

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -249,7 +250,7 @@ func TestParams_Profiles(t *testing.T) {
 
 func TestHTTP_IdempotencyKeys(t *testing.T) {
 	f := newFront(t)
-	long := strings.Repeat("k", IdempotencyKeySizeMax)
+	long := strings.Repeat("k", store.IdempotencyKeySizeMax)
 	for value, want := range map[string]string{
 		`a`:   "a",
 		`"b"`: "b",
@@ -275,7 +276,7 @@ func TestHTTP_IdempotencyKeys(t *testing.T) {
 		long + "k":                "",
 		"a\r\nIdempotency-Key: a": "",
 	} {
-		f.store.Restore(NewState())
+		f.store.Restore(store.NewState())
 		f.backend.index = 0
 		a := f.do("PUT", "/k", "v", "Idempotency-Key: "+value)
 		if want == "" {
@@ -422,9 +423,9 @@ func FuzzHTTPHeaders(f *testing.F) {
 			if !errors.Is(err, fault.ErrInvalid) || match == "" && none == "" {
 				t.Fatal(err)
 			}
-		case match != "" && none != "" || none != "" && c.Kind != IfAbsent || match != "" && c.Kind != IfMatch && c.Kind != IfExists || match == "" && none == "" && c != Condition{}:
+		case match != "" && none != "" || none != "" && c.Kind != store.IfAbsent || match != "" && c.Kind != store.IfMatch && c.Kind != store.IfExists || match == "" && none == "" && c != store.Condition{}:
 			t.Fatalf("%q, %q: %+v", match, none, c)
-		case c.Kind == IfMatch && c.RV != 0 && strings.TrimSpace(match) != fmt.Sprintf(`"%d"`, c.RV):
+		case c.Kind == store.IfMatch && c.RV != 0 && strings.TrimSpace(match) != fmt.Sprintf(`"%d"`, c.RV):
 			t.Fatalf("%q: %+v", match, c)
 		}
 		for _, rv := range []uint64{1, 5} {
@@ -434,14 +435,14 @@ func FuzzHTTPHeaders(f *testing.F) {
 			}
 		}
 		r := request{Request: &http.Request{Method: "PUT", Header: header}, route: keyRoute}
-		id, err := r.retryID(&Command{}, "")
+		id, err := r.retryID(&store.Command{}, "")
 		if err != nil {
 			if !errors.Is(err, fault.ErrInvalid) {
 				t.Fatal(err)
 			}
 			return
 		}
-		if (id.Key != "") != (key != "") || len(id.Key) > IdempotencyKeySizeMax || strings.Trim(id.Key, "\"\\") != "" && !strings.Contains(strings.ReplaceAll(key, `\`, ""), strings.Trim(strings.ReplaceAll(id.Key, `\`, ""), `"`)) {
+		if (id.Key != "") != (key != "") || len(id.Key) > store.IdempotencyKeySizeMax || strings.Trim(id.Key, "\"\\") != "" && !strings.Contains(strings.ReplaceAll(key, `\`, ""), strings.Trim(strings.ReplaceAll(id.Key, `\`, ""), `"`)) {
 			t.Fatalf("%q is taken as %q", key, id.Key)
 		}
 	})
@@ -583,7 +584,7 @@ func TestHTTP_ReplayedRead(t *testing.T) {
 	const body = `{"then":[{"op":"put","key":"k","value":"v"},{"op":"get","key":"secret"}],"else":[]}`
 	f.do("POST", "/-/v1/txn", body, "Idempotency-Key: before").Want(t, 200)
 	before := f.store.State.Retries.Bytes
-	f.apply(RaiseLevel(3, 1, 2, 3, 4))
+	f.apply(store.RaiseLevel(3, 1, 2, 3, 4))
 	if f.store.Level() != 3 || f.store.State.Retries.Bytes != 1024 || before < 100_000 {
 		t.Errorf("level %d: the table takes %d bytes, before %d", f.store.Level(), f.store.State.Retries.Bytes, before)
 	}

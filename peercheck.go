@@ -12,6 +12,8 @@ import (
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
+
+	"raftrv/internal/store"
 )
 
 // This file looks at what other members send before raft does. Raft trusts its
@@ -222,7 +224,7 @@ func checkProposal(ents []*raftpb.Entry) error {
 	}
 	for _, e := range ents {
 		// What is newer than this program gets an answer from the leader, see stepProposal.
-		if err := checkEntry(e); err != nil && !errors.Is(err, ErrNewer) {
+		if err := checkEntry(e); err != nil && !errors.Is(err, store.ErrNewer) {
 			return refuse(refusedEntries, "its entry: %w", err)
 		}
 	}
@@ -233,15 +235,15 @@ func checkProposal(ents []*raftpb.Entry) error {
 // cluster is at when it does, nobody knows before.
 func checkEntry(e *raftpb.Entry) error {
 	if n := len(e.GetData()); n > entrySizeMax {
-		return fmt.Errorf("%w: entry of %d bytes", ErrMalformed, n)
+		return fmt.Errorf("%w: entry of %d bytes", store.ErrMalformed, n)
 	}
 	switch e.GetType() {
 	case raftpb.EntryNormal:
-		_, commands, err := DecodeBatch(e.GetData())
+		_, commands, err := store.DecodeBatch(e.GetData())
 		if err != nil {
 			return err
 		}
-		return CheckCommands(commands, LevelNewest)
+		return store.CheckCommands(commands, store.LevelNewest)
 	case raftpb.EntryConfChange:
 		_, _, change, err := decodeMemberChange(e)
 		if err != nil {

@@ -14,6 +14,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -150,8 +151,8 @@ func FuzzCheckMessage(f *testing.F) {
 			return
 		}
 		for _, e := range m.GetEntries() { // that were taken: nothing but the level stands in the way of applying them
-			s := New()
-			s.State.Level, s.State.Index = LevelNewest, e.GetIndex()-1
+			s := store.New()
+			s.State.Level, s.State.Index = store.LevelNewest, e.GetIndex()-1
 			if err := applyEntry(s, e); err != nil {
 				t.Errorf("taken, and cannot be applied: %v", err)
 			}
@@ -164,7 +165,7 @@ func BenchmarkCheckMessage(b *testing.B) {
 	for _, n := range []int{1, 64} {
 		var commands []byte
 		for i := range n {
-			commands = (&Command{Op: OpPut, Key: fmt.Sprintf("key%06d", i), Value: strings.Repeat("v", 100)}).AppendTo(commands)
+			commands = (&store.Command{Op: store.OpPut, Key: fmt.Sprintf("key%06d", i), Value: strings.Repeat("v", 100)}).AppendTo(commands)
 		}
 		m := &raftpb.Message{Type: raftpb.MsgApp.Enum(), From: new(uint64(2)), To: new(uint64(1)), Term: new(uint64(5)), LogTerm: new(uint64(5)),
 			Index: new(uint64(9)), Entries: []*raftpb.Entry{entryOf(10, 5, commands)}}

@@ -14,6 +14,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"raftrv/internal/store"
 )
 
 // This file is what members tell each other beside raft's messages.
@@ -25,18 +27,18 @@ const peerInfoPath = "/-/peer"
 // now, and 503 from a node that does not know that yet: it has just started, or
 // has no cluster.
 type peerInfo struct {
-	Cluster string   `json:"cluster"` // hexadecimal; "" in a node that has none yet
-	Members []Member `json:"members"`
-	Removed []uint64 `json:"removed,omitempty"` // ids
-	Health  health   `json:"health"`
+	Cluster string         `json:"cluster"` // hexadecimal; "" in a node that has none yet
+	Members []store.Member `json:"members"`
+	Removed []uint64       `json:"removed,omitempty"` // ids
+	Health  health         `json:"health"`
 
 	Node    uint64 `json:"node,omitempty"`           // who answers; 0 in versions that do not say
 	Process uint64 `json:"process,string,omitempty"` // a number of this life of it
 	Proof   string `json:"proof,omitempty"`          // see secret
 	// Founders are who founded the cluster, with the directories of then, for one
 	// of them that has not done so yet.
-	Founders []Member  `json:"founders,omitempty"`
-	Founding *founding `json:"founding,omitempty"` // of a node that waits to found a cluster
+	Founders []store.Member `json:"founders,omitempty"`
+	Founding *founding      `json:"founding,omitempty"` // of a node that waits to found a cluster
 
 	informed bool // the status was 200
 }
@@ -56,7 +58,7 @@ func (p *peerInfo) directoryOf(id uint64) uint64 {
 // isOlder says whether the answer is from a version that founds clusters in
 // another way, and its cluster has not begun to work.
 func (p *peerInfo) isOlder() bool {
-	return p.Cluster != "" && p.Node == 0 && !slices.ContainsFunc(p.Members, func(m Member) bool { return m.Directory != 0 })
+	return p.Cluster != "" && p.Node == 0 && !slices.ContainsFunc(p.Members, func(m store.Member) bool { return m.Directory != 0 })
 }
 
 // switchHandler is a handler that can be replaced while it serves.
@@ -108,7 +110,7 @@ const (
 // ends. They may have joined while this node was away, and if one of them leads
 // by now, it is the only one who will ever say so. Their addresses come from
 // members, or from nodes of this cluster that --cluster names, but never from themselves.
-func (n *peerNetwork) meet(ctx context.Context, hints []Member) error {
+func (n *peerNetwork) meet(ctx context.Context, hints []store.Member) error {
 	for {
 		select {
 		case <-n.knocked:
@@ -125,7 +127,7 @@ func (n *peerNetwork) meet(ctx context.Context, hints []Member) error {
 }
 
 // ask asks all members that this node knows, by whatever way, who the members are.
-func (n *peerNetwork) ask(ctx context.Context, hints []Member) {
+func (n *peerNetwork) ask(ctx context.Context, hints []store.Member) {
 	ask := map[string]bool{}
 	for _, m := range n.found(slices.Collect(maps.Values(n.wanted()))) {
 		ask[m.PeerURL] = true
@@ -246,7 +248,7 @@ func askPeerTo(ctx context.Context, peerURL, challenge string) (*peerInfo, error
 const peerInfoSizeMax = 1 << 20 // bytes
 
 // askPeers asks members at the same time, and returns their answers by ID.
-func askPeers(ctx context.Context, members []Member) map[uint64]peerAnswer {
+func askPeers(ctx context.Context, members []store.Member) map[uint64]peerAnswer {
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	answers := map[uint64]peerAnswer{}

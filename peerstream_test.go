@@ -11,6 +11,7 @@ import (
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -58,7 +59,7 @@ func TestNetwork_HostileStreams(t *testing.T) {
 
 // TestReplay_Unreadable: recover keeps what is in the log before an entry that cannot be applied, and says so.
 func TestReplay_Unreadable(t *testing.T) {
-	put := (&Command{Op: OpPut, Key: "k", Value: "v"}).AppendTo(nil)
+	put := (&store.Command{Op: store.OpPut, Key: "k", Value: "v"}).AppendTo(nil)
 	for _, bad := range []*raftpb.Entry{
 		entryOf(2, 1, []byte("\x01\x00garbage")),
 		entryOf(2, 1, []byte("\x4d\x00\x00\x00")),
@@ -67,7 +68,7 @@ func TestReplay_Unreadable(t *testing.T) {
 	} {
 		log := raft.NewMemoryStorage()
 		testkit.Must(t, log.Append([]*raftpb.Entry{entryOf(1, 1, put), bad, entryOf(3, 1, put)}))
-		rec := &recovered{log: log, state: NewState()}
+		rec := &recovered{log: log, state: store.NewState()}
 		testkit.Must(t, rec.replay())
 		if rec.unreadable == nil || !strings.Contains(rec.unreadable.Error(), "entry 2 of term 1") || rec.left != 2 || rec.state.Index != 1 || rec.state.RV != 1 {
 			t.Errorf("%q: %v, %d left, at %d", bad.GetData(), rec.unreadable, rec.left, rec.state.Index)

@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -19,7 +20,7 @@ import (
 func TestKeepPlace_Leaderless(t *testing.T) {
 	n, _ := idleNode(t)
 	for id := range uint64(3) {
-		n.store.State.Members[id+1] = Member{ID: id + 1, PeerURL: "http://127.0.0.1:1", Learner: id == 2} // nobody is there
+		n.store.State.Members[id+1] = store.Member{ID: id + 1, PeerURL: "http://127.0.0.1:1", Learner: id == 2} // nobody is there
 	}
 	n.config.id, n.cluster = 1, 7
 	synctest.Test(t, func(t *testing.T) {
@@ -43,7 +44,7 @@ func TestKeepPlace_Leaderless(t *testing.T) {
 func TestTransferLeadership_Alone(t *testing.T) {
 	n, _ := idleNode(t)
 	n.config.id, n.config.tick = 1, 10*time.Millisecond
-	n.store.State.Members = map[uint64]Member{1: {ID: 1}, 2: {ID: 2, Learner: true}}
+	n.store.State.Members = map[uint64]store.Member{1: {ID: 1}, 2: {ID: 2, Learner: true}}
 	n.loop.status.Store(&replicaStatus{leader: 1})
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -115,7 +116,7 @@ func TestProcess_BackupAndRestore(t *testing.T) {
 	c.restore(stays, chosen)
 	c.start()
 	l := c.client(c.Nodes[0])
-	if rv := l.version(); rv < taken+VersionJump {
+	if rv := l.version(); rv < taken+store.VersionJump {
 		t.Errorf("the restored cluster is at version %d, the backup was at %d", rv, taken)
 	}
 
@@ -126,7 +127,7 @@ func TestProcess_BackupAndRestore(t *testing.T) {
 			t.Errorf("a watch from the old version %d: %d %s %v", rv, r.status, r.body, r.err)
 		}
 	}
-	if r := l.raw(http.MethodPut, "after", "", "new"); r.status != http.StatusCreated || r.rv() <= taken+VersionJump {
+	if r := l.raw(http.MethodPut, "after", "", "new"); r.status != http.StatusCreated || r.rv() <= taken+store.VersionJump {
 		t.Errorf("the first write after: %d, version %d", r.status, r.rv())
 	}
 	var ids []string
@@ -232,7 +233,7 @@ func TestProcess_LostQuorum(t *testing.T) {
 	}
 	c.kill(survivor) // the two that joined are a majority
 	l.node = c.Nodes[1]
-	if o := l.put("after", "value"); o.outcome != liveDone || o.rv <= want+VersionJump {
+	if o := l.put("after", "value"); o.outcome != liveDone || o.rv <= want+store.VersionJump {
 		t.Errorf("a write after: %v", o)
 	}
 }

@@ -16,6 +16,7 @@ import (
 
 	"raftrv/internal/fsx"
 	"raftrv/internal/proc"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -32,14 +33,14 @@ func TestProcess_WriteGolden(t *testing.T) {
 	if !*golden {
 		t.Skip("needs -golden")
 	}
-	for level := LevelFirst; level <= LevelNewest; level++ {
+	for level := store.LevelFirst; level <= store.LevelNewest; level++ {
 		_, err := os.Stat(goldenFile(level))
-		if err == nil && level != LevelNewest {
+		if err == nil && level != store.LevelNewest {
 			continue
 		}
 		binary := buildLiveBinary(t)
 		args := []string{"--wal-segment-bytes", "65536", "--snapshot-entries", "20", "--feature-level-max", fmt.Sprint(level)}
-		if level == LevelFirst {
+		if level == store.LevelFirst {
 			binary, args = buildOldBinary(t, level), args[:4] // which has no such flag
 		}
 		c := newIdleLiveCluster(t, proc.Options{Binary: binary, Nodes: 1, Args: args})
@@ -60,7 +61,7 @@ func writeGolden(t *testing.T, c *liveCluster, level int) {
 		}
 		return r.body
 	}
-	if level > LevelFirst {
+	if level > store.LevelFirst {
 		c.eventually(func() error {
 			var st nodeStatus
 			testkit.Must(t, json.Unmarshal(call("GET", "/-/v1/status", ""), &st))

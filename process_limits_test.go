@@ -20,6 +20,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/proc"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -442,7 +443,7 @@ func TestProcess_Overload(t *testing.T) {
 	c.kill(c.others(n)...)
 	// Bodies that are read, the queue that has copies of them, and garbage as much.
 	const rssMax = 2*(2*bodiesSizeMax+queueMax) + 128<<20
-	value := strings.Repeat("v", ValueSizeMaxDefault)
+	value := strings.Repeat("v", store.ValueSizeMaxDefault)
 	codes := map[string]int{}
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -498,7 +499,7 @@ func (c *liveCluster) damage(n *proc.Node, key string) {
 	path := paths[len(paths)-1]
 	f, err := os.Open(path)
 	testkit.Must(c.t, err)
-	st, err := ReadState(f)
+	st, err := store.ReadState(f)
 	testkit.Must(c.t, err)
 	testkit.Must(c.t, f.Close())
 	it, ok := st.Items.Get(key)

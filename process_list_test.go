@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -107,14 +108,14 @@ func (c *liveCluster) fillKeys(n *proc.Node, keys int) {
 	value := strings.Repeat("v", 64)
 	var next atomic.Int64
 	load := c.load(16, []*proc.Node{n}, func(l *liveClient) {
-		first := int(next.Add(TxnOpsMax)) - TxnOpsMax
+		first := int(next.Add(store.TxnOpsMax)) - store.TxnOpsMax
 		if first >= keys {
 			return
 		}
 		var body struct {
 			Then []map[string]string `json:"then"`
 		}
-		for i := first; i < min(first+TxnOpsMax, keys); i++ {
+		for i := first; i < min(first+store.TxnOpsMax, keys); i++ {
 			body.Then = append(body.Then, map[string]string{"op": "put", "key": manyKey(i), "value": value})
 		}
 		b, err := json.Marshal(body)

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -110,9 +111,9 @@ func (c *liveCluster) wantRemoved(n *proc.Node) {
 	}
 }
 
-func (c *liveCluster) members(at *proc.Node) []Member {
+func (c *liveCluster) members(at *proc.Node) []store.Member {
 	c.t.Helper()
-	var answer struct{ Members []Member }
+	var answer struct{ Members []store.Member }
 	r := c.memberCall(at, http.MethodGet, "/-/v1/members", "")
 	if r.err != nil || json.Unmarshal(r.body, &answer) != nil {
 		return nil
@@ -139,7 +140,7 @@ func (c *liveCluster) wantMembers(want ...*proc.Node) {
 	for _, at := range want {
 		c.eventually(func() error {
 			members := c.members(at)
-			same := slices.EqualFunc(members, want, func(m Member, n *proc.Node) bool {
+			same := slices.EqualFunc(members, want, func(m store.Member, n *proc.Node) bool {
 				return m.ID == uint64(n.ID) && m.PeerURL == n.RaftURL() && !m.Learner
 			})
 			if !same {

@@ -17,6 +17,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/proc"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -273,7 +274,7 @@ func TestProcess_RetriesOfOthers(t *testing.T) {
 	c := newLiveCluster(t, proc.Options{})
 	c.eventually(func() error {
 		for _, n := range c.Nodes {
-			if text := liveText(t, n, "/-/v1/status", http.StatusOK); !strings.Contains(text, fmt.Sprintf(`"featureLevel":%d,`, LevelNewest)) {
+			if text := liveText(t, n, "/-/v1/status", http.StatusOK); !strings.Contains(text, fmt.Sprintf(`"featureLevel":%d,`, store.LevelNewest)) {
 				return fmt.Errorf("node %d is at another level: %s", n.ID, text)
 			}
 		}

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 
 	"go.etcd.io/etcd/server/v3/storage/wal"
@@ -55,8 +56,8 @@ func TestProcess_Unreadable(t *testing.T) {
 	for name, commands := range map[string]string{
 		"garbage":     "\x01\x00garbage",
 		"a new kind":  "\x4d\x00\x00\x00",
-		"a bad txn":   string((&Command{Op: OpTxn, Value: "\xff\xff"}).AppendTo(nil)),
-		"a bad level": string((&Command{Op: OpLevel, Value: "\xff"}).AppendTo(nil)),
+		"a bad txn":   string((&store.Command{Op: store.OpTxn, Value: "\xff\xff"}).AppendTo(nil)),
+		"a bad level": string((&store.Command{Op: store.OpLevel, Value: "\xff"}).AppendTo(nil)),
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newLiveCluster(t, proc.Options{Args: []string{"--wal-segment-bytes", "1048576"}})

@@ -17,15 +17,16 @@ import (
 	"time"
 
 	"raftrv/internal/proc"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
 // lastRevisions has the last revision of each level but the newest. What it wrote
 // is on disks.
-var lastRevisions = [LevelNewest]string{1: "d7db65b", 2: "8e684ed"}
+var lastRevisions = [store.LevelNewest]string{1: "d7db65b", 2: "8e684ed"}
 
 // oldBinaries are the programs of lastRevisions.
-var oldBinaries [LevelNewest]struct {
+var oldBinaries [store.LevelNewest]struct {
 	once   sync.Once
 	path   string
 	reason string // why there is none
@@ -112,7 +113,7 @@ func (m *mixedCluster) levelAt(n *proc.Node) int {
 	testkit.Must(m.t, r.err)
 	var st nodeStatus
 	testkit.Must(m.t, json.Unmarshal(r.body, &st))
-	if st.Divergence != Sound.String() {
+	if st.Divergence != store.Sound.String() {
 		m.t.Errorf("node %d is %s", n.ID, st.Divergence)
 	}
 	return st.FeatureLevel
@@ -290,7 +291,7 @@ func (m *mixedCluster) wantRefusedStart(n *proc.Node, texts ...string) {
 // node by node, under load and with kills, and part of the way back. Nothing is
 // lost, stale or done twice, and nobody's state differs.
 func TestProcess_Upgrade(t *testing.T) {
-	for level := LevelFirst; level < LevelNewest; level++ {
+	for level := store.LevelFirst; level < store.LevelNewest; level++ {
 		t.Run(fmt.Sprint("level=", level), func(t *testing.T) { upgradeFrom(t, level) })
 	}
 }
@@ -347,7 +348,7 @@ func upgradeFrom(t *testing.T, old int) {
 		}
 		m.eventually(func() error {
 			for _, n := range m.Nodes {
-				if level := m.levelAt(n); level != LevelNewest {
+				if level := m.levelAt(n); level != store.LevelNewest {
 					return fmt.Errorf("node %d is at level %d", n.ID, level)
 				}
 			}
@@ -366,7 +367,7 @@ func upgradeFrom(t *testing.T, old int) {
 	}
 	m.stop(n)
 	m.capped[n.ID] = true
-	m.wantRefusedStart(n, fmt.Sprintf("feature level %d, and this node knows up to %d", LevelNewest, old))
+	m.wantRefusedStart(n, fmt.Sprintf("feature level %d, and this node knows up to %d", store.LevelNewest, old))
 	m.capped[n.ID], m.old[n.ID] = false, true
 	m.wantRefusedStart(n, "use the version that wrote it", "command 9 is newer than this program", "feature level 3 is newer than this program") // in its snapshot, or in its log
 	m.old[n.ID] = false

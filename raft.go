@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // This file is the replica: one member's raft log, its pending proposals, its
@@ -37,7 +38,7 @@ type disk interface {
 	// writeSnapshot writes the body of a snapshot. It is slow and may run beside
 	// the other methods. errNoSpace is the one error of a disk that is not fatal:
 	// the log holds what the snapshot would.
-	writeSnapshot(snap *raftpb.Snapshot, st *State) error
+	writeSnapshot(snap *raftpb.Snapshot, st *store.State) error
 	// commitSnapshot makes a snapshot whose body is in place the one to restart
 	// from. Durable when it returns.
 	commitSnapshot(snap *raftpb.Snapshot) error
@@ -56,7 +57,7 @@ var errNoSpace = errors.New("no space on the disk")
 type transport interface {
 	send(msgs []*raftpb.Message)
 	// setMembers tells whom messages may go to and come from.
-	setMembers(members []Member)
+	setMembers(members []store.Member)
 }
 
 // driver is who owns the replica: the loop in production.
@@ -82,7 +83,7 @@ type batch struct {
 	events    int // that applying it makes at most
 
 	// The driver reads these once the batch was handed back.
-	results []Result // one for each command
+	results []store.Result // one for each command
 	err     error
 
 	// These belong to the driver.
@@ -100,11 +101,11 @@ type batch struct {
 }
 
 func newBatch(buf []byte) *batch {
-	return &batch{data: append(buf[:0], make([]byte, BatchHeaderSize)...), done: make(chan struct{})}
+	return &batch{data: append(buf[:0], make([]byte, store.BatchHeaderSize)...), done: make(chan struct{})}
 }
 
 // add appends a command.
-func (b *batch) add(c *Command) {
+func (b *batch) add(c *store.Command) {
 	b.offsets = append(b.offsets, len(b.data))
 	b.data = c.AppendTo(b.data)
 	b.events += c.EventsMax()
@@ -113,13 +114,13 @@ func (b *batch) add(c *Command) {
 // withdraw makes a command one that does nothing, from the next proposal on.
 func (b *batch) withdraw(i int) {
 	at := b.offsets[i]
-	if Op(b.data[at]) == OpNop {
+	if store.Op(b.data[at]) == store.OpNop {
 		return
 	}
 	if b.shared { // the log may be sending them
 		b.data, b.shared = slices.Clone(b.data), false
 	}
-	b.data[at] = byte(OpNop)
+	b.data[at] = byte(store.OpNop)
 	b.withdrawn++
 }
 
@@ -138,7 +139,7 @@ func (b *batch) withdrawLate(now time.Time) (left bool) {
 // changeError says what became of a change of the membership that was handed
 // back.
 func (b *batch) changeError() error {
-	if b.err == nil && b.results[0].Status == StatusRefused {
+	if b.err == nil && b.results[0].Status == store.StatusRefused {
 		return fault.MemberRefused(b.results[0].Key)
 	}
 	return b.err
@@ -180,7 +181,7 @@ type replicaConfig struct {
 	catchUpEntries int
 
 	log       *raft.MemoryStorage // as recovered from disk
-	store     *Store              // as recovered from disk
+	store     *store.Store        // as recovered from disk
 	confState *raftpb.ConfState   // always as of the store's applied index
 	disk      disk
 	transport transport
@@ -252,10 +253,10 @@ type replica struct {
 	markedAt time.Time
 
 	snapshotting   bool
-	snapshotWanted bool   // a member needs a newer one than there is
-	appliedCount   uint64 // entries applied since the last snapshot
-	appliedBytes   uint64 // and their bytes
-	arrived        *State // body of the snapshot that is being stepped
+	snapshotWanted bool         // a member needs a newer one than there is
+	appliedCount   uint64       // entries applied since the last snapshot
+	appliedBytes   uint64       // and their bytes
+	arrived        *store.State // body of the snapshot that is being stepped
 }
 
 func newReplica(cfg replicaConfig) (*replica, error) {
@@ -400,7 +401,7 @@ func (r *replica) checkStep(m *raftpb.Message) error {
 
 // stepSnapshot takes a MsgSnap together with its body. It processes at once, so
 // that the body cannot be taken for that of another snapshot.
-func (r *replica) stepSnapshot(m *raftpb.Message, st *State) error {
+func (r *replica) stepSnapshot(m *raftpb.Message, st *store.State) error {
 	if err := r.store.CheckLevel(st.Level); err != nil {
 		return err
 	}
@@ -426,7 +427,7 @@ func (r *replica) inFlight() int {
 func (r *replica) propose(b *batch) {
 	r.seq++
 	b.seq = r.seq
-	BatchHeader{Session: r.session, Seq: b.seq, Time: r.now.UnixMilli()}.Put(b.data)
+	store.BatchHeader{Session: r.session, Seq: b.seq, Time: r.now.UnixMilli()}.Put(b.data)
 	r.pending = append(r.pending, b)
 	r.offer(b)
 }
@@ -442,7 +443,7 @@ func (r *replica) offer(b *batch) {
 		if b.shared {
 			b.data, b.shared = slices.Clone(b.data), false
 		}
-		BatchHeader{Session: r.session, Seq: b.seq, Time: r.now.UnixMilli()}.Put(b.data)
+		store.BatchHeader{Session: r.session, Seq: b.seq, Time: r.now.UnixMilli()}.Put(b.data)
 	}
 	entry := &raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Data: b.data}
 	if b.change != nil {
@@ -770,7 +771,7 @@ func errUnreadable(e *raftpb.Entry, err error) error {
 }
 
 func (r *replica) applyBatch(e *raftpb.Entry) error {
-	h, commands, err := DecodeBatch(e.GetData())
+	h, commands, err := store.DecodeBatch(e.GetData())
 	if err != nil {
 		return err
 	}
@@ -779,7 +780,7 @@ func (r *replica) applyBatch(e *raftpb.Entry) error {
 		_, err := r.store.Apply(e.GetIndex(), e.GetTerm(), h, commands, nil)
 		return err
 	}
-	own.results = make([]Result, 0, len(own.offsets))
+	own.results = make([]store.Result, 0, len(own.offsets))
 	fresh, err := r.store.Apply(e.GetIndex(), e.GetTerm(), h, commands, &own.results)
 	switch {
 	case err != nil:
@@ -788,7 +789,7 @@ func (r *replica) applyBatch(e *raftpb.Entry) error {
 		// It was applied at an index that this member received as part of a
 		// snapshot, so its results are not known here.
 		own.err = fault.ErrUnknown.WithDetail("the write was applied, but its result was lost; read the key")
-	case own.change == nil && len(own.results) > 0 && own.results[0].Status == StatusRefused: // in the place of the whole batch
+	case own.change == nil && len(own.results) > 0 && own.results[0].Status == store.StatusRefused: // in the place of the whole batch
 		own.err = fault.ErrLevel.WithDetail("%s", own.results[0].Key)
 	}
 	if own == r.expiring && (len(own.offsets) == expireMax || len(own.data) >= batchSizeMax) {
@@ -803,7 +804,7 @@ func (r *replica) applyBatch(e *raftpb.Entry) error {
 }
 
 // takePending removes the own batch with this header from those that wait.
-func (r *replica) takePending(h BatchHeader) *batch {
+func (r *replica) takePending(h store.BatchHeader) *batch {
 	if h.Session != r.session {
 		return nil
 	}
@@ -817,42 +818,42 @@ func (r *replica) takePending(h BatchHeader) *batch {
 }
 
 // The kinds of changes, as raft calls them.
-var changeTypes = map[MemberChangeKind]raftpb.ConfChangeType{
-	AddLearner:     raftpb.ConfChangeAddLearnerNode,
-	PromoteLearner: raftpb.ConfChangeAddNode,
-	RemoveMember:   raftpb.ConfChangeRemoveNode,
+var changeTypes = map[store.MemberChangeKind]raftpb.ConfChangeType{
+	store.AddLearner:     raftpb.ConfChangeAddLearnerNode,
+	store.PromoteLearner: raftpb.ConfChangeAddNode,
+	store.RemoveMember:   raftpb.ConfChangeRemoveNode,
 }
 
 // newMemberChange builds the batch of a configuration change.
-func newMemberChange(c MemberChange, deadline time.Time) (*batch, error) {
+func newMemberChange(c store.MemberChange, deadline time.Time) (*batch, error) {
 	value, err := json.Marshal(c.Member)
 	if err != nil {
 		return nil, err
 	}
 	b := newBatch(nil)
-	b.add(&Command{Op: OpMember, Value: string(value)})
+	b.add(&store.Command{Op: store.OpMember, Value: string(value)})
 	b.change = &raftpb.ConfChange{Type: changeTypes[c.Kind].Enum(), NodeId: new(c.Member.ID)}
 	b.deadline = deadline
 	return b, nil
 }
 
-func decodeMemberChange(e *raftpb.Entry) (cc *raftpb.ConfChange, h BatchHeader, c MemberChange, err error) {
+func decodeMemberChange(e *raftpb.Entry) (cc *raftpb.ConfChange, h store.BatchHeader, c store.MemberChange, err error) {
 	cc = &raftpb.ConfChange{}
 	if err := proto.Unmarshal(e.GetData(), cc); err != nil {
 		return cc, h, c, err
 	}
-	h, commands, err := DecodeBatch(cc.GetContext())
+	h, commands, err := store.DecodeBatch(cc.GetContext())
 	if err != nil {
 		return cc, h, c, err
 	}
-	m, rest, err := DecodeCommand(commands)
-	if err == nil && (m.Op != OpMember || len(rest) > 0) {
-		err = Newer("a configuration change with command", uint64(m.Op))
+	m, rest, err := store.DecodeCommand(commands)
+	if err == nil && (m.Op != store.OpMember || len(rest) > 0) {
+		err = store.Newer("a configuration change with command", uint64(m.Op))
 	}
 	if err != nil {
 		return cc, h, c, err
 	}
-	if c.Member, err = DecodeMember(m.Value); err != nil {
+	if c.Member, err = store.DecodeMember(m.Value); err != nil {
 		return cc, h, c, err
 	}
 	for kind, t := range changeTypes {
@@ -861,7 +862,7 @@ func decodeMemberChange(e *raftpb.Entry) (cc *raftpb.ConfChange, h BatchHeader, 
 		}
 	}
 	if c.Member.ID != cc.GetNodeId() || changeTypes[c.Kind] != cc.GetType() {
-		return cc, h, c, fmt.Errorf("%w: configuration change %v", ErrMalformed, cc)
+		return cc, h, c, fmt.Errorf("%w: configuration change %v", store.ErrMalformed, cc)
 	}
 	return cc, h, c, nil
 }
@@ -890,7 +891,7 @@ func (r *replica) stepProposal(m *raftpb.Message) error {
 			return raft.ErrProposalDropped // raft would refuse any change now
 		}
 		_, h, change, refused := decodeMemberChange(e)
-		if refused != nil && !errors.Is(refused, ErrNewer) {
+		if refused != nil && !errors.Is(refused, store.ErrNewer) {
 			return refused
 		}
 		if refused == nil {
@@ -919,25 +920,25 @@ func (r *replica) stepProposal(m *raftpb.Message) error {
 
 // refusal is an entry that tells the proposer of a batch why it is not in the log.
 // It has the leader's time, like any other: the proposer's clock may be wrong.
-func (r *replica) refusal(h BatchHeader, why error) *raftpb.Entry {
+func (r *replica) refusal(h store.BatchHeader, why error) *raftpb.Entry {
 	h.Time = r.now.UnixMilli()
 	b := newBatch(nil)
-	b.add(&Command{Op: OpRefuse, Value: why.Error()})
+	b.add(&store.Command{Op: store.OpRefuse, Value: why.Error()})
 	h.Put(b.data)
 	return &raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Data: b.data}
 }
 
 // readyBatch returns what a leader puts into its log for a batch.
 func (r *replica) readyBatch(e *raftpb.Entry) (*raftpb.Entry, error) {
-	h, commands, err := DecodeBatch(e.GetData())
+	h, commands, err := store.DecodeBatch(e.GetData())
 	if err != nil {
 		return nil, err
 	}
-	if err := CheckCommands(commands, r.store.Level()); err != nil {
+	if err := store.CheckCommands(commands, r.store.Level()); err != nil {
 		r.logger.Warn("refused a batch", zap.Error(err))
 		return r.refusal(h, fmt.Errorf("the leader, node %d, refuses it: %w", r.id, err)), nil
 	}
-	if off := r.now.Sub(time.UnixMilli(h.Time)); off.Abs() <= ClockSkewMax {
+	if off := r.now.Sub(time.UnixMilli(h.Time)); off.Abs() <= store.ClockSkewMax {
 		return e, nil
 	}
 	h.Time = r.now.UnixMilli()
@@ -959,11 +960,11 @@ const (
 // refuseChange says why a leader must not make a change now: one at a time, not
 // more members than a cluster may have, and never one after which the members that
 // it hears from would be no majority.
-func (r *replica) refuseChange(c MemberChange) error {
+func (r *replica) refuseChange(c store.MemberChange) error {
 	if r.changeIndex > r.store.Applied() {
 		return errors.New(fault.RefusedForNow)
 	}
-	if _, ok := r.store.Member(c.Member.ID); !ok && c.Kind == PromoteLearner {
+	if _, ok := r.store.Member(c.Member.ID); !ok && c.Kind == store.PromoteLearner {
 		return nil // applying it says that there is none
 	}
 	if err := r.refuseSize(c); err != nil {
@@ -973,7 +974,7 @@ func (r *replica) refuseChange(c MemberChange) error {
 	for _, m := range r.store.Members() {
 		votes := !m.Learner
 		if m.ID == c.Member.ID {
-			votes = c.Kind == PromoteLearner
+			votes = c.Kind == store.PromoteLearner
 		}
 		if !votes {
 			continue
@@ -984,9 +985,9 @@ func (r *replica) refuseChange(c MemberChange) error {
 		}
 	}
 	switch {
-	case c.Kind == AddLearner:
+	case c.Kind == store.AddLearner:
 		return nil // it has no vote
-	case c.Kind == PromoteLearner && !r.caughtUp(c.Member.ID):
+	case c.Kind == store.PromoteLearner && !r.caughtUp(c.Member.ID):
 		return fmt.Errorf("member %d %s", c.Member.ID, fault.RefusedUntilThen)
 	case voters > 0 && active <= voters/2:
 		return fmt.Errorf("of %d voters after the change only %d would be reachable, which is no majority: first bring the others back, or remove one that is down", voters, active)
@@ -995,7 +996,7 @@ func (r *replica) refuseChange(c MemberChange) error {
 }
 
 // refuseSize says whether a change would make the cluster too large.
-func (r *replica) refuseSize(c MemberChange) error {
+func (r *replica) refuseSize(c store.MemberChange) error {
 	voters, learners := 0, 0
 	for _, m := range r.store.Members() {
 		if m.Learner {
@@ -1006,9 +1007,9 @@ func (r *replica) refuseSize(c MemberChange) error {
 	}
 	_, exists := r.store.Member(c.Member.ID)
 	switch {
-	case c.Kind == AddLearner && !exists && learners >= learnersMax:
+	case c.Kind == store.AddLearner && !exists && learners >= learnersMax:
 		return fmt.Errorf("a cluster has at most %d learners, and this one has %d: remove one first", learnersMax, learners)
-	case c.Kind == PromoteLearner && voters >= votersMax:
+	case c.Kind == store.PromoteLearner && voters >= votersMax:
 		return fmt.Errorf("a cluster has at most %d voters, and this one has %d: remove one first", votersMax, voters)
 	}
 	return nil
@@ -1019,8 +1020,8 @@ func (r *replica) refuseSize(c MemberChange) error {
 // before the others know that the change is committed, and of two members the
 // other one could not find out without its vote. The proposer tries again when
 // it sees the next leader.
-func (r *replica) standsAside(c MemberChange) bool {
-	if c.Kind != RemoveMember || c.Member.ID != r.id {
+func (r *replica) standsAside(c store.MemberChange) bool {
+	if c.Kind != store.RemoveMember || c.Member.ID != r.id {
 		return false
 	}
 	var heir, most uint64
@@ -1088,7 +1089,7 @@ func (r *replica) promoteLearners() {
 		return
 	}
 	for _, m := range r.store.Members() {
-		c := MemberChange{Kind: PromoteLearner, Member: Member{ID: m.ID}}
+		c := store.MemberChange{Kind: store.PromoteLearner, Member: store.Member{ID: m.ID}}
 		if !m.Promote || r.refuseChange(c) != nil {
 			continue
 		}
@@ -1132,11 +1133,11 @@ func (r *replica) applyConfChange(e *raftpb.Entry) error {
 		case refused != nil:
 			own.err = fault.MemberRefused(refused.Error())
 		default:
-			own.results = []Result{{RV: r.store.Version()}}
+			own.results = []store.Result{{RV: r.store.Version()}}
 		}
 		r.handBack(own)
 	}
-	if change.Kind == RemoveMember && change.Member.ID == r.id && fresh && refused == nil {
+	if change.Kind == store.RemoveMember && change.Member.ID == r.id && fresh && refused == nil {
 		// It does not end here, and a leader does not step down (StepDownOnRemoval):
 		// those that do not know yet that the change is committed may need its vote,
 		// or its log, to find out. A voter that knows will tell it.

@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/store"
 )
 
 // This file makes data directories of new clusters: from a backup, or from what
@@ -24,7 +25,7 @@ import (
 // restoreBackup makes the data directory of one member of a new cluster, which
 // will be founded by all of them together, see founding.go. Its versions are above
 // another one, too.
-func restoreBackup(cfg config, b *BackupFile, above uint64, logger *zap.Logger) error {
+func restoreBackup(cfg config, b *store.BackupFile, above uint64, logger *zap.Logger) error {
 	b.State.Begin(cfg.members, nil)
 	f := newFounding(&cfg)
 	f.Backup = b.Digest
@@ -91,11 +92,11 @@ func checkEmpty(dir string) error {
 // recovery is what came of recover.
 type recovery struct {
 	old, made identity
-	self      Member
-	lost      []Member // the other members of the old cluster
-	index     uint64   // of the last entry in the log
-	term      uint64   // and its term
-	commit    uint64   // as far as this member knew
+	self      store.Member
+	lost      []store.Member // the other members of the old cluster
+	index     uint64         // of the last entry in the log
+	term      uint64         // and its term
+	commit    uint64         // as far as this member knew
 	newest    time.Time
 	before    uint64 // resource version of the old cluster, as far as this member knew
 	after     uint64
@@ -168,8 +169,8 @@ func recoverDirectory(from, to string, id, above uint64, anyway bool, logger *za
 			return nil, fmt.Errorf("--id %d: there was a member with this ID, and an ID is never used again: take another one", id)
 		}
 	}
-	r.self = Member{ID: self.ID, Name: self.Name, PeerURL: self.PeerURL}
-	st.Begin([]Member{r.self}, removed)
+	r.self = store.Member{ID: self.ID, Name: self.Name, PeerURL: self.PeerURL}
+	st.Begin([]store.Member{r.self}, removed)
 	if err := st.GoAbove(above); err != nil {
 		return nil, err
 	}

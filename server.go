@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // This file builds a node from its parts, starts them, waits, and closes them.
@@ -44,7 +45,7 @@ type node struct {
 	*loop
 	config   config
 	cluster  uint64
-	store    *Store
+	store    *store.Store
 	hub      *hub
 	journal  *journal // nil = none
 	guard    *guard
@@ -54,11 +55,11 @@ type node struct {
 	logger   *zap.Logger
 	level    zap.AtomicLevel
 
-	directory uint64   // number of the data directory
-	process   uint64   // a number of this life of the node
-	secret    secret   // of the data directory
-	founders  []Member // see identity
-	fresh     bool     // see checkFresh
+	directory uint64         // number of the data directory
+	process   uint64         // a number of this life of the node
+	secret    secret         // of the data directory
+	founders  []store.Member // see identity
+	fresh     bool           // see checkFresh
 	// informed is set when this node may tell others who the members are: what it
 	// has on disk may not be applied yet, or out of date.
 	informed *atomic.Bool
@@ -144,7 +145,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		return err
 	}
 
-	kv := &Store{State: rec.state, LevelMax: cfg.levelMax}
+	kv := &store.Store{State: rec.state, LevelMax: cfg.levelMax}
 	if err := kv.CheckLevel(rec.state.Level); err != nil {
 		return fmt.Errorf("data directory %s: %w", cfg.dataDir, err)
 	}
@@ -288,7 +289,7 @@ func (p *ports) tell(info peerInfo) {
 // waiting is what clients are told then.
 func (p *ports) waiting(whom []string) { p.waitsFor.Store(&whom) }
 
-func (p *ports) ask(ctx context.Context, members []Member) map[uint64]peerAnswer {
+func (p *ports) ask(ctx context.Context, members []store.Member) map[uint64]peerAnswer {
 	return askPeers(ctx, members)
 }
 

@@ -14,6 +14,8 @@ import (
 	"github.com/anishathalye/porcupine"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
+
+	"raftrv/internal/store"
 )
 
 // checker watches every process from outside, turn by turn, and judges the
@@ -29,7 +31,7 @@ type checker struct {
 	states  map[uint64]uint64 // hash of the state's bytes, by index
 	configs map[uint64]string // raft's configuration, by the index of its last change
 
-	verdicts map[uint64]Verdict // of nodes that have found their own state wanting
+	verdicts map[uint64]store.Verdict // of nodes that have found their own state wanting
 
 	refusals    map[uint64][]denial // by session
 	clocks      map[uint64]simClock // by session
@@ -64,7 +66,7 @@ func newChecker(s *sim) *checker {
 		states:      map[uint64]uint64{},
 		configs:     map[uint64]string{},
 		reached:     map[string]int{},
-		verdicts:    map[uint64]Verdict{},
+		verdicts:    map[uint64]store.Verdict{},
 		refusals:    map[uint64][]denial{},
 		clocks:      map[uint64]simClock{},
 		refusedKeys: map[string]bool{},
@@ -137,8 +139,8 @@ func (c *checker) started(p *process) {
 
 // judged hears what a node thinks of its own state, and whose states are not
 // like its own.
-func (c *checker) judged(p *process, v Verdict, differ []uint64) {
-	if v != Sound {
+func (c *checker) judged(p *process, v store.Verdict, differ []uint64) {
+	if v != store.Sound {
 		c.verdicts[p.node.id] = v
 	}
 	if len(differ) > 0 {
@@ -267,7 +269,7 @@ func (c *checker) whole(p *process) {
 		return
 	}
 	deadlines := 0
-	st.Items.Scan(func(key string, it Item) bool {
+	st.Items.Scan(func(key string, it store.Item) bool {
 		deadlines += boolInt(it.Expires != 0)
 		return c.item(p, key, it, true)
 	})
@@ -291,7 +293,7 @@ func (c *checker) totals(p *process) bool {
 	return true
 }
 
-func (c *checker) item(p *process, key string, it Item, ok bool) bool {
+func (c *checker) item(p *process, key string, it store.Item, ok bool) bool {
 	if want, exists := c.model.get(key, p.store.State.RV); ok != exists || it != want {
 		c.violate("state", "node %d at entry %d has %q = %v %+v, it should have %v %+v", p.node.id, p.store.State.Index, key, ok, it, exists, want)
 		return false
@@ -315,7 +317,7 @@ func (c *checker) config(p *process, index uint64) {
 }
 
 // sameMember leaves out the directory, which a member tells at any time.
-func sameMember(a, b Member) bool {
+func sameMember(a, b store.Member) bool {
 	a.Directory, b.Directory = 0, 0
 	return a == b
 }
@@ -424,7 +426,7 @@ func validateEvents(s *sim) error {
 
 // applied returns what became of an operation in the committed log, and when a
 // node first applied it.
-func (s *sim) applied(op *simOp) (r Result, at time.Duration, applied bool) {
+func (s *sim) applied(op *simOp) (r store.Result, at time.Duration, applied bool) {
 	for _, a := range op.attempts {
 		if a.batch == nil || a.batch.seq == 0 {
 			continue
@@ -433,11 +435,11 @@ func (s *sim) applied(op *simOp) (r Result, at time.Duration, applied bool) {
 		if b == nil || a.place >= len(b.results) {
 			continue
 		}
-		if r := b.results[a.place]; r.Status != StatusNone {
+		if r := b.results[a.place]; r.Status != store.StatusNone {
 			return r, b.at, true
 		}
 	}
-	return Result{}, 0, false
+	return store.Result{}, 0, false
 }
 
 // validateOutcomes: what a client was told about a write is what happened.
@@ -461,7 +463,7 @@ func validateOutcomes(s *sim) error {
 
 // sameResult compares all but whether it is the answer to a retry, which is not
 // told again what was read.
-func sameResult(a, b Result) bool {
+func sameResult(a, b store.Result) bool {
 	if a.Replayed && a.Ops == nil || b.Replayed && b.Ops == nil {
 		a.Ops, b.Ops = nil, nil
 	}
@@ -606,23 +608,23 @@ var registers = porcupine.Model{
 }
 
 // stepRegisters carries out a command and says whether its result fits.
-func stepRegisters(values map[string]string, c *Command, r *Result) bool {
+func stepRegisters(values map[string]string, c *store.Command, r *store.Result) bool {
 	_, exists := values[c.Key]
 	switch {
-	case r.Status == StatusPrecondition:
+	case r.Status == store.StatusPrecondition:
 		// Which version a key has is not known here.
-		return c.Condition.Kind == IfMatch || !c.Condition.Holds(Item{}, exists)
-	case c.Condition.Kind != Always && c.Condition.Kind != IfMatch && !c.Condition.Holds(Item{}, exists):
+		return c.Condition.Kind == store.IfMatch || !c.Condition.Holds(store.Item{}, exists)
+	case c.Condition.Kind != store.Always && c.Condition.Kind != store.IfMatch && !c.Condition.Holds(store.Item{}, exists):
 		return false
 	}
 	switch c.Op {
-	case OpPut:
+	case store.OpPut:
 		values[c.Key] = c.Value
-		return (r.Status == StatusReplaced) == exists
-	case OpDelete:
+		return (r.Status == store.StatusReplaced) == exists
+	case store.OpDelete:
 		delete(values, c.Key)
-		return (r.Status == StatusDeleted) == exists
-	case OpDeletePrefix:
+		return (r.Status == store.StatusDeleted) == exists
+	case store.OpDeletePrefix:
 		n := uint64(0)
 		maps.DeleteFunc(values, func(key, _ string) bool {
 			found := strings.HasPrefix(key, c.Key)
@@ -630,50 +632,50 @@ func stepRegisters(values map[string]string, c *Command, r *Result) bool {
 			return found
 		})
 		return r.Count == n
-	case OpTxn:
+	case store.OpTxn:
 		return stepTxn(values, c.Value, r)
 	}
 	return false
 }
 
-func stepTxn(values map[string]string, encoded string, r *Result) bool {
-	t, err := DecodeTxn(encoded)
+func stepTxn(values map[string]string, encoded string, r *store.Result) bool {
+	t, err := store.DecodeTxn(encoded)
 	if err != nil {
 		return false
 	}
 	ops, judged, holds := t.Otherwise, true, true
 	for _, cmp := range t.Compare {
 		value, exists := values[cmp.Key]
-		if cmp.Kind == ByVersion || cmp.Kind == ByCreated {
+		if cmp.Kind == store.ByVersion || cmp.Kind == store.ByCreated {
 			judged = false
-		} else if !cmp.Holds(Item{Value: value}, exists) {
+		} else if !cmp.Holds(store.Item{Value: value}, exists) {
 			holds = false
 		}
 	}
-	if r.Status == StatusSucceeded {
+	if r.Status == store.StatusSucceeded {
 		ops = t.Then
 	}
 	told := len(r.Ops) > 0 || !r.Replayed // a retry may not be told what was read
-	if judged && holds != (r.Status == StatusSucceeded) || told && len(r.Ops) != len(ops) {
+	if judged && holds != (r.Status == store.StatusSucceeded) || told && len(r.Ops) != len(ops) {
 		return false
 	}
 	for i, op := range ops {
 		switch {
-		case !told && op.Op == OpPut:
+		case !told && op.Op == store.OpPut:
 			values[op.Key] = op.Value
 			continue
 		case !told:
-			if op.Op == OpDelete {
+			if op.Op == store.OpDelete {
 				delete(values, op.Key)
 			}
 			continue
 		}
-		if op.Op == OpGet {
+		if op.Op == store.OpGet {
 			value, found := values[op.Key]
-			if found != (r.Ops[i].Status == StatusFound) || value != r.Ops[i].Item.Value {
+			if found != (r.Ops[i].Status == store.StatusFound) || value != r.Ops[i].Item.Value {
 				return false
 			}
-		} else if !stepRegisters(values, &op, &Result{Status: r.Ops[i].Status}) {
+		} else if !stepRegisters(values, &op, &store.Result{Status: r.Ops[i].Status}) {
 			return false
 		}
 	}

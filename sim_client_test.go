@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // This file is the clients, and the history of what they asked and were told.
@@ -40,8 +41,8 @@ func (k readKind) String() string { return [...]string{"", "latest", "at least",
 type simOp struct {
 	client  int
 	read    readKind
-	list    bool    // read all items whose keys begin with the key
-	cmd     Command // of a read only the key
+	list    bool          // read all items whose keys begin with the key
+	cmd     store.Command // of a read only the key
 	atLeast uint64
 
 	attempts []attempt
@@ -50,11 +51,11 @@ type simOp struct {
 	outcome  simOutcome
 	err      error
 
-	result Result // of a write
-	item   Item   // of a read
+	result store.Result // of a write
+	item   store.Item   // of a read
 	found  bool
-	items  []KeyItem // of a list
-	rv     uint64    // of the store, when it was read
+	items  []store.KeyItem // of a list
+	rv     uint64          // of the store, when it was read
 }
 
 // attempt is where an operation went.
@@ -80,8 +81,8 @@ func (o *simOp) String() string {
 		fmt.Fprintf(&b, "list %q (%v): %d items at version %d", o.cmd.Key, o.read, len(o.items), o.rv)
 	case o.isRead():
 		fmt.Fprintf(&b, "get %q (%v): %v %+v at version %d", o.cmd.Key, o.read, o.found, o.item, o.rv)
-	case o.cmd.Op == OpTxn:
-		t, _ := DecodeTxn(o.cmd.Value)
+	case o.cmd.Op == store.OpTxn:
+		t, _ := store.DecodeTxn(o.cmd.Value)
 		fmt.Fprintf(&b, "transaction %+v: %+v", t, o.result)
 	default:
 		cmd := o.cmd
@@ -162,7 +163,7 @@ func (c *simCall) write(timeout time.Duration) {
 	}
 	c.op.attempts = append(c.op.attempts, attempt{node: p.node.id, session: p.replica.session, batch: b, place: place, timeout: timeout})
 	if plant := p.sim.plant; plant != nil && plant.answerWrite {
-		c.op.result = Result{Status: StatusReplaced}
+		c.op.result = store.Result{Status: store.StatusReplaced}
 		c.leave(opDone, nil)
 	}
 	p.wake()
@@ -198,7 +199,7 @@ func (c *simCall) capture() {
 		c.leave(opDone, nil)
 	case c.batch.err != nil:
 		c.fail(c.batch.err)
-	case c.batch.results[c.place].Status == StatusNone:
+	case c.batch.results[c.place].Status == store.StatusNone:
 		c.fail(fault.ErrUnknown)
 	default:
 		c.op.result = c.batch.results[c.place]
@@ -489,7 +490,7 @@ func (c *simClient) anyKey() string {
 }
 
 func makePut(c *simClient) *simOp {
-	op := &simOp{cmd: Command{Op: OpPut, Key: c.key(), Value: c.value()}}
+	op := &simOp{cmd: store.Command{Op: store.OpPut, Key: c.key(), Value: c.value()}}
 	if c.sim.check.model.level >= 3 && c.sim.chance(0.3) {
 		op.cmd.ContentType = pick(c.sim, []string{"text/plain", "application/json"})
 	}
@@ -497,7 +498,7 @@ func makePut(c *simClient) *simOp {
 }
 
 func makeDelete(c *simClient) *simOp {
-	return &simOp{cmd: Command{Op: OpDelete, Key: c.key()}}
+	return &simOp{cmd: store.Command{Op: store.OpDelete, Key: c.key()}}
 }
 
 // makeConditional makes a write that is carried out only if its key is as the
@@ -507,9 +508,9 @@ func makeConditional(c *simClient) *simOp {
 	if c.sim.chance(0.3) {
 		op = makeDelete(c)
 	}
-	kind := pick(c.sim, []ConditionKind{IfMatch, IfMatch, IfExists, IfAbsent})
-	op.cmd.Condition = Condition{Kind: kind}
-	if kind == IfMatch {
+	kind := pick(c.sim, []store.ConditionKind{store.IfMatch, store.IfMatch, store.IfExists, store.IfAbsent})
+	op.cmd.Condition = store.Condition{Kind: kind}
+	if kind == store.IfMatch {
 		it, _ := c.sim.check.model.get(op.cmd.Key, c.saw)
 		op.cmd.Condition.RV = it.RV
 	}
@@ -522,7 +523,7 @@ func makeRetried(c *simClient) *simOp {
 	if c.sim.clocksWrong && c.sim.check.model.level < 2 {
 		return op // one clock makes all that was remembered too old
 	}
-	op.cmd.Retry = RetryID{Key: "retry-" + c.value()}
+	op.cmd.Retry = store.RetryID{Key: "retry-" + c.value()}
 	op.cmd.Retry.Digest[0] = byte(c.count)
 	if c.sim.check.model.level >= 3 {
 		op.cmd.Retry.Client = uint64(1 + c.sim.rand.IntN(2))
@@ -531,18 +532,18 @@ func makeRetried(c *simClient) *simOp {
 }
 
 func makeTxn(c *simClient) *simOp {
-	t := Txn{}
+	t := store.Txn{}
 	for range c.sim.rand.IntN(3) {
 		key := c.keyOf(txnGroup)
 		it, _ := c.sim.check.model.get(key, c.saw)
-		t.Compare = append(t.Compare, Comparison{
-			Kind: ComparisonKind(1 + c.sim.rand.IntN(5)), Key: key, RV: it.RV, Value: it.Value,
+		t.Compare = append(t.Compare, store.Comparison{
+			Kind: store.ComparisonKind(1 + c.sim.rand.IntN(5)), Key: key, RV: it.RV, Value: it.Value,
 		})
 	}
-	for _, ops := range []*[]Command{&t.Then, &t.Otherwise} {
+	for _, ops := range []*[]store.Command{&t.Then, &t.Otherwise} {
 		for i := range 1 + c.sim.rand.IntN(3) {
-			op := Command{Op: pick(c.sim, []Op{OpPut, OpPut, OpDelete, OpGet}), Key: c.keyOf(txnGroup)}
-			if op.Op == OpPut {
+			op := store.Command{Op: pick(c.sim, []store.Op{store.OpPut, store.OpPut, store.OpDelete, store.OpGet}), Key: c.keyOf(txnGroup)}
+			if op.Op == store.OpPut {
 				op.Value = fmt.Sprintf("%s-%d-%d", c.value(), len(t.Then), i)
 				if c.sim.check.model.level >= 3 && c.sim.chance(0.3) {
 					op.ContentType = "text/plain"
@@ -551,11 +552,11 @@ func makeTxn(c *simClient) *simOp {
 			*ops = append(*ops, op)
 		}
 	}
-	return &simOp{cmd: Command{Op: OpTxn, Key: txnGroup, Value: t.Encode()}}
+	return &simOp{cmd: store.Command{Op: store.OpTxn, Key: txnGroup, Value: t.Encode()}}
 }
 
 func makePutExpiring(c *simClient) *simOp {
-	op := &simOp{cmd: Command{Op: OpPut, Key: c.keyOf(expiringGroup), Value: c.value()}}
+	op := &simOp{cmd: store.Command{Op: store.OpPut, Key: c.keyOf(expiringGroup), Value: c.value()}}
 	ttl := c.sim.around(2 * time.Second)
 	if op.cmd.Expires = simEpoch.Add(c.sim.now + ttl).UnixMilli(); c.sim.check.model.level >= 2 && c.sim.chance(0.5) {
 		op.cmd.Expires, op.cmd.TTL = 0, max(1, ttl.Milliseconds())
@@ -566,31 +567,31 @@ func makePutExpiring(c *simClient) *simOp {
 // makePutLarge makes a value of up to 1 MiB. All are of one key, which the next
 // write makes small again most of the time.
 func makePutLarge(c *simClient) *simOp {
-	op := &simOp{cmd: Command{Op: OpPut, Key: "large", Value: c.value()}}
+	op := &simOp{cmd: store.Command{Op: store.OpPut, Key: "large", Value: c.value()}}
 	if c.sim.chance(0.2) {
-		op.cmd.Value += strings.Repeat("x", c.sim.rand.IntN(ValueSizeMaxDefault-len(op.cmd.Value)))
+		op.cmd.Value += strings.Repeat("x", c.sim.rand.IntN(store.ValueSizeMaxDefault-len(op.cmd.Value)))
 	}
 	return op
 }
 
 func makePutPrefixed(c *simClient) *simOp {
-	return &simOp{cmd: Command{Op: OpPut, Key: c.keyOf(prefixGroup), Value: c.value()}}
+	return &simOp{cmd: store.Command{Op: store.OpPut, Key: c.keyOf(prefixGroup), Value: c.value()}}
 }
 
 func makeDeletePrefix(c *simClient) *simOp {
-	return &simOp{cmd: Command{Op: OpDeletePrefix, Key: prefixGroup + "/"}}
+	return &simOp{cmd: store.Command{Op: store.OpDeletePrefix, Key: prefixGroup + "/"}}
 }
 
 func makeGet(c *simClient) *simOp {
-	return &simOp{read: readLatest, cmd: Command{Key: c.anyKey()}}
+	return &simOp{read: readLatest, cmd: store.Command{Key: c.anyKey()}}
 }
 
 func makeGetAtLeast(c *simClient) *simOp {
-	return &simOp{read: readAtLeast, cmd: Command{Key: c.anyKey()}, atLeast: c.saw}
+	return &simOp{read: readAtLeast, cmd: store.Command{Key: c.anyKey()}, atLeast: c.saw}
 }
 
 func makeGetWhatever(c *simClient) *simOp {
-	return &simOp{read: readWhatever, cmd: Command{Key: c.anyKey()}}
+	return &simOp{read: readWhatever, cmd: store.Command{Key: c.anyKey()}}
 }
 
 func makeList(c *simClient) *simOp {

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
+
+	"raftrv/internal/store"
 )
 
 // This file holds directed scenarios. Some faults need so many things to come
@@ -99,11 +101,11 @@ func (s *sim) begin(n *simNode, op *simOp, timeout time.Duration) *simOp {
 }
 
 func putOp(key, value string) *simOp {
-	return &simOp{cmd: Command{Op: OpPut, Key: key, Value: value}}
+	return &simOp{cmd: store.Command{Op: store.OpPut, Key: key, Value: value}}
 }
 
 func getOp(key string) *simOp {
-	return &simOp{read: readLatest, cmd: Command{Key: key}}
+	return &simOp{read: readLatest, cmd: store.Command{Key: key}}
 }
 
 func (o *simOp) ended() bool { return o.returned > 0 }
@@ -286,7 +288,7 @@ func TestTransferSoonAfterElection(t *testing.T) {
 }
 
 // change proposes a change of the members and waits until it is in the log.
-func (s *sim) change(t *testing.T, n *simNode, c MemberChange) {
+func (s *sim) change(t *testing.T, n *simNode, c store.MemberChange) {
 	t.Helper()
 	before := s.check.model.index()
 	n.proposeChange(c, changeTimeout)
@@ -300,9 +302,9 @@ func (s *sim) change(t *testing.T, n *simNode, c MemberChange) {
 func TestLastVoter(t *testing.T) {
 	s, leader := newScenario(t, defaultSimConfig(1, 1))
 	learner := s.addNode("http://n2", true)
-	s.change(t, leader, MemberChange{Kind: AddLearner, Member: Member{ID: learner.id, PeerURL: learner.url}})
+	s.change(t, leader, store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: learner.id, PeerURL: learner.url}})
 	learner.start()
-	s.change(t, leader, MemberChange{Kind: RemoveMember, Member: Member{ID: leader.id}})
+	s.change(t, leader, store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: leader.id}})
 	s.wait(t, s.begin(leader, putOp("k", "v"), time.Second))
 	s.run(time.Second)
 	s.judge(t)
@@ -317,7 +319,7 @@ func TestRemovedLeaderHasMore(t *testing.T) {
 	gone := s.node(left.id%2 + 1)
 	s.wait(t, s.begin(left, putOp("k", "v"), time.Second))
 	s.hold(func(m *raftpb.Message) bool { return m.GetFrom() == gone.id && m.GetType() == raftpb.MsgAppResp })
-	left.proposeChange(MemberChange{Kind: RemoveMember, Member: Member{ID: gone.id}}, changeTimeout)
+	left.proposeChange(store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: gone.id}}, changeTimeout)
 	s.run(20 * time.Millisecond)
 	removal, err := gone.process.replica.log.LastIndex()
 	if err != nil {
@@ -355,7 +357,7 @@ func TestLearnersDoNotTell(t *testing.T) {
 	s, leader := newScenario(t, defaultSimConfig(1, 2))
 	gone := s.node(leader.id%2 + 1)
 	learner := s.addNode("http://n3", true)
-	s.change(t, leader, MemberChange{Kind: AddLearner, Member: Member{ID: learner.id, PeerURL: learner.url}})
+	s.change(t, leader, store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: learner.id, PeerURL: learner.url}})
 	learner.start()
 	s.wait(t, s.begin(leader, putOp("k", "v"), time.Second))
 	s.run(time.Second)
@@ -363,7 +365,7 @@ func TestLearnersDoNotTell(t *testing.T) {
 	s.hold(func(m *raftpb.Message) bool {
 		return m.GetFrom() == leader.id && m.GetTo() == gone.id && m.GetCommit() > before
 	})
-	s.change(t, leader, MemberChange{Kind: RemoveMember, Member: Member{ID: gone.id}})
+	s.change(t, leader, store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: gone.id}})
 	s.network.cut[leader.id][gone.id], s.network.cut[gone.id][leader.id] = true, true
 	if !s.runUntil(time.Second, func() bool { return learner.process.store.State.Removed[gone.id] }) {
 		t.Fatalf("the learner does not know of the removal; %v", s.check.violations)
@@ -407,7 +409,7 @@ func TestRemovalFromTwo(t *testing.T) {
 					return m.GetFrom() == leader.id && (m.GetType() == raftpb.MsgApp || m.GetType() == raftpb.MsgHeartbeat) && m.GetCommit() > before
 				})
 			}
-			s.change(t, leader, MemberChange{Kind: RemoveMember, Member: Member{ID: gone.id}})
+			s.change(t, leader, store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: gone.id}})
 			if !tt.lose {
 				if !s.runUntil(3*time.Second, func() bool { return left.process.store.State.Removed[gone.id] }) {
 					t.Fatalf("node %d was not removed; %v", gone.id, s.check.violations)

@@ -15,6 +15,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/store"
 )
 
 // diskConfig says how slow a disk is.
@@ -387,7 +388,7 @@ func (d *simDisk) writeMark() error {
 	return d.write(inMark, false, d.storage.writeMark)
 }
 
-func (d *simDisk) writeSnapshot(meta *raftpb.Snapshot, st *State) error {
+func (d *simDisk) writeSnapshot(meta *raftpb.Snapshot, st *store.State) error {
 	if d.springs(inSnapshotBody) {
 		if d.process.trap.fault == errCrashed {
 			if err := d.writePart(st); err != nil {
@@ -414,7 +415,7 @@ func (d *simDisk) writeSnapshot(meta *raftpb.Snapshot, st *State) error {
 }
 
 // writePart writes a temporary file that breaks off.
-func (d *simDisk) writePart(st *State) error {
+func (d *simDisk) writePart(st *store.State) error {
 	f, err := os.CreateTemp(d.path(snapDir), tempPrefix)
 	if err != nil {
 		return err

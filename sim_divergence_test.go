@@ -3,6 +3,8 @@ package main
 import (
 	"testing"
 	"time"
+
+	"raftrv/internal/store"
 )
 
 // TestSim_DivergedMemberFindsOut: a member that computes something else finds
@@ -26,12 +28,12 @@ func TestSim_DivergedMemberFindsOut(t *testing.T) {
 			s.check.blind = true
 			p := n.process
 			p.store.Mu.Lock()
-			p.store.State.Put(&Command{Key: "another", Value: "new"})
+			p.store.State.Put(&store.Command{Key: "another", Value: "new"})
 			p.store.State.Changed = nil
 			p.store.Mu.Unlock()
 			s.begin(leader, putOp("k", "new"), time.Second)
 			start := s.now
-			if !s.runUntil(10*time.Second, func() bool { return s.check.verdicts[n.id] == Diverged }) {
+			if !s.runUntil(10*time.Second, func() bool { return s.check.verdicts[n.id] == store.Diverged }) {
 				t.Fatalf("node %d does not notice: %v", n.id, s.check.verdicts)
 			}
 			t.Logf("noticed after %v", s.now-start)

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"go.etcd.io/raft/v3"
+
+	"raftrv/internal/store"
 )
 
 // This file is what goes wrong in TestSim, and when: storms, in which faults of
@@ -38,7 +40,7 @@ type weather struct {
 
 // clockOffsetMax is how far clocks are off that are not wrong. Two that are an hour
 // apart make an Idempotency-Key too old to be remembered, at level 1.
-const clockOffsetMax = RetryAgeMillis * time.Millisecond * 4 / 10
+const clockOffsetMax = store.RetryAgeMillis * time.Millisecond * 4 / 10
 
 // drawConfig draws a cluster from a seed.
 func drawConfig(seed uint64) simConfig {
@@ -311,7 +313,7 @@ const (
 
 // faultMembers adds, promotes or removes a member.
 func faultMembers(s *sim) {
-	members := slices.SortedFunc(maps.Values(s.check.model.members), func(a, b Member) int { return cmp.Compare(a.ID, b.ID) })
+	members := slices.SortedFunc(maps.Values(s.check.model.members), func(a, b store.Member) int { return cmp.Compare(a.ID, b.ID) })
 	if len(members) == 0 || s.now < s.changing {
 		return
 	}
@@ -322,13 +324,13 @@ func faultMembers(s *sim) {
 	}
 	switch {
 	case m.Learner && s.chance(0.5):
-		s.changeMember(MemberChange{Kind: PromoteLearner, Member: Member{ID: m.ID}})
+		s.changeMember(store.MemberChange{Kind: store.PromoteLearner, Member: store.Member{ID: m.ID}})
 	case len(members) < membersMax && len(s.nodes) < nodesMax && s.chance(0.5):
 		n := s.addNode(fmt.Sprintf("http://n%d", len(s.nodes)+1), true)
-		s.changeMember(MemberChange{Kind: AddLearner, Member: Member{ID: n.id, PeerURL: n.url, Promote: s.chance(0.7)}})
+		s.changeMember(store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: n.id, PeerURL: n.url, Promote: s.chance(0.7)}})
 		s.after(s.around(100*time.Millisecond), n.start)
 	default: // the last voter, and a majority that is needed, are safe
-		s.changeMember(MemberChange{Kind: RemoveMember, Member: Member{ID: m.ID}})
+		s.changeMember(store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: m.ID}})
 	}
 }
 
@@ -340,7 +342,7 @@ func (s *sim) addLearners() {
 		var try func()
 		try = func() {
 			if _, added := s.check.model.members[n.id]; !added {
-				s.changeMember(MemberChange{Kind: AddLearner, Member: Member{ID: n.id, PeerURL: n.url}})
+				s.changeMember(store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: n.id, PeerURL: n.url}})
 				s.after(changeTimeout, try)
 				return
 			}
@@ -352,14 +354,14 @@ func (s *sim) addLearners() {
 
 // changeMember proposes a change at some member. Whether it succeeds is seen in
 // the log.
-func (s *sim) changeMember(c MemberChange) {
+func (s *sim) changeMember(c store.MemberChange) {
 	if n := pick(s, s.nodes); n.process != nil {
 		n.proposeChange(c, changeTimeout)
 	}
 }
 
 // proposeChange hands a change to a node that is up, and does not wait.
-func (n *simNode) proposeChange(c MemberChange, timeout time.Duration) *batch {
+func (n *simNode) proposeChange(c store.MemberChange, timeout time.Duration) *batch {
 	p := n.process
 	b, err := newMemberChange(c, n.clock().Add(time.Duration(float64(timeout)*n.rate)))
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // TestLevel_NewerProposalIsRefused: whoever proposes what this program does not
@@ -18,7 +19,7 @@ func TestLevel_NewerProposalIsRefused(t *testing.T) {
 	s.wait(t, s.begin(leader, putOp("k", "old"), time.Second))
 	for _, n := range s.nodes {
 		p := n.process
-		_, _, err := p.loop.enqueue(&Command{Op: OpPut, Key: "k", Condition: Condition{Kind: 9}}, n.clock().Add(time.Second))
+		_, _, err := p.loop.enqueue(&store.Command{Op: store.OpPut, Key: "k", Condition: store.Condition{Kind: 9}}, n.clock().Add(time.Second))
 		if e, ok := errors.AsType[*fault.Error](err); !ok || !errors.Is(err, fault.ErrLevel) || e.Outcome != fault.NotApplied {
 			t.Errorf("node %d takes it: %v", n.id, err)
 		}
@@ -27,8 +28,8 @@ func TestLevel_NewerProposalIsRefused(t *testing.T) {
 		}
 		// As a newer program would propose it, together with what all know.
 		b := newBatch(nil)
-		b.add(&Command{Op: OpPut, Key: "known", Value: "v"})
-		b.add(&Command{Op: OpPut, Key: "k", Condition: Condition{Kind: 9}})
+		b.add(&store.Command{Op: store.OpPut, Key: "known", Value: "v"})
+		b.add(&store.Command{Op: store.OpPut, Key: "k", Condition: store.Condition{Kind: 9}})
 		b.deadline = n.clock().Add(time.Second)
 		p.loop.push(b)
 		p.wake()
@@ -61,7 +62,7 @@ func TestLevel_NewerProposalIsRefused(t *testing.T) {
 func TestLevel_LeaderPutsItsOwnTime(t *testing.T) {
 	s, leader := newScenario(t, defaultSimConfig(1, 3))
 	wrong := s.node(leader.id%3 + 1)
-	for i, off := range []time.Duration{61 * time.Minute, 74 * 365 * 24 * time.Hour, -time.Hour, ClockSkewMax / 2} {
+	for i, off := range []time.Duration{61 * time.Minute, 74 * 365 * 24 * time.Hour, -time.Hour, store.ClockSkewMax / 2} {
 		wrong.offset = off
 		if i == 0 {
 			s.run(time.Second) // its next tick knows
@@ -71,7 +72,7 @@ func TestLevel_LeaderPutsItsOwnTime(t *testing.T) {
 		now := leader.clock()
 		n, _ := leader.process.store.SeekEvent(leader.process.store.Version() - 1)
 		events, _, _ := leader.process.store.EventsFrom(n)
-		if got := time.UnixMilli(events[0].Time).Sub(now); got.Abs() > ClockSkewMax {
+		if got := time.UnixMilli(events[0].Time).Sub(now); got.Abs() > store.ClockSkewMax {
 			t.Errorf("a clock that is off by %v: the event is %v off", off, got)
 		}
 	}
@@ -86,9 +87,9 @@ func TestLevel_RefusalHasTheLeadersTime(t *testing.T) {
 	wrong.offset = 74 * 365 * 24 * time.Hour
 	down.crash(tailKept)
 	s.run(time.Second) // until the leader has noticed
-	s.wantRefused(t, wrong.proposeChange(MemberChange{Kind: RemoveMember, Member: Member{ID: leader.id}}, memberTimeout), "no majority")
+	s.wantRefused(t, wrong.proposeChange(store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: leader.id}}, memberTimeout), "no majority")
 	b := newBatch(nil) // as a newer program would propose it
-	b.add(&Command{Op: OpPut, Key: "k", Condition: Condition{Kind: 9}})
+	b.add(&store.Command{Op: store.OpPut, Key: "k", Condition: store.Condition{Kind: 9}})
 	b.deadline = wrong.clock().Add(time.Second)
 	wrong.process.loop.push(b)
 	wrong.process.wake()
@@ -96,7 +97,7 @@ func TestLevel_RefusalHasTheLeadersTime(t *testing.T) {
 	if b.err == nil {
 		t.Error("the batch is not refused")
 	}
-	if off := leader.clock().Sub(time.UnixMilli(leader.process.store.State.Now)); off.Abs() > ClockSkewMax {
+	if off := leader.clock().Sub(time.UnixMilli(leader.process.store.State.Now)); off.Abs() > store.ClockSkewMax {
 		t.Errorf("the state's time is off by %v", off)
 	}
 	wrong.offset = 0

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
+
+	"raftrv/internal/store"
 )
 
 // model is the state machine written a second time, as plainly as possible and
@@ -22,19 +24,19 @@ type model struct {
 	elapsed  int64 // by which the outcomes of requests age
 	seen     int64 // of level 2: the time up to which elapsed was counted
 	rv       uint64
-	items    map[string]Item
+	items    map[string]store.Item
 	versions map[string][]modelVersion // of each key, oldest first
-	events   []Event
+	events   []store.Event
 	batches  map[batchID]*modelBatch
-	retries  map[string]RetryRecord
+	retries  map[string]store.RetryRecord
 	hasRead  bool              // the last transaction
 	values   map[string]uint64 // version of each value that was put; values are never used twice
-	members  map[uint64]Member
+	members  map[uint64]store.Member
 	removed  map[uint64]bool
 
 	voters, votersBefore []uint64 // now, and before the last change
 
-	latest func(h BatchHeader, term uint64) int64 // that the clock of a batch's proposer may have shown when it proposed
+	latest func(h store.BatchHeader, term uint64) int64 // that the clock of a batch's proposer may have shown when it proposed
 
 	keys   []string    // Idempotency-Keys that the present entry carried out
 	kept   int         // bytes of deleted values, by the events of the present entry
@@ -57,7 +59,7 @@ type modelEntry struct {
 // modelVersion is what became of a key at a resource version.
 type modelVersion struct {
 	rv     uint64
-	item   Item
+	item   store.Item
 	exists bool
 }
 
@@ -66,18 +68,18 @@ type batchID struct{ session, seq uint64 }
 type modelBatch struct {
 	index   uint64
 	at      time.Duration // when a node applied it first
-	results []Result
+	results []store.Result
 }
 
 func newModel() *model {
 	return &model{
 		level:    1,
-		items:    map[string]Item{},
+		items:    map[string]store.Item{},
 		versions: map[string][]modelVersion{},
 		batches:  map[batchID]*modelBatch{},
-		retries:  map[string]RetryRecord{},
+		retries:  map[string]store.RetryRecord{},
 		values:   map[string]uint64{},
-		members:  map[uint64]Member{},
+		members:  map[uint64]store.Member{},
 		removed:  map[uint64]bool{},
 	}
 }
@@ -95,7 +97,7 @@ func (m *model) entry(index uint64) *modelEntry {
 }
 
 // get returns the item of a key as of a resource version.
-func (m *model) get(key string, rv uint64) (Item, bool) {
+func (m *model) get(key string, rv uint64) (store.Item, bool) {
 	vs := m.versions[key]
 	n, _ := slices.BinarySearchFunc(vs, rv+1, func(v modelVersion, rv uint64) int {
 		if v.rv < rv {
@@ -104,17 +106,17 @@ func (m *model) get(key string, rv uint64) (Item, bool) {
 		return 1
 	})
 	if n == 0 {
-		return Item{}, false
+		return store.Item{}, false
 	}
 	return vs[n-1].item, vs[n-1].exists
 }
 
 // list returns the items with a prefix as of a resource version.
-func (m *model) list(prefix string, rv uint64) []KeyItem {
-	var items []KeyItem
+func (m *model) list(prefix string, rv uint64) []store.KeyItem {
+	var items []store.KeyItem
 	for _, key := range slices.Sorted(maps.Keys(m.versions)) {
 		if it, ok := m.get(key, rv); ok && strings.HasPrefix(key, prefix) {
-			items = append(items, KeyItem{Key: key, Item: it})
+			items = append(items, store.KeyItem{Key: key, Item: it})
 		}
 	}
 	return items
@@ -136,7 +138,7 @@ func (m *model) append(e *raftpb.Entry) error {
 }
 
 // first records a batch and says whether it is new.
-func (m *model) first(h BatchHeader, index uint64) (*modelBatch, bool) {
+func (m *model) first(h store.BatchHeader, index uint64) (*modelBatch, bool) {
 	id := batchID{h.Session, h.Seq}
 	if b := m.batches[id]; b != nil {
 		return b, false
@@ -148,7 +150,7 @@ func (m *model) first(h BatchHeader, index uint64) (*modelBatch, bool) {
 }
 
 func (m *model) applyBatch(e *raftpb.Entry, next *modelEntry) error {
-	h, data, err := DecodeBatch(e.GetData())
+	h, data, err := store.DecodeBatch(e.GetData())
 	if err != nil {
 		return err
 	}
@@ -162,16 +164,16 @@ func (m *model) applyBatch(e *raftpb.Entry, next *modelEntry) error {
 	} else {
 		m.now = h.Time
 		if h.Time > m.seen {
-			m.elapsed += min(h.Time-m.seen, AgeStepMillis)
+			m.elapsed += min(h.Time-m.seen, store.AgeStepMillis)
 		}
-		if h.Time > m.seen || m.seen-h.Time > AgeStepMillis {
+		if h.Time > m.seen || m.seen-h.Time > store.AgeStepMillis {
 			m.seen = h.Time
 		}
 	}
 	m.kept, m.keys = 0, nil
 	for len(data) > 0 {
-		var c Command
-		if c, data, err = DecodeCommand(data); err != nil {
+		var c store.Command
+		if c, data, err = store.DecodeCommand(data); err != nil {
 			return err
 		}
 		if err := m.checkExpiry(&c, h, e.GetTerm()); err != nil {
@@ -186,38 +188,38 @@ func (m *model) applyBatch(e *raftpb.Entry, next *modelEntry) error {
 	return nil
 }
 
-func (m *model) apply(c *Command, next *modelEntry) (Result, error) {
-	if c.Op == OpNop {
-		return Result{}, nil // it was withdrawn: a retry is the first attempt
+func (m *model) apply(c *store.Command, next *modelEntry) (store.Result, error) {
+	if c.Op == store.OpNop {
+		return store.Result{}, nil // it was withdrawn: a retry is the first attempt
 	}
 	if c.Retry.Key != "" {
-		if old, ok := m.retries[c.Retry.Key]; ok && m.elapsed-old.Time <= RetryAgeMillis {
+		if old, ok := m.retries[c.Retry.Key]; ok && m.elapsed-old.Time <= store.RetryAgeMillis {
 			if old.ID != c.Retry {
-				return Result{Status: StatusRetryOther}, nil
+				return store.Result{Status: store.StatusRetryOther}, nil
 			}
 			r := old.First
 			r.Replayed = true
 			return r, nil
 		}
 	}
-	var changes []Event
+	var changes []store.Event
 	if err := m.expireOverdue(c, &changes); err != nil {
-		return Result{}, err
+		return store.Result{}, err
 	}
 	if err := m.commit(changes, next); err != nil {
-		return Result{}, err
+		return store.Result{}, err
 	}
 	changes = nil
 	m.hasRead = false
 	r, err := m.execute(c, &changes)
 	if err != nil {
-		return Result{}, err
+		return store.Result{}, err
 	}
 	if err := m.commit(changes, next); err != nil {
-		return Result{}, err
+		return store.Result{}, err
 	}
 	r.RV, r.Key = m.rv, c.Key
-	if c.Op == OpRefuse {
+	if c.Op == store.OpRefuse {
 		r.Key = c.Value
 	}
 	if c.Retry.Key != "" {
@@ -226,20 +228,20 @@ func (m *model) apply(c *Command, next *modelEntry) (Result, error) {
 		if m.level >= 3 && m.hasRead {
 			kept.Ops = nil
 		}
-		m.retries[c.Retry.Key] = RetryRecord{ID: c.Retry, Time: m.elapsed, First: kept}
+		m.retries[c.Retry.Key] = store.RetryRecord{ID: c.Retry, Time: m.elapsed, First: kept}
 	}
 	return r, nil
 }
 
 // expireOverdue: from level 2 on who writes a key finds it gone once its time has
 // come.
-func (m *model) expireOverdue(c *Command, changes *[]Event) error {
+func (m *model) expireOverdue(c *store.Command, changes *[]store.Event) error {
 	keys := []string{c.Key}
 	switch {
 	case m.level < 2:
 		return nil
-	case c.Op == OpTxn:
-		t, err := DecodeTxn(c.Value)
+	case c.Op == store.OpTxn:
+		t, err := store.DecodeTxn(c.Value)
 		if err != nil {
 			return err
 		}
@@ -250,28 +252,28 @@ func (m *model) expireOverdue(c *Command, changes *[]Event) error {
 		for _, op := range slices.Concat(t.Then, t.Otherwise) {
 			keys = append(keys, op.Key)
 		}
-	case c.Op != OpPut && c.Op != OpDelete:
+	case c.Op != store.OpPut && c.Op != store.OpDelete:
 		return nil
 	}
 	for _, key := range keys {
 		if it, ok := m.items[key]; ok && it.Expires != 0 && it.Expires <= m.now {
-			m.change(&Command{Op: OpExpire, Key: key}, changes)
+			m.change(&store.Command{Op: store.OpExpire, Key: key}, changes)
 		}
 	}
 	return nil
 }
 
 // commit gives changes their version.
-func (m *model) commit(changes []Event, next *modelEntry) error {
+func (m *model) commit(changes []store.Event, next *modelEntry) error {
 	if len(changes) > 0 {
 		m.rv++
 		changes[len(changes)-1].Last = true
 	}
 	for _, e := range changes {
-		deleted := e.Kind == EventDeleted || e.Kind == EventExpired
+		deleted := e.Kind == store.EventDeleted || e.Kind == store.EventExpired
 		it := e.Item
 		if deleted {
-			it = Item{}
+			it = store.Item{}
 		} else if before, twice := m.values[it.Value]; twice && before != m.rv {
 			return fmt.Errorf("value %q was written at version %d and again at %d", it.Value, before, m.rv)
 		} else {
@@ -286,12 +288,12 @@ func (m *model) commit(changes []Event, next *modelEntry) error {
 
 // checkExpiry: what expires was due by the clock of who proposed it, and is what
 // it saw.
-func (m *model) checkExpiry(c *Command, h BatchHeader, term uint64) error {
+func (m *model) checkExpiry(c *store.Command, h store.BatchHeader, term uint64) error {
 	it, exists := m.items[c.Key]
 	switch {
-	case c.Op != OpExpire:
+	case c.Op != store.OpExpire:
 		return nil
-	case c.Condition.Kind != IfMatch:
+	case c.Condition.Kind != store.IfMatch:
 		return fmt.Errorf("key %q expires, whatever its version is", c.Key)
 	case exists && c.Condition.RV == it.RV && (it.Expires == 0 || it.Expires > m.latest(h, term)):
 		return fmt.Errorf("key %q expires at %d, when it is %d for who proposed that", c.Key, it.Expires, m.latest(h, term))
@@ -299,75 +301,75 @@ func (m *model) checkExpiry(c *Command, h BatchHeader, term uint64) error {
 	return nil
 }
 
-func (m *model) execute(c *Command, changes *[]Event) (Result, error) {
+func (m *model) execute(c *store.Command, changes *[]store.Event) (store.Result, error) {
 	switch c.Op {
-	case OpRefuse:
-		return Result{Status: StatusRefused}, nil
-	case OpLevel:
-		to, err := DecodeRaising([]byte(c.Value))
+	case store.OpRefuse:
+		return store.Result{Status: store.StatusRefused}, nil
+	case store.OpLevel:
+		to, err := store.DecodeRaising([]byte(c.Value))
 		for id := range m.members {
 			if !slices.Contains(to.Members, id) {
-				return Result{Status: StatusPrecondition}, err
+				return store.Result{Status: store.StatusPrecondition}, err
 			}
 		}
 		if m.level < 3 && to.Level >= 3 {
 			for key, old := range m.retries {
-				if slices.ContainsFunc(old.First.Ops, func(op OpResult) bool { return op.Status == StatusFound }) {
+				if slices.ContainsFunc(old.First.Ops, func(op store.OpResult) bool { return op.Status == store.StatusFound }) {
 					old.First.Ops = nil
 					m.retries[key] = old
 				}
 			}
 		}
 		m.level = max(m.level, to.Level)
-		return Result{Status: StatusReplaced}, err
-	case OpMember:
-		var update Member
+		return store.Result{Status: store.StatusReplaced}, err
+	case store.OpMember:
+		var update store.Member
 		if err := json.Unmarshal([]byte(c.Value), &update); err != nil {
-			return Result{}, err
+			return store.Result{}, err
 		}
 		if _, ok := m.members[update.ID]; !ok {
-			return Result{Status: StatusNotFound}, nil
+			return store.Result{Status: store.StatusNotFound}, nil
 		}
-		return Result{Status: StatusReplaced}, nil // directories are not compared here, but with the bytes of states
-	case OpPut, OpDelete, OpExpire:
+		return store.Result{Status: store.StatusReplaced}, nil // directories are not compared here, but with the bytes of states
+	case store.OpPut, store.OpDelete, store.OpExpire:
 		if it, exists := m.items[c.Key]; !c.Condition.Holds(it, exists) {
-			return Result{Status: StatusPrecondition, Current: it.RV}, nil
+			return store.Result{Status: store.StatusPrecondition, Current: it.RV}, nil
 		}
-		return Result{Status: m.change(c, changes)}, nil
-	case OpDeletePrefix:
-		r := Result{Status: StatusDeleted}
+		return store.Result{Status: m.change(c, changes)}, nil
+	case store.OpDeletePrefix:
+		r := store.Result{Status: store.StatusDeleted}
 		for _, key := range slices.Sorted(maps.Keys(m.items)) {
 			if strings.HasPrefix(key, c.Key) {
-				m.change(&Command{Op: OpDelete, Key: key}, changes)
+				m.change(&store.Command{Op: store.OpDelete, Key: key}, changes)
 				r.Count++
 			}
 		}
 		return r, nil
-	case OpTxn:
+	case store.OpTxn:
 		return m.executeTxn(c.Value, changes)
 	}
-	return Result{}, fmt.Errorf("the model does not know command %d", c.Op)
+	return store.Result{}, fmt.Errorf("the model does not know command %d", c.Op)
 }
 
-func (m *model) executeTxn(value string, changes *[]Event) (Result, error) {
-	t, err := DecodeTxn(value)
+func (m *model) executeTxn(value string, changes *[]store.Event) (store.Result, error) {
+	t, err := store.DecodeTxn(value)
 	if err != nil {
-		return Result{}, err
+		return store.Result{}, err
 	}
-	r, ops := Result{Status: StatusSucceeded}, t.Then
+	r, ops := store.Result{Status: store.StatusSucceeded}, t.Then
 	for _, cmp := range t.Compare {
 		if it, exists := m.items[cmp.Key]; !cmp.Holds(it, exists) {
-			r.Status, ops = StatusFailed, t.Otherwise
+			r.Status, ops = store.StatusFailed, t.Otherwise
 		}
 	}
-	r.Ops, m.hasRead = []OpResult{}, false
+	r.Ops, m.hasRead = []store.OpResult{}, false
 	for _, op := range ops {
-		m.hasRead = m.hasRead || op.Op == OpGet
-		res := OpResult{Status: StatusNotFound}
-		if op.Op != OpGet {
+		m.hasRead = m.hasRead || op.Op == store.OpGet
+		res := store.OpResult{Status: store.StatusNotFound}
+		if op.Op != store.OpGet {
 			res.Status = m.change(&op, changes)
 		} else if it, ok := m.items[op.Key]; ok {
-			res = OpResult{Status: StatusFound, Item: it}
+			res = store.OpResult{Status: store.StatusFound, Item: it}
 		}
 		r.Ops = append(r.Ops, res)
 	}
@@ -375,26 +377,26 @@ func (m *model) executeTxn(value string, changes *[]Event) (Result, error) {
 }
 
 // change puts or deletes a key.
-func (m *model) change(c *Command, changes *[]Event) Status {
+func (m *model) change(c *store.Command, changes *[]store.Event) store.Status {
 	rv := m.rv + 1
 	old, exists := m.items[c.Key]
-	e := Event{RV: rv, Prev: old.RV, Time: m.now, Key: c.Key, Item: old}
-	var st Status
+	e := store.Event{RV: rv, Prev: old.RV, Time: m.now, Key: c.Key, Item: old}
+	var st store.Status
 	switch {
-	case c.Op == OpPut && exists:
-		st, e.Kind = StatusReplaced, EventModified
-		e.Item = Item{Value: c.Value, RV: rv, Created: old.Created, Expires: c.Deadline(m.now), ContentType: c.ContentType}
-	case c.Op == OpPut:
-		st, e.Kind = StatusCreated, EventAdded
-		e.Item = Item{Value: c.Value, RV: rv, Created: rv, Expires: c.Deadline(m.now), ContentType: c.ContentType}
+	case c.Op == store.OpPut && exists:
+		st, e.Kind = store.StatusReplaced, store.EventModified
+		e.Item = store.Item{Value: c.Value, RV: rv, Created: old.Created, Expires: c.Deadline(m.now), ContentType: c.ContentType}
+	case c.Op == store.OpPut:
+		st, e.Kind = store.StatusCreated, store.EventAdded
+		e.Item = store.Item{Value: c.Value, RV: rv, Created: rv, Expires: c.Deadline(m.now), ContentType: c.ContentType}
 	case !exists:
-		return StatusNotFound
-	case c.Op == OpExpire:
-		st, e.Kind = StatusDeleted, EventExpired
+		return store.StatusNotFound
+	case c.Op == store.OpExpire:
+		st, e.Kind = store.StatusDeleted, store.EventExpired
 	default:
-		st, e.Kind = StatusDeleted, EventDeleted
+		st, e.Kind = store.StatusDeleted, store.EventDeleted
 	}
-	if c.Op == OpPut {
+	if c.Op == store.OpPut {
 		m.items[c.Key] = e.Item
 	} else {
 		delete(m.items, c.Key)
@@ -428,13 +430,13 @@ func (m *model) changeMember(e *raftpb.Entry, next *modelEntry) error {
 		taken = taken || other.ID != id && other.PeerURL == c.Member.PeerURL
 	}
 	switch {
-	case c.Kind == RemoveMember && exists && (old.Learner || voters > 1):
+	case c.Kind == store.RemoveMember && exists && (old.Learner || voters > 1):
 		delete(m.members, id)
 		m.removed[id] = true
-	case c.Kind == PromoteLearner && exists && old.Learner:
+	case c.Kind == store.PromoteLearner && exists && old.Learner:
 		old.Learner, old.Promote = false, false
 		m.members[id] = old
-	case c.Kind == AddLearner && !exists && !m.removed[id] && !taken:
+	case c.Kind == store.AddLearner && !exists && !m.removed[id] && !taken:
 		c.Member.Learner = true
 		m.members[id] = c.Member
 	default:

@@ -13,6 +13,8 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"raftrv/internal/store"
 )
 
 // simNode is a machine: it has an address, a clock and a directory, which last,
@@ -88,7 +90,7 @@ type process struct {
 	node    *simNode
 	loop    *loop
 	replica *replica
-	store   *Store
+	store   *store.Store
 	hub     *hub
 	disk    *simDisk
 
@@ -207,11 +209,11 @@ func (p *process) boot(files *storage, rec *recovered) (err error) {
 	if n.resynced {
 		n.durable = p.disk.log
 	}
-	p.store = &Store{State: rec.state}
+	p.store = &store.Store{State: rec.state}
 	if !s.raising && s.chance(s.oldVersions) {
-		p.store.LevelMax = LevelFirst
+		p.store.LevelMax = store.LevelFirst
 	}
-	p.store.SetWindow(s.eventsMax, EventBytesMaxDefault)
+	p.store.SetWindow(s.eventsMax, store.EventBytesMaxDefault)
 	p.hub = newHub(p.store)
 	p.hub.readEvents = s.readEvents
 	p.loop = newLoop(s.tick, p.applied, logger)
@@ -290,7 +292,7 @@ func (p *process) dial() {
 // everybody says whether all know the newest level.
 func everybody(know map[uint64]health) bool {
 	for _, h := range know {
-		if h.Level < LevelNewest {
+		if h.Level < store.LevelNewest {
 			return false
 		}
 	}
@@ -303,26 +305,26 @@ const compareEvery = time.Second
 // compare does what guard.exchange does: the product's own look for members
 // whose states differ.
 func (p *process) compare() {
-	s, others := p.sim, map[uint64]Sums{}
+	s, others := p.sim, map[uint64]store.Sums{}
 	for _, n := range s.nodes {
 		if n != p.node && s.network.connected(p.node.id, n.id) {
 			others[n.id] = n.process.store.Sums()
 		}
 	}
-	v, differ := Judge(p.store.OwnSums(), p.node.id, others, p.store.Voters())
+	v, differ := store.Judge(p.store.OwnSums(), p.node.id, others, p.store.Voters())
 	s.check.judged(p, v, differ)
-	if members := p.store.Members(); p.replica.role == raft.StateLeader && len(others) == len(members)-1 && p.store.Level() < LevelNewest {
+	if members := p.store.Members(); p.replica.role == raft.StateLeader && len(others) == len(members)-1 && p.store.Level() < store.LevelNewest {
 		know := map[uint64]health{}
 		for id := range others {
 			know[id] = health{Level: s.node(id).process.store.Knows()}
 		}
-		if !everybody(know) || p.store.Knows() < LevelNewest {
+		if !everybody(know) || p.store.Knows() < store.LevelNewest {
 			p.after(compareEvery, p.compare)
 			return
 		}
 		s.raising = true
-		raise := commonLevel(members, know, p.node.id, LevelNewest)
-		_, _, _ = p.loop.enqueue(&Command{Op: OpLevel, Value: raise.Encode()}, p.node.clock().Add(time.Second)) // it tries again
+		raise := commonLevel(members, know, p.node.id, store.LevelNewest)
+		_, _, _ = p.loop.enqueue(&store.Command{Op: store.OpLevel, Value: raise.Encode()}, p.node.clock().Add(time.Second)) // it tries again
 		p.wake()
 	}
 	p.after(compareEvery, p.compare)
@@ -582,7 +584,7 @@ func (p *process) send(msgs []*raftpb.Message) {
 }
 
 // setMembers implements transport. Everybody can reach everybody.
-func (p *process) setMembers(members []Member) {
+func (p *process) setMembers(members []store.Member) {
 	if plant := p.sim.plant; plant != nil && plant.connects != nil && !p.dead {
 		p.wait(plant.connects(p, members))
 	}

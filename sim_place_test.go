@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"go.etcd.io/raft/v3/raftpb"
+
+	"raftrv/internal/store"
 )
 
 // This file is how a process finds its place in a cluster: the product's code,
@@ -22,7 +24,7 @@ import (
 // right ones.
 type simFlags struct {
 	wrong bool
-	list  []Member
+	list  []store.Member
 	token string
 	join  bool
 	dir   string // instead of its own, if it is not ""
@@ -37,7 +39,7 @@ func (n *simNode) rightFlags() simFlags {
 	f := simFlags{token: simToken, join: n.joins}
 	for _, m := range n.sim.nodes {
 		if !m.joins || n.joins {
-			f.list = append(f.list, Member{ID: m.id, PeerURL: m.url})
+			f.list = append(f.list, store.Member{ID: m.id, PeerURL: m.url})
 		}
 	}
 	return f
@@ -52,9 +54,9 @@ func (n *simNode) wrongFlags() simFlags {
 	case 0: // the addresses in another order
 		s.rand.Shuffle(len(f.list), swap)
 	case 1: // with a member that is not there
-		f.list = append(f.list, Member{ID: nodesMax - 1, PeerURL: "http://nowhere"})
+		f.list = append(f.list, store.Member{ID: nodesMax - 1, PeerURL: "http://nowhere"})
 	case 2, 7, 8: // without one; two clusters that share no member would both be right
-		left := slices.IndexFunc(f.list, func(m Member) bool { return m.ID != 1 && m.ID != n.id })
+		left := slices.IndexFunc(f.list, func(m store.Member) bool { return m.ID != 1 && m.ID != n.id })
 		if left >= 0 {
 			f.list = slices.Delete(f.list, left, left+1)
 		}
@@ -252,7 +254,7 @@ func (f *simPlace) pause(_ context.Context, d time.Duration) bool {
 
 // ask asks whoever lives at these addresses. Not every network leads a node to
 // itself.
-func (f *simPlace) ask(_ context.Context, members []Member) map[uint64]peerAnswer {
+func (f *simPlace) ask(_ context.Context, members []store.Member) map[uint64]peerAnswer {
 	s, answers := f.sim, map[uint64]peerAnswer{}
 	for _, m := range members {
 		answers[m.ID] = peerAnswer{err: errors.New("nothing")}
@@ -305,9 +307,9 @@ func (p *process) announce() {
 		p.node.known = true
 		return
 	case p.announced == nil || isClosed(p.announced.done):
-		update, err := json.Marshal(Member{ID: p.node.id, Directory: p.identity.Directory})
+		update, err := json.Marshal(store.Member{ID: p.node.id, Directory: p.identity.Directory})
 		if err == nil {
-			p.announced, _, err = p.loop.enqueue(&Command{Op: OpMember, Value: string(update)}, p.node.clock().Add(time.Second))
+			p.announced, _, err = p.loop.enqueue(&store.Command{Op: store.OpMember, Value: string(update)}, p.node.clock().Add(time.Second))
 		}
 		if err != nil {
 			p.announced = nil // it tries again

@@ -22,6 +22,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/store"
 )
 
 // This file plants bugs: the faults that programs like this one have had. Each
@@ -41,8 +42,8 @@ type plant struct {
 	incoming   func(p *process, m *raftpb.Message)
 	afterCrash func(n *simNode)
 	answers    func(p *simPlace, answers map[uint64]peerAnswer) // that others gave to a node that looks for its place
-	request    func(p *process, c *Command)                     // what is done of a write before it is queued
-	recovered  func(st *State)
+	request    func(p *process, c *store.Command)               // what is done of a write before it is queued
+	recovered  func(st *store.State)
 	turned     func(p *process) // after each turn of the loop
 
 	deadlines func(b *batch, place int) // of what was queued; that it was given up nobody is told
@@ -59,8 +60,8 @@ type plant struct {
 	noStartSync   bool                  // what is read at start is not synced
 	impatient     bool                  // a snapshot that was not taken is sent again at once
 
-	blocks   func(p *process, m *raftpb.Message) time.Duration // how long sending takes
-	connects func(p *process, members []Member) time.Duration  // and to be told of the members
+	blocks   func(p *process, m *raftpb.Message) time.Duration      // how long sending takes
+	connects func(p *process, members []store.Member) time.Duration // and to be told of the members
 
 	// prepare makes the bug more likely to show.
 	prepare func(w *weather, l *load)
@@ -78,7 +79,7 @@ func plants() []*plant {
 		{name: "truncated tail accepted", afterCrash: truncateLog, prepare: onlyFaults(faultCrash, faultPowerCut, faultIsolateLeader)},
 		{name: "damaged log served", afterCrash: damageLog, prepare: onlyFaults(faultCrash, faultPowerCut, faultIsolateLeader)},
 		{name: "wiped directory rejoins", afterCrash: wipe, prepare: onlyFaults(faultCrash, faultPowerCut, faultIsolateLeader)},
-		{name: "dedupe table not in the snapshot", disk: snapshotsWith(func(st *State) { st.Sessions = Sessions{} })},
+		{name: "dedupe table not in the snapshot", disk: snapshotsWith(func(st *store.State) { st.Sessions = store.Sessions{} })},
 		{name: "snapshot ahead of apply", disk: func(_ *process, d disk) disk { return &hastyDisk{disk: d} }},
 		{name: "map order in a snapshot", disk: func(p *process, d disk) disk { return disorderlyDisk{d, p} }},
 		{name: "snapshot installed without its ConfState", incoming: firstConfState, prepare: onlyFaults(faultMembers, faultMembers, faultCrash)},
@@ -86,13 +87,13 @@ func plants() []*plant {
 		{name: "retry applied as a new write", outgoing: onceProposed(asNewBatch)},
 		{name: "stale ReadIndex context", incoming: anyAttempt, prepare: slowLinks},
 		{name: "read does not wait for apply", incoming: readAtOnce},
-		{name: "retry record not in the snapshot", disk: snapshotsWith(func(st *State) { st.Retries = NewRetryTable() })},
+		{name: "retry record not in the snapshot", disk: snapshotsWith(func(st *store.State) { st.Retries = store.NewRetryTable() })},
 		{name: "expiry by the local clock", turned: expireByOwnClock},
 		{name: "event skipped on restart", recovered: dropNewestEvent, prepare: often(faultCrash, faultPowerCut)},
 		{name: "transaction in two versions", request: splitTxn},
 		{name: "condition checked before apply", request: checkEarly},
 		{name: "peer URL not in the snapshot", disk: snapshotsWith(firstPeerURLs), prepare: often(faultMembers)},
-		{name: "removed id not in the snapshot", disk: snapshotsWith(func(st *State) { st.Removed = map[uint64]bool{} }), prepare: often(faultMembers)},
+		{name: "removed id not in the snapshot", disk: snapshotsWith(func(st *store.State) { st.Removed = map[uint64]bool{} }), prepare: often(faultMembers)},
 		{name: "no room for a snapshot ignored", disk: func(_ *process, d disk) disk { return fullDisk{d} }, prepare: often(faultFull, faultCrash)},
 		{name: "a write with another value on one node", turned: otherValue()},
 		{name: "snapshot with a later configuration", disk: laterConfig, prepare: often(faultMembers, faultMembers, faultCrash)},
@@ -111,13 +112,13 @@ func plants() []*plant {
 		{name: "watermark ahead of a failed write", disk: hastyMark, prepare: often(faultDisk)},
 		{name: "needed snapshots purged", disk: func(p *process, d disk) disk { return purgingDisk{d, p} }, prepare: often(faultCrash)},
 		{name: "change of members without a sync", disk: func(_ *process, d disk) disk { return unsyncedDisk{d} }, prepare: often(faultMembers)},
-		{name: "expiry whatever the version", turned: expireNow(0, Condition{})},
-		{name: "expiry before its time", turned: expireNow(time.Second, Condition{Kind: IfMatch})},
-		{name: "deadlines forgotten at start", recovered: func(st *State) { st.Expiry = new(btree.Set[string]) }, prepare: often(faultPowerCut)},
-		{name: "sessions forgotten at start", recovered: func(st *State) { st.Sessions = Sessions{} }, prepare: often(faultCrash)},
-		{name: "retry records forgotten at start", recovered: func(st *State) { st.Retries = NewRetryTable() }, prepare: often(faultCrash)},
-		{name: "removed ids forgotten at start", recovered: func(st *State) { st.Removed = map[uint64]bool{} }, prepare: often(faultMembers, faultCrash)},
-		{name: "version goes back at start", recovered: func(st *State) { st.RV -= min(st.RV, 1) }, prepare: often(faultCrash)},
+		{name: "expiry whatever the version", turned: expireNow(0, store.Condition{})},
+		{name: "expiry before its time", turned: expireNow(time.Second, store.Condition{Kind: store.IfMatch})},
+		{name: "deadlines forgotten at start", recovered: func(st *store.State) { st.Expiry = new(btree.Set[string]) }, prepare: often(faultPowerCut)},
+		{name: "sessions forgotten at start", recovered: func(st *store.State) { st.Sessions = store.Sessions{} }, prepare: often(faultCrash)},
+		{name: "retry records forgotten at start", recovered: func(st *store.State) { st.Retries = store.NewRetryTable() }, prepare: often(faultCrash)},
+		{name: "removed ids forgotten at start", recovered: func(st *store.State) { st.Removed = map[uint64]bool{} }, prepare: often(faultMembers, faultCrash)},
+		{name: "version goes back at start", recovered: func(st *store.State) { st.RV -= min(st.RV, 1) }, prepare: often(faultCrash)},
 		{name: "unknown outcome called refused", refuseUnknown: true, prepare: onlyFaults(faultPause, faultSlow, faultPartition)},
 		{name: "refused retry called not applied", refuseRetries: true, prepare: retriesOnly(faultPartition, faultIsolateLeader, faultCrash)},
 		{name: "retry answered like a new request", forgetFirsts: true, prepare: retriesOnly(faultPartition, faultIsolateLeader, faultCrash)},
@@ -249,7 +250,7 @@ func (d deafDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 // fullDisk takes a snapshot that had no room for one that is there.
 type fullDisk struct{ disk }
 
-func (d fullDisk) writeSnapshot(snap *raftpb.Snapshot, st *State) error {
+func (d fullDisk) writeSnapshot(snap *raftpb.Snapshot, st *store.State) error {
 	if err := d.disk.writeSnapshot(snap, st); !errors.Is(err, errNoSpace) {
 		return err
 	}
@@ -274,14 +275,14 @@ func (d *forgetfulDisk) save(hs *raftpb.HardState, ents []*raftpb.Entry) error {
 // changingDisk writes other snapshots than it is told to.
 type changingDisk struct {
 	disk
-	change func(st *State)
+	change func(st *store.State)
 }
 
-func snapshotsWith(change func(st *State)) func(*process, disk) disk {
+func snapshotsWith(change func(st *store.State)) func(*process, disk) disk {
 	return func(_ *process, d disk) disk { return changingDisk{d, change} }
 }
 
-func (d changingDisk) writeSnapshot(snap *raftpb.Snapshot, st *State) error {
+func (d changingDisk) writeSnapshot(snap *raftpb.Snapshot, st *store.State) error {
 	changed := *st
 	d.change(&changed)
 	return d.disk.writeSnapshot(snap, &changed)
@@ -291,10 +292,10 @@ func (d changingDisk) writeSnapshot(snap *raftpb.Snapshot, st *State) error {
 // index of this one.
 type hastyDisk struct {
 	disk
-	last *State
+	last *store.State
 }
 
-func (d *hastyDisk) writeSnapshot(snap *raftpb.Snapshot, st *State) error {
+func (d *hastyDisk) writeSnapshot(snap *raftpb.Snapshot, st *store.State) error {
 	older := *st
 	if d.last != nil {
 		older = *d.last
@@ -310,7 +311,7 @@ type disorderlyDisk struct {
 	process *process
 }
 
-func (d disorderlyDisk) writeSnapshot(snap *raftpb.Snapshot, st *State) error {
+func (d disorderlyDisk) writeSnapshot(snap *raftpb.Snapshot, st *store.State) error {
 	if err := d.disk.writeSnapshot(snap, st); err != nil {
 		return err
 	}
@@ -329,33 +330,33 @@ func (d disorderlyDisk) writeSnapshot(snap *raftpb.Snapshot, st *State) error {
 // swapSessions exchanges the first two session records of a snapshot, if it has
 // two.
 func swapSessions(body []byte) ([]byte, error) {
-	payload, err := io.ReadAll(&FrameReader{R: bytes.NewReader(body)})
+	payload, err := io.ReadAll(&store.FrameReader{R: bytes.NewReader(body)})
 	if err != nil {
 		return nil, err
 	}
 	rest := bytes.NewReader(payload)
-	d := SnapshotDecoder{R: bufio.NewReader(rest)}
+	d := store.SnapshotDecoder{R: bufio.NewReader(rest)}
 	offset := func() int { return len(payload) - rest.Len() - d.R.Buffered() }
-	if _, err := d.R.Discard(len(SnapshotMagic)); err != nil {
+	if _, err := d.R.Discard(len(store.SnapshotMagic)); err != nil {
 		return nil, err
 	}
 	const headerFields = 7 // format, index, term, rv, now, number of the next retry, sum
 	for range headerFields {
 		d.Uint()
 	}
-	starts, scratch := []int{offset()}, NewState()
+	starts, scratch := []int{offset()}, store.NewState()
 	for range 2 {
-		if d.Uint() != RecordSession {
+		if d.Uint() != store.RecordSession {
 			return nil, d.Err
 		}
-		if err := d.Record(RecordSession, &scratch); err != nil {
+		if err := d.Record(store.RecordSession, &scratch); err != nil {
 			return nil, err
 		}
 		starts = append(starts, offset())
 	}
 	swapped := slices.Concat(payload[:starts[0]], payload[starts[1]:starts[2]], payload[starts[0]:starts[1]], payload[starts[2]:])
 	var out bytes.Buffer
-	_, err = (&FrameWriter{W: &out}).Write(swapped)
+	_, err = (&store.FrameWriter{W: &out}).Write(swapped)
 	return out.Bytes(), err
 }
 
@@ -514,7 +515,7 @@ func onceProposed(again func(*raftpb.Message) *raftpb.Message) func(*process, *r
 		if m.GetType() != raftpb.MsgProp || m.GetEntries()[0].GetType() != raftpb.EntryNormal {
 			return m
 		}
-		h, _, err := DecodeBatch(m.GetEntries()[0].GetData())
+		h, _, err := store.DecodeBatch(m.GetEntries()[0].GetData())
 		if err != nil {
 			return m
 		}
@@ -531,7 +532,7 @@ func onceProposed(again func(*raftpb.Message) *raftpb.Message) func(*process, *r
 func asNewBatch(m *raftpb.Message) *raftpb.Message {
 	m = proto.CloneOf(m)
 	data := m.Entries[0].Data
-	h, _, err := DecodeBatch(data)
+	h, _, err := store.DecodeBatch(data)
 	if err == nil {
 		h.Session++
 		h.Put(data)
@@ -558,7 +559,7 @@ func readAtOnce(_ *process, m *raftpb.Message) {
 func expireByOwnClock(p *process) {
 	st, now := &p.store.State, p.node.clock().UnixMilli()
 	var due []string
-	st.Items.Scan(func(key string, it Item) bool {
+	st.Items.Scan(func(key string, it store.Item) bool {
 		if it.Expires != 0 && it.Expires <= now {
 			due = append(due, key)
 		}
@@ -586,7 +587,7 @@ func otherValue() func(*process) {
 }
 
 // dropNewestEvent forgets the last event of the window.
-func dropNewestEvent(st *State) {
+func dropNewestEvent(st *store.State) {
 	l := st.Events.Copy()
 	if l.Count == 0 {
 		return
@@ -601,30 +602,30 @@ func dropNewestEvent(st *State) {
 }
 
 // splitTxn writes the first operation of a transaction before the others.
-func splitTxn(p *process, c *Command) {
-	if c.Op != OpTxn {
+func splitTxn(p *process, c *store.Command) {
+	if c.Op != store.OpTxn {
 		return
 	}
-	t, err := DecodeTxn(c.Value)
+	t, err := store.DecodeTxn(c.Value)
 	if err != nil || len(t.Then) < 2 || len(t.Compare) > 0 {
 		return
 	}
-	first, rest := Txn{Then: t.Then[:1]}, Txn{Then: t.Then[1:]}
-	if _, _, err := p.loop.enqueue(&Command{Op: OpTxn, Value: first.Encode()}, p.node.clock().Add(time.Second)); err == nil {
+	first, rest := store.Txn{Then: t.Then[:1]}, store.Txn{Then: t.Then[1:]}
+	if _, _, err := p.loop.enqueue(&store.Command{Op: store.OpTxn, Value: first.Encode()}, p.node.clock().Add(time.Second)); err == nil {
 		c.Value = rest.Encode()
 	}
 }
 
 // checkEarly looks whether a condition holds now, and not when it counts.
-func checkEarly(p *process, c *Command) {
+func checkEarly(p *process, c *store.Command) {
 	it, _, exists := p.store.Get(c.Key)
-	if c.Op == OpPut && c.Condition.Holds(it, exists) {
-		c.Condition = Condition{}
+	if c.Op == store.OpPut && c.Condition.Holds(it, exists) {
+		c.Condition = store.Condition{}
 	}
 }
 
 // firstPeerURLs replaces addresses by those of the first day.
-func firstPeerURLs(st *State) {
+func firstPeerURLs(st *store.State) {
 	st.Members = maps.Clone(st.Members)
 	for id, m := range st.Members {
 		m.PeerURL = fmt.Sprintf("http://first%d", id)
@@ -679,7 +680,7 @@ func waitForLost(p *process, m *raftpb.Message) time.Duration {
 
 // waitForNew connects to a member before it goes on: one that is not there yet
 // does not answer.
-func waitForNew(p *process, members []Member) time.Duration {
+func waitForNew(p *process, members []store.Member) time.Duration {
 	for _, m := range members {
 		if m.ID <= uint64(len(p.sim.nodes)) && p.sim.node(m.ID).process == nil && m.ID != p.node.id {
 			return peerDialTimeout
@@ -774,7 +775,7 @@ type unsyncedDisk struct{ disk }
 func (d unsyncedDisk) sync() error { return nil }
 
 // expireNow lets a leader expire keys so much before their time, on a condition.
-func expireNow(early time.Duration, c Condition) func(*process) {
+func expireNow(early time.Duration, c store.Condition) func(*process) {
 	return func(p *process) {
 		if !leadsIt(p) || !p.sim.chance(0.01) {
 			return

@@ -9,6 +9,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // This file is what must hold at every moment, and not only in the end: what a
@@ -249,7 +250,7 @@ func (c *checker) notRefused(session, seq uint64, b *modelBatch) {
 			continue
 		}
 		for place, result := range b.results {
-			if (r.place == wholeBatch || r.place == place) && result.Status != StatusNone && result.Status != StatusRefused {
+			if (r.place == wholeBatch || r.place == place) && result.Status != store.StatusNone && result.Status != store.StatusRefused {
 				c.violate("refused", "command %d of batch %d of session %x was applied at entry %d, and its client was told that it was not",
 					place, seq, session, b.index)
 				return
@@ -312,7 +313,7 @@ const proposedLateMax = time.Second
 // wanted looks at a batch that a process proposes, maybe not for the first time:
 // nobody may be waiting any more for a request in it.
 func (c *checker) wanted(p *process, data []byte) {
-	h, _, err := DecodeBatch(data)
+	h, _, err := store.DecodeBatch(data)
 	if err != nil || h.Session != p.replica.session {
 		return
 	}
@@ -321,7 +322,7 @@ func (c *checker) wanted(p *process, data []byte) {
 			continue
 		}
 		for place, deadline := range p.waits[b] {
-			if late := p.replica.now.Sub(deadline); late > proposedLateMax && Op(data[b.offsets[place]]) != OpNop {
+			if late := p.replica.now.Sub(deadline); late > proposedLateMax && store.Op(data[b.offsets[place]]) != store.OpNop {
 				c.violate("late", "node %d proposes command %d of batch %d, for which nobody waits since %v", p.node.id, place, b.seq, late)
 			}
 		}
@@ -361,7 +362,7 @@ type simClock struct {
 // latest returns what the clock of a batch's proposer showed at most when it
 // proposed. Where it led itself that is the time in the batch; another leader may
 // have put its own there.
-func (c *checker) latest(h BatchHeader, term uint64) int64 {
+func (c *checker) latest(h store.BatchHeader, term uint64) int64 {
 	clock, known := c.clocks[h.Session]
 	if !known || c.leaders[term] == clock.node.id && clock.node.lives == clock.life {
 		return h.Time
@@ -380,10 +381,10 @@ func (c *checker) stamped(p *process, ents []*raftpb.Entry) {
 			continue
 		}
 		c.wanted(p, e.GetData())
-		h, _, err := DecodeBatch(e.GetData())
+		h, _, err := store.DecodeBatch(e.GetData())
 		at, now := time.UnixMilli(h.Time), p.node.clock()
 		// It may have come in the turn before, which goes by the tick before that.
-		if early := p.ticks[0].Add(-ClockSkewMax - time.Millisecond); err == nil && (at.Before(early) || at.After(now.Add(ClockSkewMax))) {
+		if early := p.ticks[0].Add(-store.ClockSkewMax - time.Millisecond); err == nil && (at.Before(early) || at.After(now.Add(store.ClockSkewMax))) {
 			c.violate("time", "node %d leads at %v, and takes a batch of %v", p.node.id, now, at)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -28,11 +29,11 @@ func (s *sim) wantFresh(t *testing.T, read *simOp, want string) {
 // bigTxn writes value to key, and so much else that two of them are applied in
 // two turns.
 func bigTxn(key, value string) *simOp {
-	tx := Txn{Then: []Command{{Op: OpPut, Key: key, Value: value}}}
+	tx := store.Txn{Then: []store.Command{{Op: store.OpPut, Key: key, Value: value}}}
 	for _, pad := range []string{"/1", "/2", "/3"} {
-		tx.Then = append(tx.Then, Command{Op: OpPut, Key: key + pad, Value: key + pad + strings.Repeat("x", 900<<10)})
+		tx.Then = append(tx.Then, store.Command{Op: store.OpPut, Key: key + pad, Value: key + pad + strings.Repeat("x", 900<<10)})
 	}
-	return &simOp{cmd: Command{Op: OpTxn, Key: key, Value: tx.Encode()}}
+	return &simOp{cmd: store.Command{Op: store.OpTxn, Key: key, Value: tx.Encode()}}
 }
 
 // A single voter forgot in a crash how much is committed. It leads again at once,
@@ -58,7 +59,7 @@ func TestRead_OneVoterAfterCrash(t *testing.T) {
 func TestRead_OneVoterJustElected(t *testing.T) {
 	s, n := newScenario(t, defaultSimConfig(1, 1))
 	learner := s.addNode("http://n2", true)
-	s.change(t, n, MemberChange{Kind: AddLearner, Member: Member{ID: learner.id, PeerURL: learner.url}})
+	s.change(t, n, store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: learner.id, PeerURL: learner.url}})
 	n.crash(tailKept)
 	n.start()
 	r := n.process.replica
@@ -95,7 +96,7 @@ func removedLeader(t *testing.T) (s *sim, left, gone, learner *simNode, late *he
 	s, left = newScenario(t, defaultSimConfig(1, 2))
 	gone = s.node(left.id%2 + 1)
 	learner = s.addNode("http://n3", true)
-	s.change(t, left, MemberChange{Kind: AddLearner, Member: Member{ID: learner.id, PeerURL: learner.url}})
+	s.change(t, left, store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: learner.id, PeerURL: learner.url}})
 	learner.start()
 	s.wait(t, s.begin(left, putOp("k", "old"), time.Second))
 	s.run(time.Second)
@@ -104,7 +105,7 @@ func removedLeader(t *testing.T) (s *sim, left, gone, learner *simNode, late *he
 		return m.GetFrom() == gone.id && m.GetTo() == learner.id && m.GetCommit() > before
 	})
 	acks := s.hold(func(m *raftpb.Message) bool { return m.GetFrom() == gone.id && m.GetType() == raftpb.MsgAppResp })
-	left.proposeChange(MemberChange{Kind: RemoveMember, Member: Member{ID: gone.id}}, changeTimeout)
+	left.proposeChange(store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: gone.id}}, changeTimeout)
 	s.run(20 * time.Millisecond)
 	left.crash(tailLost)
 	acks.stop()

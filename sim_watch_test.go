@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"strings"
 	"time"
+
+	"raftrv/internal/store"
 )
 
 // simWatcher is a client that watches over HTTP: it reads what the product writes,
@@ -208,7 +210,7 @@ func (w *simWatcher) take(text string) error {
 
 // wanted returns the next event that the watcher has not seen and wants, nil if
 // there is none.
-func (w *simWatcher) wanted() *Event {
+func (w *simWatcher) wanted() *store.Event {
 	for all := w.sim.check.model.events; w.next < len(all); w.next++ {
 		if e := &all[w.next]; e.Key == w.key || w.isPrefix && strings.HasPrefix(e.Key, w.key) {
 			return e

@@ -15,14 +15,15 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
 // sentMessages is a transport that keeps what it is given.
 type sentMessages struct{ sent []*raftpb.Message }
 
-func (n *sentMessages) send(m []*raftpb.Message) { n.sent = append(n.sent, m...) }
-func (n *sentMessages) setMembers([]Member)      {}
+func (n *sentMessages) send(m []*raftpb.Message)  { n.sent = append(n.sent, m...) }
+func (n *sentMessages) setMembers([]store.Member) {}
 
 // newTestLoop returns a loop that does not run, and the replica of member 1 of three for it, with a new
 // directory.
@@ -36,14 +37,14 @@ func newTestLoop(t *testing.T) (*loop, *replica, *storage, *sentMessages) {
 	rec, err := disk.create(identity{Member: 1, Cluster: 7})
 	testkit.Must(t, err)
 	for id, url := range map[uint64]string{1: "http://a", 2: "http://b", 3: "http://c"} {
-		rec.state.Members[id] = Member{ID: id, PeerURL: url}
+		rec.state.Members[id] = store.Member{ID: id, PeerURL: url}
 	}
-	rec.state.Index, rec.state.Term = FirstIndex, FirstTerm
+	rec.state.Index, rec.state.Term = store.FirstIndex, store.FirstTerm
 	testkit.Must(t, disk.bootstrap(rec, rec.state))
 	l, n := newLoop(10*time.Millisecond, func() {}, zap.NewNop()), &sentMessages{}
 	l.interrupt = disk.interrupt
 	r, err := newReplica(replicaConfig{id: 1, session: 7, electionTicks: 20, heartbeatTicks: 2, snapshotEntries: 1000, snapshotBytes: 1 << 30,
-		catchUpEntries: 100, log: rec.log, store: &Store{State: rec.state}, confState: rec.confState, disk: disk, transport: n, driver: l, logger: zap.NewNop()})
+		catchUpEntries: 100, log: rec.log, store: &store.Store{State: rec.state}, confState: rec.confState, disk: disk, transport: n, driver: l, logger: zap.NewNop()})
 	testkit.Must(t, err)
 	return l, r, disk, n
 }
@@ -126,12 +127,12 @@ func temporaryFiles(t *testing.T, s *storage) []string {
 }
 
 // largeState returns a state that holds about so many bytes.
-func largeState(size int) State {
-	st := NewState()
+func largeState(size int) store.State {
+	st := store.NewState()
 	st.Index, st.Term = 5, 1
 	value := strings.Repeat("v", 1<<20)
 	for i := range size >> 20 {
-		st.Put(&Command{Key: string(rune('a' + i)), Value: value})
+		st.Put(&store.Command{Key: string(rune('a' + i)), Value: value})
 	}
 	return st
 }

@@ -26,6 +26,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/store"
 )
 
 // This file is a member's data directory:
@@ -90,7 +91,7 @@ type identity struct {
 	Joined bool `json:"joined,omitempty"`
 	// Founders are who founded the cluster, with their directories: nobody if this
 	// member joined, or if the cluster was recovered or is of before.
-	Founders []Member `json:"founders,omitempty"`
+	Founders []store.Member `json:"founders,omitempty"`
 	// Backup is the digest of the backup that the cluster was restored from.
 	Backup string `json:"backup,omitempty"`
 	// Recovered: the cluster has a number of its own, see recover.
@@ -130,7 +131,7 @@ type storage struct {
 type recovered struct {
 	identity  identity
 	log       *raft.MemoryStorage
-	state     State
+	state     store.State
 	confState *raftpb.ConfState
 
 	// replay leaves the rest of the log behind if it finds an entry that this
@@ -237,7 +238,7 @@ func (s *storage) create(id identity) (*recovered, error) {
 	if s.wal, err = wal.Create(s.logger, s.path(walDir), metadata); err != nil {
 		return nil, fmt.Errorf("create log: %w", err)
 	}
-	return &recovered{identity: id, log: raft.NewMemoryStorage(), state: NewState(), confState: &raftpb.ConfState{}}, nil
+	return &recovered{identity: id, log: raft.NewMemoryStorage(), state: store.NewState(), confState: &raftpb.ConfState{}}, nil
 }
 
 // recreate starts the log anew, of a member that has joined and is empty.
@@ -264,13 +265,13 @@ func (r *recovered) empty() bool {
 func (r *recovered) untouched() bool {
 	hs, _, err := r.log.InitialState()
 	last, _ := r.log.LastIndex()
-	return err == nil && last == FirstIndex && hs.GetTerm() == FirstTerm && hs.GetVote() == raft.None
+	return err == nil && last == store.FirstIndex && hs.GetTerm() == store.FirstTerm && hs.GetVote() == raft.None
 }
 
 // bootstrap makes st the first state of a new cluster, as a snapshot. Every
 // member writes the same one, which takes the place of the log entries that
 // would add the members; so a member's addresses are never only in the log.
-func (s *storage) bootstrap(r *recovered, st State) error {
+func (s *storage) bootstrap(r *recovered, st store.State) error {
 	confState := &raftpb.ConfState{}
 	for _, m := range st.SortedMembers() {
 		confState.Voters = append(confState.Voters, m.ID)
@@ -299,7 +300,7 @@ func (s *storage) bootstrap(r *recovered, st State) error {
 }
 
 // saveFirstState writes the body of what bootstrap will make the first state.
-func (s *storage) saveFirstState(st *State) error {
+func (s *storage) saveFirstState(st *store.State) error {
 	return s.writeSnapshot(&raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(st.Index), Term: new(st.Term)}}, st)
 }
 
@@ -320,7 +321,7 @@ func (s *storage) load() (*recovered, error) {
 	if err := s.checkLog(); err != nil {
 		return nil, err
 	}
-	r := &recovered{log: raft.NewMemoryStorage(), state: NewState(), confState: &raftpb.ConfState{}}
+	r := &recovered{log: raft.NewMemoryStorage(), state: store.NewState(), confState: &raftpb.ConfState{}}
 	start, err := s.loadSnapshot(r)
 	if err != nil {
 		return nil, err
@@ -368,7 +369,7 @@ func (s *storage) load() (*recovered, error) {
 
 // replay applies the whole log to the state, as far as it goes.
 func (r *recovered) replay() error {
-	st := &Store{State: r.state}
+	st := &store.Store{State: r.state}
 	last, err := r.log.LastIndex()
 	if err != nil || last <= r.state.Index {
 		return err
@@ -420,11 +421,11 @@ func readable(e *raftpb.Entry) error {
 	if len(e.GetData()) == 0 {
 		return nil
 	}
-	_, commands, err := DecodeBatch(e.GetData())
+	_, commands, err := store.DecodeBatch(e.GetData())
 	if err != nil {
 		return err
 	}
-	for d := (Fields{Data: commands}); len(d.Data) > 0; {
+	for d := (store.Fields{Data: commands}); len(d.Data) > 0; {
 		if d.Command(false); d.Err != nil {
 			return d.Err
 		}
@@ -433,7 +434,7 @@ func readable(e *raftpb.Entry) error {
 }
 
 // applyEntry applies an entry that nobody waits for, outside of a replica.
-func applyEntry(s *Store, e *raftpb.Entry) error {
+func applyEntry(s *store.Store, e *raftpb.Entry) error {
 	switch {
 	case e.GetType() == raftpb.EntryConfChange:
 		_, h, change, err := decodeMemberChange(e)
@@ -445,7 +446,7 @@ func applyEntry(s *Store, e *raftpb.Entry) error {
 	case len(e.GetData()) == 0:
 		return s.Skip(e.GetIndex(), e.GetTerm())
 	default:
-		h, commands, err := DecodeBatch(e.GetData())
+		h, commands, err := store.DecodeBatch(e.GetData())
 		if err != nil {
 			return err
 		}
@@ -585,7 +586,7 @@ func (s *storage) loadSnapshot(r *recovered) (*walpb.Snapshot, error) {
 		if errors.Is(err, errInterrupted) {
 			return nil, err
 		}
-		if errors.Is(err, ErrSnapshotFormat) { // nothing is missing, and what follows an older one is as new
+		if errors.Is(err, store.ErrSnapshotFormat) { // nothing is missing, and what follows an older one is as new
 			return nil, err
 		}
 		if err != nil {
@@ -611,39 +612,39 @@ func (s *storage) loadSnapshot(r *recovered) (*walpb.Snapshot, error) {
 	return &walpb.Snapshot{}, nil
 }
 
-func (s *storage) readSnapshot(w *walpb.Snapshot) (*raftpb.Snapshot, State, error) {
+func (s *storage) readSnapshot(w *walpb.Snapshot) (*raftpb.Snapshot, store.State, error) {
 	path := s.metaPath(w)
 	meta, err := snap.Read(s.logger, path)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil, State{}, err
+		return nil, store.State{}, err
 	}
 	if err != nil { // it has one checksum, over all of it
-		return nil, State{}, fmt.Errorf("%s, at byte 0: %w", path, err)
+		return nil, store.State{}, fmt.Errorf("%s, at byte 0: %w", path, err)
 	}
 	if m := meta.GetMetadata(); m.GetIndex() != w.GetIndex() || m.GetTerm() != w.GetTerm() {
-		return nil, State{}, fmt.Errorf("%s: %w: it is of index %d, term %d", path, ErrSnapshotDamage, m.GetIndex(), m.GetTerm())
+		return nil, store.State{}, fmt.Errorf("%s: %w: it is of index %d, term %d", path, store.ErrSnapshotDamage, m.GetIndex(), m.GetTerm())
 	}
 	st, err := s.readBody(w.GetIndex(), w.GetTerm())
 	return meta, st, err
 }
 
 // readBody reads the body of a snapshot, which must be at index and term.
-func (s *storage) readBody(index, term uint64) (State, error) {
+func (s *storage) readBody(index, term uint64) (store.State, error) {
 	f, err := os.Open(s.bodyPath(index))
 	if err != nil {
-		return State{}, err
+		return store.State{}, err
 	}
 	defer f.Close()
 	return s.readStateOf(f, index, term)
 }
 
-func (s *storage) readStateOf(f *os.File, index, term uint64) (State, error) {
-	st, err := ReadState(interruptible{f, s})
+func (s *storage) readStateOf(f *os.File, index, term uint64) (store.State, error) {
+	st, err := store.ReadState(interruptible{f, s})
 	if err != nil {
-		return State{}, fmt.Errorf("%s: %w", f.Name(), err)
+		return store.State{}, fmt.Errorf("%s: %w", f.Name(), err)
 	}
 	if st.Index != index || st.Term != term {
-		return State{}, fmt.Errorf("%s: %w: it holds index %d, term %d", f.Name(), ErrSnapshotDamage, st.Index, st.Term)
+		return store.State{}, fmt.Errorf("%s: %w: it holds index %d, term %d", f.Name(), store.ErrSnapshotDamage, st.Index, st.Term)
 	}
 	return st, nil
 }
@@ -757,7 +758,7 @@ func (s *storage) sync() error {
 	return s.wal.Sync()
 }
 
-func (s *storage) writeSnapshot(meta *raftpb.Snapshot, st *State) error {
+func (s *storage) writeSnapshot(meta *raftpb.Snapshot, st *store.State) error {
 	// The log comes first: without space for it the member cannot go on.
 	if err := s.hasRoom(st.SnapshotSize()); err != nil {
 		return err
@@ -782,7 +783,7 @@ func (s *storage) hasRoom(size uint64) error {
 	return nil
 }
 
-func (s *storage) writeBody(meta *raftpb.Snapshot, st *State) error {
+func (s *storage) writeBody(meta *raftpb.Snapshot, st *store.State) error {
 	return s.writeFile(s.bodyPath(meta.GetMetadata().GetIndex()), func(f *os.File) error {
 		return st.Encode(&syncingWriter{storage: s, file: f, rests: true})
 	})
@@ -790,7 +791,7 @@ func (s *storage) writeBody(meta *raftpb.Snapshot, st *State) error {
 
 // receive saves the body of a snapshot that another member sent, and returns the
 // state in it. A body that is damaged gets no name.
-func (s *storage) receive(body io.Reader, index, term uint64) (st State, err error) {
+func (s *storage) receive(body io.Reader, index, term uint64) (st store.State, err error) {
 	err = s.writeFile(s.bodyPath(index), func(f *os.File) error {
 		// Without rests: who receives a snapshot serves nobody. In pieces, whatever body could do.
 		if _, err := io.Copy(&syncingWriter{storage: s, file: f}, struct{ io.Reader }{body}); err != nil {

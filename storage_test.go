@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -38,7 +39,7 @@ func newDisk(t *testing.T, dir string) (*storage, *recovered) {
 		testkit.Must(t, err)
 	}
 	if r.empty() {
-		r.state.Members[1] = Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
+		r.state.Members[1] = store.Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
 		r.state.Index, r.state.Term = 1, 1
 		testkit.Must(t, s.bootstrap(r, r.state))
 	}
@@ -48,12 +49,12 @@ func newDisk(t *testing.T, dir string) (*storage, *recovered) {
 // putEntry returns a log entry that puts one key.
 func putEntry(index, term uint64, key, value string) *raftpb.Entry {
 	b := newBatch(nil)
-	b.add(&Command{Op: OpPut, Key: key, Value: value})
-	BatchHeader{Session: 9, Seq: index}.Put(b.data)
+	b.add(&store.Command{Op: store.OpPut, Key: key, Value: value})
+	store.BatchHeader{Session: 9, Seq: index}.Put(b.data)
 	return &raftpb.Entry{Index: new(index), Term: new(term), Data: b.data}
 }
 
-func encodeState(t *testing.T, st *State) []byte {
+func encodeState(t *testing.T, st *store.State) []byte {
 	t.Helper()
 	var buf bytes.Buffer
 	testkit.Must(t, st.Encode(&buf))
@@ -120,7 +121,7 @@ func TestStorage_FirstStartIsAtomic(t *testing.T) {
 }
 
 // snapshotAt applies entries up to index and makes a snapshot there.
-func snapshotAt(t *testing.T, s *storage, st *Store, index uint64) *raftpb.Snapshot {
+func snapshotAt(t *testing.T, s *storage, st *store.Store, index uint64) *raftpb.Snapshot {
 	t.Helper()
 	for i := st.Applied() + 1; i <= index; i++ {
 		e := putEntry(i, 1, fmt.Sprintf("key-%d", i), strings.Repeat("v", 500))
@@ -140,7 +141,7 @@ func TestStorage_PurgeKeepsTwoSnapshotsAndTheLogForBoth(t *testing.T) {
 	smallSegments(t)
 	dir := t.TempDir()
 	s, r := newDisk(t, dir)
-	st := &Store{State: r.state}
+	st := &store.Store{State: r.state}
 	for _, index := range []uint64{300, 600, 900} {
 		snapshotAt(t, s, st, index)
 		testkit.Must(t, s.purge())
@@ -171,7 +172,7 @@ func TestStorage_PurgeKeepsTwoSnapshotsAndTheLogForBoth(t *testing.T) {
 	if r.state.Index != 600 {
 		t.Fatalf("started from index %d", r.state.Index)
 	}
-	st = &Store{State: r.state}
+	st = &store.Store{State: r.state}
 	ents, err := r.log.Entries(601, 901, noLimit)
 	testkit.Must(t, err)
 	for _, e := range ents {
@@ -188,7 +189,7 @@ func TestStorage_OrphanSnapshotIsIgnored(t *testing.T) {
 	smallSegments(t)
 	dir := t.TempDir()
 	s, r := newDisk(t, dir)
-	st := &Store{State: r.state}
+	st := &store.Store{State: r.state}
 	for i := uint64(2); i <= 20; i++ {
 		e := putEntry(i, 1, "k", fmt.Sprint(i))
 		testkit.Must(t, s.save(&raftpb.HardState{Term: new(uint64(1)), Commit: new(i)}, []*raftpb.Entry{e}))
@@ -399,21 +400,21 @@ func TestStorage_NewerSnapshot(t *testing.T) {
 	smallSegments(t)
 	dir := t.TempDir()
 	s, rec := newDisk(t, dir)
-	st := &Store{State: rec.state}
+	st := &store.Store{State: rec.state}
 	snapshotAt(t, s, st, 20)
 	snapshotAt(t, s, st, 30)
 	newest := s.bodyPath(30)
 	testkit.Must(t, s.close())
 	var b bytes.Buffer
-	e := NewSnapshotEncoder(&b)
-	e.Bytes([]byte(SnapshotMagic))
+	e := store.NewSnapshotEncoder(&b)
+	e.Bytes([]byte(store.SnapshotMagic))
 	e.Uint(99)
 	testkit.Must(t, e.W.Flush())
 	testkit.Must(t, os.WriteFile(newest, b.Bytes(), fsx.FileMode))
 	s, err := openStorage(dir, zap.NewNop())
 	testkit.Must(t, err)
 	defer s.close()
-	if _, err := s.load(); !errors.Is(err, ErrSnapshotFormat) || !strings.Contains(err.Error(), "use the version that wrote it") || strings.Contains(err.Error(), adviceForDamage) {
+	if _, err := s.load(); !errors.Is(err, store.ErrSnapshotFormat) || !strings.Contains(err.Error(), "use the version that wrote it") || strings.Contains(err.Error(), adviceForDamage) {
 		t.Errorf("%v", err)
 	}
 }

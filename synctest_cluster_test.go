@@ -26,6 +26,7 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/protobuf/proto"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -112,7 +113,7 @@ func (c *virtualCluster) newNode(cfg config) *virtualNode {
 		rec, err = disk.found(own, own.clusterID(founders), founders)
 		testkit.Must(t, err)
 	}
-	kv := &Store{State: rec.state}
+	kv := &store.Store{State: rec.state}
 	hub := newHub(kv)
 	n := &virtualNode{
 		node:    &node{loop: newLoop(cfg.tick, hub.notify, logger), config: cfg, store: kv, hub: hub, logger: logger},
@@ -178,7 +179,7 @@ func (n *virtualNode) send(msgs []*raftpb.Message) {
 }
 
 // setMembers implements transport.
-func (n *virtualNode) setMembers([]Member) {}
+func (n *virtualNode) setMembers([]store.Member) {}
 
 // deliver takes a message to its receiver, unless something is in the way.
 func (c *virtualCluster) deliver(m *raftpb.Message) {
@@ -682,7 +683,7 @@ func TestReplica_LateCommands(t *testing.T) {
 		}
 		p := follower.process
 		enqueue := func(value string, timeout time.Duration) (*batch, int) {
-			b, i, err := p.loop.enqueue(&Command{Op: OpPut, Key: "k", Value: value}, follower.clock().Add(timeout))
+			b, i, err := p.loop.enqueue(&store.Command{Op: store.OpPut, Key: "k", Value: value}, follower.clock().Add(timeout))
 			testkit.Must(t, err)
 			return b, i
 		}
@@ -694,7 +695,7 @@ func TestReplica_LateCommands(t *testing.T) {
 		if !s.runUntil(3*time.Second, func() bool { return isClosed(b.done) }) || b.err != nil {
 			t.Fatalf("no answer: %v", b.err)
 		}
-		if b.results[early].Status != StatusCreated || b.results[late].Status != StatusNone {
+		if b.results[early].Status != store.StatusCreated || b.results[late].Status != store.StatusNone {
 			t.Errorf("offered before: %v; came to %+v", offered, b.results)
 		}
 		s.judge(t)

@@ -25,6 +25,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // This file brings a snapshot from one member to another: one request, in which
@@ -187,9 +188,9 @@ func (l *link) receiveSnapshot(w http.ResponseWriter, r *http.Request) {
 		status = http.StatusBadRequest
 	case errors.Is(err, errNoSpace), errors.Is(err, syscall.ENOSPC), errors.Is(err, fault.ErrDiskFull):
 		status = http.StatusInsufficientStorage
-	case errors.Is(err, ErrSnapshotFormat):
+	case errors.Is(err, store.ErrSnapshotFormat):
 		status = http.StatusUnsupportedMediaType
-	case errors.Is(err, ErrSnapshotDamage):
+	case errors.Is(err, store.ErrSnapshotDamage):
 		status = http.StatusUnprocessableEntity
 	}
 	refusePeer(w, err.Error(), status)

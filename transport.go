@@ -18,6 +18,8 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"raftrv/internal/store"
 )
 
 // This file is the transport between members: a link to each of them, with a
@@ -46,7 +48,7 @@ type peerNetwork struct {
 	rafthttpLevel  zap.AtomicLevel
 	storage        *storage
 	loop           *loop
-	store          *Store
+	store          *store.Store
 	guard          *guard
 	// removed has room for one error: somebody says that this member was removed.
 	removed  chan error
@@ -54,20 +56,20 @@ type peerNetwork struct {
 	bodies   atomic.Int64 // bytes of the messages that are being read from requests
 	arriving atomic.Bool  // a snapshot
 
-	members atomic.Pointer[[]Member] // as the loop said last
-	changed chan struct{}            // holds one token: whom this node talks to is new
-	renamed chan struct{}            // holds one token: whom it would talk to is new
-	knocked chan struct{}            // holds one token: a node that has no link has called
-	knocks  chan uint64              // who said to be a member and has no link
+	members atomic.Pointer[[]store.Member] // as the loop said last
+	changed chan struct{}                  // holds one token: whom this node talks to is new
+	renamed chan struct{}                  // holds one token: whom it would talk to is new
+	knocked chan struct{}                  // holds one token: a node that has no link has called
+	knocks  chan uint64                    // who said to be a member and has no link
 	// proven are the addresses at which members have said who they are.
 	proven atomic.Pointer[map[uint64]string]
 	// reported are the members that others list and this node does not know.
-	reported atomic.Pointer[map[uint64]Member]
+	reported atomic.Pointer[map[uint64]store.Member]
 	links    atomic.Pointer[map[uint64]*link]
 	work     sync.WaitGroup // links that close, snapshots that are sent
 }
 
-func newPeerNetwork(id, cluster uint64, s *storage, st *Store, l *loop, g *guard, logger *zap.Logger) *peerNetwork {
+func newPeerNetwork(id, cluster uint64, s *storage, st *store.Store, l *loop, g *guard, logger *zap.Logger) *peerNetwork {
 	n := &peerNetwork{
 		id: id, cluster: cluster, logger: logger, storage: s, loop: l, store: st, guard: g,
 		removed: make(chan error, 1),
@@ -76,9 +78,9 @@ func newPeerNetwork(id, cluster uint64, s *storage, st *Store, l *loop, g *guard
 		knocks:  make(chan uint64, knocksMax),
 		knocked: make(chan struct{}, 1),
 	}
-	n.members.Store(&[]Member{})
+	n.members.Store(&[]store.Member{})
 	n.links.Store(&map[uint64]*link{})
-	n.reported.Store(&map[uint64]Member{})
+	n.reported.Store(&map[uint64]store.Member{})
 	n.proven.Store(&map[uint64]string{})
 	// rafthttp reports every step of every connection, and every message that it drops, from the loop's goroutine.
 	n.rafthttpLogger = logger.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
@@ -225,7 +227,7 @@ func (n *peerNetwork) send(msgs []*raftpb.Message) {
 }
 
 // setMembers implements transport.
-func (n *peerNetwork) setMembers(members []Member) {
+func (n *peerNetwork) setMembers(members []store.Member) {
 	n.members.Store(&members)
 	wake(n.renamed)
 	wake(n.changed)
@@ -267,7 +269,7 @@ func (n *peerNetwork) run(ctx context.Context, silenceMax time.Duration) error {
 // relink opens links to members that have none and were found at their address,
 // and closes those that nobody needs. Those that are worn are replaced.
 func (n *peerNetwork) relink(worn func(*link) bool) {
-	old, wanted := *n.links.Load(), map[uint64]Member{}
+	old, wanted := *n.links.Load(), map[uint64]store.Member{}
 	for _, m := range n.found(slices.Collect(maps.Values(n.wanted()))) {
 		wanted[m.ID] = m
 	}
@@ -302,7 +304,7 @@ func (n *peerNetwork) relink(worn func(*link) bool) {
 
 // wanted returns whom this node talks to: the members as far as it knows, and
 // those that it must have missed.
-func (n *peerNetwork) wanted() map[uint64]Member {
+func (n *peerNetwork) wanted() map[uint64]store.Member {
 	wanted := maps.Clone(*n.reported.Load())
 	for _, id := range n.store.Removed() {
 		delete(wanted, id)
@@ -318,7 +320,7 @@ func (n *peerNetwork) wanted() map[uint64]Member {
 // receive takes a message that came over a link, with the state that came with
 // it if it is a snapshot. Every message of another node comes through here.
 // dialed says that this node opened the connection on which it came.
-func (n *peerNetwork) receive(l *link, m *raftpb.Message, body *State, dialed bool) error {
+func (n *peerNetwork) receive(l *link, m *raftpb.Message, body *store.State, dialed bool) error {
 	if err := n.check(l, m, dialed); err != nil {
 		n.refusals.add(l.member.ID, err)
 		return err

@@ -27,6 +27,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 	"google.golang.org/protobuf/proto"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -48,8 +49,8 @@ func newTestNetwork(t *testing.T, peerURL string, run bool) *testNetwork {
 	t.Helper()
 	disk, rec := newDisk(t, t.TempDir())
 	t.Cleanup(func() { testkit.Must(t, disk.close()) })
-	rec.state.Members[2] = Member{ID: 2, PeerURL: peerURL}
-	kv := &Store{State: rec.state}
+	rec.state.Members[2] = store.Member{ID: 2, PeerURL: peerURL}
+	kv := &store.Store{State: rec.state}
 	conf := &raftpb.ConfState{Voters: []uint64{1, 2}}
 	snap := snapshotAt(t, disk, kv, 20)
 	snap.Metadata.ConfState = conf
@@ -203,7 +204,7 @@ func TestNetwork_DivergedSendsNoSnapshot(t *testing.T) {
 	}))
 	defer peer.Close()
 	n := newTestNetwork(t, peer.URL, false)
-	n.guard.verdict.Store(int32(Diverged))
+	n.guard.verdict.Store(int32(store.Diverged))
 	n.lead()
 	n.wantReported()
 	if asked.Load() != 0 {
@@ -345,13 +346,13 @@ func TestNetwork_SnapshotWithoutState(t *testing.T) {
 func TestNetwork_Members(t *testing.T) {
 	n := newTestNetwork(t, "http://127.0.0.1:1", false)
 	first := (*n.links.Load())[2]
-	n.setMembers([]Member{{ID: 1}, {ID: 2, PeerURL: "http://127.0.0.1:1"}, {ID: 3, PeerURL: "::none"}, {ID: 4, PeerURL: "http://127.0.0.1:1"}})
+	n.setMembers([]store.Member{{ID: 1}, {ID: 2, PeerURL: "http://127.0.0.1:1"}, {ID: 3, PeerURL: "::none"}, {ID: 4, PeerURL: "http://127.0.0.1:1"}})
 	n.relinkAll()
 	links := *n.links.Load()
 	if len(links) != 2 || links[2] != first || links[4] == nil {
 		t.Errorf("links: %v", links)
 	}
-	n.setMembers([]Member{{ID: 1}, {ID: 2, PeerURL: "http://127.0.0.1:2"}})
+	n.setMembers([]store.Member{{ID: 1}, {ID: 2, PeerURL: "http://127.0.0.1:2"}})
 	n.relinkAll()
 	links = *n.links.Load()
 	if len(links) != 1 || links[2] == first || links[2].outbox != first.outbox {
@@ -373,15 +374,15 @@ func TestNetwork_UnknownMember(t *testing.T) {
 	n := newTestNetwork(t, other.URL, false)
 	steps := []struct {
 		name    string
-		members []Member
+		members []store.Member
 		removed []uint64
 		cluster uint64
 		linked  bool
 	}{
-		{"another cluster lists it", []Member{{ID: 8, PeerURL: "http://127.0.0.1:1"}}, nil, testCluster + 1, false},
-		{"nobody lists it", []Member{{ID: 1}, {ID: 2, PeerURL: other.URL}}, nil, testCluster, false},
-		{"a member lists it", []Member{{ID: 8, PeerURL: "http://127.0.0.1:1"}}, nil, testCluster, true},
-		{"it was removed", []Member{{ID: 8, PeerURL: "http://127.0.0.1:1"}}, []uint64{8}, testCluster, false},
+		{"another cluster lists it", []store.Member{{ID: 8, PeerURL: "http://127.0.0.1:1"}}, nil, testCluster + 1, false},
+		{"nobody lists it", []store.Member{{ID: 1}, {ID: 2, PeerURL: other.URL}}, nil, testCluster, false},
+		{"a member lists it", []store.Member{{ID: 8, PeerURL: "http://127.0.0.1:1"}}, nil, testCluster, true},
+		{"it was removed", []store.Member{{ID: 8, PeerURL: "http://127.0.0.1:1"}}, []uint64{8}, testCluster, false},
 	}
 	for _, step := range steps {
 		answer.Members, answer.Removed, answer.Cluster = step.members, step.removed, fmt.Sprintf("%x", step.cluster)

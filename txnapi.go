@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // This file is the HTTP front of transactions: JSON in, JSON out.
@@ -56,23 +57,23 @@ func (h *httpAPI) postTxn(w http.ResponseWriter, r request) error {
 	if err != nil {
 		return err
 	}
-	res, err := h.propose(w, r, Command{Op: OpTxn, Value: t.Encode()}, body)
+	res, err := h.propose(w, r, store.Command{Op: store.OpTxn, Value: t.Encode()}, body)
 	if err != nil {
 		return err
 	}
 	setResourceVersion(w.Header(), res.RV)
-	if res.Status == StatusTooMany {
+	if res.Status == store.StatusTooMany {
 		return fault.ErrResultTooLarge.WithDetail("the values to get have more than %d bytes; get fewer in one transaction", h.store.Rules().TxnResultMax)
 	}
 	ops := t.Branch(res.Status)
 	if len(res.Ops) < len(ops) { // of a retry
 		return fault.ErrResultNotKept.WithDetail("the transaction was carried out before, with succeeded: %v, at resource version %d; what it read was for who asked first, and is not kept",
-			res.Status == StatusSucceeded, res.RV)
+			res.Status == store.StatusSucceeded, res.RV)
 	}
 	s := newStream(w, r, typeJSON)
 	defer s.free()
 	s.buf = append(s.buf, `{"succeeded":`...)
-	s.buf = strconv.AppendBool(s.buf, res.Status == StatusSucceeded)
+	s.buf = strconv.AppendBool(s.buf, res.Status == store.StatusSucceeded)
 	s.buf = append(s.buf, `,"resourceVersion":`...)
 	s.buf = strconv.AppendUint(s.buf, res.RV, 10)
 	s.buf = append(s.buf, `,"results":[`...)
@@ -88,23 +89,23 @@ func (h *httpAPI) postTxn(w http.ResponseWriter, r request) error {
 }
 
 // appendOpResult appends what became of one operation.
-func (s *stream) appendOpResult(c *Command, r *OpResult, rv uint64) {
+func (s *stream) appendOpResult(c *store.Command, r *store.OpResult, rv uint64) {
 	s.buf = append(s.buf, `{"op":"`...)
 	s.buf = append(s.buf, opNames[c.Op]...)
 	s.buf = append(s.buf, `",`...)
-	s.buf = AppendBytesField(s.buf, "key", c.Key)
+	s.buf = store.AppendBytesField(s.buf, "key", c.Key)
 	switch c.Op {
-	case OpPut:
+	case store.OpPut:
 		s.buf = append(s.buf, `,"resourceVersion":`...)
 		s.buf = strconv.AppendUint(s.buf, rv, 10)
 		s.buf = append(s.buf, `,"created":`...)
-		s.buf = strconv.AppendBool(s.buf, r.Status == StatusCreated)
-	case OpDelete:
+		s.buf = strconv.AppendBool(s.buf, r.Status == store.StatusCreated)
+	case store.OpDelete:
 		s.buf = append(s.buf, `,"deleted":`...)
-		s.buf = strconv.AppendBool(s.buf, r.Status == StatusDeleted)
+		s.buf = strconv.AppendBool(s.buf, r.Status == store.StatusDeleted)
 	default:
 		s.buf = append(s.buf, `,"item":`...)
-		if r.Status == StatusFound {
+		if r.Status == store.StatusFound {
 			s.appendItem(c.Key, r.Item, false)
 		} else {
 			s.buf = append(s.buf, "null"...)
@@ -114,20 +115,20 @@ func (s *stream) appendOpResult(c *Command, r *OpResult, rv uint64) {
 	s.flushLarge()
 }
 
-var opNames = map[Op]string{OpPut: "put", OpDelete: "delete", OpGet: "get"}
+var opNames = map[store.Op]string{store.OpPut: "put", store.OpDelete: "delete", store.OpGet: "get"}
 
 // parseTxn reads a transaction.
-func parseTxn(body string, valueSizeMax, level int) (t Txn, err error) {
+func parseTxn(body string, valueSizeMax, level int) (t store.Txn, err error) {
 	var b txnBody
 	if err := decodeBody(body, jsonField{"if", &b.If}, jsonField{"then", &b.Then}, jsonField{"else", &b.Else}); err != nil {
-		return Txn{}, err
+		return store.Txn{}, err
 	}
 	for _, list := range []struct {
 		name  string
 		parts []json.RawMessage
 	}{{"if", b.If}, {"then", b.Then}, {"else", b.Else}} {
-		if len(list.parts) > TxnOpsMax {
-			return Txn{}, fault.ErrInvalid.WithDetail("%s: %d entries; at most %d are taken", list.name, len(list.parts), TxnOpsMax)
+		if len(list.parts) > store.TxnOpsMax {
+			return store.Txn{}, fault.ErrInvalid.WithDetail("%s: %d entries; at most %d are taken", list.name, len(list.parts), store.TxnOpsMax)
 		}
 	}
 	p := txnParser{valueSizeMax: valueSizeMax, level: level}
@@ -158,29 +159,29 @@ func (p *txnParser) decode(place string, part json.RawMessage, fields ...jsonFie
 	}
 }
 
-func (p *txnParser) comparison(place string, part json.RawMessage) Comparison {
+func (p *txnParser) comparison(place string, part json.RawMessage) store.Comparison {
 	var b comparisonBody
 	p.decode(place, part, jsonField{"key", &b.Key}, jsonField{"keyBase64", &b.KeyBase64}, jsonField{"resourceVersion", &b.ResourceVersion},
 		jsonField{"createdResourceVersion", &b.CreatedResourceVersion}, jsonField{"exists", &b.Exists}, jsonField{"value", &b.Value}, jsonField{"valueBase64", &b.ValueBase64})
-	c := Comparison{Key: p.key(place, b.Key, b.KeyBase64)}
+	c := store.Comparison{Key: p.key(place, b.Key, b.KeyBase64)}
 	n := 0
 	if b.ResourceVersion != nil {
-		c.Kind, c.RV = ByVersion, *b.ResourceVersion
+		c.Kind, c.RV = store.ByVersion, *b.ResourceVersion
 		n++
 	}
 	if b.CreatedResourceVersion != nil {
-		c.Kind, c.RV = ByCreated, *b.CreatedResourceVersion
+		c.Kind, c.RV = store.ByCreated, *b.CreatedResourceVersion
 		n++
 	}
 	if b.Exists != nil {
-		c.Kind = ByAbsent
+		c.Kind = store.ByAbsent
 		if *b.Exists {
-			c.Kind = ByExists
+			c.Kind = store.ByExists
 		}
 		n++
 	}
 	if b.Value != nil || b.ValueBase64 != nil {
-		c.Kind, c.Value = ByValue, p.value(place, b.Value, b.ValueBase64)
+		c.Kind, c.Value = store.ByValue, p.value(place, b.Value, b.ValueBase64)
 		n++
 	}
 	if n != 1 {
@@ -190,13 +191,13 @@ func (p *txnParser) comparison(place string, part json.RawMessage) Comparison {
 }
 
 // operations reads the operations of one branch.
-func (p *txnParser) operations(branch string, parts []json.RawMessage) []Command {
-	var ops []Command
+func (p *txnParser) operations(branch string, parts []json.RawMessage) []store.Command {
+	var ops []store.Command
 	written := map[string]int{} // key: which operation writes it
 	for i, part := range parts {
 		place := fmt.Sprintf("%s[%d]", branch, i)
 		c := p.operation(place, part)
-		if c.Op != OpGet {
+		if c.Op != store.OpGet {
 			if first, twice := written[c.Key]; twice {
 				p.fail(place+".key", "%s[%d] writes this key already", branch, first)
 			}
@@ -210,15 +211,15 @@ func (p *txnParser) operations(branch string, parts []json.RawMessage) []Command
 	return ops
 }
 
-func (p *txnParser) operation(place string, part json.RawMessage) Command {
+func (p *txnParser) operation(place string, part json.RawMessage) store.Command {
 	var b operationBody
 	p.decode(place, part, jsonField{"op", &b.Op}, jsonField{"key", &b.Key}, jsonField{"keyBase64", &b.KeyBase64},
 		jsonField{"value", &b.Value}, jsonField{"valueBase64", &b.ValueBase64}, jsonField{"ttl", &b.TTL}, jsonField{"contentType", &b.ContentType})
-	c := Command{Key: p.key(place, b.Key, b.KeyBase64)}
+	c := store.Command{Key: p.key(place, b.Key, b.KeyBase64)}
 	hasValue := b.Value != nil || b.ValueBase64 != nil
 	switch b.Op {
 	case "put":
-		c.Op = OpPut
+		c.Op = store.OpPut
 		if !hasValue {
 			p.fail(place+".value", "a put needs value or valueBase64")
 		}
@@ -226,15 +227,15 @@ func (p *txnParser) operation(place string, part json.RawMessage) Command {
 		c.SetTTL(p.ttl(place+".ttl", b.TTL), p.level)
 		if b.ContentType != nil {
 			if !isMediaType(*b.ContentType) {
-				p.fail(place+".contentType", "must be a media type such as text/plain; charset=utf-8, of at most %d bytes", ContentTypeSizeMax)
+				p.fail(place+".contentType", "must be a media type such as text/plain; charset=utf-8, of at most %d bytes", store.ContentTypeSizeMax)
 			}
 			setContentType(&c, *b.ContentType, p.level)
 		}
 		return c
 	case "delete":
-		c.Op = OpDelete
+		c.Op = store.OpDelete
 	case "get":
-		c.Op = OpGet
+		c.Op = store.OpGet
 	default:
 		p.fail(place+".op", "must be put, delete or get, not %q", b.Op)
 	}
@@ -252,8 +253,8 @@ func (p *txnParser) operation(place string, part json.RawMessage) Command {
 
 func (p *txnParser) key(place string, text, encoded *string) string {
 	key := p.bytes(place+".key", text, encoded)
-	if len(key) == 0 || len(key) > KeySizeMax {
-		p.fail(place+".key", "has %d bytes; it must have 1 to %d", len(key), KeySizeMax)
+	if len(key) == 0 || len(key) > store.KeySizeMax {
+		p.fail(place+".key", "has %d bytes; it must have 1 to %d", len(key), store.KeySizeMax)
 	}
 	return key
 }

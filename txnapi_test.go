@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 func TestHTTP_Txn(t *testing.T) {
@@ -97,7 +98,7 @@ func TestHTTP_TxnErrors(t *testing.T) {
 		{`{"if":[{"key":"a","resourceVersion":-1}]}`, 400, "if[0].resourceVersion: a JSON number -1 is no whole number"},
 		{`{"if":[{"key":"a","resourceVersion":1.5}]}`, 400, "if[0].resourceVersion: a JSON number 1.5 is no whole number"},
 		{`{"if":[{"key":"a","exists":1}]}`, 400, "if[0].exists: a JSON number is no true or false"},
-		{`{"if":[{"key":"` + strings.Repeat("k", KeySizeMax+1) + `","exists":true}]}`, 400, "if[0].key: has 4097 bytes"},
+		{`{"if":[{"key":"` + strings.Repeat("k", store.KeySizeMax+1) + `","exists":true}]}`, 400, "if[0].key: has 4097 bytes"},
 		{`{"then":[` + get + `,` + get + `,` + get + `,{"op":"get","key":""}]}`, 400, "then[3].key: has 0 bytes; it must have 1 to 4096"},
 		{`{"else":[{"op":"get"}]}`, 400, "else[0].key: has 0 bytes"},
 		{`{"then":[{"key":"a"}]}`, 400, `then[0].op: must be put, delete or get, not ""`},
@@ -114,8 +115,8 @@ func TestHTTP_TxnErrors(t *testing.T) {
 		{`{"then":[{"op":"get","key":"a","else":[]}]}`, 400, `then[0]: unknown field "else"`},
 		{`{"then":[{"op":"put","key":"a","value":"1"},` + get + `,{"op":"delete","key":"a"}]}`, 400, "then[2].key: then[0] writes this key already"},
 		{`{"else":[{"op":"delete","key":"a"},{"op":"put","keyBase64":"YQ==","value":"1"}]}`, 400, "else[1].key: else[0] writes this key already"},
-		{`{"if":[` + strings.Repeat(compare+",", TxnOpsMax) + compare + `]}`, 400, "if: 129 entries; at most 128 are taken"},
-		{`{"then":[` + strings.Repeat(get+",", TxnOpsMax) + get + `]}`, 400, "then: 129 entries; at most 128 are taken"},
+		{`{"if":[` + strings.Repeat(compare+",", store.TxnOpsMax) + compare + `]}`, 400, "if: 129 entries; at most 128 are taken"},
+		{`{"then":[` + strings.Repeat(get+",", store.TxnOpsMax) + get + `]}`, 400, "then: 129 entries; at most 128 are taken"},
 		{`{"then":[` + strings.Repeat("{},", 100_000) + `{}]}`, 400, "then: 100001 entries"},
 		{`{"then":[{"op":"get","key":"` + "\xff" + `"}]}`, 400, "the body is not Unicode text"},
 		{`{"then":[{"op":"get","key":"\ud800"}]}`, 400, "the body is not Unicode text"},
@@ -139,16 +140,16 @@ func TestHTTP_TxnErrors(t *testing.T) {
 		t.Errorf("%d writes got through", rv)
 	}
 	// As many as there may be.
-	body := `{"if":[` + strings.Repeat(compare+",", TxnOpsMax-1) + compare + `],"then":[` + strings.Repeat(get+",", TxnOpsMax-1) + get + `]}`
+	body := `{"if":[` + strings.Repeat(compare+",", store.TxnOpsMax-1) + compare + `],"then":[` + strings.Repeat(get+",", store.TxnOpsMax-1) + get + `]}`
 	f.do("POST", "/-/v1/txn", body).Want(t, 200)
 }
 
 // The limit of values is none of keys.
 func TestTxn_SmallValues(t *testing.T) {
-	if _, err := parseTxn(`{"then":[{"op":"put","key":"longer than a value","value":"12345"}]}`, 5, LevelNewest); err != nil {
+	if _, err := parseTxn(`{"then":[{"op":"put","key":"longer than a value","value":"12345"}]}`, 5, store.LevelNewest); err != nil {
 		t.Error(err)
 	}
-	if _, err := parseTxn(`{"if":[{"key":"k","valueBase64":"MTIzNDU2"}]}`, 5, LevelNewest); !errors.Is(err, fault.ErrTooLarge) {
+	if _, err := parseTxn(`{"if":[{"key":"k","valueBase64":"MTIzNDU2"}]}`, 5, store.LevelNewest); !errors.Is(err, fault.ErrTooLarge) {
 		t.Error(err)
 	}
 }
@@ -157,7 +158,7 @@ func TestTxn_SmallValues(t *testing.T) {
 func TestHTTP_TxnResultTooLarge(t *testing.T) {
 	f := newFront(t)
 	f.put("large", strings.Repeat("v", testValueSizeMax))
-	gets := strings.Repeat(`,{"op":"get","key":"large"}`, TxnResultMax/testValueSizeMax)
+	gets := strings.Repeat(`,{"op":"get","key":"large"}`, store.TxnResultMax/testValueSizeMax)
 	for _, body := range []string{
 		`{"then":[{"op":"put","key":"x","value":""},{"op":"get","key":"large"}` + gets + `]}`,
 		`{"then":[{"op":"put","key":"new","value":"` + strings.Repeat("v", testValueSizeMax) + `"}` + strings.ReplaceAll(gets, "large", "new") + `,{"op":"get","key":"new"}]}`,
@@ -175,7 +176,7 @@ func TestHTTP_TxnResultTooLarge(t *testing.T) {
 	a.Want(t, 200)
 	a = f.do("POST", "/-/v1/txn", `{"then":[{"op":"put","key":"large","value":"`+strings.Repeat("v", testValueSizeMax)+`"}`+gets+`]}`)
 	a.Want(t, 200)
-	if len(a.Body) < TxnResultMax-testValueSizeMax {
+	if len(a.Body) < store.TxnResultMax-testValueSizeMax {
 		t.Errorf("%d bytes", len(a.Body))
 	}
 }
@@ -189,7 +190,7 @@ func FuzzTxnJSON(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, body string) {
-		tx, err := parseTxn(body, 100, LevelNewest)
+		tx, err := parseTxn(body, 100, store.LevelNewest)
 		if err != nil {
 			if !errors.Is(err, fault.ErrInvalid) && !errors.Is(err, fault.ErrTooLarge) {
 				t.Fatal(err)
@@ -199,11 +200,11 @@ func FuzzTxnJSON(f *testing.F) {
 		if !json.Valid([]byte(body)) {
 			t.Fatalf("%q was taken", body)
 		}
-		if len(tx.Compare) > TxnOpsMax || len(tx.Then) > TxnOpsMax || len(tx.Otherwise) > TxnOpsMax {
+		if len(tx.Compare) > store.TxnOpsMax || len(tx.Then) > store.TxnOpsMax || len(tx.Otherwise) > store.TxnOpsMax {
 			t.Fatalf("%q: %+v", body, tx)
 		}
 		for _, c := range append(tx.Then, tx.Otherwise...) {
-			if len(c.Key) == 0 || len(c.Key) > KeySizeMax || len(c.Value) > 100 || c.Op != OpPut && c.Op != OpGet && c.Op != OpDelete {
+			if len(c.Key) == 0 || len(c.Key) > store.KeySizeMax || len(c.Value) > 100 || c.Op != store.OpPut && c.Op != store.OpGet && c.Op != store.OpDelete {
 				t.Fatalf("%q: %+v", body, c)
 			}
 			// A character that JSON cannot hold becomes U+FFFD, and with it the key
@@ -212,7 +213,7 @@ func FuzzTxnJSON(f *testing.F) {
 				t.Fatalf("%q: %q", body, c.Key)
 			}
 		}
-		decoded, err := DecodeTxn(tx.Encode())
+		decoded, err := store.DecodeTxn(tx.Encode())
 		if err != nil || fmt.Sprint(decoded) != fmt.Sprint(tx) {
 			t.Fatalf("%q: %+v, comes back as %+v, %v", body, tx, decoded, err)
 		}

@@ -8,6 +8,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -17,7 +18,7 @@ func TestVirtual_TTLStartsWhenApplied(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newVirtualCluster(t)
 		n := c.leader()
-		c.waitLevel(LevelNewest)
+		c.waitLevel(store.LevelNewest)
 		c.isolate(c.followers()...)
 		time.Sleep(time.Second)
 		time.AfterFunc(10*time.Second, func() { c.isolate() })
@@ -38,7 +39,7 @@ func TestVirtual_TTLStartsWhenApplied(t *testing.T) {
 // its nodes cannot ask each other.
 func (c *virtualCluster) waitLevel(level int) {
 	c.t.Helper()
-	raise := RaiseLevel(level, 1, 2, 3)
+	raise := store.RaiseLevel(level, 1, 2, 3)
 	for slices.ContainsFunc(c.nodes, func(n *virtualNode) bool { return n.loop.status.Load().level < level }) {
 		if n := c.leader(); n != nil {
 			_, err := n.loop.propose(c.t.Context(), time.Second, raise)
@@ -53,7 +54,7 @@ func (c *virtualCluster) waitLevel(level int) {
 func TestVirtual_ExpiryIsPunctual(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newVirtualCluster(t)
-		c.waitLevel(LevelNewest)
+		c.waitLevel(store.LevelNewest)
 		n := c.leader()
 		for i := range 20 {
 			time.Sleep(time.Duration(i) * 7 * time.Millisecond)
@@ -75,9 +76,9 @@ func TestVirtual_ExpiryIsPunctual(t *testing.T) {
 		const batches = 8
 		at := time.Now().Add(2 * time.Second)
 		for i := range batches {
-			var x []Command
+			var x []store.Command
 			for j := range expireMax {
-				x = append(x, Command{Op: OpPut, Key: fmt.Sprintf("s/%d/%d", i, j), Expires: at.UnixMilli()})
+				x = append(x, store.Command{Op: store.OpPut, Key: fmt.Sprintf("s/%d/%d", i, j), Expires: at.UnixMilli()})
 			}
 			b := newBatch(nil)
 			for i := range x {
@@ -101,4 +102,4 @@ func TestVirtual_ExpiryIsPunctual(t *testing.T) {
 }
 
 // expiring returns one of the keys that have a deadline, if there are any.
-func expiring(s *Store) []Command { return s.Expired(1<<60, 1, 1) }
+func expiring(s *store.Store) []store.Command { return s.Expired(1<<60, 1, 1) }

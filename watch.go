@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // This file tells watchers of events. There is no queue for each of them: all
@@ -29,7 +30,7 @@ const (
 
 // hub wakes the watchers of a store.
 type hub struct {
-	store *Store
+	store *store.Store
 	wake  chan struct{} // holds one token: something was applied
 	busy  atomic.Bool   // a watcher is armed
 
@@ -70,7 +71,7 @@ func (s *watchStats) note(n int, err error) {
 	}
 }
 
-func newHub(kv *Store) *hub {
+func newHub(kv *store.Store) *hub {
 	return &hub{store: kv, wake: make(chan struct{}, 1), readEvents: readEventsMax, keys: map[string]*watchNode{}}
 }
 
@@ -121,7 +122,7 @@ func (h *hub) lookAtSome() (more bool) {
 }
 
 // look wakes those who want the next event.
-func (h *hub) look(e *Event) {
+func (h *hub) look(e *store.Event) {
 	if n := h.keys[e.Key]; n != nil {
 		h.wakeNode(n)
 	}
@@ -296,7 +297,7 @@ func (w *watcher) signal() { wakeUp(w.wake) }
 //
 // An error is final, and comes without events. What w got after rv is then an
 // incomplete version.
-func (w *watcher) read(take func(e *Event, last bool)) (n int, rv uint64, err error) {
+func (w *watcher) read(take func(e *store.Event, last bool)) (n int, rv uint64, err error) {
 	for {
 		if armed, rv, err := w.state(); armed || err != nil {
 			return 0, rv, err
@@ -328,9 +329,9 @@ func (w *watcher) state() (armed bool, rv uint64, err error) {
 
 // scan reads the window until it has passed on events enough, or is at the end.
 // It stops within a version only before an event that w wants.
-func (w *watcher) scan(take func(e *Event, last bool)) (n int, err error) {
+func (w *watcher) scan(take func(e *store.Event, last bool)) (n int, err error) {
 	size := uint64(0)
-	var found *Event // to be passed on once it is known whether it is the last of its version
+	var found *store.Event // to be passed on once it is known whether it is the last of its version
 	pass := func(last bool) (full bool) {
 		take(found, last)
 		n++

@@ -17,13 +17,14 @@ import (
 	"time"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
 // watchRig is a store whose writes come from a test, and its hub.
 type watchRig struct {
 	t     testing.TB
-	store *Store
+	store *store.Store
 	hub   *hub
 
 	mu      sync.Mutex // one writer at a time
@@ -34,7 +35,7 @@ type watchRig struct {
 }
 
 func newWatchRig(t testing.TB) *watchRig {
-	kv := New()
+	kv := store.New()
 	return &watchRig{t: t, store: kv, hub: newHub(kv), record: true}
 }
 
@@ -50,7 +51,7 @@ func (r *watchRig) run() {
 }
 
 // apply applies a batch of commands and tells the hub.
-func (r *watchRig) apply(commands ...Command) []Result {
+func (r *watchRig) apply(commands ...store.Command) []store.Result {
 	r.t.Helper()
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -60,8 +61,8 @@ func (r *watchRig) apply(commands ...Command) []Result {
 	}
 	r.index++
 	before := r.store.State.Events.End()
-	var out []Result
-	h := BatchHeader{Session: 1, Seq: r.index, Time: cmp.Or(r.now, int64(r.index))}
+	var out []store.Result
+	h := store.BatchHeader{Session: 1, Seq: r.index, Time: cmp.Or(r.now, int64(r.index))}
 	if _, err := r.store.Apply(r.index, 1, h, data, &out); err != nil {
 		r.t.Fatal(err)
 	}
@@ -84,16 +85,16 @@ func (r *watchRig) apply(commands ...Command) []Result {
 
 func (r *watchRig) put(key, value string) uint64 {
 	r.t.Helper()
-	return r.apply(Command{Op: OpPut, Key: key, Value: value})[0].RV
+	return r.apply(store.Command{Op: store.OpPut, Key: key, Value: value})[0].RV
 }
 
 // fill puts n keys below k/, some in each batch.
 func (r *watchRig) fill(n int) {
 	r.t.Helper()
 	for i := 0; i < n; i += 1000 {
-		var batch []Command
+		var batch []store.Command
 		for j := i; j < min(i+1000, n); j++ {
-			batch = append(batch, Command{Op: OpPut, Key: fmt.Sprintf("k/%06d", j), Value: "v"})
+			batch = append(batch, store.Command{Op: store.OpPut, Key: fmt.Sprintf("k/%06d", j), Value: "v"})
 		}
 		r.apply(batch...)
 	}
@@ -110,8 +111,8 @@ func (r *watchRig) watch(key string, isPrefix bool, rv uint64) *watcher {
 }
 
 // readAll returns what one read passes on.
-func readAll(w *watcher) (events []Event, rv uint64, err error) {
-	n, rv, err := w.read(func(e *Event, last bool) {
+func readAll(w *watcher) (events []store.Event, rv uint64, err error) {
+	n, rv, err := w.read(func(e *store.Event, last bool) {
 		c := *e
 		c.Last = last
 		events = append(events, c)
@@ -277,11 +278,11 @@ func TestHub_ArmBehindAndAhead(t *testing.T) {
 // wants was read, wherever in it, in the chunks and in the reads that is.
 func TestHub_Versions(t *testing.T) {
 	r := newWatchRig(t)
-	mixed := Txn{Then: []Command{
-		{Op: OpPut, Key: "a1", Value: "v"}, {Op: OpPut, Key: "b1", Value: "v"},
-		{Op: OpPut, Key: "a2", Value: "v"}, {Op: OpPut, Key: "b2", Value: "v"},
+	mixed := store.Txn{Then: []store.Command{
+		{Op: store.OpPut, Key: "a1", Value: "v"}, {Op: store.OpPut, Key: "b1", Value: "v"},
+		{Op: store.OpPut, Key: "a2", Value: "v"}, {Op: store.OpPut, Key: "b2", Value: "v"},
 	}}
-	r.apply(Command{Op: OpTxn, Value: mixed.Encode()})
+	r.apply(store.Command{Op: store.OpTxn, Value: mixed.Encode()})
 	r.put("a3", "v")
 	wantDrained(t, r.watch("a", true, 0), 2, "a1@1+", "a2@1", "a3@2")
 	wantDrained(t, r.watch("b", true, 0), 2, "b1@1+", "b2@1")
@@ -304,7 +305,7 @@ func TestHub_LargeVersion(t *testing.T) {
 				wantDrained(t, w, start)
 			}
 		}
-		if got := r.apply(Command{Op: OpDeletePrefix, Key: "k/"})[0]; got.Count != n {
+		if got := r.apply(store.Command{Op: store.OpDeletePrefix, Key: "k/"})[0]; got.Count != n {
 			t.Fatalf("%d deleted", got.Count)
 		}
 		r.put("z", "w")
@@ -374,7 +375,7 @@ func TestHub_ReadSize(t *testing.T) {
 
 // smallWindow keeps about n events.
 // shrinkWindow sets the bounds of the window, and drops what is too much.
-func shrinkWindow(s *Store, countMax, bytesMax uint64) {
+func shrinkWindow(s *store.Store, countMax, bytesMax uint64) {
 	s.SetWindow(countMax, bytesMax)
 	s.TrimWindow()
 }
@@ -383,7 +384,7 @@ func (r *watchRig) smallWindow(n uint64) { shrinkWindow(r.store, n, 64<<20) }
 
 func TestHub_Slow(t *testing.T) {
 	r := newWatchRig(t)
-	r.smallWindow(16 * ChunkEventsMax)
+	r.smallWindow(16 * store.ChunkEventsMax)
 	w, patient := r.watch("", true, 0), r.watch("", true, 0)
 	patient.patient = true
 	fresh := r.watch("", true, 0)
@@ -391,9 +392,9 @@ func TestHub_Slow(t *testing.T) {
 	wantDrained(t, w, 1, "a@1")
 	wantDrained(t, patient, 1, "a@1")
 	// As long as nothing was dropped nobody is slow.
-	r.fill(15 * ChunkEventsMax)
+	r.fill(15 * store.ChunkEventsMax)
 	r.hub.distribute()
-	for range 2 * ChunkEventsMax / readEventsMax {
+	for range 2 * store.ChunkEventsMax / readEventsMax {
 		if events, _, err := readAll(w); len(events) != readEventsMax || err != nil {
 			t.Fatalf("%d events, %v", len(events), err)
 		}
@@ -404,8 +405,8 @@ func TestHub_Slow(t *testing.T) {
 		r.hub.distribute()
 	}
 	_, rv, err := readAll(w)
-	if !errors.Is(err, fault.ErrSlow) || rv != 1+2*ChunkEventsMax {
-		t.Fatalf("read up to %d, %v; want errSlow after %d", rv, err, 1+2*ChunkEventsMax)
+	if !errors.Is(err, fault.ErrSlow) || rv != 1+2*store.ChunkEventsMax {
+		t.Fatalf("read up to %d, %v; want errSlow after %d", rv, err, 1+2*store.ChunkEventsMax)
 	}
 	if _, again, err := readAll(w); again != rv || !errors.Is(err, fault.ErrSlow) {
 		t.Errorf("then read up to %d, %v", again, err)
@@ -446,8 +447,8 @@ func TestHub_Slow(t *testing.T) {
 // never had.
 func TestHub_SnapshotSkips(t *testing.T) {
 	leader := newWatchRig(t)
-	leader.fill(3 * ChunkEventsMax)
-	leader.smallWindow(ChunkEventsMax)
+	leader.fill(3 * store.ChunkEventsMax)
+	leader.smallWindow(store.ChunkEventsMax)
 
 	r := newWatchRig(t)
 	r.put("k/000000", "v")
@@ -465,17 +466,17 @@ func TestHub_SnapshotSkips(t *testing.T) {
 
 	// If the window of the snapshot reaches back far enough nobody loses anything.
 	overlap := newWatchRig(t)
-	overlap.fill(2 * ChunkEventsMax)
+	overlap.fill(2 * store.ChunkEventsMax)
 	w := overlap.watch("k/", true, 0)
 	if _, _, err := drain(w); err != nil {
 		t.Fatal(err)
 	}
 	ahead := newWatchRig(t)
-	ahead.fill(2 * ChunkEventsMax)
+	ahead.fill(2 * store.ChunkEventsMax)
 	ahead.fill(1)
 	overlap.store.Restore(ahead.store.Snapshot())
 	overlap.hub.distribute()
-	wantDrained(t, w, 2*ChunkEventsMax+1, fmt.Sprintf("k/000000@%d", 2*ChunkEventsMax+1))
+	wantDrained(t, w, 2*store.ChunkEventsMax+1, fmt.Sprintf("k/000000@%d", 2*store.ChunkEventsMax+1))
 }
 
 func TestHub_NotifyNeverBlocks(t *testing.T) {
@@ -622,7 +623,7 @@ func TestWatchNode_Model(t *testing.T) {
 		}
 		return string(b)
 	}
-	h := newHub(New())
+	h := newHub(store.New())
 	var open []*watcher
 	for range 20_000 {
 		switch n := random.IntN(4); {
@@ -638,7 +639,7 @@ func TestWatchNode_Model(t *testing.T) {
 			h.arm(w)
 			open = append(open, w)
 		default:
-			e := Event{Key: name(16)}
+			e := store.Event{Key: name(16)}
 			h.next = 0
 			h.look(&e)
 			for _, w := range open {
@@ -678,7 +679,7 @@ func TestWatchNode_Model(t *testing.T) {
 
 // BenchmarkHub_Look: what an event costs the hub that nobody waits for.
 func BenchmarkHub_Look(b *testing.B) {
-	long := strings.Repeat("a", KeySizeMax-1)
+	long := strings.Repeat("a", store.KeySizeMax-1)
 	for _, bb := range []struct {
 		name     string
 		prefixes int
@@ -695,7 +696,7 @@ func BenchmarkHub_Look(b *testing.B) {
 			for i := range bb.prefixes {
 				r.hub.arm(r.watch(bb.prefix(i), true, 0))
 			}
-			e := Event{Key: bb.key}
+			e := store.Event{Key: bb.key}
 			for b.Loop() {
 				r.hub.look(&e)
 			}
@@ -706,7 +707,7 @@ func BenchmarkHub_Look(b *testing.B) {
 // TestHub_WaitVersionEndsTwice: a deadline that passes when the hub closes.
 func TestHub_WaitVersionEndsTwice(t *testing.T) {
 	for range 200 {
-		h := newHub(New())
+		h := newHub(store.New())
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
 		for rv := uint64(1); rv <= 4; rv++ {
@@ -724,7 +725,7 @@ func TestHub_Random(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	r := newWatchRig(t)
-	r.smallWindow(8 * ChunkEventsMax)
+	r.smallWindow(8 * store.ChunkEventsMax)
 	r.run()
 	var stop atomic.Bool
 	var writers, watchers sync.WaitGroup
@@ -835,24 +836,24 @@ func randomKey(random *rand.Rand) string {
 }
 
 // randomBatch returns commands as they may come in one entry.
-func randomBatch(random *rand.Rand) []Command {
-	var batch []Command
-	one := func() Command {
+func randomBatch(random *rand.Rand) []store.Command {
+	var batch []store.Command
+	one := func() store.Command {
 		if random.IntN(3) == 0 {
-			return Command{Op: OpDelete, Key: randomKey(random)}
+			return store.Command{Op: store.OpDelete, Key: randomKey(random)}
 		}
-		return Command{Op: OpPut, Key: randomKey(random), Value: fmt.Sprint(random.Uint64())}
+		return store.Command{Op: store.OpPut, Key: randomKey(random), Value: fmt.Sprint(random.Uint64())}
 	}
 	for range 1 + random.IntN(20) {
 		switch random.IntN(20) {
 		case 0:
-			batch = append(batch, Command{Op: OpDeletePrefix, Key: randomKey(random)[:3]})
+			batch = append(batch, store.Command{Op: store.OpDeletePrefix, Key: randomKey(random)[:3]})
 		case 1, 2:
-			var t Txn
+			var t store.Txn
 			for range 1 + random.IntN(20) {
 				t.Then = append(t.Then, one())
 			}
-			batch = append(batch, Command{Op: OpTxn, Value: t.Encode()})
+			batch = append(batch, store.Command{Op: store.OpTxn, Value: t.Encode()})
 		default:
 			batch = append(batch, one())
 		}
@@ -925,7 +926,7 @@ func TestMetrics_Watches(t *testing.T) {
 	shrinkWindow(r.store, 1, 1)
 	r.fill(20_000) // a has read to the first and waits
 	for {
-		n, _, err := a.read(func(*Event, bool) {})
+		n, _, err := a.read(func(*store.Event, bool) {})
 		if err != nil {
 			break
 		}
@@ -941,14 +942,14 @@ func TestMetrics_Watches(t *testing.T) {
 // TestRestore_NoVersionTwice: of two clusters that were made from the same file the
 // later one gives out no version of the other, and takes none for its own.
 func TestRestore_NoVersionTwice(t *testing.T) {
-	const taken = LeapEpoch + 200_000_000_000
+	const taken = store.LeapEpoch + 200_000_000_000
 	made := func(level int, start int64, writes int) *watchRig {
 		r := newWatchRig(t)
 		r.record = false
 		r.now = taken
-		r.apply(RaiseLevel(level))
+		r.apply(store.RaiseLevel(level))
 		r.put("k", "v")
-		r.store.State.Begin([]Member{{ID: 1}}, nil)
+		r.store.State.Begin([]store.Member{{ID: 1}}, nil)
 		r.index, r.now = r.store.State.Index, start
 		st := r.store.Snapshot() // as a node that was restored reads it
 		r.store.Restore(st)
@@ -972,7 +973,7 @@ func TestRestore_NoVersionTwice(t *testing.T) {
 	// It happens once, and only after a restore.
 	r := newWatchRig(t)
 	r.now = taken
-	r.apply(RaiseLevel(2))
+	r.apply(store.RaiseLevel(2))
 	for want := range uint64(3) {
 		if rv := r.put("k", "v"); rv != want+1 {
 			t.Errorf("version %d", rv)
@@ -982,14 +983,14 @@ func TestRestore_NoVersionTwice(t *testing.T) {
 
 // TestHub_Ends: a hub that has ended is not reopened, and its reason stays.
 func TestHub_Ends(t *testing.T) {
-	h := newHub(New())
+	h := newHub(store.New())
 	h.close(fault.ErrDiverged)
 	h.close(fault.ErrShuttingDown)
 	h.close(fault.ErrDiverged)
 	h.reopen()
 	w, err := h.watch("", true, 0)
 	testkit.Must(t, err)
-	if _, _, err := w.read(func(*Event, bool) {}); !errors.Is(err, fault.ErrShuttingDown) {
+	if _, _, err := w.read(func(*store.Event, bool) {}); !errors.Is(err, fault.ErrShuttingDown) {
 		t.Errorf("read: %v", err)
 	}
 	if err := h.waitVersion(t.Context(), 1); !errors.Is(err, fault.ErrShuttingDown) {
@@ -1000,14 +1001,14 @@ func TestHub_Ends(t *testing.T) {
 // TestHub_LooksForTheFirst: what was applied just before the first watcher or waiter came is not missed until the
 // next write: they make the hub look.
 func TestHub_LooksForTheFirst(t *testing.T) {
-	s := New()
+	s := store.New()
 	h := newHub(s)
 	w, err := h.watch("", true, 0)
 	testkit.Must(t, err)
-	if _, err := w.scan(func(*Event, bool) {}); err != nil {
+	if _, err := w.scan(func(*store.Event, bool) {}); err != nil {
 		t.Fatal(err)
 	}
-	applyTo(t, s, Command{Op: OpPut, Key: "k", Value: "v"})
+	applyTo(t, s, store.Command{Op: store.OpPut, Key: "k", Value: "v"})
 	h.notify() // nobody waits, so this does nothing
 	if len(h.wake) != 0 {
 		t.Fatal("it looks although nobody waits")
@@ -1017,7 +1018,7 @@ func TestHub_LooksForTheFirst(t *testing.T) {
 		t.Error("a watcher that arms itself does not make the hub look")
 	}
 	h.distribute()
-	if n, _, err := w.read(func(*Event, bool) {}); n != 1 || err != nil {
+	if n, _, err := w.read(func(*store.Event, bool) {}); n != 1 || err != nil {
 		t.Errorf("read %d events: %v", n, err)
 	}
 	w.close()
@@ -1030,7 +1031,7 @@ func TestHub_LooksForTheFirst(t *testing.T) {
 	case <-time.After(5 * time.Second):
 		t.Fatal("one that waits for a version does not make the hub look")
 	}
-	applyTo(t, s, Command{Op: OpPut, Key: "k", Value: "v"})
+	applyTo(t, s, store.Command{Op: store.OpPut, Key: "k", Value: "v"})
 	h.distribute()
 	testkit.Must(t, <-done)
 }
@@ -1039,12 +1040,12 @@ func TestHub_LooksForTheFirst(t *testing.T) {
 func TestHub_PrefixTooLong(t *testing.T) {
 	r := newWatchRig(t)
 	r.record = false
-	r.apply(RaiseLevel(2))
+	r.apply(store.RaiseLevel(2))
 	for i := range 5000 {
-		r.put(fmt.Sprintf("%0*d", KeySizeMax, i), "")
+		r.put(fmt.Sprintf("%0*d", store.KeySizeMax, i), "")
 	}
 	before := r.store.Version()
-	if res := r.apply(Command{Op: OpDeletePrefix, Key: "0"}); res[0].Status != StatusTooMany || r.store.Version() != before {
+	if res := r.apply(store.Command{Op: store.OpDeletePrefix, Key: "0"}); res[0].Status != store.StatusTooMany || r.store.Version() != before {
 		t.Errorf("%+v", res[0])
 	}
 }
@@ -1054,23 +1055,23 @@ func TestHub_PrefixTooLong(t *testing.T) {
 func TestHub_OthersDoNotNotice(t *testing.T) {
 	const n = 90
 	keyOf := func(i int) string { return fmt.Sprintf("big/%d", i) }
-	var each, expire []Command
-	var x Txn
+	var each, expire []store.Command
+	var x store.Txn
 	for i := range n {
-		each = append(each, Command{Op: OpDelete, Key: keyOf(i)})
-		expire = append(expire, Command{Op: OpExpire, Key: keyOf(i)})
-		x.Then = append(x.Then, Command{Op: OpDelete, Key: keyOf(i)})
+		each = append(each, store.Command{Op: store.OpDelete, Key: keyOf(i)})
+		expire = append(expire, store.Command{Op: store.OpExpire, Key: keyOf(i)})
+		x.Then = append(x.Then, store.Command{Op: store.OpDelete, Key: keyOf(i)})
 	}
-	for name, batch := range map[string][]Command{
-		"prefix":      {{Op: OpDeletePrefix, Key: "big/"}},
+	for name, batch := range map[string][]store.Command{
+		"prefix":      {{Op: store.OpDeletePrefix, Key: "big/"}},
 		"deletes":     each,
 		"expiries":    expire,
-		"transaction": {{Op: OpTxn, Value: x.Encode()}},
+		"transaction": {{Op: store.OpTxn, Value: x.Encode()}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newWatchRig(t)
 			r.record = false
-			r.apply(RaiseLevel(2))
+			r.apply(store.RaiseLevel(2))
 			value := strings.Repeat("x", 1<<20)
 			for i := range n {
 				r.put(keyOf(i), value)
@@ -1100,12 +1101,12 @@ func TestHub_DeletedValue(t *testing.T) {
 	for level, want := range map[int][]bool{1: {true, true}, 2: {true, false}} {
 		r := newWatchRig(t)
 		if level > 1 {
-			r.apply(RaiseLevel(level))
+			r.apply(store.RaiseLevel(level))
 		}
-		for i, size := range []int{DeletedValueMax, DeletedValueMax + 1} {
+		for i, size := range []int{store.DeletedValueMax, store.DeletedValueMax + 1} {
 			r.put("k", strings.Repeat("x", size))
 			n := r.store.State.Events.End()
-			r.apply(Command{Op: OpDelete, Key: "k"})
+			r.apply(store.Command{Op: store.OpDelete, Key: "k"})
 			events, _, _ := r.store.EventsFrom(n)
 			if e := events[0]; e.Cut == want[i] || len(e.Item.Value) != map[bool]int{true: size}[want[i]] || e.Item.Created == 0 {
 				t.Errorf("level %d: of %d bytes %d are kept, cut %v", level, size, len(e.Item.Value), e.Cut)
@@ -1114,7 +1115,7 @@ func TestHub_DeletedValue(t *testing.T) {
 		snap := r.store.Snapshot()
 		var written bytes.Buffer
 		testkit.Must(t, snap.Encode(&written))
-		st, err := ReadState(&written)
+		st, err := store.ReadState(&written)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1133,14 +1134,14 @@ func TestEventLog_NewestEntry(t *testing.T) {
 	r := newWatchRig(t)
 	r.record = false
 	shrinkWindow(r.store, 1, 1)
-	r.fill(2 * ChunkEventsMax)
+	r.fill(2 * store.ChunkEventsMax)
 	w := r.watch("k/", true, r.store.Version())
 	if _, _, err := drain(w); err != nil {
 		t.Fatal(err)
 	}
-	var batch []Command
-	for i := range 5 * ChunkEventsMax {
-		batch = append(batch, Command{Op: OpPut, Key: fmt.Sprintf("k/%d", i)})
+	var batch []store.Command
+	for i := range 5 * store.ChunkEventsMax {
+		batch = append(batch, store.Command{Op: store.OpPut, Key: fmt.Sprintf("k/%d", i)})
 	}
 	for range 3 {
 		r.apply(batch...)
@@ -1151,7 +1152,7 @@ func TestEventLog_NewestEntry(t *testing.T) {
 	}
 	r.put("k/0", "v")
 	r.put("k/0", "v")
-	if n := r.store.State.Events.Count; n > ChunkEventsMax {
+	if n := r.store.State.Events.Count; n > store.ChunkEventsMax {
 		t.Errorf("%d events are left", n)
 	}
 }

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"raftrv/internal/store"
 )
 
 // This file judges watches: whatever a watcher was told, by whichever node and
@@ -39,15 +41,15 @@ func (m watchMessage) String() string {
 }
 
 // messageOf is the message that tells of an event.
-func messageOf(e Event) watchMessage {
+func messageOf(e store.Event) watchMessage {
 	m := watchMessage{rv: e.RV, prev: e.Prev, key: e.Key, value: e.Item.Value, more: !e.Last}
 	switch e.Kind {
-	case EventAdded:
+	case store.EventAdded:
 		m.kind = "ADDED"
-	case EventModified:
+	case store.EventModified:
 		m.kind = "MODIFIED"
-	case EventDeleted, EventExpired:
-		m.kind, m.expired = "DELETED", e.Kind == EventExpired
+	case store.EventDeleted, store.EventExpired:
+		m.kind, m.expired = "DELETED", e.Kind == store.EventExpired
 	}
 	return m
 }

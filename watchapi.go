@@ -13,6 +13,7 @@ import (
 	"unicode/utf8"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 )
 
 // This file is the HTTP front's watch: a response that does not end. It is a
@@ -102,8 +103,8 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *keyList, err erro
 	switch n := len(filter); {
 	case p.has(paramKey) && p.has(paramPrefix):
 		return nil, errKeyPrefix
-	case n > KeySizeMax || n == 0 && !isPrefix:
-		return nil, fault.ErrInvalid.WithDetail("the key or prefix has %d bytes; a key has 1 to %d", n, KeySizeMax)
+	case n > store.KeySizeMax || n == 0 && !isPrefix:
+		return nil, fault.ErrInvalid.WithDetail("the key or prefix has %d bytes; a key has 1 to %d", n, store.KeySizeMax)
 	}
 	resumed, err := p.setLastEventID(r.Header)
 	if err != nil {
@@ -195,7 +196,7 @@ func (h *httpAPI) newWatchList(r request, filter string, isPrefix bool) (*keyLis
 	it, rv, ok := h.store.Get(filter)
 	l := &keyList{rv: rv}
 	if ok {
-		l.items = []KeyItem{{Key: filter, Item: it}}
+		l.items = []store.KeyItem{{Key: filter, Item: it}}
 	}
 	return l, nil
 }
@@ -297,7 +298,7 @@ func (s *watchStream) writeList(list *keyList) error {
 			return err // the node stops
 		}
 		for i := range items {
-			e := Event{RV: items[i].RV, Kind: EventAdded, Key: items[i].Key, Item: items[i].Item}
+			e := store.Event{RV: items[i].RV, Kind: store.EventAdded, Key: items[i].Key, Item: items[i].Item}
 			s.appendEvent(&e, false)
 			if len(*s.buf) >= watchPartSize || s.large != "" {
 				if err := s.write(); err != nil {
@@ -379,11 +380,11 @@ func (s *watchStream) appendVersion(buf []byte, kind string, hasID bool) []byte 
 }
 
 // What the kinds of events are called.
-var eventTypes = [...]string{EventAdded: "ADDED", EventModified: "MODIFIED", EventDeleted: "DELETED", EventExpired: "DELETED"}
+var eventTypes = [...]string{store.EventAdded: "ADDED", store.EventModified: "MODIFIED", store.EventDeleted: "DELETED", store.EventExpired: "DELETED"}
 
 // appendEvent adds the message of an event; if it is not the last of its version
 // others follow.
-func (s *watchStream) appendEvent(e *Event, last bool) {
+func (s *watchStream) appendEvent(e *store.Event, last bool) {
 	s.part = !last
 	s.append(func(buf []byte) []byte {
 		// No id sooner, or a client that resumes would lose half a version.
@@ -394,7 +395,7 @@ func (s *watchStream) appendEvent(e *Event, last bool) {
 		if e.Prev != 0 {
 			buf = append(buf[:len(buf)-1], `,"previousResourceVersion":`...)
 			buf = strconv.AppendUint(buf, e.Prev, 10)
-			if e.Kind == EventExpired {
+			if e.Kind == store.EventExpired {
 				buf = append(buf, `,"reason":"expired"`...)
 			}
 			buf = append(buf, '}')
@@ -412,13 +413,13 @@ func (s *watchStream) appendEvent(e *Event, last bool) {
 }
 
 // appendItem appends an item. One that makes a read of its own is written in pieces.
-func (s *watchStream) appendItem(buf []byte, key string, it Item, cut bool) []byte {
+func (s *watchStream) appendItem(buf []byte, key string, it store.Item, cut bool) []byte {
 	if cut || len(it.Value) < readBytesMax {
-		return AppendItemJSON(buf, key, it, cut)
+		return store.AppendItemJSON(buf, key, it, cut)
 	}
-	buf = AppendItemStart(buf, key, utf8.ValidString(it.Value))
+	buf = store.AppendItemStart(buf, key, utf8.ValidString(it.Value))
 	s.large, s.split = it.Value, len(buf)
-	return AppendItemEnd(append(buf, '"'), it)
+	return store.AppendItemEnd(append(buf, '"'), it)
 }
 
 // append adds to what is to be written.
@@ -506,7 +507,7 @@ func (s *watchStream) writeLarge() error {
 	for rest := s.large; rest != ""; {
 		piece := rest[:min(len(rest), streamPieceSize)]
 		rest = rest[len(piece):]
-		*buf = AppendPiece((*buf)[:0], piece, isText)
+		*buf = store.AppendPiece((*buf)[:0], piece, isText)
 		if err := s.writeParts(*buf); err != nil {
 			return err
 		}

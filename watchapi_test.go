@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -81,7 +82,7 @@ func (w *watchConn) next() watchMessage {
 }
 
 // do carries out a command as if a client had sent it.
-func (f *front) apply(c Command) Result {
+func (f *front) apply(c store.Command) store.Result {
 	f.t.Helper()
 	res, err := f.backend.propose(f.t.Context(), 0, c)
 	if err != nil {
@@ -97,11 +98,11 @@ func bookmarkLine(rv uint64) string {
 // watchStory writes one of everything that a watch tells of.
 func (f *front) watchStory() {
 	f.put("a", "1")
-	f.apply(Command{Op: OpPut, Key: "a", Value: "2", Expires: 1767323045678})
-	f.apply(Command{Op: OpExpire, Key: "a", Condition: Condition{Kind: IfMatch, RV: 2}})
-	both := Txn{Then: []Command{{Op: OpPut, Key: "a\"/\xff", Value: "\x00\n\xff"}, {Op: OpPut, Key: "b", Value: "é<\u2028"}}}
-	f.apply(Command{Op: OpTxn, Value: both.Encode()})
-	f.apply(Command{Op: OpDelete, Key: "b"})
+	f.apply(store.Command{Op: store.OpPut, Key: "a", Value: "2", Expires: 1767323045678})
+	f.apply(store.Command{Op: store.OpExpire, Key: "a", Condition: store.Condition{Kind: store.IfMatch, RV: 2}})
+	both := store.Txn{Then: []store.Command{{Op: store.OpPut, Key: "a\"/\xff", Value: "\x00\n\xff"}, {Op: store.OpPut, Key: "b", Value: "é<\u2028"}}}
+	f.apply(store.Command{Op: store.OpTxn, Value: both.Encode()})
+	f.apply(store.Command{Op: store.OpDelete, Key: "b"})
 }
 
 func TestWatch_Lines(t *testing.T) {
@@ -216,7 +217,7 @@ func TestWatch_Refused(t *testing.T) {
 	for query, detail := range map[string]string{
 		"key=a&prefix=a": "exclude each other",
 		"key=":           "the key or prefix has 0 bytes",
-		"prefix=" + strings.Repeat("x", KeySizeMax+1): "has 4097 bytes",
+		"prefix=" + strings.Repeat("x", store.KeySizeMax+1): "has 4097 bytes",
 		"initial=yes":       "initial must be true or false",
 		"limit=3":           `unknown parameter "limit"; allowed here: resourceVersion, prefix, key, initial, timeout`,
 		"timeout=25h":       "at most 24h0m0s",
@@ -245,7 +246,7 @@ func TestWatch_Refused(t *testing.T) {
 // fillWindow writes until the window has lost what was there before.
 func (f *front) fillWindow() {
 	f.t.Helper()
-	shrinkWindow(f.store, ChunkEventsMax, 64<<20)
+	shrinkWindow(f.store, store.ChunkEventsMax, 64<<20)
 	for start := f.store.Version(); f.store.EventsDropped() <= start; {
 		f.put("filler", "x")
 	}
@@ -389,7 +390,7 @@ func TestWatch_List(t *testing.T) {
 		case 0:
 			f.put(fmt.Sprintf("k/%05d", i), "new")
 		case 1:
-			f.apply(Command{Op: OpDelete, Key: fmt.Sprintf("k/%05d", i)})
+			f.apply(store.Command{Op: store.OpDelete, Key: fmt.Sprintf("k/%05d", i)})
 		case 2:
 			f.put(fmt.Sprintf("k/%05d+", i), "new")
 		}
@@ -413,7 +414,7 @@ func TestWatch_LargeVersion(t *testing.T) {
 		f.put(fmt.Sprintf("k/%05d", i), "v")
 	}
 	w := f.watch(fmt.Sprint("resourceVersion=", n))
-	f.apply(Command{Op: OpDeletePrefix, Key: "k/"})
+	f.apply(store.Command{Op: store.OpDeletePrefix, Key: "k/"})
 	for i := range n {
 		if m := w.next(); m.kind != "DELETED" || m.rv != n+1 || m.prev != uint64(i+1) || m.more != (i < n-1) {
 			t.Fatalf("message %d: %v", i, m)
@@ -434,7 +435,7 @@ func TestWatch_LargeVersionReadSlowly(t *testing.T) {
 				f.put(fmt.Sprintf("k/%05d", i), "v")
 			}
 			w := f.watch(fmt.Sprint("resourceVersion=", n, query))
-			f.apply(Command{Op: OpDeletePrefix, Key: "k/"})
+			f.apply(store.Command{Op: store.OpDeletePrefix, Key: "k/"})
 			start := time.Now()
 			for i := range n {
 				if i%100 == 0 {
@@ -632,10 +633,10 @@ func TestWatch_NeverReads(t *testing.T) {
 func TestWatch_TooSlow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newPipeFront(t)
-		shrinkWindow(f.store, 16*ChunkEventsMax, 64<<20)
+		shrinkWindow(f.store, 16*store.ChunkEventsMax, 64<<20)
 		w := f.watch("resourceVersion=0")
 		v := newWatchValidator("slow", "", true, false, 0)
-		for range ChunkEventsMax + 100 { // the second chunk
+		for range store.ChunkEventsMax + 100 { // the second chunk
 			f.put("k", "v")
 			v.observe(w.next())
 		}
@@ -648,7 +649,7 @@ func TestWatch_TooSlow(t *testing.T) {
 		}
 		v.observe(w.next())
 		m := w.next()
-		if m.kind != "ERROR" || m.code != "watch-too-slow" || m.rv != v.done || m.rv != ChunkEventsMax+101 {
+		if m.kind != "ERROR" || m.code != "watch-too-slow" || m.rv != v.done || m.rv != store.ChunkEventsMax+101 {
 			t.Errorf("%v after %d", m, v.done)
 		}
 		w.wantEnd()
@@ -720,7 +721,7 @@ func TestWatch_LargeValues(t *testing.T) {
 		}
 	}
 	s := &watchStream{} // however many there are, they do not copy it
-	s.appendEvent(&Event{Kind: EventAdded, Key: "k", RV: 2, Item: Item{Value: values[0], RV: 2}}, true)
+	s.appendEvent(&store.Event{Kind: store.EventAdded, Key: "k", RV: 2, Item: store.Item{Value: values[0], RV: 2}}, true)
 	if n := len(*s.buf); n > 200 {
 		t.Errorf("%d bytes are copied", n)
 	}
@@ -730,7 +731,7 @@ func TestWatch_LargeValues(t *testing.T) {
 func TestWatch_DeletedValue(t *testing.T) {
 	for _, cut := range []bool{false, true} {
 		s := &watchStream{}
-		s.appendEvent(&Event{Kind: EventDeleted, Key: "k", RV: 2, Prev: 1, Cut: cut}, true)
+		s.appendEvent(&store.Event{Kind: store.EventDeleted, Key: "k", RV: 2, Prev: 1, Cut: cut}, true)
 		if got := strings.Contains(string(*s.buf), `"value":"`); got == cut {
 			t.Errorf("cut %v: %s", cut, *s.buf)
 		}

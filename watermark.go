@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/store"
 )
 
 // This file notices that a log lost something that was on disk.
@@ -99,7 +100,7 @@ func (w *watermarkFile) read(mayBeEmpty bool) error {
 	}
 	for slot := range 2 {
 		b := buf[slot*watermarkSlot:][:watermarkSize]
-		if crc32.Checksum(b[:watermarkWords*8], Castagnoli) != binary.LittleEndian.Uint32(b[watermarkWords*8:]) ||
+		if crc32.Checksum(b[:watermarkWords*8], store.Castagnoli) != binary.LittleEndian.Uint32(b[watermarkWords*8:]) ||
 			binary.LittleEndian.Uint64(b) != watermarkMagic {
 			continue
 		}
@@ -128,7 +129,7 @@ func (w *watermarkFile) write(m watermark) error {
 	for _, v := range []uint64{watermarkMagic, w.number + 1, m.term, m.index, m.vote, m.voted} {
 		b = binary.LittleEndian.AppendUint64(b, v)
 	}
-	b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, Castagnoli))
+	b = binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, store.Castagnoli))
 	slot := int64(w.number+1) % 2
 	if _, err := w.file.WriteAt(b, slot*watermarkSlot); err != nil {
 		return err

@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -37,9 +38,9 @@ func hardStateOf(term, commit uint64) *raftpb.HardState {
 // receivedSnapshotAt puts the body of a snapshot of another member in place.
 func receivedSnapshotAt(t *testing.T, s *storage, index, term uint64) *raftpb.Snapshot {
 	t.Helper()
-	st := NewState()
+	st := store.NewState()
 	st.Index, st.Term = index, term
-	st.Members[1] = Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
+	st.Members[1] = store.Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
 	snap := &raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(index), Term: new(term), ConfState: &raftpb.ConfState{Voters: []uint64{1}}}}
 	testkit.Must(t, s.writeSnapshot(snap, &st))
 	return snap
@@ -180,7 +181,7 @@ func TestStorage_OldTailIsGone(t *testing.T) {
 			// An own snapshot takes nothing away.
 			s, r := newDisk(t, dir)
 			testkit.Must(t, s.save(hardStateOf(6, 12), entriesOf(6, 10, 14)))
-			st := &Store{State: r.state}
+			st := &store.Store{State: r.state}
 			for i := uint64(9); i <= 12; i++ {
 				testkit.Must(t, st.Skip(i, 6))
 			}
@@ -230,7 +231,7 @@ func TestStorage_NamesBeforeTheRecord(t *testing.T) {
 		}
 		return errors.Join(err, sync(path))
 	}
-	snap := snapshotAt(t, s, &Store{State: r.state}, 5)
+	snap := snapshotAt(t, s, &store.Store{State: r.state}, 5)
 	for _, path := range []string{s.bodyPath(5), s.metaPath(s.snapshots[len(s.snapshots)-1])} {
 		if !durable[path] {
 			t.Errorf("snapshot %d has a record, but a power cut may take %s", snap.GetMetadata().GetIndex(), path)
@@ -304,7 +305,7 @@ func TestStorage_FailingWrites(t *testing.T) {
 		},
 		"name of the body": func(t *testing.T, s *storage) error {
 			testkit.Must(t, os.MkdirAll(filepath.Join(s.bodyPath(7), "x"), fsx.DirMode))
-			st := NewState()
+			st := store.NewState()
 			st.Index, st.Term = 7, 2
 			return s.writeSnapshot(&raftpb.Snapshot{Metadata: &raftpb.SnapshotMetadata{Index: new(uint64(7)), Term: new(uint64(2))}}, &st)
 		},
@@ -348,7 +349,7 @@ func TestStorage_DamagedSnapshotDoesNotCount(t *testing.T) {
 	smallSegments(t)
 	dir := t.TempDir()
 	s, r := newDisk(t, dir)
-	st := &Store{State: r.state}
+	st := &store.Store{State: r.state}
 	snapshotAt(t, s, st, 300)
 	snapshotAt(t, s, st, 600)
 	testkit.Must(t, s.close())
@@ -358,7 +359,7 @@ func TestStorage_DamagedSnapshotDoesNotCount(t *testing.T) {
 		t.Fatalf("started from %d", r.state.Index)
 	}
 	testkit.Must(t, r.replay())
-	snapshotAt(t, s, &Store{State: r.state}, 700)
+	snapshotAt(t, s, &store.Store{State: r.state}, 700)
 	testkit.Must(t, s.purge())
 	testkit.Must(t, s.close())
 	testkit.Must(t, os.Truncate(s.bodyPath(700), 100))
