@@ -16,7 +16,6 @@ import (
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"golang.org/x/time/rate"
-	"google.golang.org/protobuf/proto"
 )
 
 // link connects this node with one member, in both directions. It is a
@@ -205,8 +204,8 @@ func (l *link) receiveMessage(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	m := new(raftpb.Message)
-	if err := proto.Unmarshal(data, m); err != nil {
-		refused(http.StatusBadRequest, refuse(refusedFormat, "%w", err))
+	if err := unmarshalPeer(data, m); err != nil {
+		refused(http.StatusBadRequest, err)
 		return
 	}
 	if err := l.receive(m, false); err != nil {

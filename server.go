@@ -311,7 +311,8 @@ func (p *ports) serveWaiting(w http.ResponseWriter, r *http.Request) {
 	case "/-/readyz":
 		e = errNotReady
 	}
-	e = e.withDetail("this node is not in a cluster yet, it waits for others; %s", strings.Join(*p.waitsFor.Load(), "; "))
+	why := append([]string{"this node is not in a cluster yet, it waits for others"}, *p.waitsFor.Load()...)
+	e = e.withDetail("%s", strings.Join(why, "; "))
 	problem := problemOf(r, e)
 	setErrorHeaders(w.Header(), e)
 	writeBody(w, r, e.status, typeProblem, problem.encode())
