@@ -10,15 +10,14 @@ import (
 	"sync/atomic"
 	"time"
 
+	"raftrv/internal/store"
+
 	"go.etcd.io/etcd/client/pkg/v3/types"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
 	stats "go.etcd.io/etcd/server/v3/etcdserver/api/v2stats"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"golang.org/x/time/rate"
-	"google.golang.org/protobuf/proto"
-
-	"raftrv/internal/store"
 )
 
 // link connects this node with one member, in both directions. It is a
@@ -207,8 +206,8 @@ func (l *link) receiveMessage(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	m := new(raftpb.Message)
-	if err := proto.Unmarshal(data, m); err != nil {
-		refused(http.StatusBadRequest, refuse(refusedFormat, "%w", err))
+	if err := unmarshalPeer(data, m); err != nil {
+		refused(http.StatusBadRequest, err)
 		return
 	}
 	if err := l.receive(m, false); err != nil {

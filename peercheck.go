@@ -38,6 +38,9 @@ const (
 
 	peerMessageMax = 40 << 20 // bytes
 	entrySizeMax   = 32 << 20 // bytes: the largest value twice, of which no batch has more than one
+
+	// An entry takes at least four bytes, for its index and its term.
+	messageEntriesMax = appendSizeMax / 4
 )
 
 // refusal is why something that a peer sent is not taken.

@@ -15,6 +15,7 @@ import (
 	"github.com/xiang90/probing"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
 	"go.etcd.io/raft/v3/raftpb"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -144,8 +145,6 @@ const (
 	streamReadBuffer = 16 << 10
 	// Up to this size an entry is read into a buffer that is used again.
 	streamEntryBuffer = 64 << 10
-	// There are at most so many entries in an append message: each takes some bytes.
-	streamEntriesMax = peerMessageMax / 8
 )
 
 // streamDecoder decodes the two kinds of streams, as rafthttp writes them.
@@ -211,7 +210,7 @@ func (d *streamDecoder) entries() (*raftpb.Message, error) {
 	m := &raftpb.Message{
 		Type: raftpb.MsgApp.Enum(), From: new(d.from), To: new(d.to), Term: new(d.term), LogTerm: new(d.term), Index: new(d.index),
 	}
-	n, err := d.uint(streamEntriesMax)
+	n, err := d.uint(messageEntriesMax)
 	if err != nil {
 		return nil, err
 	}
@@ -249,20 +248,67 @@ func (d *streamDecoder) uint(most uint64) (uint64, error) {
 }
 
 func (d *streamDecoder) decode(m proto.Message, size int) error {
-	var data []byte
-	if size <= streamEntryBuffer {
-		if d.buf == nil {
-			d.buf = make([]byte, streamEntryBuffer)
+	if size > streamEntryBuffer {
+		data, err := readGrowing(d.reader, int64(size), peerMessageMax, func(int) error { return nil })
+		if err != nil {
+			return err
 		}
-		data = d.buf[:size]
-	} else {
-		data = make([]byte, size)
+		return unmarshalPeer(data, m)
 	}
+	if d.buf == nil {
+		d.buf = make([]byte, streamEntryBuffer)
+	}
+	data := d.buf[:size]
 	if _, err := io.ReadFull(d.reader, data); err != nil {
 		return err
 	}
+	return unmarshalPeer(data, m)
+}
+
+// unmarshalPeer decodes what another member sent. In memory a field of two bytes
+// takes more than a hundred, so fields that repeat are counted first.
+func unmarshalPeer(data []byte, m proto.Message) error {
+	if _, ok := m.(*raftpb.Message); ok {
+		if err := countRepeated(data); err != nil {
+			return err
+		}
+	}
 	if err := proto.Unmarshal(data, m); err != nil {
 		return refuse(refusedFormat, "%w", err)
+	}
+	return nil
+}
+
+// Numbers of fields of raftpb.Message.
+const (
+	fieldEntries   = 7
+	fieldSnapshot  = 9
+	fieldResponses = 14
+)
+
+// countRepeated refuses the bytes of a message that would take much more memory
+// than they do. Only entries are many, in what members send.
+func countRepeated(data []byte) error {
+	entries := 0
+	for len(data) > 0 {
+		field, _, n := protowire.ConsumeField(data)
+		if n < 0 {
+			return refuse(refusedFormat, "%w", protowire.ParseError(n))
+		}
+		switch field {
+		case fieldEntries:
+			entries++
+		case fieldSnapshot:
+			if n > snapshotEnvelopeMax {
+				return refuse(refusedSize, "it has a snapshot of %d bytes", n)
+			}
+		case fieldResponses:
+			return refuse(refusedContext, "it has messages in it")
+		}
+		data = data[n:]
+	}
+	if entries > messageEntriesMax {
+		return refuse(refusedSize, "it has %d entries", entries)
 	}
 	return nil
 }

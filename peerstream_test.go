@@ -1,10 +1,14 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -54,6 +58,44 @@ func TestNetwork_HostileStreams(t *testing.T) {
 				t.Errorf("delivered: %v", m)
 			}
 		})
+	}
+}
+
+// TestStreamDecoder_Memory: no few bytes of a stream take much memory.
+func TestStreamDecoder_Memory(t *testing.T) {
+	number := func(v int) []byte { return binary.BigEndian.AppendUint64(nil, uint64(v)) }
+	framed := func(message []byte) []byte { return append(number(len(message)), message...) }
+	many := bytes.Repeat([]byte("\x3a\x00"), messageEntriesMax+1) // entries without anything in them
+	for name, tt := range map[string]struct {
+		isAppend bool
+		data     []byte
+		reason   refusalReason // refusedOther: it breaks off
+	}{
+		"a message that is announced":    {false, append(number(peerMessageMax), 1), refusedOther},
+		"the same on the other stream":   {true, slices.Concat([]byte{frameMessage}, number(peerMessageMax), []byte{1}), refusedOther},
+		"an entry that is announced":     {true, slices.Concat([]byte{frameEntries}, number(1), number(peerMessageMax), []byte{1}), refusedOther},
+		"entries that are announced":     {true, slices.Concat([]byte{frameEntries}, number(messageEntriesMax+1)), refusedSize},
+		"a message of many entries":      {false, framed(many), refusedSize},
+		"the same, on the other stream":  {true, append([]byte{frameMessage}, framed(many)...), refusedSize},
+		"messages in a message":          {false, framed(bytes.Repeat([]byte("\x72\x00"), 1<<20)), refusedContext},
+		"a snapshot of very many voters": {false, framed(slices.Concat([]byte("\x4a\x80\x80\x80\x01"), make([]byte, 2<<20))), refusedSize},
+	} {
+		d := &streamDecoder{reader: bufio.NewReader(bytes.NewReader(tt.data)), from: 2, to: 1}
+		decode := d.message
+		if tt.isAppend {
+			decode = d.append
+		}
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err := decode()
+		runtime.ReadMemStats(&after)
+		if err == nil || reasonForRefusal(err) != tt.reason {
+			t.Errorf("%s: %v", name, err)
+		}
+		// A buffer grows by the factor of 4, and what was in the smaller ones is garbage.
+		if took, most := after.TotalAlloc-before.TotalAlloc, uint64(6*len(tt.data)+256<<10); took > most {
+			t.Errorf("%s: it takes %d bytes of memory, want at most %d", name, took, most)
+		}
 	}
 }
 

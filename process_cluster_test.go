@@ -371,7 +371,7 @@ func (l *liveClient) judge(o *liveOp, r *liveReply) {
 		o.outcome = liveUnknown
 	case r.problem.Outcome == fault.NotApplied && (r.status == http.StatusServiceUnavailable || r.status == http.StatusInsufficientStorage):
 		o.outcome = liveRefused
-	case r.problem.Outcome == fault.Unknown && r.status == http.StatusGatewayTimeout:
+	case r.problem.Outcome == fault.Unknown && (r.status == http.StatusGatewayTimeout || o.keyed && r.status > http.StatusInternalServerError && r.problem.Retryable):
 		o.outcome = liveUnknown
 	default:
 		o.outcome = liveUnknown
@@ -428,7 +428,7 @@ func (l *liveClient) replace(read *liveOp, value string) *liveOp {
 func (l *liveClient) putOnce() *liveOp {
 	value := l.c.newValue(64)
 	id := strings.TrimRight(value, ".")
-	o := &liveOp{kind: livePut, key: "once/" + id, client: l.id, value: value, start: l.c.history.now()}
+	o := &liveOp{kind: livePut, keyed: true, key: "once/" + id, client: l.id, value: value, start: l.c.history.now()}
 	maybe := false // an earlier attempt may have happened
 	for range 5 {
 		l.try(o, value, "Idempotency-Key", id)

@@ -58,6 +58,7 @@ type liveOp struct {
 	key        string
 	value      string        // written (never twice in a history), or read
 	start, end time.Duration // since the history began
+	keyed      bool          // with an Idempotency-Key, so that a node which refuses it does not know of earlier attempts
 
 	// Of a livePutIf: the version that the key must have, and the value that had it; 0 = it must not exist.
 	ifRV    uint64

@@ -62,7 +62,7 @@ func newSmallDisks(t *testing.T, sizes map[int]int) *smallDisks {
 	d := &smallDisks{t: t, root: t.TempDir()}
 	for id, size := range sizes {
 		testkit.Must(t, os.MkdirAll(d.dir(id), 0o700))
-		if err := syscall.Mount("tmpfs", d.dir(id), "tmpfs", 0, fmt.Sprintf("size=%d", size)); err != nil {
+		if err := syscall.Mount("tmpfs", d.dir(id), "tmpfs", 0, fmt.Sprintf("mode=0700,size=%d", size)); err != nil {
 			t.Skipf("mounting file systems is not allowed here: %v", err)
 		}
 		t.Cleanup(func() {

@@ -314,7 +314,8 @@ func (p *ports) serveWaiting(w http.ResponseWriter, r *http.Request) {
 	case "/-/readyz":
 		e = fault.ErrNotReady
 	}
-	e = e.WithDetail("this node is not in a cluster yet, it waits for others; %s", strings.Join(*p.waitsFor.Load(), "; "))
+	why := append([]string{"this node is not in a cluster yet, it waits for others"}, *p.waitsFor.Load()...)
+	e = e.WithDetail("%s", strings.Join(why, "; "))
 	problem := problemOf(r, e)
 	setErrorHeaders(w.Header(), e)
 	writeBody(w, r, e.Status, typeProblem, problem.encode())

@@ -60,10 +60,19 @@ type virtualNode struct {
 	ended   chan error // what run returned
 }
 
+// nobodyThere takes the place of the network, for questions to other members.
+type nobodyThere struct{}
+
+func (nobodyThere) RoundTrip(*http.Request) (*http.Response, error) { return nil, errUnavailable }
+
 // newVirtualCluster starts three nodes and waits until they have a leader. It must be called inside a bubble.
 func newVirtualCluster(t *testing.T) *virtualCluster {
 	t.Helper()
 	smallSegments(t)
+	// Who looks up the first name of a process in a bubble takes the resolver into it, and whoever needs it outside panics.
+	before := peerClient.Transport
+	peerClient.Transport = nobodyThere{}
+	t.Cleanup(func() { peerClient.Transport = before })
 	const size = 3
 	c := &virtualCluster{t: t, cut: map[uint64]bool{}}
 	var urls []string

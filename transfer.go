@@ -311,7 +311,7 @@ func readEnvelope(r io.Reader) (*raftpb.Message, error) {
 		return nil, err
 	}
 	m := new(raftpb.Message)
-	if err := proto.Unmarshal(data, m); err != nil {
+	if err := unmarshalPeer(data, m); err != nil {
 		return nil, err
 	}
 	if m.GetType() != raftpb.MsgSnap || m.GetSnapshot() == nil {
