@@ -88,9 +88,10 @@ func (n *testNetwork) wantProven(address string) {
 func TestAcquaint(t *testing.T) {
 	cluster := fmt.Sprintf("%x", testCluster)
 	first, second := newDecoy(t), newDecoy(t)
-	n := newTestNetwork(t, first.URL, false)
+	n := newTestNetwork(t, "http://127.0.0.1:1", false) // it begins with a link to there
 	first.says(&peerInfo{Cluster: "99", Node: 2, Process: 1}, nil)
 	acquainted(t, n)
+	n.setMembers([]store.Member{{ID: 1}, {ID: 2, PeerURL: first.URL}})
 	testkit.WaitFor(t, func() bool { return first.asked.Load() >= 3 })
 	n.wantProven("")
 	if first.others.Load() != 0 {
