@@ -29,7 +29,7 @@ func TestHTTP_Snapshot(t *testing.T) {
 	err := got.Read(strings.NewReader(a.Body))
 	testkit.Must(t, err)
 	want := f.store.Snapshot()
-	wantSameItems(t, &got.State, &want)
+	SameItems(t, &got.State, &want)
 	if a.Header.Get("Cluster-Id") != got.Cluster || got.Member != 1 || got.Version != "v0" {
 		t.Errorf("%+v, header %v", got.BackupHead, a.Header)
 	}

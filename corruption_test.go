@@ -644,7 +644,7 @@ func TestCommand_RecoverDamaged(t *testing.T) {
 		testkit.Must(t, err)
 		s, rec := openRestored(t, to)
 		rec.state.RV -= store.VersionJump
-		wantSameItems(t, &rec.state, &want)
+		SameItems(t, &rec.state, &want)
 		testkit.Must(t, s.close())
 		t.Logf("%s: up to entry %d of %d", what, index, made.last)
 	}

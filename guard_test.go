@@ -103,7 +103,7 @@ func TestGuard_Quota(t *testing.T) {
 	g := newTestGuard(t, &free)
 	big := store.Command{Op: store.OpPut, Key: "big", Value: string(make([]byte, 9_900))}
 	testkit.Must(t, g.admit(&big, 9_900))
-	applyTo(t, g.store, big)
+	Apply(t, g.store, big)
 	txn := func(ops ...store.Command) *store.Command {
 		t := store.Txn{Then: ops}
 		return &store.Command{Op: store.OpTxn, Value: t.Encode()}
@@ -121,7 +121,7 @@ func TestGuard_Quota(t *testing.T) {
 	if err := g.writable(); !errors.Is(err, fault.ErrQuota) {
 		t.Error(err)
 	}
-	applyTo(t, g.store, store.Command{Op: store.OpDelete, Key: "big"})
+	Apply(t, g.store, store.Command{Op: store.OpDelete, Key: "big"})
 	testkit.Must(t, g.admit(&somePut, 10))
 	testkit.Must(t, g.writable())
 

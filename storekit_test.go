@@ -8,8 +8,8 @@ import (
 	"raftrv/internal/testkit"
 )
 
-// applyTo applies each command as an entry of its own.
-func applyTo(t testing.TB, s *store.Store, commands ...store.Command) {
+// Apply applies each command as an entry of its own.
+func Apply(t testing.TB, s *store.Store, commands ...store.Command) {
 	t.Helper()
 	for i := range commands {
 		n := s.Applied() + 1
@@ -18,14 +18,14 @@ func applyTo(t testing.TB, s *store.Store, commands ...store.Command) {
 	}
 }
 
-// exampleState is a state with some of everything.
-func exampleState(t testing.TB) store.State {
+// SomeState is a state with some of everything.
+func SomeState(t testing.TB) store.State {
 	t.Helper()
 	s := store.New()
 	s.State.Members[1] = store.Member{ID: 1, PeerURL: "http://a:1"}
 	s.State.Members[2] = store.Member{ID: 2, PeerURL: "http://b:1", Learner: true}
 	s.State.Removed[3] = true
-	applyTo(t, s,
+	Apply(t, s,
 		store.Command{Op: store.OpPut, Key: "a", Value: "1"},
 		store.Command{Op: store.OpPut, Key: "b", Value: "\xff", Expires: 1_700_000_001_000, Retry: store.RetryID{Key: "r"}},
 		store.Command{Op: store.OpDelete, Key: "a", Condition: store.Condition{Kind: store.IfMatch, RV: 9}, Retry: store.RetryID{Key: "t"}},
@@ -33,8 +33,8 @@ func exampleState(t testing.TB) store.State {
 	return s.Snapshot()
 }
 
-// wantSameItems compares keys, values and versions.
-func wantSameItems(t testing.TB, got, want *store.State) {
+// SameItems compares keys, values and versions.
+func SameItems(t testing.TB, got, want *store.State) {
 	t.Helper()
 	if got.RV != want.RV || got.Items.Len() != want.Items.Len() {
 		t.Errorf("version %d and %d items, want %d and %d", got.RV, got.Items.Len(), want.RV, want.Items.Len())
@@ -47,8 +47,8 @@ func wantSameItems(t testing.TB, got, want *store.State) {
 	})
 }
 
-// encodeBackup returns a backup of the state.
-func encodeBackup(t testing.TB, st store.State) []byte {
+// Backup returns a backup of the state.
+func Backup(t testing.TB, st store.State) []byte {
 	t.Helper()
 	b, err := (&store.Store{State: st}).Backup()
 	testkit.Must(t, err)
