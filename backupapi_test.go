@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"raftrv/internal/store"
+	"raftrv/internal/store/storetest"
 	"raftrv/internal/testkit"
 )
 
@@ -29,7 +30,7 @@ func TestHTTP_Snapshot(t *testing.T) {
 	err := got.Read(strings.NewReader(a.Body))
 	testkit.Must(t, err)
 	want := f.store.Snapshot()
-	SameItems(t, &got.State, &want)
+	storetest.SameItems(t, &got.State, &want)
 	if a.Header.Get("Cluster-Id") != got.Cluster || got.Member != 1 || got.Version != "v0" {
 		t.Errorf("%+v, header %v", got.BackupHead, a.Header)
 	}

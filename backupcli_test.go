@@ -19,6 +19,7 @@ import (
 
 	"raftrv/internal/fsx"
 	"raftrv/internal/store"
+	"raftrv/internal/store/storetest"
 	"raftrv/internal/testkit"
 )
 
@@ -26,14 +27,14 @@ import (
 func backupOf(t *testing.T, st store.State) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "backup")
-	testkit.Must(t, os.WriteFile(path, Backup(t, st), fsx.FileMode))
+	testkit.Must(t, os.WriteFile(path, storetest.Backup(t, st), fsx.FileMode))
 	return path
 }
 
 // What does not arrive whole does not replace what was there.
 func TestSaveBackup(t *testing.T) {
-	old := SomeState(t)
-	whole := Backup(t, old)
+	old := storetest.SomeState(t)
+	whole := storetest.Backup(t, old)
 	digest := sha256.Sum256(whole)
 	path := filepath.Join(t.TempDir(), "backup")
 	node := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -98,7 +99,7 @@ func runCommand(t *testing.T, args ...string) (string, error) {
 }
 
 func TestCommand_SnapshotInspect(t *testing.T) {
-	path := backupOf(t, SomeState(t))
+	path := backupOf(t, storetest.SomeState(t))
 	out, err := runCommand(t, "snapshot", "inspect", path)
 	testkit.Must(t, err)
 	for _, want := range []string{"checksum          ok, SHA-256 ", "format            1\n", "cluster           7\n", "members           1=http://a:1,2=http://b:1\n"} {
@@ -124,7 +125,7 @@ const restoreMembers = "http://127.0.0.1:1,http://127.0.0.1:2,http://127.0.0.1:3
 // each time.
 func TestCommand_SnapshotRestore(t *testing.T) {
 	smallSegments(t)
-	old := SomeState(t)
+	old := storetest.SomeState(t)
 	path := backupOf(t, old)
 	parent := t.TempDir()
 	var clusters []uint64
@@ -213,7 +214,7 @@ func checkRestored(t *testing.T, rec *recovered, old *store.State) {
 		t.Error("no watch can begin")
 	}
 	got.RV = old.RV
-	SameItems(t, &got, old)
+	storetest.SameItems(t, &got, old)
 	if got.Retries.Records.Len() != old.Retries.Records.Len() {
 		t.Errorf("%d outcomes of retries, want %d", got.Retries.Records.Len(), old.Retries.Records.Len())
 	}
@@ -277,7 +278,7 @@ func TestCommand_Recover(t *testing.T) {
 		t.Errorf("cluster %x, version %d", rec.identity.Cluster, got.RV)
 	}
 	got.RV = st.Version()
-	SameItems(t, &got, &st.State)
+	storetest.SameItems(t, &got, &st.State)
 }
 
 // What cannot be made completely is not taken for something that it is not.
@@ -285,7 +286,7 @@ func TestMakeDirectory_Fails(t *testing.T) {
 	dir := t.TempDir()
 	cfg := configOf(t, "--id", "1", "--cluster", restoreMembers, "--data-dir", filepath.Join(dir, "file", "data"))
 	testkit.Must(t, os.WriteFile(filepath.Join(dir, "file"), nil, fsx.FileMode))
-	b, err := store.ReadBackup(backupOf(t, SomeState(t)))
+	b, err := store.ReadBackup(backupOf(t, storetest.SomeState(t)))
 	testkit.Must(t, err)
 	if err := restoreBackup(cfg, b, 0, zap.NewNop()); err == nil {
 		t.Error("made a directory in a file")

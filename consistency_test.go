@@ -19,6 +19,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/store"
+	"raftrv/internal/store/storetest"
 	"raftrv/internal/testkit"
 )
 
@@ -28,7 +29,7 @@ func TestOpinion(t *testing.T) {
 	free := uint64(1 << 40)
 	g := newTestGuard(t, &free)
 	testkit.Must(t, g.begin())
-	Apply(t, g.store, somePut)
+	storetest.Apply(t, g.store, somePut)
 	own := health{Sums: g.store.Sums()}
 	other := health{Sums: store.Sums{Now: store.Checkpoint{Index: own.Sums.Now.Index, Sum: own.Sums.Now.Sum + 1}}}
 	elsewhere := health{Sums: store.Sums{Now: store.Checkpoint{Index: own.Sums.Now.Index + 1, Sum: 7}}}
@@ -66,7 +67,7 @@ func TestOpinion_Lasts(t *testing.T) {
 		for _, id := range []uint64{1, 2, 3} {
 			s.State.Members[id] = store.Member{ID: id}
 		}
-		Apply(t, s, somePut)
+		storetest.Apply(t, s, somePut)
 		g := newGuard(&config{id: 1, dataDir: dir}, s, func() int { return 0 }, zap.NewNop())
 		testkit.Must(t, g.begin())
 		if v := g.current(); v != want {
@@ -131,7 +132,7 @@ func newExchangeRig(t *testing.T) *exchangeRig {
 	before := peerClient.Transport
 	peerClient.Transport = r
 	t.Cleanup(func() { peerClient.Transport = before })
-	Apply(t, n.store, somePut)
+	storetest.Apply(t, n.store, somePut)
 	n.guard.gate = n.hub.gate
 	testkit.Must(t, n.guard.begin())
 	ctx, cancel := context.WithCancel(t.Context())
@@ -234,7 +235,7 @@ func TestExchange(t *testing.T) {
 		again, err := r.hub.watch("", true, r.store.Version())
 		testkit.Must(t, err)
 		defer again.close()
-		Apply(t, r.store, somePut)
+		storetest.Apply(t, r.store, somePut)
 		r.hub.distribute()
 		if n, _, err := again.read(func(*store.Event, bool) {}); n != 1 || err != nil {
 			t.Errorf("watch after the doubt: %d events, %v", n, err)

@@ -21,6 +21,7 @@ import (
 
 	"raftrv/internal/fsx"
 	"raftrv/internal/store"
+	"raftrv/internal/store/storetest"
 	"raftrv/internal/testkit"
 )
 
@@ -644,7 +645,7 @@ func TestCommand_RecoverDamaged(t *testing.T) {
 		testkit.Must(t, err)
 		s, rec := openRestored(t, to)
 		rec.state.RV -= store.VersionJump
-		SameItems(t, &rec.state, &want)
+		storetest.SameItems(t, &rec.state, &want)
 		testkit.Must(t, s.close())
 		t.Logf("%s: up to entry %d of %d", what, index, made.last)
 	}

@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/store"
+	"raftrv/internal/store/storetest"
 	"raftrv/internal/testkit"
 )
 
@@ -130,7 +131,7 @@ func TestFounding_ClusterID(t *testing.T) {
 // directory number and in the same cluster.
 func TestFounding_BreaksOff(t *testing.T) {
 	smallSegments(t)
-	backup := SomeState(t)
+	backup := storetest.SomeState(t)
 	for _, restored := range []bool{false, true} {
 		for _, point := range []string{"record", "log", "first state", "done"} {
 			t.Run(fmt.Sprintf("restored %v, %s", restored, point), func(t *testing.T) {

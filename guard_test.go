@@ -9,6 +9,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/store"
+	"raftrv/internal/store/storetest"
 	"raftrv/internal/testkit"
 )
 
@@ -103,7 +104,7 @@ func TestGuard_Quota(t *testing.T) {
 	g := newTestGuard(t, &free)
 	big := store.Command{Op: store.OpPut, Key: "big", Value: string(make([]byte, 9_900))}
 	testkit.Must(t, g.admit(&big, 9_900))
-	Apply(t, g.store, big)
+	storetest.Apply(t, g.store, big)
 	txn := func(ops ...store.Command) *store.Command {
 		t := store.Txn{Then: ops}
 		return &store.Command{Op: store.OpTxn, Value: t.Encode()}
@@ -121,7 +122,7 @@ func TestGuard_Quota(t *testing.T) {
 	if err := g.writable(); !errors.Is(err, fault.ErrQuota) {
 		t.Error(err)
 	}
-	Apply(t, g.store, store.Command{Op: store.OpDelete, Key: "big"})
+	storetest.Apply(t, g.store, store.Command{Op: store.OpDelete, Key: "big"})
 	testkit.Must(t, g.admit(&somePut, 10))
 	testkit.Must(t, g.writable())
 

@@ -9,12 +9,13 @@ import (
 	"pgregory.net/rapid"
 
 	"raftrv/internal/store"
+	"raftrv/internal/store/storetest"
 	"raftrv/internal/testkit"
 )
 
 // TestRestore_VersionsAbove: a person may know better how high the versions are.
 func TestRestore_VersionsAbove(t *testing.T) {
-	path := backupOf(t, SomeState(t))
+	path := backupOf(t, storetest.SomeState(t))
 	for above, want := range map[uint64]uint64{1: 0, 1 << 40: 1 << 40, store.VersionsAboveMax + 1: 0} {
 		dir := filepath.Join(t.TempDir(), "data")
 		cfg := configOf(t, "--id", "1", "--cluster", restoreMembers, "--data-dir", dir)

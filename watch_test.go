@@ -18,6 +18,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/store"
+	"raftrv/internal/store/storetest"
 	"raftrv/internal/testkit"
 )
 
@@ -1008,7 +1009,7 @@ func TestHub_LooksForTheFirst(t *testing.T) {
 	if _, err := w.scan(func(*store.Event, bool) {}); err != nil {
 		t.Fatal(err)
 	}
-	Apply(t, s, store.Command{Op: store.OpPut, Key: "k", Value: "v"})
+	storetest.Apply(t, s, store.Command{Op: store.OpPut, Key: "k", Value: "v"})
 	h.notify() // nobody waits, so this does nothing
 	if len(h.wake) != 0 {
 		t.Fatal("it looks although nobody waits")
@@ -1031,7 +1032,7 @@ func TestHub_LooksForTheFirst(t *testing.T) {
 	case <-time.After(5 * time.Second):
 		t.Fatal("one that waits for a version does not make the hub look")
 	}
-	Apply(t, s, store.Command{Op: store.OpPut, Key: "k", Value: "v"})
+	storetest.Apply(t, s, store.Command{Op: store.OpPut, Key: "k", Value: "v"})
 	h.distribute()
 	testkit.Must(t, <-done)
 }
