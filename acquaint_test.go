@@ -87,34 +87,34 @@ func (n *testNetwork) wantProven(address string) {
 // that runs is not replaced by who says that it is the same.
 func TestAcquaint(t *testing.T) {
 	cluster := fmt.Sprintf("%x", testCluster)
-	first, second := newDecoy(t), newDecoy(t)
+	first, second := NewDecoy(t), NewDecoy(t)
 	n := newTestNetwork(t, "http://127.0.0.1:1", false) // it begins with a link to there
-	first.says(&peerInfo{Cluster: "99", Node: 2, Process: 1}, nil)
+	first.Says(&peerInfo{Cluster: "99", Node: 2, Process: 1}, nil)
 	acquainted(t, n)
 	n.setMembers([]store.Member{{ID: 1}, {ID: 2, PeerURL: first.URL}})
-	testkit.WaitFor(t, func() bool { return first.asked.Load() >= 3 })
+	testkit.WaitFor(t, func() bool { return first.Asked.Load() >= 3 })
 	n.wantProven("")
-	if first.others.Load() != 0 {
-		t.Errorf("%d requests went to somebody else", first.others.Load())
+	if first.Others.Load() != 0 {
+		t.Errorf("%d requests went to somebody else", first.Others.Load())
 	}
-	first.says(&peerInfo{Cluster: cluster, Node: 2, Process: 1}, nil)
+	first.Says(&peerInfo{Cluster: cluster, Node: 2, Process: 1}, nil)
 	n.wantProven(first.URL)
 
 	// It moves, but still is where it was: another one at the new address is not believed.
-	second.says(&peerInfo{Cluster: cluster, Node: 2, Process: 2}, nil)
+	second.Says(&peerInfo{Cluster: cluster, Node: 2, Process: 2}, nil)
 	n.setMembers([]store.Member{{ID: 1}, {ID: 2, PeerURL: second.URL}})
-	testkit.WaitFor(t, func() bool { return second.asked.Load() >= 3 })
+	testkit.WaitFor(t, func() bool { return second.Asked.Load() >= 3 })
 	n.wantProven(first.URL)
-	if second.others.Load() != 0 {
-		t.Errorf("%d requests went to who is not believed", second.others.Load())
+	if second.Others.Load() != 0 {
+		t.Errorf("%d requests went to who is not believed", second.Others.Load())
 	}
 	// The same process at both is.
-	second.says(&peerInfo{Cluster: cluster, Node: 2, Process: 1}, nil)
+	second.Says(&peerInfo{Cluster: cluster, Node: 2, Process: 1}, nil)
 	n.wantProven(second.URL)
 	// Or the old one is gone.
 	n.setMembers([]store.Member{{ID: 1}, {ID: 2, PeerURL: first.URL}})
 	n.wantProven(first.URL)
-	second.says(&peerInfo{Cluster: cluster, Node: 2, Process: 7}, nil)
+	second.Says(&peerInfo{Cluster: cluster, Node: 2, Process: 7}, nil)
 	first.CloseClientConnections()
 	first.Close()
 	n.setMembers([]store.Member{{ID: 1}, {ID: 2, PeerURL: second.URL}})
@@ -161,8 +161,8 @@ func TestAcquaint_Changes(t *testing.T) {
 
 // TestIsRemoved: what it takes to believe that.
 func TestIsRemoved(t *testing.T) {
-	voter := func(id uint64, tr *decoy) store.Member { return store.Member{ID: id, PeerURL: tr.URL} }
-	two, three, four := newDecoy(t), newDecoy(t), newDecoy(t)
+	voter := func(id uint64, tr *Decoy) store.Member { return store.Member{ID: id, PeerURL: tr.URL} }
+	two, three, four := NewDecoy(t), NewDecoy(t), NewDecoy(t)
 	for _, tt := range []struct {
 		name  string
 		lists []uint64 // who says so
@@ -186,12 +186,12 @@ func TestIsRemoved(t *testing.T) {
 		network := &peerNetwork{}
 		network.proven.Store(&map[uint64]string{2: two.URL, 3: three.URL, 4: four.URL})
 		n := &node{config: config{id: 1}, cluster: 7, store: &store.Store{State: st}, network: network, logger: zap.NewNop()}
-		for id, tr := range map[uint64]*decoy{2: two, 3: three, 4: four} {
+		for id, tr := range map[uint64]*Decoy{2: two, 3: three, 4: four} {
 			info := &peerInfo{Cluster: "7", Node: id}
 			if slices.Contains(tt.lists, id) {
 				info.Removed = []uint64{1}
 			}
-			tr.says(info, nil)
+			tr.Says(info, nil)
 		}
 		if got, by, _ := n.isRemoved(t.Context()); got != tt.want {
 			t.Errorf("%s: %v, as %v say so", tt.name, got, by)

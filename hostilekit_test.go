@@ -22,26 +22,26 @@ import (
 	"raftrv/internal/testkit"
 )
 
-// hostile is a request that no member sends.
-type hostile struct {
-	name, method, path string
-	body               []byte
-	header             []string
-	statuses           []int // one of them is the answer to somebody who is taken for a member
+// Request is a request that no member sends.
+type Request struct {
+	Name, Method, Path string
+	Body               []byte
+	Header             []string
+	Statuses           []int // one of them is the answer to somebody who is taken for a member
 }
 
-// entryOf returns an entry of a log with these commands.
-func entryOf(index, term uint64, commands []byte) *raftpb.Entry {
+// Entry returns an entry of a log with these commands.
+func Entry(index, term uint64, commands []byte) *raftpb.Entry {
 	data := make([]byte, store.BatchHeaderSize, store.BatchHeaderSize+len(commands))
 	store.BatchHeader{Session: 1 << 60, Seq: 1, Time: 1}.Put(data)
 	return &raftpb.Entry{Type: raftpb.EntryNormal.Enum(), Index: new(index), Term: new(term), Data: append(data, commands...)}
 }
 
-// hostileMessages are messages from one member to another, which is in a term and has a log up to last.
-func hostileMessages(from, to, term, last uint64) map[string]*raftpb.Message {
+// Messages are messages from one member to another, which is in a term and has a log up to last.
+func Messages(from, to, term, last uint64) map[string]*raftpb.Message {
 	encode := func(c store.Command) []byte { return c.AppendTo(nil) }
 	change := func(m string) *raftpb.Entry {
-		e := entryOf(0, 0, encode(store.Command{Op: store.OpMember, Value: m}))
+		e := Entry(0, 0, encode(store.Command{Op: store.OpMember, Value: m}))
 		data, _ := proto.Marshal(&raftpb.ConfChange{Type: raftpb.ConfChangeAddLearnerNode.Enum(), NodeId: new(uint64(77)), Context: e.Data}) // cannot fail
 		return &raftpb.Entry{Type: raftpb.EntryConfChange.Enum(), Data: data}
 	}
@@ -62,12 +62,12 @@ func hostileMessages(from, to, term, last uint64) map[string]*raftpb.Message {
 	}
 	const huge = 1<<64 - 1
 	all := map[string]*raftpb.Message{
-		"propose garbage":                  prop(entryOf(0, 0, []byte("\x01\x00garbage"))),
-		"propose a broken txn":             prop(entryOf(0, 0, encode(store.Command{Op: store.OpTxn, Value: "\xff\xff"}))),
-		"propose a level that is none":     prop(entryOf(0, 0, encode(store.Command{Op: store.OpLevel, Value: "\xff"}))),
+		"propose garbage":                  prop(Entry(0, 0, []byte("\x01\x00garbage"))),
+		"propose a broken txn":             prop(Entry(0, 0, encode(store.Command{Op: store.OpTxn, Value: "\xff\xff"}))),
+		"propose a level that is none":     prop(Entry(0, 0, encode(store.Command{Op: store.OpLevel, Value: "\xff"}))),
 		"propose an address that is none":  prop(change(`{"id":77,"peerURL":"::bad"}`)),
-		"propose a long key":               prop(entryOf(0, 0, encode(store.Command{Op: store.OpPut, Key: strings.Repeat("k", 100_000)}))),
-		"propose a long key in a txn":      prop(entryOf(0, 0, encode(store.Command{Op: store.OpTxn, Value: (&store.Txn{Then: []store.Command{{Op: store.OpPut, Key: strings.Repeat("k", 5000)}}}).Encode()}))),
+		"propose a long key":               prop(Entry(0, 0, encode(store.Command{Op: store.OpPut, Key: strings.Repeat("k", 100_000)}))),
+		"propose a long key in a txn":      prop(Entry(0, 0, encode(store.Command{Op: store.OpTxn, Value: (&store.Txn{Then: []store.Command{{Op: store.OpPut, Key: strings.Repeat("k", 5000)}}}).Encode()}))),
 		"propose a member of another ID":   prop(change(`{"id":78,"peerURL":"http://127.0.0.1:1"}`)),
 		"propose nothing":                  {Type: raftpb.MsgProp.Enum()},
 		"propose no batch":                 prop(&raftpb.Entry{Data: []byte("x")}),
@@ -79,17 +79,17 @@ func hostileMessages(from, to, term, last uint64) map[string]*raftpb.Message {
 		"heartbeat with a context":         of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.Context = []byte("abc") }),
 		"answer beyond the log":            of(raftpb.MsgAppResp, func(m *raftpb.Message) { m.Index = new(uint64(1 << 50)) }),
 		"answer far beyond the log":        of(raftpb.MsgAppResp, func(m *raftpb.Message) { m.Index = new(uint64(huge)) }),
-		"append junk":                      app(entryOf(last+1, term, []byte("\x4djunk"))),
-		"append a gap":                     app(entryOf(last+2, term, good)),
-		"append a higher term":             app(entryOf(last+1, term+1, good)),
-		"append a falling term":            app(entryOf(last+1, term, good), entryOf(last+2, max(term, 2)-1, good)),
-		"append no term":                   app(entryOf(last+1, 0, good)),
+		"append junk":                      app(Entry(last+1, term, []byte("\x4djunk"))),
+		"append a gap":                     app(Entry(last+2, term, good)),
+		"append a higher term":             app(Entry(last+1, term+1, good)),
+		"append a falling term":            app(Entry(last+1, term, good), Entry(last+2, max(term, 2)-1, good)),
+		"append no term":                   app(Entry(last+1, 0, good)),
 		"append a commit that is none":     of(raftpb.MsgApp, func(m *raftpb.Message) { m.Commit = new(uint64(huge)) }),
 		"append a change of another kind":  app(&raftpb.Entry{Type: raftpb.EntryConfChangeV2.Enum(), Index: new(last + 1), Term: new(term)}),
 		"a type that is none":              of(99, nil),
 		"forget the leader":                of(raftpb.MsgForgetLeader, nil),
 		"campaign":                         of(raftpb.MsgHup, nil),
-		"a proposal with a term":           {Type: raftpb.MsgProp.Enum(), Term: new(term), Entries: []*raftpb.Entry{{Data: entryOf(0, 0, good).Data}}},
+		"a proposal with a term":           {Type: raftpb.MsgProp.Enum(), Term: new(term), Entries: []*raftpb.Entry{{Data: Entry(0, 0, good).Data}}},
 		"a read with a term":               {Type: raftpb.MsgReadIndex.Enum(), Term: new(term), Entries: []*raftpb.Entry{{Data: []byte("0123456789abcdef")}}},
 		"a read of nothing":                {Type: raftpb.MsgReadIndex.Enum()},
 		"a vote with entries":              of(raftpb.MsgVote, func(m *raftpb.Message) { m.Entries = []*raftpb.Entry{{}} }),
@@ -102,13 +102,13 @@ func hostileMessages(from, to, term, last uint64) map[string]*raftpb.Message {
 	all["for somebody else"] = of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.From, m.To = new(from), new(uint64(555)) })
 	all["from nobody"] = of(raftpb.MsgHeartbeat, func(m *raftpb.Message) { m.To = new(to) })
 	all["in another's name"] = of(raftpb.MsgAppResp, func(m *raftpb.Message) { m.From, m.To, m.Index = new(from+to+50), new(to), new(last) })
-	all["a proposal of a stranger"] = prop(entryOf(0, 0, good))
+	all["a proposal of a stranger"] = prop(Entry(0, 0, good))
 	all["a proposal of a stranger"].From, all["a proposal of a stranger"].To = new(uint64(99)), new(to)
 	return all
 }
 
-// hostileSnapshots are like messages, of snapshots.
-func hostileSnapshots(from, to, term, last uint64) map[string]*raftpb.Message {
+// Snapshots are like messages, of snapshots.
+func Snapshots(from, to, term, last uint64) map[string]*raftpb.Message {
 	snapshot := func(change func(*raftpb.Message, *raftpb.SnapshotMetadata)) *raftpb.Message {
 		meta := &raftpb.SnapshotMetadata{Index: new(last + 100), Term: new(term), ConfState: &raftpb.ConfState{Voters: []uint64{from, to}}}
 		m := &raftpb.Message{Type: raftpb.MsgSnap.Enum(), From: new(from), To: new(to), Term: new(term), Snapshot: &raftpb.Snapshot{Metadata: meta}}
@@ -131,44 +131,44 @@ func hostileSnapshots(from, to, term, last uint64) map[string]*raftpb.Message {
 	}
 }
 
-// hostileRequests are all of them, and what is wrong before there is a message.
-func hostileRequests(t *testing.T, from, to, term, last uint64) []hostile {
+// Requests are all of them, and what is wrong before there is a message.
+func Requests(t *testing.T, from, to, term, last uint64) []Request {
 	t.Helper()
 	marshal := func(m *raftpb.Message) []byte {
 		data, err := proto.Marshal(m)
 		testkit.Must(t, err)
 		return data
 	}
-	var all []hostile
-	for name, m := range hostileMessages(from, to, term, last) {
+	var all []Request
+	for name, m := range Messages(from, to, term, last) {
 		// What needs a look at the log, the loop refuses, which nobody waits for.
-		all = append(all, hostile{name, "POST", rafthttp.RaftPrefix, marshal(m), nil, []int{http.StatusBadRequest, http.StatusNoContent}})
+		all = append(all, Request{name, "POST", rafthttp.RaftPrefix, marshal(m), nil, []int{http.StatusBadRequest, http.StatusNoContent}})
 	}
-	for name, m := range hostileSnapshots(from, to, term, last) {
+	for name, m := range Snapshots(from, to, term, last) {
 		data := marshal(m)
 		body := append(binary.BigEndian.AppendUint64(nil, uint64(len(data))), data...)
-		all = append(all, hostile{"snapshot " + name, "POST", rafthttp.RaftSnapshotPrefix, append(body, make([]byte, 1<<20)...), nil,
+		all = append(all, Request{"snapshot " + name, "POST", rafthttp.RaftSnapshotPrefix, append(body, make([]byte, 1<<20)...), nil,
 			[]int{http.StatusBadRequest, http.StatusUnprocessableEntity, http.StatusUnsupportedMediaType}})
 	}
 	ok := marshal(&raftpb.Message{Type: raftpb.MsgHeartbeatResp.Enum(), From: new(from), To: new(to), Term: new(term)})
 	bad := []int{http.StatusBadRequest}
 	return append(all,
-		hostile{"a version that is none", "POST", "/raft", ok, []string{"X-Server-Version", "x"}, bad},
-		hostile{"a least version that is none", "POST", "/raft", ok, []string{"X-Min-Cluster-Version", "9.9"}, bad},
-		hostile{"a stream with a version that is none", "GET", "/raft/stream/message/" + strconv.FormatUint(from, 16), nil, []string{"X-Server-Version", "-"}, bad},
-		hostile{"a snapshot with a version that is none", "POST", "/raft/snapshot", ok, []string{"X-Server-Version", "1.2.x"}, bad},
-		hostile{"junk", "POST", "/raft", []byte("\xff\xff\xff"), nil, bad},
-		hostile{"nothing", "POST", "/raft", nil, nil, bad},
-		hostile{"get", "GET", "/raft", nil, nil, []int{http.StatusMethodNotAllowed}},
-		hostile{"an envelope that is too large", "POST", "/raft/snapshot", []byte("\x00\x00\x00\x00\x04\x00\x00\x00"), nil, []int{http.StatusRequestEntityTooLarge}},
-		hostile{"half an envelope", "POST", "/raft/snapshot", []byte("\x00\x00\x00"), nil, bad},
+		Request{"a version that is none", "POST", "/raft", ok, []string{"X-Server-Version", "x"}, bad},
+		Request{"a least version that is none", "POST", "/raft", ok, []string{"X-Min-Cluster-Version", "9.9"}, bad},
+		Request{"a stream with a version that is none", "GET", "/raft/stream/message/" + strconv.FormatUint(from, 16), nil, []string{"X-Server-Version", "-"}, bad},
+		Request{"a snapshot with a version that is none", "POST", "/raft/snapshot", ok, []string{"X-Server-Version", "1.2.x"}, bad},
+		Request{"junk", "POST", "/raft", []byte("\xff\xff\xff"), nil, bad},
+		Request{"nothing", "POST", "/raft", nil, nil, bad},
+		Request{"get", "GET", "/raft", nil, nil, []int{http.StatusMethodNotAllowed}},
+		Request{"an envelope that is too large", "POST", "/raft/snapshot", []byte("\x00\x00\x00\x00\x04\x00\x00\x00"), nil, []int{http.StatusRequestEntityTooLarge}},
+		Request{"half an envelope", "POST", "/raft/snapshot", []byte("\x00\x00\x00"), nil, bad},
 	)
 }
 
-// post sends a request to a peer port in the name of a member.
-func (h hostile) post(t *testing.T, url, cluster string, from, to uint64) int {
+// Post sends a request to a peer port in the name of a member.
+func (h Request) Post(t *testing.T, url, cluster string, from, to uint64) int {
 	t.Helper()
-	req, err := http.NewRequest(h.method, url+h.path, bytes.NewReader(h.body))
+	req, err := http.NewRequest(h.Method, url+h.Path, bytes.NewReader(h.Body))
 	testkit.Must(t, err)
 	for name, value := range map[string]string{
 		"X-Server-From": fmt.Sprintf("%x", from), "X-Raft-To": fmt.Sprintf("%x", to), "X-Etcd-Cluster-ID": cluster,
@@ -176,8 +176,8 @@ func (h hostile) post(t *testing.T, url, cluster string, from, to uint64) int {
 	} {
 		req.Header.Set(name, value)
 	}
-	for i := 0; i < len(h.header); i += 2 {
-		req.Header.Set(h.header[i], h.header[i+1])
+	for i := 0; i < len(h.Header); i += 2 {
+		req.Header.Set(h.Header[i], h.Header[i+1])
 	}
 	resp, err := (&http.Transport{DisableKeepAlives: true}).RoundTrip(req)
 	if err != nil {
@@ -188,37 +188,37 @@ func (h hostile) post(t *testing.T, url, cluster string, from, to uint64) int {
 	return resp.StatusCode
 }
 
-// decoy is a server at an address that somebody gives to a cluster.
-type decoy struct {
+// Decoy is a server at an address that somebody gives to a cluster.
+type Decoy struct {
 	*httptest.Server
-	asked  atomic.Int64 // who is there
-	others atomic.Int64 // other requests: those that only a member should get
+	Asked  atomic.Int64 // who is there
+	Others atomic.Int64 // other requests: those that only a member should get
 
 	mu   sync.Mutex
 	info any              // what it says, to be encoded as JSON; nil: it says 404
-	who  http.HandlerFunc // takes the place of info
+	Who  http.HandlerFunc // takes the place of info
 	raft http.HandlerFunc // what else it answers
 }
 
-func newDecoy(t *testing.T) *decoy {
-	tr := new(decoy)
+func NewDecoy(t *testing.T) *Decoy {
+	tr := new(Decoy)
 	tr.Server = httptest.NewServer(tr)
 	t.Cleanup(func() { tr.CloseClientConnections(); tr.Close() })
 	return tr
 }
 
-func (tr *decoy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (tr *Decoy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	tr.mu.Lock()
-	info, who, raft := tr.info, tr.who, tr.raft
+	info, who, raft := tr.info, tr.Who, tr.raft
 	tr.mu.Unlock()
 	if r.URL.Path != "/-/peer" {
-		tr.others.Add(1)
+		tr.Others.Add(1)
 		if raft != nil {
 			raft(w, r)
 		}
 		return
 	}
-	tr.asked.Add(1)
+	tr.Asked.Add(1)
 	if who != nil {
 		who(w, r)
 		return
@@ -238,15 +238,15 @@ func (tr *decoy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write(answer) // fails if who asked has left
 }
 
-// says changes what it answers.
-func (tr *decoy) says(info any, raft http.HandlerFunc) {
+// Says changes what it answers.
+func (tr *Decoy) Says(info any, raft http.HandlerFunc) {
 	tr.mu.Lock()
 	defer tr.mu.Unlock()
 	tr.raft, tr.info = raft, info
 }
 
-// streamOf answers those who ask for a stream with what is there, and keeps the connection.
-func streamOf(t *testing.T, header http.Header, parts ...[]byte) http.HandlerFunc {
+// Stream answers those who ask for a stream with what is there, and keeps the connection.
+func Stream(t *testing.T, header http.Header, parts ...[]byte) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("X-Server-Version", "3.7.0")
 		for name := range header {

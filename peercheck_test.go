@@ -29,26 +29,26 @@ func TestNetwork_Hostile(t *testing.T) {
 	n.loop.publish()
 	last, err := n.leader.log.LastIndex()
 	testkit.Must(t, err)
-	for _, h := range hostileRequests(t, 2, 1, term, last) {
+	for _, h := range Requests(t, 2, 1, term, last) {
 		refused = nil
-		status := h.post(t, n.url, fmt.Sprintf("%x", testCluster), 2, 1)
+		status := h.Post(t, n.url, fmt.Sprintf("%x", testCluster), 2, 1)
 		// A snapshot is refused before its body is read, so the answer may be lost with the connection.
-		fits := status == 0 && h.path == rafthttp.RaftSnapshotPrefix
-		for _, want := range h.statuses {
+		fits := status == 0 && h.Path == rafthttp.RaftSnapshotPrefix
+		for _, want := range h.Statuses {
 			fits = fits || status == want
 		}
 		if !fits {
-			t.Errorf("%s: %d, want one of %v", h.name, status, h.statuses)
+			t.Errorf("%s: %d, want one of %v", h.Name, status, h.Statuses)
 		}
 		for _, m := range n.arrivedMessages() {
 			n.leader.step(m.Message)
 			if len(refused) != 1 {
-				t.Errorf("%s: got to raft: %v", h.name, m)
+				t.Errorf("%s: got to raft: %v", h.Name, m)
 			}
 		}
 		testkit.Must(t, n.leader.process())
-		if status := h.post(t, n.url, fmt.Sprintf("%x", testCluster), 99, 1); status != http.StatusNotFound && status != 0 {
-			t.Errorf("%s, from a stranger: %d", h.name, status)
+		if status := h.Post(t, n.url, fmt.Sprintf("%x", testCluster), 99, 1); status != http.StatusNotFound && status != 0 {
+			t.Errorf("%s, from a stranger: %d", h.Name, status)
 		}
 	}
 	if now := n.leader.raw.BasicStatus(); now.GetTerm() != term || now.Lead != 1 || n.leader.store.Version() != version {
@@ -130,7 +130,7 @@ func TestCheckMessage_FarAhead(t *testing.T) {
 
 // FuzzCheckMessage: no bytes panic what looks at them.
 func FuzzCheckMessage(f *testing.F) {
-	for _, all := range []map[string]*raftpb.Message{hostileMessages(2, 1, 5, 10), hostileSnapshots(2, 1, 5, 10)} {
+	for _, all := range []map[string]*raftpb.Message{Messages(2, 1, 5, 10), Snapshots(2, 1, 5, 10)} {
 		for _, m := range all {
 			data, err := proto.Marshal(m)
 			testkit.Must(f, err)
@@ -168,7 +168,7 @@ func BenchmarkCheckMessage(b *testing.B) {
 			commands = (&store.Command{Op: store.OpPut, Key: fmt.Sprintf("key%06d", i), Value: strings.Repeat("v", 100)}).AppendTo(commands)
 		}
 		m := &raftpb.Message{Type: raftpb.MsgApp.Enum(), From: new(uint64(2)), To: new(uint64(1)), Term: new(uint64(5)), LogTerm: new(uint64(5)),
-			Index: new(uint64(9)), Entries: []*raftpb.Entry{entryOf(10, 5, commands)}}
+			Index: new(uint64(9)), Entries: []*raftpb.Entry{Entry(10, 5, commands)}}
 		v := peerView{self: 1, sender: 2, term: 5, member: func(uint64) bool { return true }}
 		b.Run(fmt.Sprintf("commands=%d", n), func(b *testing.B) {
 			b.ReportAllocs()

@@ -32,7 +32,7 @@ func TestProcess_Decoys(t *testing.T) {
 	var info peerWords
 	testkit.Must(t, json.Unmarshal([]byte(bodyOf(t, c.Nodes[0].RaftURL()+"/-/peer", 200)), &info))
 	written := c.client(c.Nodes[1]).putNew()
-	elsewhere := newDecoy(t) // where redirects lead
+	elsewhere := NewDecoy(t) // where redirects lead
 	us := func(id uint64) *peerWords {
 		return &peerWords{Cluster: info.Cluster, Node: id, Process: 1, Members: info.Members}
 	}
@@ -65,21 +65,21 @@ func TestProcess_Decoys(t *testing.T) {
 			_ = conn.Close()
 		}
 	}()
-	wrong := map[string]func(*decoy) string{
-		"another cluster": func(tr *decoy) string { tr.says(&peerWords{Cluster: "1234", Node: 66}, nil); return tr.URL },
-		"another ID":      func(tr *decoy) string { tr.says(us(67), nil); return tr.URL },
-		"a web server":    func(tr *decoy) string { return tr.URL },
-		"no HTTP":         func(*decoy) string { return "http://" + banner.Addr().String() },
-		"a redirect": func(*decoy) string {
+	wrong := map[string]func(*Decoy) string{
+		"another cluster": func(tr *Decoy) string { tr.Says(&peerWords{Cluster: "1234", Node: 66}, nil); return tr.URL },
+		"another ID":      func(tr *Decoy) string { tr.Says(us(67), nil); return tr.URL },
+		"a web server":    func(tr *Decoy) string { return tr.URL },
+		"no HTTP":         func(*Decoy) string { return "http://" + banner.Addr().String() },
+		"a redirect": func(*Decoy) string {
 			s := httptest.NewServer(http.RedirectHandler(elsewhere.URL+"/-/peer", http.StatusFound))
 			t.Cleanup(s.Close)
 			return s.URL
 		},
-		"a client port": func(*decoy) string { return c.Nodes[1].URL() },
+		"a client port": func(*Decoy) string { return c.Nodes[1].URL() },
 	}
 	for name, address := range wrong {
 		for _, body := range []string{"/-/v1/members/66", "/66"} {
-			u := address(newDecoy(t))
+			u := address(NewDecoy(t))
 			text := u
 			if strings.HasPrefix(body, "/-/") {
 				text = fmt.Sprintf(`{"peerURL":%q}`, u)
@@ -88,17 +88,17 @@ func TestProcess_Decoys(t *testing.T) {
 				t.Errorf("%s: POST %s: %d %s %v", name, body, r.status, r.body, r.err)
 			}
 		}
-		u := address(newDecoy(t))
+		u := address(NewDecoy(t))
 		if r := c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/3", fmt.Sprintf(`{"peerURL":%q}`, u)); r.status != http.StatusConflict {
 			t.Errorf("%s: move node 3 there: %d %s %v", name, r.status, r.body, r.err)
 		}
 	}
-	if elsewhere.asked.Load()+elsewhere.others.Load() != 0 {
+	if elsewhere.Asked.Load()+elsewhere.Others.Load() != 0 {
 		t.Error("somebody followed a redirect")
 	}
 	// Nor does who says that it is a member that runs.
-	liar := newDecoy(t)
-	liar.says(us(3), nil)
+	liar := NewDecoy(t)
+	liar.Says(us(3), nil)
 	if r := c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/3", fmt.Sprintf(`{"peerURL":%q}`, liar.URL)); r.status != http.StatusConflict || !strings.Contains(string(r.body), "still runs at another address") {
 		t.Errorf("move a node that runs: %d %s", r.status, r.body)
 	}
@@ -107,9 +107,9 @@ func TestProcess_Decoys(t *testing.T) {
 	// Who keeps others waiting, or talks without end, is asked now and then, and that is all.
 	id := uint64(66)
 	piece := []byte(strings.Repeat(`{"id":1},`, 1<<10))
-	for name, d := range map[string]*decoy{
-		"silence": {who: func(http.ResponseWriter, *http.Request) { <-t.Context().Done() }},
-		"a drip": {who: func(w http.ResponseWriter, r *http.Request) {
+	for name, d := range map[string]*Decoy{
+		"silence": {Who: func(http.ResponseWriter, *http.Request) { <-t.Context().Done() }},
+		"a drip": {Who: func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Type", "application/json")
 			for t.Context().Err() == nil && r.Context().Err() == nil {
 				_, _ = w.Write([]byte(" ")) // fails when the other one has left
@@ -117,7 +117,7 @@ func TestProcess_Decoys(t *testing.T) {
 				time.Sleep(50 * time.Millisecond)
 			}
 		}},
-		"no end": {who: func(w http.ResponseWriter, r *http.Request) {
+		"no end": {Who: func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Type", "application/json")
 			_, err := io.WriteString(w, `{"cluster":"1","members":[`)
 			for err == nil && t.Context().Err() == nil {
@@ -134,11 +134,11 @@ func TestProcess_Decoys(t *testing.T) {
 			t.Errorf("%s: %d %s %v after %v", name, r.status, r.body, r.err, took)
 		}
 		if r.status == http.StatusNoContent {
-			testkit.WaitFor(t, func() bool { return d.asked.Load() > 4 })
+			testkit.WaitFor(t, func() bool { return d.Asked.Load() > 4 })
 			testkit.Must(t, changed(c.memberCall(c.Nodes[0], http.MethodDelete, fmt.Sprintf("/-/v1/members/%d", id), "")))
 		}
-		if d.others.Load() != 0 {
-			t.Errorf("%s: %d requests beside the question", name, d.others.Load())
+		if d.Others.Load() != 0 {
+			t.Errorf("%s: %d requests beside the question", name, d.Others.Load())
 		}
 		healthy(name)
 	}
@@ -154,10 +154,10 @@ func TestProcess_Decoys(t *testing.T) {
 	}
 	id = 70
 	for name, raft := range map[string]http.HandlerFunc{
-		"a version that is none": streamOf(t, http.Header{"X-Server-Version": {"x"}}),
-		"2^62 entries":           streamOf(t, nil, big),
-		"a message of junk":      streamOf(t, nil, junk),
-		"entries of junk":        streamOf(t, nil, append([]byte{2}, junk...)),
+		"a version that is none": Stream(t, http.Header{"X-Server-Version": {"x"}}),
+		"2^62 entries":           Stream(t, nil, big),
+		"a message of junk":      Stream(t, nil, junk),
+		"entries of junk":        Stream(t, nil, append([]byte{2}, junk...)),
 		"410":                    gone(http.StatusGone),
 		"403":                    gone(http.StatusForbidden),
 		"a redirect": func(w http.ResponseWriter, r *http.Request) {
@@ -171,34 +171,34 @@ func TestProcess_Decoys(t *testing.T) {
 		},
 	} {
 		id++
-		tr := newDecoy(t)
-		tr.says(&peerWords{Node: id}, raft) // as one that waits to join
+		tr := NewDecoy(t)
+		tr.Says(&peerWords{Node: id}, raft) // as one that waits to join
 		if r := post(c.Nodes[id%3], id, tr.URL); r.status != http.StatusNoContent {
 			t.Fatalf("%s: %d %s %v", name, r.status, r.body, r.err)
 		}
-		testkit.WaitFor(t, func() bool { return tr.asked.Load() > 6 })
-		if tr.others.Load() != 0 {
-			t.Errorf("%s: %d requests before it said who it is", name, tr.others.Load())
+		testkit.WaitFor(t, func() bool { return tr.Asked.Load() > 6 })
+		if tr.Others.Load() != 0 {
+			t.Errorf("%s: %d requests before it said who it is", name, tr.Others.Load())
 		}
 		lie := us(id)
 		lie.Removed = []uint64{1, 2, 3}
 		lie.Health = json.RawMessage(fmt.Sprintf(`{"member":%d,"sums":{"now":{"index":3,"sum":"1","algorithm":2}},"diskFull":true,"diskClosed":true}`, id))
-		tr.says(lie, raft)
-		testkit.WaitFor(t, func() bool { return tr.others.Load() > 6 })
+		tr.Says(lie, raft)
+		testkit.WaitFor(t, func() bool { return tr.Others.Load() > 6 })
 		healthy(name)
 		if name == "410" || name == "2^62 entries" { // also at the next start
 			c.kill(c.Nodes...)
-			seen := tr.others.Load()
+			seen := tr.Others.Load()
 			c.start()
-			testkit.WaitFor(t, func() bool { return tr.others.Load() > seen+6 })
+			testkit.WaitFor(t, func() bool { return tr.Others.Load() > seen+6 })
 			healthy(name + " at the next start")
 		}
 		if name == "410" { // and then becomes another one
-			tr.says(&peerWords{Cluster: "1234", Node: id}, raft)
+			tr.Says(&peerWords{Cluster: "1234", Node: id}, raft)
 			c.eventually(func() error {
-				seen := tr.others.Load()
+				seen := tr.Others.Load()
 				time.Sleep(400 * time.Millisecond) // in which a node would try several times
-				if now := tr.others.Load(); now != seen {
+				if now := tr.Others.Load(); now != seen {
 					return fmt.Errorf("%d requests to who says that it is somebody else", now-seen)
 				}
 				return nil
@@ -206,7 +206,7 @@ func TestProcess_Decoys(t *testing.T) {
 		}
 		testkit.Must(t, changed(c.memberCall(c.Nodes[0], http.MethodDelete, fmt.Sprintf("/-/v1/members/%d", id), "")))
 	}
-	if elsewhere.asked.Load()+elsewhere.others.Load() != 0 {
+	if elsewhere.Asked.Load()+elsewhere.Others.Load() != 0 {
 		t.Error("somebody followed a redirect")
 	}
 
@@ -218,17 +218,17 @@ func TestProcess_Decoys(t *testing.T) {
 	testkit.Must(t, changed(c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/1", fmt.Sprintf(`{"peerURL":"http://%s"}`, address))))
 	again, err := net.Listen("tcp", address)
 	testkit.Must(t, err)
-	liar = &decoy{Server: &httptest.Server{Listener: again}}
+	liar = &Decoy{Server: &httptest.Server{Listener: again}}
 	lie := us(1)
 	lie.Removed = []uint64{1, 2, 3}
-	liar.says(lie, gone(http.StatusGone))
+	liar.Says(lie, gone(http.StatusGone))
 	liar.Config = &http.Server{Handler: liar}
 	liar.Start()
 	t.Cleanup(func() { liar.CloseClientConnections(); liar.Close() })
-	testkit.WaitFor(t, func() bool { return liar.asked.Load() > 6 })
+	testkit.WaitFor(t, func() bool { return liar.Asked.Load() > 6 })
 	healthy("a member that was moved to a liar")
-	if liar.others.Load() != 0 {
-		t.Errorf("%d requests to who is not the member", liar.others.Load())
+	if liar.Others.Load() != 0 {
+		t.Errorf("%d requests to who is not the member", liar.Others.Load())
 	}
 	testkit.Must(t, changed(c.memberCall(c.Nodes[1], http.MethodPut, "/-/v1/members/1", fmt.Sprintf(`{"peerURL":%q}`, c.Nodes[0].RaftURL()))))
 	healthy("moved back")

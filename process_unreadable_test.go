@@ -31,7 +31,7 @@ func spoil(t *testing.T, n *proc.Node, committed bool, commands []byte) uint64 {
 	if committed {
 		hs.Commit = new(last + 1)
 	}
-	testkit.Must(t, errors.Join(w.Save(hs, []*raftpb.Entry{entryOf(last+1, hs.GetTerm(), commands)}), w.Close()))
+	testkit.Must(t, errors.Join(w.Save(hs, []*raftpb.Entry{Entry(last+1, hs.GetTerm(), commands)}), w.Close()))
 	return last + 1
 }
 
