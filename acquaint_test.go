@@ -17,6 +17,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"raftrv/internal/hostile"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
@@ -87,7 +88,7 @@ func (n *testNetwork) wantProven(address string) {
 // that runs is not replaced by who says that it is the same.
 func TestAcquaint(t *testing.T) {
 	cluster := fmt.Sprintf("%x", testCluster)
-	first, second := NewDecoy(t), NewDecoy(t)
+	first, second := hostile.NewDecoy(t), hostile.NewDecoy(t)
 	n := newTestNetwork(t, "http://127.0.0.1:1", false) // it begins with a link to there
 	first.Says(&peerInfo{Cluster: "99", Node: 2, Process: 1}, nil)
 	acquainted(t, n)
@@ -161,8 +162,8 @@ func TestAcquaint_Changes(t *testing.T) {
 
 // TestIsRemoved: what it takes to believe that.
 func TestIsRemoved(t *testing.T) {
-	voter := func(id uint64, tr *Decoy) store.Member { return store.Member{ID: id, PeerURL: tr.URL} }
-	two, three, four := NewDecoy(t), NewDecoy(t), NewDecoy(t)
+	voter := func(id uint64, tr *hostile.Decoy) store.Member { return store.Member{ID: id, PeerURL: tr.URL} }
+	two, three, four := hostile.NewDecoy(t), hostile.NewDecoy(t), hostile.NewDecoy(t)
 	for _, tt := range []struct {
 		name  string
 		lists []uint64 // who says so
@@ -186,7 +187,7 @@ func TestIsRemoved(t *testing.T) {
 		network := &peerNetwork{}
 		network.proven.Store(&map[uint64]string{2: two.URL, 3: three.URL, 4: four.URL})
 		n := &node{config: config{id: 1}, cluster: 7, store: &store.Store{State: st}, network: network, logger: zap.NewNop()}
-		for id, tr := range map[uint64]*Decoy{2: two, 3: three, 4: four} {
+		for id, tr := range map[uint64]*hostile.Decoy{2: two, 3: three, 4: four} {
 			info := &peerInfo{Cluster: "7", Node: id}
 			if slices.Contains(tt.lists, id) {
 				info.Removed = []uint64{1}

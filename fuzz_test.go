@@ -10,6 +10,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"raftrv/internal/hostile"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
@@ -19,7 +20,7 @@ import (
 
 // FuzzStream: no bytes on a stream of another node panic what reads them, or make it hold more than there is.
 func FuzzStream(f *testing.F) {
-	for _, m := range Messages(2, 1, 5, 10) {
+	for _, m := range hostile.Messages(2, 1, 5, 10) {
 		data, err := proto.Marshal(m)
 		testkit.Must(f, err)
 		framed := append(binary.BigEndian.AppendUint64(nil, uint64(len(data))), data...)
@@ -52,7 +53,7 @@ func FuzzStream(f *testing.F) {
 
 // FuzzEnvelope: what is in front of a snapshot is one, or refused.
 func FuzzEnvelope(f *testing.F) {
-	for _, m := range Snapshots(2, 1, 5, 10) {
+	for _, m := range hostile.Snapshots(2, 1, 5, 10) {
 		data, err := proto.Marshal(m)
 		testkit.Must(f, err)
 		f.Add(append(binary.BigEndian.AppendUint64(nil, uint64(len(data))), data...))

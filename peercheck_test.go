@@ -14,6 +14,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
 
+	"raftrv/internal/hostile"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
@@ -29,7 +30,7 @@ func TestNetwork_Hostile(t *testing.T) {
 	n.loop.publish()
 	last, err := n.leader.log.LastIndex()
 	testkit.Must(t, err)
-	for _, h := range Requests(t, 2, 1, term, last) {
+	for _, h := range hostile.Requests(t, 2, 1, term, last) {
 		refused = nil
 		status := h.Post(t, n.url, fmt.Sprintf("%x", testCluster), 2, 1)
 		// A snapshot is refused before its body is read, so the answer may be lost with the connection.
@@ -130,7 +131,7 @@ func TestCheckMessage_FarAhead(t *testing.T) {
 
 // FuzzCheckMessage: no bytes panic what looks at them.
 func FuzzCheckMessage(f *testing.F) {
-	for _, all := range []map[string]*raftpb.Message{Messages(2, 1, 5, 10), Snapshots(2, 1, 5, 10)} {
+	for _, all := range []map[string]*raftpb.Message{hostile.Messages(2, 1, 5, 10), hostile.Snapshots(2, 1, 5, 10)} {
 		for _, m := range all {
 			data, err := proto.Marshal(m)
 			testkit.Must(f, err)
@@ -168,7 +169,7 @@ func BenchmarkCheckMessage(b *testing.B) {
 			commands = (&store.Command{Op: store.OpPut, Key: fmt.Sprintf("key%06d", i), Value: strings.Repeat("v", 100)}).AppendTo(commands)
 		}
 		m := &raftpb.Message{Type: raftpb.MsgApp.Enum(), From: new(uint64(2)), To: new(uint64(1)), Term: new(uint64(5)), LogTerm: new(uint64(5)),
-			Index: new(uint64(9)), Entries: []*raftpb.Entry{Entry(10, 5, commands)}}
+			Index: new(uint64(9)), Entries: []*raftpb.Entry{hostile.Entry(10, 5, commands)}}
 		v := peerView{self: 1, sender: 2, term: 5, member: func(uint64) bool { return true }}
 		b.Run(fmt.Sprintf("commands=%d", n), func(b *testing.B) {
 			b.ReportAllocs()

@@ -15,6 +15,7 @@ import (
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 
+	"raftrv/internal/hostile"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
@@ -103,13 +104,13 @@ func TestStreamDecoder_Memory(t *testing.T) {
 func TestReplay_Unreadable(t *testing.T) {
 	put := (&store.Command{Op: store.OpPut, Key: "k", Value: "v"}).AppendTo(nil)
 	for _, bad := range []*raftpb.Entry{
-		Entry(2, 1, []byte("\x01\x00garbage")),
-		Entry(2, 1, []byte("\x4d\x00\x00\x00")),
+		hostile.Entry(2, 1, []byte("\x01\x00garbage")),
+		hostile.Entry(2, 1, []byte("\x4d\x00\x00\x00")),
 		{Index: new(uint64(2)), Term: new(uint64(1)), Data: []byte("x")},
 		{Type: raftpb.EntryConfChange.Enum(), Index: new(uint64(2)), Term: new(uint64(1)), Data: []byte("\xff")},
 	} {
 		log := raft.NewMemoryStorage()
-		testkit.Must(t, log.Append([]*raftpb.Entry{Entry(1, 1, put), bad, Entry(3, 1, put)}))
+		testkit.Must(t, log.Append([]*raftpb.Entry{hostile.Entry(1, 1, put), bad, hostile.Entry(3, 1, put)}))
 		rec := &recovered{log: log, state: store.NewState()}
 		testkit.Must(t, rec.replay())
 		if rec.unreadable == nil || !strings.Contains(rec.unreadable.Error(), "entry 2 of term 1") || rec.left != 2 || rec.state.Index != 1 || rec.state.RV != 1 {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"raftrv/internal/hostile"
 	"raftrv/internal/proc"
 	"raftrv/internal/testkit"
 	"strings"
@@ -32,7 +33,7 @@ func TestProcess_Decoys(t *testing.T) {
 	var info peerWords
 	testkit.Must(t, json.Unmarshal([]byte(bodyOf(t, c.Nodes[0].RaftURL()+"/-/peer", 200)), &info))
 	written := c.client(c.Nodes[1]).putNew()
-	elsewhere := NewDecoy(t) // where redirects lead
+	elsewhere := hostile.NewDecoy(t) // where redirects lead
 	us := func(id uint64) *peerWords {
 		return &peerWords{Cluster: info.Cluster, Node: id, Process: 1, Members: info.Members}
 	}
@@ -65,21 +66,21 @@ func TestProcess_Decoys(t *testing.T) {
 			_ = conn.Close()
 		}
 	}()
-	wrong := map[string]func(*Decoy) string{
-		"another cluster": func(tr *Decoy) string { tr.Says(&peerWords{Cluster: "1234", Node: 66}, nil); return tr.URL },
-		"another ID":      func(tr *Decoy) string { tr.Says(us(67), nil); return tr.URL },
-		"a web server":    func(tr *Decoy) string { return tr.URL },
-		"no HTTP":         func(*Decoy) string { return "http://" + banner.Addr().String() },
-		"a redirect": func(*Decoy) string {
+	wrong := map[string]func(*hostile.Decoy) string{
+		"another cluster": func(tr *hostile.Decoy) string { tr.Says(&peerWords{Cluster: "1234", Node: 66}, nil); return tr.URL },
+		"another ID":      func(tr *hostile.Decoy) string { tr.Says(us(67), nil); return tr.URL },
+		"a web server":    func(tr *hostile.Decoy) string { return tr.URL },
+		"no HTTP":         func(*hostile.Decoy) string { return "http://" + banner.Addr().String() },
+		"a redirect": func(*hostile.Decoy) string {
 			s := httptest.NewServer(http.RedirectHandler(elsewhere.URL+"/-/peer", http.StatusFound))
 			t.Cleanup(s.Close)
 			return s.URL
 		},
-		"a client port": func(*Decoy) string { return c.Nodes[1].URL() },
+		"a client port": func(*hostile.Decoy) string { return c.Nodes[1].URL() },
 	}
 	for name, address := range wrong {
 		for _, body := range []string{"/-/v1/members/66", "/66"} {
-			u := address(NewDecoy(t))
+			u := address(hostile.NewDecoy(t))
 			text := u
 			if strings.HasPrefix(body, "/-/") {
 				text = fmt.Sprintf(`{"peerURL":%q}`, u)
@@ -88,7 +89,7 @@ func TestProcess_Decoys(t *testing.T) {
 				t.Errorf("%s: POST %s: %d %s %v", name, body, r.status, r.body, r.err)
 			}
 		}
-		u := address(NewDecoy(t))
+		u := address(hostile.NewDecoy(t))
 		if r := c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/3", fmt.Sprintf(`{"peerURL":%q}`, u)); r.status != http.StatusConflict {
 			t.Errorf("%s: move node 3 there: %d %s %v", name, r.status, r.body, r.err)
 		}
@@ -97,7 +98,7 @@ func TestProcess_Decoys(t *testing.T) {
 		t.Error("somebody followed a redirect")
 	}
 	// Nor does who says that it is a member that runs.
-	liar := NewDecoy(t)
+	liar := hostile.NewDecoy(t)
 	liar.Says(us(3), nil)
 	if r := c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/3", fmt.Sprintf(`{"peerURL":%q}`, liar.URL)); r.status != http.StatusConflict || !strings.Contains(string(r.body), "still runs at another address") {
 		t.Errorf("move a node that runs: %d %s", r.status, r.body)
@@ -107,7 +108,7 @@ func TestProcess_Decoys(t *testing.T) {
 	// Who keeps others waiting, or talks without end, is asked now and then, and that is all.
 	id := uint64(66)
 	piece := []byte(strings.Repeat(`{"id":1},`, 1<<10))
-	for name, d := range map[string]*Decoy{
+	for name, d := range map[string]*hostile.Decoy{
 		"silence": {Who: func(http.ResponseWriter, *http.Request) { <-t.Context().Done() }},
 		"a drip": {Who: func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Type", "application/json")
@@ -154,10 +155,10 @@ func TestProcess_Decoys(t *testing.T) {
 	}
 	id = 70
 	for name, raft := range map[string]http.HandlerFunc{
-		"a version that is none": Stream(t, http.Header{"X-Server-Version": {"x"}}),
-		"2^62 entries":           Stream(t, nil, big),
-		"a message of junk":      Stream(t, nil, junk),
-		"entries of junk":        Stream(t, nil, append([]byte{2}, junk...)),
+		"a version that is none": hostile.Stream(t, http.Header{"X-Server-Version": {"x"}}),
+		"2^62 entries":           hostile.Stream(t, nil, big),
+		"a message of junk":      hostile.Stream(t, nil, junk),
+		"entries of junk":        hostile.Stream(t, nil, append([]byte{2}, junk...)),
 		"410":                    gone(http.StatusGone),
 		"403":                    gone(http.StatusForbidden),
 		"a redirect": func(w http.ResponseWriter, r *http.Request) {
@@ -171,7 +172,7 @@ func TestProcess_Decoys(t *testing.T) {
 		},
 	} {
 		id++
-		tr := NewDecoy(t)
+		tr := hostile.NewDecoy(t)
 		tr.Says(&peerWords{Node: id}, raft) // as one that waits to join
 		if r := post(c.Nodes[id%3], id, tr.URL); r.status != http.StatusNoContent {
 			t.Fatalf("%s: %d %s %v", name, r.status, r.body, r.err)
@@ -218,7 +219,7 @@ func TestProcess_Decoys(t *testing.T) {
 	testkit.Must(t, changed(c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/1", fmt.Sprintf(`{"peerURL":"http://%s"}`, address))))
 	again, err := net.Listen("tcp", address)
 	testkit.Must(t, err)
-	liar = &Decoy{Server: &httptest.Server{Listener: again}}
+	liar = &hostile.Decoy{Server: &httptest.Server{Listener: again}}
 	lie := us(1)
 	lie.Removed = []uint64{1, 2, 3}
 	liar.Says(lie, gone(http.StatusGone))

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"raftrv/internal/hostile"
 	"raftrv/internal/proc"
 	"raftrv/internal/testkit"
 
@@ -43,7 +44,7 @@ func TestProcess_Hostile(t *testing.T) {
 	count := 2*len(both) + len(toClients) + len(toPeers)
 	for i, n := range c.Nodes {
 		to, from := uint64(n.ID), uint64(c.Nodes[(i+1)%3].ID)
-		requests := Requests(t, from, to, st.Term, st.AppliedIndex)
+		requests := hostile.Requests(t, from, to, st.Term, st.AppliedIndex)
 		if i == 0 {
 			count += 2 * len(requests)
 		}
@@ -52,10 +53,10 @@ func TestProcess_Hostile(t *testing.T) {
 			h.Post(t, n.RaftURL(), info.Cluster, 99, to)
 		}
 		// What may be from a newer member gets an answer from the leader, as an entry that does nothing.
-		newer := &raftpb.Message{Type: raftpb.MsgProp.Enum(), From: new(from), To: new(to), Entries: []*raftpb.Entry{{Data: Entry(0, 0, []byte("\x4d\x00xx")).Data}}}
+		newer := &raftpb.Message{Type: raftpb.MsgProp.Enum(), From: new(from), To: new(to), Entries: []*raftpb.Entry{{Data: hostile.Entry(0, 0, []byte("\x4d\x00xx")).Data}}}
 		data, err := proto.Marshal(newer)
 		testkit.Must(t, err)
-		Request{Name: "", Method: "POST", Path: rafthttp.RaftPrefix, Body: data, Header: nil, Statuses: nil}.Post(t, n.RaftURL(), info.Cluster, from, to)
+		hostile.Request{Name: "", Method: "POST", Path: rafthttp.RaftPrefix, Body: data, Header: nil, Statuses: nil}.Post(t, n.RaftURL(), info.Cluster, from, to)
 	}
 	t.Logf("%d messages", count)
 	if count < 400 || len(both)+len(toClients) < 265 {

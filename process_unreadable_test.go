@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"raftrv/internal/hostile"
 	"raftrv/internal/proc"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
@@ -31,7 +32,7 @@ func spoil(t *testing.T, n *proc.Node, committed bool, commands []byte) uint64 {
 	if committed {
 		hs.Commit = new(last + 1)
 	}
-	testkit.Must(t, errors.Join(w.Save(hs, []*raftpb.Entry{Entry(last+1, hs.GetTerm(), commands)}), w.Close()))
+	testkit.Must(t, errors.Join(w.Save(hs, []*raftpb.Entry{hostile.Entry(last+1, hs.GetTerm(), commands)}), w.Close()))
 	return last + 1
 }
 
