@@ -207,7 +207,7 @@ func TestJournal_Random(t *testing.T) {
 	}
 	r.cycle()
 	r.checkJournal(r.content(), 0)
-	t.Logf("%d events, %d cuts", len(r.history.messages), cuts)
+	t.Logf("%d events, %d cuts", len(r.history.Messages), cuts)
 }
 
 // checkJournal compares a journal with what happened.
@@ -229,25 +229,25 @@ func (r *journalRig) checkJournal(content string, gaps int) {
 		}
 		if g := line.Gap; g != nil {
 			gaps--
-			if g.From > g.To || g.To != line.RV || i > 0 && r.history.messages[i-1].rv != g.From-1 {
+			if g.From > g.To || g.To != line.RV || i > 0 && r.history.Messages[i-1].RV != g.From-1 {
 				r.t.Errorf("gap %s", text)
 			}
-			for i < len(r.history.messages) && r.history.messages[i].rv <= g.To {
+			for i < len(r.history.Messages) && r.history.Messages[i].RV <= g.To {
 				i++
 			}
 			continue
 		}
-		if i == len(r.history.messages) {
+		if i == len(r.history.Messages) {
 			r.t.Fatalf("this never happened: %s", text)
 		}
-		m := r.history.messages[i]
+		m := r.history.Messages[i]
 		i++
-		if line.RV != m.rv || line.Key != m.key || line.More != m.more || line.Deleted != (m.kind == "DELETED") || !line.Deleted && string(line.Obj) != m.value && line.ObjText != m.value {
+		if line.RV != m.RV || line.Key != m.Key || line.More != m.More || line.Deleted != (m.Kind == "DELETED") || !line.Deleted && string(line.Obj) != m.Value && line.ObjText != m.Value {
 			r.t.Fatalf("%v is in the journal as %s", m, text)
 		}
 	}
-	if i != len(r.history.messages) || gaps != 0 {
-		r.t.Errorf("%d of %d events, %d more gaps expected", i, len(r.history.messages), gaps)
+	if i != len(r.history.Messages) || gaps != 0 {
+		r.t.Errorf("%d of %d events, %d more gaps expected", i, len(r.history.Messages), gaps)
 	}
 }
 
@@ -257,7 +257,7 @@ func TestJournal_Gap(t *testing.T) {
 	r.cycle()
 	r.setContent(r.content() + `{"rv":2,"key":"k/00000","timestamp":1,"obj":1,"more":true}` + "\n")
 	r.fill(3 * store.ChunkEventsMax)
-	r.history.messages = nil
+	r.history.Messages = nil
 	r.smallWindow(1) // of which a chunk is left
 	dropped := r.store.EventsDropped()
 	r.cycle()
@@ -302,7 +302,7 @@ func TestJournal_GapWhileRunning(t *testing.T) {
 		if err := stop(); err != nil {
 			t.Fatal(err)
 		}
-		r.history.messages = append(leader.history.messages, r.history.messages[1:]...)
+		r.history.Messages = append(leader.history.Messages, r.history.Messages[1:]...)
 		r.checkJournal(r.content(), 1)
 	})
 }
@@ -454,7 +454,7 @@ func TestJournal_Rotated(t *testing.T) {
 				testkit.Must(t, stop())
 				files = append(files, r.content())
 				whole := strings.Join(files, "")
-				lines, err := readJournals(files)
+				lines, err := ReadJournals(files)
 				testkit.Must(t, err)
 				r.checkJournal(strings.Join(lines, ""), 0)
 				raw := 0 // nobody was killed, so there is nothing that does not count
@@ -486,7 +486,7 @@ func TestJournal_KilledAndRotated(t *testing.T) {
 			r.setMark(rv - uint64(behind))
 			testkit.Must(t, os.RemoveAll(r.path))
 			r.cycle()
-			lines, err := readJournals([]string{storyJournal[:cut], r.content()})
+			lines, err := ReadJournals([]string{storyJournal[:cut], r.content()})
 			if got := storyHead + strings.Join(lines, ""); err != nil || got != storyJournal {
 				t.Fatalf("cut at %d, marked %d: %v\n%s", cut, rv-uint64(behind), err, got)
 			}

@@ -80,7 +80,7 @@ func rotatedJournal(t *testing.T, n *proc.Node) (lines []string, files, extra in
 		contents = append(contents, string(b))
 		extra += strings.Count(string(b), "\n") - strings.Count(string(b), `{"journal":1,`)
 	}
-	lines, err = readJournals(contents)
+	lines, err = ReadJournals(contents)
 	if err != nil {
 		t.Errorf("journals of node %d: %v", n.ID, err)
 	}

@@ -410,19 +410,19 @@ func (w *liveWatch) open() error {
 var watchClient = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DisableCompression: true}}
 
 // next returns the next message, of an ERROR what it says.
-func (w *liveWatch) next() (watchMessage, error) {
+func (w *liveWatch) next() (Message, error) {
 	if !w.events {
 		line, err := w.body.ReadBytes('\n')
 		if err != nil {
-			return watchMessage{}, err
+			return Message{}, err
 		}
-		return parseWatchMessage(line)
+		return Parse(line)
 	}
 	var kind, id, data string
 	for {
 		line, err := w.body.ReadString('\n')
 		if err != nil {
-			return watchMessage{}, err
+			return Message{}, err
 		}
 		name, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ": ")
 		switch name {
@@ -437,13 +437,13 @@ func (w *liveWatch) next() (watchMessage, error) {
 			if data == "" {
 				continue // after retry
 			}
-			m, err := parseWatchMessage([]byte(data))
+			m, err := Parse([]byte(data))
 			cluster, _, _ := strings.Cut(id, "-")
-			wantID := cluster + "-" + strconv.FormatUint(m.rv, 10)
-			if m.more || m.kind == "ERROR" && id == "" { // within the list at the start
+			wantID := cluster + "-" + strconv.FormatUint(m.RV, 10)
+			if m.More || m.Kind == "ERROR" && id == "" { // within the list at the start
 				wantID = ""
 			}
-			if err == nil && (m.kind != kind || id != wantID) {
+			if err == nil && (m.Kind != kind || id != wantID) {
 				err = fmt.Errorf("event %s with id %q has the data %s", kind, id, data)
 			}
 			if id != "" {
@@ -451,7 +451,7 @@ func (w *liveWatch) next() (watchMessage, error) {
 			}
 			return m, err
 		default:
-			return watchMessage{}, fmt.Errorf("no field of an event: %q", line)
+			return Message{}, fmt.Errorf("no field of an event: %q", line)
 		}
 	}
 }
@@ -472,7 +472,7 @@ func TestProcess_WatchCurl(t *testing.T) {
 	}
 	c := newLiveCluster(t, proc.Options{})
 	n, l := c.Nodes[0], c.client(c.Nodes[1])
-	v := newWatchValidator("curl", "", true, false, 0)
+	v := New("curl", "", true, false, 0)
 	lastID := "0"
 	for round := range testkit.Sized(3, 10) {
 		for i := range 10 {
@@ -484,10 +484,10 @@ func TestProcess_WatchCurl(t *testing.T) {
 		testkit.Must(t, cmd.Start())
 		w := &liveWatch{events: true, body: bufio.NewReader(out)}
 		final := l.mustPut("last", c.newValue(8)).rv
-		for v.done < final {
+		for v.Done < final {
 			m, err := w.next()
 			testkit.Must(t, err)
-			v.observe(m)
+			v.Observe(m)
 		}
 		lastID = w.lastID
 		if round%2 == 0 {
@@ -500,19 +500,19 @@ func TestProcess_WatchCurl(t *testing.T) {
 			if err != nil {
 				break
 			}
-			if m.kind != "ERROR" || m.code != "shutting-down" || m.rv != v.done {
-				t.Errorf("%v after %d", m, v.done)
+			if m.Kind != "ERROR" || m.Code != "shutting-down" || m.RV != v.Done {
+				t.Errorf("%v after %d", m, v.Done)
 			}
 		}
 		_ = cmd.Wait() // fails if the node was killed
-		v.resume()
+		v.Resume()
 		c.start()
 	}
 	// Versions are dense, and each has one event: none is missing, none came twice.
-	if v.events != int(v.done) {
-		t.Errorf("%d events up to version %d", v.events, v.done)
+	if v.Events != int(v.Done) {
+		t.Errorf("%d events up to version %d", v.Events, v.Done)
 	}
-	v.report(t)
+	v.Report(t)
 }
 
 // TestProcess_Watch: whatever happens to the nodes, every watch is told of every event once, in order, and never
@@ -569,19 +569,19 @@ func TestProcess_Watch(t *testing.T) {
 	}
 
 	history := s.readJournals(listed)
-	if err := history.dense(); err != nil {
+	if err := history.Dense(); err != nil {
 		t.Fatal(err)
 	}
 	s.checkAcks(history)
 	checkItems(t, history, items)
 	bookmarks, resumes := 0, 0
 	for _, v := range s.validators {
-		v.check(history)
-		v.report(t)
-		bookmarks, resumes = bookmarks+v.bookmarks, resumes+v.resumes
+		v.Check(history)
+		v.Report(t)
+		bookmarks, resumes = bookmarks+v.Bookmarks, resumes+v.Resumes
 	}
 	t.Logf("%d events in %d versions, %d watchers were told of %d and got %d bookmarks; %d restarts, %d of them of the leader; %d resumes, %d watches began anew",
-		len(history.messages), history.last(), watchers, s.told.Load(), bookmarks, restarts, leaders, resumes, len(s.validators)-watchers)
+		len(history.Messages), history.Last(), watchers, s.told.Load(), bookmarks, restarts, leaders, resumes, len(s.validators)-watchers)
 	t.Logf("streams ended with %v", s.ends)
 }
 
@@ -600,8 +600,8 @@ type watchScenario struct {
 	values            atomic.Int64
 
 	mu         sync.Mutex
-	validators []*watchValidator
-	acks       []watchMessage // writes with one answer: version, key, value, kind if deleted
+	validators []*Validator
+	acks       []Message      // writes with one answer: version, key, value, kind if deleted
 	ends       map[string]int // how streams ended
 }
 
@@ -627,7 +627,7 @@ func (s *watchScenario) watch(i int) {
 		filter = filter[:[]int{0, 1, 3, 3, 4, 5}[random.IntN(6)]]
 	}
 	v := s.newValidator(i, filter, isPrefix, i%3 == 0)
-	for s.final.Load() == 0 || v.done < s.final.Load() {
+	for s.final.Load() == 0 || v.Done < s.final.Load() {
 		w := &liveWatch{c: s.c, node: s.c.Nodes[random.IntN(len(s.c.Nodes))], query: url.Values{}, events: random.IntN(3) == 0}
 		if isPrefix {
 			w.query.Set("prefix", filter)
@@ -635,24 +635,24 @@ func (s *watchScenario) watch(i int) {
 			w.query.Set("key", filter)
 		}
 		switch {
-		case v.listing:
+		case v.Listing:
 			w.query.Set("initial", "true")
 		case w.events && random.IntN(2) == 0:
 			w.query.Set("resourceVersion", "1") // as in the URL of a page that goes on
-			w.lastID = strconv.FormatUint(v.done, 10)
+			w.lastID = strconv.FormatUint(v.Done, 10)
 		default:
-			w.query.Set("resourceVersion", strconv.FormatUint(v.done, 10))
+			w.query.Set("resourceVersion", strconv.FormatUint(v.Done, 10))
 		}
 		if random.IntN(10) == 0 {
 			w.query.Set("timeout", "300ms")
 		}
 		err := s.follow(w, v, random)
 		w.close()
-		v.resume()
+		v.Resume()
 		if refused, ok := errors.AsType[*errWatchRefused](err); ok && refused.status == http.StatusGone {
 			v = s.newValidator(i, filter, isPrefix, true)
 		} else if ok && refused.status < 500 && refused.status != http.StatusTooManyRequests {
-			s.t.Errorf("%s after %d: %v", v.name, v.done, err)
+			s.t.Errorf("%s after %d: %v", v.Name, v.Done, err)
 			return
 		} else if err != nil {
 			time.Sleep(20 * time.Millisecond)
@@ -660,16 +660,16 @@ func (s *watchScenario) watch(i int) {
 	}
 }
 
-func (s *watchScenario) newValidator(i int, filter string, isPrefix, initial bool) *watchValidator {
+func (s *watchScenario) newValidator(i int, filter string, isPrefix, initial bool) *Validator {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v := newWatchValidator(fmt.Sprintf("watch %d of %q", i, filter), filter, isPrefix, initial, 0)
+	v := New(fmt.Sprintf("watch %d of %q", i, filter), filter, isPrefix, initial, 0)
 	s.validators = append(s.validators, v)
 	return v
 }
 
 // follow reads one stream, some of it or all.
-func (s *watchScenario) follow(w *liveWatch, v *watchValidator, random *rand.Rand) error {
+func (s *watchScenario) follow(w *liveWatch, v *Validator, random *rand.Rand) error {
 	if err := w.open(); err != nil {
 		if refused, ok := errors.AsType[*errWatchRefused](err); ok {
 			s.ended(fmt.Sprint("refused ", refused.status, " ", refused.problem.Code))
@@ -680,7 +680,7 @@ func (s *watchScenario) follow(w *liveWatch, v *watchValidator, random *rand.Ran
 	}
 	messages := 1 + random.IntN(20_000)
 	if cluster := w.res.Header.Get(headerCluster); cluster != "" && strings.Contains(w.lastID, "-") && !strings.HasPrefix(w.lastID, cluster) {
-		v.violation("resumed after %s in cluster %s", w.lastID, cluster)
+		v.Violation("resumed after %s in cluster %s", w.lastID, cluster)
 	}
 	for range messages {
 		m, err := w.next()
@@ -693,24 +693,24 @@ func (s *watchScenario) follow(w *liveWatch, v *watchValidator, random *rand.Ran
 			return err
 		case err != nil:
 			s.ended("error")
-			v.violation("%v", err)
+			v.Violation("%v", err)
 			return err
-		case m.kind == "ERROR":
-			s.ended("ERROR " + m.code)
-			v.part = v.part[:0]
-			if !v.listing {
-				v.observe(watchMessage{kind: "BOOKMARK", rv: m.rv}) // it claims the same
+		case m.Kind == "ERROR":
+			s.ended("ERROR " + m.Code)
+			v.Part = v.Part[:0]
+			if !v.Listing {
+				v.Observe(Message{Kind: "BOOKMARK", RV: m.RV}) // it claims the same
 			}
-			if m.code == "expired" {
+			if m.Code == "expired" {
 				return &errWatchRefused{status: http.StatusGone}
 			}
 			return nil
 		}
-		v.observe(m)
-		if m.kind != "BOOKMARK" {
+		v.Observe(m)
+		if m.Kind != "BOOKMARK" {
 			s.told.Add(1)
 		}
-		if final := s.final.Load(); final != 0 && v.done >= final {
+		if final := s.final.Load(); final != 0 && v.Done >= final {
 			return nil
 		}
 		if random.IntN(20_000) == 0 {
@@ -730,17 +730,17 @@ func (s *watchScenario) write(i int) {
 	key := func() string { return scenarioKey(random.IntN(watchScenarioKeys)) }
 	for !s.stopWriting.Load() {
 		var r *liveReply
-		ack := watchMessage{key: key()}
+		ack := Message{Key: key()}
 		switch random.IntN(40) {
 		case 0:
-			r = l.do(http.MethodDelete, l.node.URL()+"/-/v1/keys?prefix="+url.QueryEscape(ack.key[:5]), "")
-			ack.key = ""
+			r = l.do(http.MethodDelete, l.node.URL()+"/-/v1/keys?prefix="+url.QueryEscape(ack.Key[:5]), "")
+			ack.Key = ""
 		case 1, 2:
-			ack.kind, ack.value = "PUT", value()
-			r = l.raw(http.MethodPut, ack.key, "?ttl=1s", ack.value)
+			ack.Kind, ack.Value = "PUT", value()
+			r = l.raw(http.MethodPut, ack.Key, "?ttl=1s", ack.Value)
 		case 3, 4, 5, 6:
-			ack.kind = "DELETED"
-			r = l.raw(http.MethodDelete, ack.key, "", "")
+			ack.Kind = "DELETED"
+			r = l.raw(http.MethodDelete, ack.Key, "", "")
 		case 7, 8, 9, 10, 11, 12:
 			var body struct {
 				Then []map[string]string `json:"then"`
@@ -762,14 +762,14 @@ func (s *watchScenario) write(i int) {
 				return
 			}
 			r = l.do(http.MethodPost, l.node.URL()+"/-/v1/txn", string(b))
-			ack.key = ""
+			ack.Key = ""
 		default:
-			ack.kind, ack.value = "PUT", value()
-			r = l.raw(http.MethodPut, ack.key, "", ack.value)
+			ack.Kind, ack.Value = "PUT", value()
+			r = l.raw(http.MethodPut, ack.Key, "", ack.Value)
 		}
 		if r.err != nil || r.status >= 500 {
 			time.Sleep(10 * time.Millisecond)
-		} else if ack.rv = r.rv(); r.status < 300 && ack.key != "" {
+		} else if ack.RV = r.rv(); r.status < 300 && ack.Key != "" {
 			s.mu.Lock()
 			s.acks = append(s.acks, ack)
 			s.mu.Unlock()
@@ -778,7 +778,7 @@ func (s *watchScenario) write(i int) {
 }
 
 // list returns all items as of a version, which is not older than rv.
-func (s *watchScenario) list(rv uint64) (items map[string]watchMessage, version uint64) {
+func (s *watchScenario) list(rv uint64) (items map[string]Message, version uint64) {
 	s.t.Helper()
 	l := s.c.client(s.c.Nodes[1])
 	r := l.do(http.MethodGet, fmt.Sprintf("%s/-/v1/keys?limit=10000&resourceVersion=%d", l.node.URL(), rv), "")
@@ -793,15 +793,15 @@ func (s *watchScenario) list(rv uint64) (items map[string]watchMessage, version 
 		s.t.Fatalf("list: %d %s %v", r.status, r.body, r.err)
 	}
 	testkit.Must(s.t, json.Unmarshal(r.body, &body))
-	items = map[string]watchMessage{}
+	items = map[string]Message{}
 	for _, it := range body.Items {
-		items[it.Key] = watchMessage{key: it.Key, value: it.Value, rv: it.ResourceVersion}
+		items[it.Key] = Message{Key: it.Key, Value: it.Value, RV: it.ResourceVersion}
 	}
 	return items, body.ResourceVersion
 }
 
 // readJournals makes the history of what the nodes have written down, which must agree.
-func (s *watchScenario) readJournals(final uint64) *watchHistory {
+func (s *watchScenario) readJournals(final uint64) *History {
 	s.t.Helper()
 	versions := make([][]string, final+1)
 	for _, n := range s.c.Nodes {
@@ -850,8 +850,8 @@ func (s *watchScenario) readJournals(final uint64) *watchHistory {
 		}
 		s.t.Logf("journal of node %d: %d gaps", n.ID, gaps)
 	}
-	h := &watchHistory{}
-	state := map[string]watchMessage{}
+	h := &History{}
+	state := map[string]Message{}
 	for rv, lines := range versions[1:] {
 		if lines == nil {
 			s.t.Fatalf("no journal has version %d", rv+1)
@@ -865,42 +865,42 @@ func (s *watchScenario) readJournals(final uint64) *watchHistory {
 				More    bool
 			}
 			testkit.Must(s.t, json.Unmarshal([]byte(text), &line))
-			m := watchMessage{kind: "ADDED", rv: uint64(rv + 1), key: line.Key, value: line.ObjText, more: line.More, expired: line.Reason == "expired"}
-			old, exists := state[m.key]
+			m := Message{Kind: "ADDED", RV: uint64(rv + 1), Key: line.Key, Value: line.ObjText, More: line.More, Expired: line.Reason == "expired"}
+			old, exists := state[m.Key]
 			if exists {
-				m.kind, m.prev = "MODIFIED", old.rv
+				m.Kind, m.Prev = "MODIFIED", old.RV
 			}
-			state[m.key] = m
+			state[m.Key] = m
 			if line.Deleted {
-				m.kind, m.value = "DELETED", old.value
-				delete(state, m.key)
+				m.Kind, m.Value = "DELETED", old.Value
+				delete(state, m.Key)
 			}
-			h.messages = append(h.messages, m)
+			h.Messages = append(h.Messages, m)
 		}
 	}
 	return h
 }
 
 // checkAcks: every write that was acknowledged is in the history, at its version.
-func (s *watchScenario) checkAcks(h *watchHistory) {
+func (s *watchScenario) checkAcks(h *History) {
 	for _, ack := range s.acks {
-		i, ok := slices.BinarySearchFunc(h.messages, ack.rv, func(m watchMessage, rv uint64) int { return int(m.rv) - int(rv) })
-		if !ok || h.messages[i].key != ack.key || ack.kind == "PUT" && h.messages[i].value != ack.value || ack.kind == "DELETED" && h.messages[i].kind != ack.kind {
-			s.t.Errorf("acknowledged: %v; in the history: %v", ack, h.messages[min(i, len(h.messages)-1)])
+		i, ok := slices.BinarySearchFunc(h.Messages, ack.RV, func(m Message, rv uint64) int { return int(m.RV) - int(rv) })
+		if !ok || h.Messages[i].Key != ack.Key || ack.Kind == "PUT" && h.Messages[i].Value != ack.Value || ack.Kind == "DELETED" && h.Messages[i].Kind != ack.Kind {
+			s.t.Errorf("acknowledged: %v; in the history: %v", ack, h.Messages[min(i, len(h.Messages)-1)])
 		}
 	}
 	s.t.Logf("%d acknowledged writes", len(s.acks))
 }
 
 // checkItems compares what is left with the history.
-func checkItems(t *testing.T, h *watchHistory, items map[string]watchMessage) {
+func checkItems(t *testing.T, h *History, items map[string]Message) {
 	t.Helper()
-	want := map[string]watchMessage{}
-	for _, m := range h.messages {
-		if m.kind == "DELETED" {
-			delete(want, m.key)
+	want := map[string]Message{}
+	for _, m := range h.Messages {
+		if m.Kind == "DELETED" {
+			delete(want, m.Key)
 		} else {
-			want[m.key] = watchMessage{key: m.key, value: m.value, rv: m.rv}
+			want[m.Key] = Message{Key: m.Key, Value: m.Value, RV: m.RV}
 		}
 	}
 	if !maps.Equal(want, items) {

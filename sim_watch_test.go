@@ -188,22 +188,22 @@ func (w *simWatcher) take(text string) error {
 	if strings.HasPrefix(text, "retry") {
 		return nil
 	}
-	m, err := parseWatchMessage([]byte(text))
+	m, err := Parse([]byte(text))
 	switch {
 	case err != nil:
 		return err
-	case m.kind == "ERROR" && m.rv == 0:
+	case m.Kind == "ERROR" && m.RV == 0:
 		return nil // there is nothing to resume from
-	case m.kind == "ERROR":
-		return w.reached(m.rv)
-	case w.events && (hasID == m.more || hasID && id != m.rv):
+	case m.Kind == "ERROR":
+		return w.reached(m.RV)
+	case w.events && (hasID == m.More || hasID && id != m.RV):
 		return fmt.Errorf("id %d", id)
-	case m.more && !strings.Contains(text, fmt.Sprintf(`"resumeFrom":%d}`, m.rv-1)):
+	case m.More && !strings.Contains(text, fmt.Sprintf(`"resumeFrom":%d}`, m.RV-1)):
 		return errors.New("no version to resume from")
-	case m.kind == "BOOKMARK" && w.part:
+	case m.Kind == "BOOKMARK" && w.part:
 		return errors.New("a bookmark within a version")
-	case m.kind == "BOOKMARK":
-		return w.reached(m.rv)
+	case m.Kind == "BOOKMARK":
+		return w.reached(m.RV)
 	}
 	return w.event(m)
 }
@@ -231,20 +231,20 @@ func (w *simWatcher) reached(rv uint64) error {
 	return nil
 }
 
-func (w *simWatcher) event(m watchMessage) error {
+func (w *simWatcher) event(m Message) error {
 	e := w.wanted()
 	if e == nil {
 		return errors.New("an event that nobody has applied")
 	}
-	want := messageOf(*e)
+	want := MessageOf(*e)
 	w.next++
 	w.count++
 	next := w.wanted()
-	if want.more = next != nil && next.RV == want.rv; m != want {
+	if want.More = next != nil && next.RV == want.RV; m != want {
 		return fmt.Errorf("instead of %v", want)
 	}
-	if w.part = m.more; !w.part {
-		w.cursor = m.rv
+	if w.part = m.More; !w.part {
+		w.cursor = m.RV
 	}
 	return nil
 }

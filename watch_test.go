@@ -31,7 +31,7 @@ type watchRig struct {
 	mu      sync.Mutex // one writer at a time
 	index   uint64
 	now     int64 // time of the entries; 0 = their index
-	history watchHistory
+	history History
 	record  bool
 }
 
@@ -77,7 +77,7 @@ func (r *watchRig) apply(commands ...store.Command) []store.Result {
 		}
 		before += uint64(len(events))
 		for _, e := range events {
-			r.history.messages = append(r.history.messages, messageOf(e))
+			r.history.Messages = append(r.history.Messages, MessageOf(e))
 		}
 	}
 	r.hub.notify()
@@ -413,7 +413,7 @@ func TestHub_Slow(t *testing.T) {
 		t.Errorf("then read up to %d, %v", again, err)
 	}
 	// It can be resumed, and then gets everything.
-	v := newWatchValidator("resumed", "", true, false, rv)
+	v := New("resumed", "", true, false, rv)
 	resumed := r.watch("", true, rv)
 	for {
 		events, _, err := readAll(resumed)
@@ -424,13 +424,13 @@ func TestHub_Slow(t *testing.T) {
 			break
 		}
 		for _, e := range events {
-			v.observe(messageOf(e))
+			v.Observe(MessageOf(e))
 		}
 	}
-	v.check(&r.history)
-	v.report(t)
-	if v.done != r.store.Version() {
-		t.Errorf("resumed up to %d of %d", v.done, r.store.Version())
+	v.Check(&r.history)
+	v.Report(t)
+	if v.Done != r.store.Version() {
+		t.Errorf("resumed up to %d of %d", v.Done, r.store.Version())
 	}
 	// Who is behind the window is not resumed, whether or not it was live.
 	for name, w := range map[string]*watcher{"patient": patient, "fresh": fresh} {
@@ -741,28 +741,28 @@ func TestHub_Random(t *testing.T) {
 			}
 		})
 	}
-	validators := make([]*watchValidator, 30)
+	validators := make([]*Validator, 30)
 	var ended [3]atomic.Int64
 	var mu sync.Mutex
-	var retired []*watchValidator // guarded by mu
+	var retired []*Validator // guarded by mu
 	for i := range validators {
 		random := rand.New(rand.NewPCG(seed, uint64(100+i)))
 		key := randomKey(random)[:random.IntN(3)]
-		v := newWatchValidator(fmt.Sprintf("watch %d of %q", i, key), key, true, false, r.store.Version())
+		v := New(fmt.Sprintf("watch %d of %q", i, key), key, true, false, r.store.Version())
 		if random.IntN(3) == 0 {
-			v.key, v.isPrefix = randomKey(random), false
+			v.Key, v.IsPrefix = randomKey(random), false
 		}
 		validators[i] = v
 		watchers.Go(func() {
-			for from := v.start; ; from = v.resume() {
-				w, err := r.hub.watch(v.key, v.isPrefix, from)
+			for from := v.Start; ; from = v.Resume() {
+				w, err := r.hub.watch(v.Key, v.IsPrefix, from)
 				if err != nil { // it must begin anew
 					ended[2].Add(1)
 					old := *v
 					mu.Lock()
 					retired = append(retired, &old)
 					mu.Unlock()
-					*v = *newWatchValidator(v.name, v.key, v.isPrefix, false, r.store.Version())
+					*v = *New(v.Name, v.Key, v.IsPrefix, false, r.store.Version())
 					continue
 				}
 				done, err := observeSome(w, v, random, &stop)
@@ -787,40 +787,40 @@ func TestHub_Random(t *testing.T) {
 	watchers.Wait()
 	events, resumes := 0, 0
 	for _, v := range append(validators, retired...) {
-		v.check(&r.history)
-		v.report(t)
-		events, resumes = events+v.events, resumes+v.resumes
+		v.Check(&r.history)
+		v.Report(t)
+		events, resumes = events+v.Events, resumes+v.Resumes
 	}
-	if err := r.history.dense(); err != nil {
+	if err := r.history.Dense(); err != nil {
 		t.Error(err)
 	}
 	t.Logf("%d events in %d versions; %d seen by watchers, %d resumes, %d ended as slow, %d behind the window, %d refused",
-		len(r.history.messages), r.history.last(), events, resumes, ended[0].Load(), ended[1].Load(), ended[2].Load())
+		len(r.history.Messages), r.history.Last(), events, resumes, ended[0].Load(), ended[1].Load(), ended[2].Load())
 }
 
 // observeSome reads for a while, and when the writers have stopped to the end.
-func observeSome(w *watcher, v *watchValidator, random *rand.Rand, stop *atomic.Bool) (done bool, err error) {
+func observeSome(w *watcher, v *Validator, random *rand.Rand, stop *atomic.Bool) (done bool, err error) {
 	for reads := random.IntN(80); ; reads-- {
 		events, rv, err := readAll(w)
 		if err != nil {
 			return false, err
 		}
 		for _, e := range events {
-			v.observe(messageOf(e))
+			v.Observe(MessageOf(e))
 		}
 		switch {
 		case len(events) > 0:
 			if rv >= events[len(events)-1].RV != events[len(events)-1].Last {
-				v.violation("up to %d after %v", rv, messageOf(events[len(events)-1]))
+				v.Violation("up to %d after %v", rv, MessageOf(events[len(events)-1]))
 			}
 			if random.IntN(50) == 0 { // enough to fall behind
 				time.Sleep(time.Duration(random.IntN(250)) * time.Millisecond)
 			}
 		case stop.Load() && rv == w.hub.store.Version():
-			v.observe(watchMessage{kind: "BOOKMARK", rv: rv})
+			v.Observe(Message{Kind: "BOOKMARK", RV: rv})
 			return true, nil
 		default:
-			v.observe(watchMessage{kind: "BOOKMARK", rv: rv})
+			v.Observe(Message{Kind: "BOOKMARK", RV: rv})
 			select {
 			case <-w.wake:
 			case <-time.After(10 * time.Millisecond):

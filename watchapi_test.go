@@ -72,9 +72,9 @@ func (w *watchConn) wantEnd() {
 }
 
 // next reads the next message of NDJSON.
-func (w *watchConn) next() watchMessage {
+func (w *watchConn) next() Message {
 	w.t.Helper()
-	m, err := parseWatchMessage([]byte(w.line()))
+	m, err := Parse([]byte(w.line()))
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -356,9 +356,9 @@ func TestWatch_ResumeFrom(t *testing.T) {
 // events continue it.
 func TestWatch_List(t *testing.T) {
 	f := newFront(t)
-	r := &watchHistory{}
+	r := &History{}
 	record := func() {
-		from := r.last()
+		from := r.Last()
 		w, err := f.hub.watch("", true, from)
 		if err != nil {
 			t.Fatal(err)
@@ -373,7 +373,7 @@ func TestWatch_List(t *testing.T) {
 				return
 			}
 			for _, e := range events {
-				r.messages = append(r.messages, messageOf(e))
+				r.Messages = append(r.Messages, MessageOf(e))
 			}
 		}
 	}
@@ -383,8 +383,8 @@ func TestWatch_List(t *testing.T) {
 	}
 	f.put("other", value)
 	w := f.watch("initial=true&prefix=k/")
-	v := newWatchValidator("list", "k/", true, true, 0)
-	v.observe(w.next())
+	v := New("list", "k/", true, true, 0)
+	v.Observe(w.next())
 	for i := range 10_000 {
 		switch i % 3 {
 		case 0:
@@ -396,14 +396,14 @@ func TestWatch_List(t *testing.T) {
 		}
 	}
 	f.put("k/the end", "")
-	for v.done < f.store.Version() {
-		v.observe(w.next())
+	for v.Done < f.store.Version() {
+		v.Observe(w.next())
 	}
 	record()
-	v.check(r)
-	v.report(t)
-	if len(v.listed) != 10_000 || v.events != 10_001 {
-		t.Errorf("%d items, %d events", len(v.listed), v.events)
+	v.Check(r)
+	v.Report(t)
+	if len(v.Listed) != 10_000 || v.Events != 10_001 {
+		t.Errorf("%d items, %d events", len(v.Listed), v.Events)
 	}
 }
 
@@ -416,7 +416,7 @@ func TestWatch_LargeVersion(t *testing.T) {
 	w := f.watch(fmt.Sprint("resourceVersion=", n))
 	f.apply(store.Command{Op: store.OpDeletePrefix, Key: "k/"})
 	for i := range n {
-		if m := w.next(); m.kind != "DELETED" || m.rv != n+1 || m.prev != uint64(i+1) || m.more != (i < n-1) {
+		if m := w.next(); m.Kind != "DELETED" || m.RV != n+1 || m.Prev != uint64(i+1) || m.More != (i < n-1) {
 			t.Fatalf("message %d: %v", i, m)
 		}
 	}
@@ -441,7 +441,7 @@ func TestWatch_LargeVersionReadSlowly(t *testing.T) {
 				if i%100 == 0 {
 					time.Sleep(3 * time.Second)
 				}
-				if m := w.next(); m.kind != "DELETED" || m.rv != n+1 || m.more != (i < n-1) {
+				if m := w.next(); m.Kind != "DELETED" || m.RV != n+1 || m.More != (i < n-1) {
 					t.Fatalf("message %d: %v", i, m)
 				}
 			}
@@ -479,7 +479,7 @@ func TestWatch_Bookmarks(t *testing.T) {
 			defer close(done)
 			last, events := start, 0
 			for time.Since(start) < 2*writeTimeout {
-				switch m := busy.next(); m.kind {
+				switch m := busy.next(); m.Kind {
 				case "BOOKMARK":
 					if since := time.Since(last); since > 10*time.Second {
 						t.Errorf("%v between bookmarks", since)
@@ -499,11 +499,11 @@ func TestWatch_Bookmarks(t *testing.T) {
 		for last := start; time.Since(start) < 2*writeTimeout; last = time.Now() {
 			m := quiet.next()
 			since := time.Since(last)
-			if m.kind != "BOOKMARK" || since > 10*time.Second || since < 5*time.Second {
+			if m.Kind != "BOOKMARK" || since > 10*time.Second || since < 5*time.Second {
 				t.Errorf("%v after %v", m, since)
 			}
-			if want := uint64(time.Since(start) / (300 * time.Millisecond)); m.rv+1 < want || m.rv > want {
-				t.Errorf("bookmark %d, want %d", m.rv, want)
+			if want := uint64(time.Since(start) / (300 * time.Millisecond)); m.RV+1 < want || m.RV > want {
+				t.Errorf("bookmark %d, want %d", m.RV, want)
 			}
 			bookmarks++
 		}
@@ -550,19 +550,19 @@ func TestWatch_Shutdown(t *testing.T) {
 		lines.next()
 		events.want("retry: 1000", "", "event: BOOKMARK", "id: abc-1", "data: "+bookmarkLine(1), "")
 		f.hub.close(fault.ErrShuttingDown)
-		if m := lines.next(); m.kind != "ERROR" || m.code != "shutting-down" || m.rv != 1 {
+		if m := lines.next(); m.Kind != "ERROR" || m.Code != "shutting-down" || m.RV != 1 {
 			t.Errorf("%v", m)
 		}
 		lines.wantEnd()
 		events.want("event: ERROR", "id: abc-1")
-		m, err := parseWatchMessage([]byte(strings.TrimPrefix(events.line(), "data: ")))
-		if err != nil || m.code != "shutting-down" || m.rv != 1 {
+		m, err := Parse([]byte(strings.TrimPrefix(events.line(), "data: ")))
+		if err != nil || m.Code != "shutting-down" || m.RV != 1 {
 			t.Errorf("%v %v", m, err)
 		}
 		events.want("")
 		events.wantEnd()
 		w := f.watch("resourceVersion=1")
-		if m := w.next(); m.code != "shutting-down" {
+		if m := w.next(); m.Code != "shutting-down" {
 			t.Errorf("a watch that starts then: %v", m)
 		}
 	})
@@ -617,10 +617,10 @@ func TestWatch_NeverReads(t *testing.T) {
 		little.line()
 		f.put("k", "y")
 		m := little.next()
-		for m.kind == "BOOKMARK" {
+		for m.Kind == "BOOKMARK" {
 			m = little.next()
 		}
-		if m.value != "y" {
+		if m.Value != "y" {
 			t.Errorf("the slow one got %v", m)
 		}
 		if since := time.Since(start); since > time.Minute {
@@ -635,10 +635,10 @@ func TestWatch_TooSlow(t *testing.T) {
 		f := newPipeFront(t)
 		shrinkWindow(f.store, 16*store.ChunkEventsMax, 64<<20)
 		w := f.watch("resourceVersion=0")
-		v := newWatchValidator("slow", "", true, false, 0)
+		v := New("slow", "", true, false, 0)
 		for range store.ChunkEventsMax + 100 { // the second chunk
 			f.put("k", "v")
-			v.observe(w.next())
+			v.Observe(w.next())
 		}
 		synctest.Wait()
 		// It takes one event, which its client does not read until the first chunk
@@ -647,20 +647,20 @@ func TestWatch_TooSlow(t *testing.T) {
 			f.put("k", "v")
 			synctest.Wait()
 		}
-		v.observe(w.next())
+		v.Observe(w.next())
 		m := w.next()
-		if m.kind != "ERROR" || m.code != "watch-too-slow" || m.rv != v.done || m.rv != store.ChunkEventsMax+101 {
-			t.Errorf("%v after %d", m, v.done)
+		if m.Kind != "ERROR" || m.Code != "watch-too-slow" || m.RV != v.Done || m.RV != store.ChunkEventsMax+101 {
+			t.Errorf("%v after %d", m, v.Done)
 		}
 		w.wantEnd()
-		resumed := f.watch(fmt.Sprint("resourceVersion=", v.resume()))
-		for v.done < f.store.Version() {
-			v.observe(resumed.next())
+		resumed := f.watch(fmt.Sprint("resourceVersion=", v.Resume()))
+		for v.Done < f.store.Version() {
+			v.Observe(resumed.next())
 		}
-		if v.events != int(f.store.Version()) {
-			t.Errorf("%d events, %d versions", v.events, f.store.Version())
+		if v.Events != int(f.store.Version()) {
+			t.Errorf("%d events, %d versions", v.Events, f.store.Version())
 		}
-		v.report(t)
+		v.Report(t)
 
 		// Who is even slower has lost events, and is told that.
 		w = f.watch(fmt.Sprint("resourceVersion=", f.store.Version()))
@@ -670,10 +670,10 @@ func TestWatch_TooSlow(t *testing.T) {
 			f.put("k", "v")
 			synctest.Wait()
 		}
-		if m := w.next(); m.rv != rv {
+		if m := w.next(); m.RV != rv {
 			t.Errorf("%v", m)
 		}
-		if m := w.next(); m.code != "expired" || m.rv != 0 { // there is nothing to resume
+		if m := w.next(); m.Code != "expired" || m.RV != 0 { // there is nothing to resume
 			t.Errorf("%v", m)
 		}
 		w.wantEnd()
@@ -686,10 +686,10 @@ func TestWatch_ManyParts(t *testing.T) {
 	w := f.watch("resourceVersion=0")
 	f.put("k", string(value))
 	f.put("k", "small")
-	if m := w.next(); m.value != string(value) || m.rv != 1 {
+	if m := w.next(); m.Value != string(value) || m.RV != 1 {
 		t.Errorf("%v", m)
 	}
-	if m := w.next(); m.value != "small" {
+	if m := w.next(); m.Value != "small" {
 		t.Errorf("%v", m)
 	}
 }
@@ -706,8 +706,8 @@ func TestWatch_LargeValues(t *testing.T) {
 	for _, query := range []string{"initial=true", "resourceVersion=0"} {
 		w := f.watch(query)
 		for i, v := range values {
-			if m := w.next(); m.value != v || m.rv != uint64(i+1) {
-				t.Errorf("%s: item %d: %d bytes at %d, want %d", query, i, len(m.value), m.rv, len(v))
+			if m := w.next(); m.Value != v || m.RV != uint64(i+1) {
+				t.Errorf("%s: item %d: %d bytes at %d, want %d", query, i, len(m.Value), m.RV, len(v))
 			}
 		}
 	}
@@ -716,8 +716,8 @@ func TestWatch_LargeValues(t *testing.T) {
 	f.put("k1", values[2])
 	f.put("k1", "small")
 	for _, want := range []string{values[0], values[2], "small"} {
-		if m := w.next(); m.value != want || m.kind != "MODIFIED" {
-			t.Errorf("%s with %d bytes, want %d", m.kind, len(m.value), len(want))
+		if m := w.next(); m.Value != want || m.Kind != "MODIFIED" {
+			t.Errorf("%s with %d bytes, want %d", m.Kind, len(m.Value), len(want))
 		}
 	}
 	s := &watchStream{} // however many there are, they do not copy it
