@@ -25,6 +25,7 @@ import (
 	"raftrv/internal/fsx"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
+	"raftrv/internal/watchcheck"
 )
 
 // journalRig is a watchRig with a journal.
@@ -454,7 +455,7 @@ func TestJournal_Rotated(t *testing.T) {
 				testkit.Must(t, stop())
 				files = append(files, r.content())
 				whole := strings.Join(files, "")
-				lines, err := ReadJournals(files)
+				lines, err := watchcheck.ReadJournals(files)
 				testkit.Must(t, err)
 				r.checkJournal(strings.Join(lines, ""), 0)
 				raw := 0 // nobody was killed, so there is nothing that does not count
@@ -486,7 +487,7 @@ func TestJournal_KilledAndRotated(t *testing.T) {
 			r.setMark(rv - uint64(behind))
 			testkit.Must(t, os.RemoveAll(r.path))
 			r.cycle()
-			lines, err := ReadJournals([]string{storyJournal[:cut], r.content()})
+			lines, err := watchcheck.ReadJournals([]string{storyJournal[:cut], r.content()})
 			if got := storyHead + strings.Join(lines, ""); err != nil || got != storyJournal {
 				t.Fatalf("cut at %d, marked %d: %v\n%s", cut, rv-uint64(behind), err, got)
 			}

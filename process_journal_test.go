@@ -16,6 +16,7 @@ import (
 
 	"raftrv/internal/proc"
 	"raftrv/internal/testkit"
+	"raftrv/internal/watchcheck"
 )
 
 // rotateJournal does what logrotate does with "create" off, once: it renames the journal of a node and signals it,
@@ -80,7 +81,7 @@ func rotatedJournal(t *testing.T, n *proc.Node) (lines []string, files, extra in
 		contents = append(contents, string(b))
 		extra += strings.Count(string(b), "\n") - strings.Count(string(b), `{"journal":1,`)
 	}
-	lines, err = ReadJournals(contents)
+	lines, err = watchcheck.ReadJournals(contents)
 	if err != nil {
 		t.Errorf("journals of node %d: %v", n.ID, err)
 	}

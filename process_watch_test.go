@@ -26,6 +26,7 @@ import (
 
 	"raftrv/internal/proc"
 	"raftrv/internal/testkit"
+	"raftrv/internal/watchcheck"
 )
 
 // These tests watch real nodes: many watchers, bad ones, and nodes that come and go.
@@ -410,19 +411,19 @@ func (w *liveWatch) open() error {
 var watchClient = &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DisableCompression: true}}
 
 // next returns the next message, of an ERROR what it says.
-func (w *liveWatch) next() (Message, error) {
+func (w *liveWatch) next() (watchcheck.Message, error) {
 	if !w.events {
 		line, err := w.body.ReadBytes('\n')
 		if err != nil {
-			return Message{}, err
+			return watchcheck.Message{}, err
 		}
-		return Parse(line)
+		return watchcheck.Parse(line)
 	}
 	var kind, id, data string
 	for {
 		line, err := w.body.ReadString('\n')
 		if err != nil {
-			return Message{}, err
+			return watchcheck.Message{}, err
 		}
 		name, value, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ": ")
 		switch name {
@@ -437,7 +438,7 @@ func (w *liveWatch) next() (Message, error) {
 			if data == "" {
 				continue // after retry
 			}
-			m, err := Parse([]byte(data))
+			m, err := watchcheck.Parse([]byte(data))
 			cluster, _, _ := strings.Cut(id, "-")
 			wantID := cluster + "-" + strconv.FormatUint(m.RV, 10)
 			if m.More || m.Kind == "ERROR" && id == "" { // within the list at the start
@@ -451,7 +452,7 @@ func (w *liveWatch) next() (Message, error) {
 			}
 			return m, err
 		default:
-			return Message{}, fmt.Errorf("no field of an event: %q", line)
+			return watchcheck.Message{}, fmt.Errorf("no field of an event: %q", line)
 		}
 	}
 }
@@ -472,7 +473,7 @@ func TestProcess_WatchCurl(t *testing.T) {
 	}
 	c := newLiveCluster(t, proc.Options{})
 	n, l := c.Nodes[0], c.client(c.Nodes[1])
-	v := New("curl", "", true, false, 0)
+	v := watchcheck.New("curl", "", true, false, 0)
 	lastID := "0"
 	for round := range testkit.Sized(3, 10) {
 		for i := range 10 {
@@ -600,9 +601,9 @@ type watchScenario struct {
 	values            atomic.Int64
 
 	mu         sync.Mutex
-	validators []*Validator
-	acks       []Message      // writes with one answer: version, key, value, kind if deleted
-	ends       map[string]int // how streams ended
+	validators []*watchcheck.Validator
+	acks       []watchcheck.Message // writes with one answer: version, key, value, kind if deleted
+	ends       map[string]int       // how streams ended
 }
 
 func (s *watchScenario) ended(how string) {
@@ -660,16 +661,16 @@ func (s *watchScenario) watch(i int) {
 	}
 }
 
-func (s *watchScenario) newValidator(i int, filter string, isPrefix, initial bool) *Validator {
+func (s *watchScenario) newValidator(i int, filter string, isPrefix, initial bool) *watchcheck.Validator {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	v := New(fmt.Sprintf("watch %d of %q", i, filter), filter, isPrefix, initial, 0)
+	v := watchcheck.New(fmt.Sprintf("watch %d of %q", i, filter), filter, isPrefix, initial, 0)
 	s.validators = append(s.validators, v)
 	return v
 }
 
 // follow reads one stream, some of it or all.
-func (s *watchScenario) follow(w *liveWatch, v *Validator, random *rand.Rand) error {
+func (s *watchScenario) follow(w *liveWatch, v *watchcheck.Validator, random *rand.Rand) error {
 	if err := w.open(); err != nil {
 		if refused, ok := errors.AsType[*errWatchRefused](err); ok {
 			s.ended(fmt.Sprint("refused ", refused.status, " ", refused.problem.Code))
@@ -699,7 +700,7 @@ func (s *watchScenario) follow(w *liveWatch, v *Validator, random *rand.Rand) er
 			s.ended("ERROR " + m.Code)
 			v.Part = v.Part[:0]
 			if !v.Listing {
-				v.Observe(Message{Kind: "BOOKMARK", RV: m.RV}) // it claims the same
+				v.Observe(watchcheck.Message{Kind: "BOOKMARK", RV: m.RV}) // it claims the same
 			}
 			if m.Code == "expired" {
 				return &errWatchRefused{status: http.StatusGone}
@@ -730,7 +731,7 @@ func (s *watchScenario) write(i int) {
 	key := func() string { return scenarioKey(random.IntN(watchScenarioKeys)) }
 	for !s.stopWriting.Load() {
 		var r *liveReply
-		ack := Message{Key: key()}
+		ack := watchcheck.Message{Key: key()}
 		switch random.IntN(40) {
 		case 0:
 			r = l.do(http.MethodDelete, l.node.URL()+"/-/v1/keys?prefix="+url.QueryEscape(ack.Key[:5]), "")
@@ -778,7 +779,7 @@ func (s *watchScenario) write(i int) {
 }
 
 // list returns all items as of a version, which is not older than rv.
-func (s *watchScenario) list(rv uint64) (items map[string]Message, version uint64) {
+func (s *watchScenario) list(rv uint64) (items map[string]watchcheck.Message, version uint64) {
 	s.t.Helper()
 	l := s.c.client(s.c.Nodes[1])
 	r := l.do(http.MethodGet, fmt.Sprintf("%s/-/v1/keys?limit=10000&resourceVersion=%d", l.node.URL(), rv), "")
@@ -793,15 +794,15 @@ func (s *watchScenario) list(rv uint64) (items map[string]Message, version uint6
 		s.t.Fatalf("list: %d %s %v", r.status, r.body, r.err)
 	}
 	testkit.Must(s.t, json.Unmarshal(r.body, &body))
-	items = map[string]Message{}
+	items = map[string]watchcheck.Message{}
 	for _, it := range body.Items {
-		items[it.Key] = Message{Key: it.Key, Value: it.Value, RV: it.ResourceVersion}
+		items[it.Key] = watchcheck.Message{Key: it.Key, Value: it.Value, RV: it.ResourceVersion}
 	}
 	return items, body.ResourceVersion
 }
 
 // readJournals makes the history of what the nodes have written down, which must agree.
-func (s *watchScenario) readJournals(final uint64) *History {
+func (s *watchScenario) readJournals(final uint64) *watchcheck.History {
 	s.t.Helper()
 	versions := make([][]string, final+1)
 	for _, n := range s.c.Nodes {
@@ -850,8 +851,8 @@ func (s *watchScenario) readJournals(final uint64) *History {
 		}
 		s.t.Logf("journal of node %d: %d gaps", n.ID, gaps)
 	}
-	h := &History{}
-	state := map[string]Message{}
+	h := &watchcheck.History{}
+	state := map[string]watchcheck.Message{}
 	for rv, lines := range versions[1:] {
 		if lines == nil {
 			s.t.Fatalf("no journal has version %d", rv+1)
@@ -865,7 +866,7 @@ func (s *watchScenario) readJournals(final uint64) *History {
 				More    bool
 			}
 			testkit.Must(s.t, json.Unmarshal([]byte(text), &line))
-			m := Message{Kind: "ADDED", RV: uint64(rv + 1), Key: line.Key, Value: line.ObjText, More: line.More, Expired: line.Reason == "expired"}
+			m := watchcheck.Message{Kind: "ADDED", RV: uint64(rv + 1), Key: line.Key, Value: line.ObjText, More: line.More, Expired: line.Reason == "expired"}
 			old, exists := state[m.Key]
 			if exists {
 				m.Kind, m.Prev = "MODIFIED", old.RV
@@ -882,9 +883,9 @@ func (s *watchScenario) readJournals(final uint64) *History {
 }
 
 // checkAcks: every write that was acknowledged is in the history, at its version.
-func (s *watchScenario) checkAcks(h *History) {
+func (s *watchScenario) checkAcks(h *watchcheck.History) {
 	for _, ack := range s.acks {
-		i, ok := slices.BinarySearchFunc(h.Messages, ack.RV, func(m Message, rv uint64) int { return int(m.RV) - int(rv) })
+		i, ok := slices.BinarySearchFunc(h.Messages, ack.RV, func(m watchcheck.Message, rv uint64) int { return int(m.RV) - int(rv) })
 		if !ok || h.Messages[i].Key != ack.Key || ack.Kind == "PUT" && h.Messages[i].Value != ack.Value || ack.Kind == "DELETED" && h.Messages[i].Kind != ack.Kind {
 			s.t.Errorf("acknowledged: %v; in the history: %v", ack, h.Messages[min(i, len(h.Messages)-1)])
 		}
@@ -893,14 +894,14 @@ func (s *watchScenario) checkAcks(h *History) {
 }
 
 // checkItems compares what is left with the history.
-func checkItems(t *testing.T, h *History, items map[string]Message) {
+func checkItems(t *testing.T, h *watchcheck.History, items map[string]watchcheck.Message) {
 	t.Helper()
-	want := map[string]Message{}
+	want := map[string]watchcheck.Message{}
 	for _, m := range h.Messages {
 		if m.Kind == "DELETED" {
 			delete(want, m.Key)
 		} else {
-			want[m.Key] = Message{Key: m.Key, Value: m.Value, RV: m.RV}
+			want[m.Key] = watchcheck.Message{Key: m.Key, Value: m.Value, RV: m.RV}
 		}
 	}
 	if !maps.Equal(want, items) {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"raftrv/internal/store"
+	"raftrv/internal/watchcheck"
 )
 
 // simWatcher is a client that watches over HTTP: it reads what the product writes,
@@ -188,7 +189,7 @@ func (w *simWatcher) take(text string) error {
 	if strings.HasPrefix(text, "retry") {
 		return nil
 	}
-	m, err := Parse([]byte(text))
+	m, err := watchcheck.Parse([]byte(text))
 	switch {
 	case err != nil:
 		return err
@@ -231,12 +232,12 @@ func (w *simWatcher) reached(rv uint64) error {
 	return nil
 }
 
-func (w *simWatcher) event(m Message) error {
+func (w *simWatcher) event(m watchcheck.Message) error {
 	e := w.wanted()
 	if e == nil {
 		return errors.New("an event that nobody has applied")
 	}
-	want := MessageOf(*e)
+	want := watchcheck.MessageOf(*e)
 	w.next++
 	w.count++
 	next := w.wanted()

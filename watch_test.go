@@ -20,6 +20,7 @@ import (
 	"raftrv/internal/store"
 	"raftrv/internal/store/storetest"
 	"raftrv/internal/testkit"
+	"raftrv/internal/watchcheck"
 )
 
 // watchRig is a store whose writes come from a test, and its hub.
@@ -31,7 +32,7 @@ type watchRig struct {
 	mu      sync.Mutex // one writer at a time
 	index   uint64
 	now     int64 // time of the entries; 0 = their index
-	history History
+	history watchcheck.History
 	record  bool
 }
 
@@ -77,7 +78,7 @@ func (r *watchRig) apply(commands ...store.Command) []store.Result {
 		}
 		before += uint64(len(events))
 		for _, e := range events {
-			r.history.Messages = append(r.history.Messages, MessageOf(e))
+			r.history.Messages = append(r.history.Messages, watchcheck.MessageOf(e))
 		}
 	}
 	r.hub.notify()
@@ -413,7 +414,7 @@ func TestHub_Slow(t *testing.T) {
 		t.Errorf("then read up to %d, %v", again, err)
 	}
 	// It can be resumed, and then gets everything.
-	v := New("resumed", "", true, false, rv)
+	v := watchcheck.New("resumed", "", true, false, rv)
 	resumed := r.watch("", true, rv)
 	for {
 		events, _, err := readAll(resumed)
@@ -424,7 +425,7 @@ func TestHub_Slow(t *testing.T) {
 			break
 		}
 		for _, e := range events {
-			v.Observe(MessageOf(e))
+			v.Observe(watchcheck.MessageOf(e))
 		}
 	}
 	v.Check(&r.history)
@@ -741,14 +742,14 @@ func TestHub_Random(t *testing.T) {
 			}
 		})
 	}
-	validators := make([]*Validator, 30)
+	validators := make([]*watchcheck.Validator, 30)
 	var ended [3]atomic.Int64
 	var mu sync.Mutex
-	var retired []*Validator // guarded by mu
+	var retired []*watchcheck.Validator // guarded by mu
 	for i := range validators {
 		random := rand.New(rand.NewPCG(seed, uint64(100+i)))
 		key := randomKey(random)[:random.IntN(3)]
-		v := New(fmt.Sprintf("watch %d of %q", i, key), key, true, false, r.store.Version())
+		v := watchcheck.New(fmt.Sprintf("watch %d of %q", i, key), key, true, false, r.store.Version())
 		if random.IntN(3) == 0 {
 			v.Key, v.IsPrefix = randomKey(random), false
 		}
@@ -762,7 +763,7 @@ func TestHub_Random(t *testing.T) {
 					mu.Lock()
 					retired = append(retired, &old)
 					mu.Unlock()
-					*v = *New(v.Name, v.Key, v.IsPrefix, false, r.store.Version())
+					*v = *watchcheck.New(v.Name, v.Key, v.IsPrefix, false, r.store.Version())
 					continue
 				}
 				done, err := observeSome(w, v, random, &stop)
@@ -799,28 +800,28 @@ func TestHub_Random(t *testing.T) {
 }
 
 // observeSome reads for a while, and when the writers have stopped to the end.
-func observeSome(w *watcher, v *Validator, random *rand.Rand, stop *atomic.Bool) (done bool, err error) {
+func observeSome(w *watcher, v *watchcheck.Validator, random *rand.Rand, stop *atomic.Bool) (done bool, err error) {
 	for reads := random.IntN(80); ; reads-- {
 		events, rv, err := readAll(w)
 		if err != nil {
 			return false, err
 		}
 		for _, e := range events {
-			v.Observe(MessageOf(e))
+			v.Observe(watchcheck.MessageOf(e))
 		}
 		switch {
 		case len(events) > 0:
 			if rv >= events[len(events)-1].RV != events[len(events)-1].Last {
-				v.Violation("up to %d after %v", rv, MessageOf(events[len(events)-1]))
+				v.Violation("up to %d after %v", rv, watchcheck.MessageOf(events[len(events)-1]))
 			}
 			if random.IntN(50) == 0 { // enough to fall behind
 				time.Sleep(time.Duration(random.IntN(250)) * time.Millisecond)
 			}
 		case stop.Load() && rv == w.hub.store.Version():
-			v.Observe(Message{Kind: "BOOKMARK", RV: rv})
+			v.Observe(watchcheck.Message{Kind: "BOOKMARK", RV: rv})
 			return true, nil
 		default:
-			v.Observe(Message{Kind: "BOOKMARK", RV: rv})
+			v.Observe(watchcheck.Message{Kind: "BOOKMARK", RV: rv})
 			select {
 			case <-w.wake:
 			case <-time.After(10 * time.Millisecond):

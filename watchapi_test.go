@@ -16,6 +16,7 @@ import (
 	"raftrv/internal/fault"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
+	"raftrv/internal/watchcheck"
 )
 
 // watchConn is the client's side of one watch.
@@ -72,9 +73,9 @@ func (w *watchConn) wantEnd() {
 }
 
 // next reads the next message of NDJSON.
-func (w *watchConn) next() Message {
+func (w *watchConn) next() watchcheck.Message {
 	w.t.Helper()
-	m, err := Parse([]byte(w.line()))
+	m, err := watchcheck.Parse([]byte(w.line()))
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -356,7 +357,7 @@ func TestWatch_ResumeFrom(t *testing.T) {
 // events continue it.
 func TestWatch_List(t *testing.T) {
 	f := newFront(t)
-	r := &History{}
+	r := &watchcheck.History{}
 	record := func() {
 		from := r.Last()
 		w, err := f.hub.watch("", true, from)
@@ -373,7 +374,7 @@ func TestWatch_List(t *testing.T) {
 				return
 			}
 			for _, e := range events {
-				r.Messages = append(r.Messages, MessageOf(e))
+				r.Messages = append(r.Messages, watchcheck.MessageOf(e))
 			}
 		}
 	}
@@ -383,7 +384,7 @@ func TestWatch_List(t *testing.T) {
 	}
 	f.put("other", value)
 	w := f.watch("initial=true&prefix=k/")
-	v := New("list", "k/", true, true, 0)
+	v := watchcheck.New("list", "k/", true, true, 0)
 	v.Observe(w.next())
 	for i := range 10_000 {
 		switch i % 3 {
@@ -555,7 +556,7 @@ func TestWatch_Shutdown(t *testing.T) {
 		}
 		lines.wantEnd()
 		events.want("event: ERROR", "id: abc-1")
-		m, err := Parse([]byte(strings.TrimPrefix(events.line(), "data: ")))
+		m, err := watchcheck.Parse([]byte(strings.TrimPrefix(events.line(), "data: ")))
 		if err != nil || m.Code != "shutting-down" || m.RV != 1 {
 			t.Errorf("%v %v", m, err)
 		}
@@ -635,7 +636,7 @@ func TestWatch_TooSlow(t *testing.T) {
 		f := newPipeFront(t)
 		shrinkWindow(f.store, 16*store.ChunkEventsMax, 64<<20)
 		w := f.watch("resourceVersion=0")
-		v := New("slow", "", true, false, 0)
+		v := watchcheck.New("slow", "", true, false, 0)
 		for range store.ChunkEventsMax + 100 { // the second chunk
 			f.put("k", "v")
 			v.Observe(w.next())
