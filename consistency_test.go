@@ -133,7 +133,7 @@ func newExchangeRig(t *testing.T) *exchangeRig {
 	peerClient.Transport = r
 	t.Cleanup(func() { peerClient.Transport = before })
 	storetest.Apply(t, n.store, somePut)
-	n.guard.gate = n.hub.gate
+	n.guard.gate = n.hub.Gate
 	testkit.Must(t, n.guard.begin())
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
@@ -180,7 +180,7 @@ func (r *exchangeRig) say(id uint64, same bool) {
 func (r *exchangeRig) wait(t *testing.T, want store.Verdict) {
 	t.Helper()
 	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
-		err := r.hub.closed.Load()
+		err := r.hub.Closed.Load()
 		if v := r.guard.current(); v == want && err == errorOf(want) {
 			return
 		} else if time.Now().After(end) {
@@ -213,12 +213,12 @@ func TestExchange(t *testing.T) {
 		testkit.Must(t, <-served)
 		r.peers[3].delay.Store(0)
 
-		w, err := r.hub.watch("", true, r.store.Version())
+		w, err := r.hub.Watch("", true, r.store.Version())
 		testkit.Must(t, err)
-		defer w.close()
+		defer w.Close()
 		r.say(2, false)
 		r.wait(t, store.Doubtful)
-		if _, _, err := w.read(func(*store.Event, bool) {}); !errors.Is(err, fault.ErrDiverged) {
+		if _, _, err := w.Read(func(*store.Event, bool) {}); !errors.Is(err, fault.ErrDiverged) {
 			t.Errorf("watch of a node in doubt: %v", err)
 		}
 		if err := r.serving(t.Context(), time.Minute); !errors.Is(err, fault.ErrDiverged) {
@@ -232,12 +232,12 @@ func TestExchange(t *testing.T) {
 
 		r.say(3, true)
 		r.wait(t, store.Sound)
-		again, err := r.hub.watch("", true, r.store.Version())
+		again, err := r.hub.Watch("", true, r.store.Version())
 		testkit.Must(t, err)
-		defer again.close()
+		defer again.Close()
 		storetest.Apply(t, r.store, somePut)
-		r.hub.distribute()
-		if n, _, err := again.read(func(*store.Event, bool) {}); n != 1 || err != nil {
+		r.hub.Distribute()
+		if n, _, err := again.Read(func(*store.Event, bool) {}); n != 1 || err != nil {
 			t.Errorf("watch after the doubt: %d events, %v", n, err)
 		}
 	})

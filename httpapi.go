@@ -114,7 +114,7 @@ type httpConfig struct {
 	id           uint64 // of this node; the first part of a key that it makes up
 	cluster      string // as in the status
 	store        *store.Store
-	hub          *hub // of the store
+	hub          *Hub // of the store
 	backend      backend
 	logger       *zap.Logger
 	timeout      time.Duration // of a request that does not say

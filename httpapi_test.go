@@ -191,7 +191,7 @@ type front struct {
 	dial    func() (net.Conn, error)
 	backend *fakeBackend
 	store   *store.Store
-	hub     *hub
+	hub     *Hub
 	logs    *observer.ObservedLogs
 	config  httpConfig
 	api     *httpAPI
@@ -272,8 +272,8 @@ func serveFront(t *testing.T, l net.Listener, dial func() (net.Conn, error), opt
 	logger := zap.New(core)
 	kv := store.New()
 	kv.State.Members[1] = store.Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
-	hub := newHub(kv)
-	backend := &fakeBackend{store: kv, applied: hub.notify}
+	hub := NewHub(kv)
+	backend := &fakeBackend{store: kv, applied: hub.Notify}
 	cfg := httpConfig{
 		id:           1,
 		cluster:      "abc",
@@ -299,7 +299,7 @@ func serveFront(t *testing.T, l net.Listener, dial func() (net.Conn, error), opt
 	handler := newHTTPAPI(cfg)
 	hubCtx, stopHub := context.WithCancel(context.Background())
 	var hubDone sync.WaitGroup
-	hubDone.Go(func() { _ = hub.run(hubCtx) })
+	hubDone.Go(func() { _ = hub.Run(hubCtx) })
 	server := newHTTPServer(handler, logger)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(rewritingListener{l}) }()

@@ -68,8 +68,8 @@ const (
 	journalResumeSize = 64 << 10 // that are read at a time
 	journalHeadMax    = 1 << 10  // of the first line
 
-	// journalPositionName is a file in the data directory: the last version that is complete in a journal.
-	journalPositionName = "journal-position"
+	// JournalPositionName is a file in the data directory: the last version that is complete in a journal.
+	JournalPositionName = "journal-position"
 
 	journalLeaseEvery = 50 * time.Millisecond // an idle journal looks whether somebody waits for it
 	journalLeaseRetry = 5 * time.Millisecond
@@ -87,7 +87,7 @@ var errJournalDamage = errors.New("not a line of a journal; move the file away t
 // errJournalCut says that the file is not as long as the journal has made it.
 var errJournalCut = errors.New("somebody else has changed its size")
 
-type journal struct {
+type Journal struct {
 	path    string
 	cluster string
 	file    *os.File
@@ -113,16 +113,16 @@ type journal struct {
 	dirty time.Time // when the oldest write that is not synced happened; zero = none
 }
 
-// openJournal opens or creates the journal of a member of a cluster and cuts off what is not complete.
+// OpenJournal opens or creates the journal of a member of a cluster and cuts off what is not complete.
 // Nobody else can open it until it is closed.
-func openJournal(path, dataDir string, cluster uint64, logger *zap.Logger) (_ *journal, err error) {
-	j := &journal{path: path, cluster: fmt.Sprintf("%x", cluster), logger: logger, lease: fsx.TakeLease}
-	if j.mark, err = fsx.OpenPrivate(filepath.Join(dataDir, journalPositionName), 0); err != nil {
+func OpenJournal(path, dataDir string, cluster uint64, logger *zap.Logger) (_ *Journal, err error) {
+	j := &Journal{path: path, cluster: fmt.Sprintf("%x", cluster), logger: logger, lease: fsx.TakeLease}
+	if j.mark, err = fsx.OpenPrivate(filepath.Join(dataDir, JournalPositionName), 0); err != nil {
 		return nil, fmt.Errorf("open journal: %w", err)
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("open journal %s: %w", path, err), j.close())
+			err = errors.Join(fmt.Errorf("open journal %s: %w", path, err), j.Close())
 		}
 	}()
 	if j.written, err = readJournalMark(j.mark); err != nil {
@@ -178,7 +178,7 @@ func readJournalMark(f *os.File) (rv uint64, err error) {
 
 // resume finds the last complete version and cuts off what follows. Without any, the file is another
 // one than before.
-func (j *journal) resume() error {
+func (j *Journal) resume() error {
 	info, err := j.file.Stat()
 	if err != nil {
 		return err
@@ -226,7 +226,7 @@ func (l *journalLine) isEvent() bool {
 }
 
 // checkHead says whether the file is not of this cluster.
-func (j *journal) checkHead() error {
+func (j *Journal) checkHead() error {
 	text := make([]byte, journalHeadMax)
 	n, err := j.file.ReadAt(text, 0)
 	if err != nil && !errors.Is(err, io.EOF) {
@@ -319,31 +319,31 @@ func (s *backwardScanner) prev() (line []byte, start int64, err error) {
 	}
 }
 
-// journalSource is where a journal's events come from.
-type journalSource struct {
-	store     *store.Store
-	hub       *hub
-	linearize func(ctx context.Context, timeout time.Duration) error
-	stopped   <-chan struct{} // closed when nothing is applied any more
-	reopen    <-chan os.Signal
+// JournalSource is where a journal's events come from.
+type JournalSource struct {
+	Store     *store.Store
+	Hub       *Hub
+	Linearize func(ctx context.Context, timeout time.Duration) error
+	Stopped   <-chan struct{} // closed when nothing is applied any more
+	Reopen    <-chan os.Signal
 }
 
-// run appends what is applied until the hub ends, and then the rest. An error
+// Run appends what is applied until the hub ends, and then the rest. An error
 // means that the journal would miss something from now on.
-func (j *journal) run(ctx context.Context, src journalSource, syncEvery time.Duration) error {
+func (j *Journal) Run(ctx context.Context, src JournalSource, syncEvery time.Duration) error {
 	if err := j.catchUp(ctx, src); err != nil {
 		return fmt.Errorf("journal %s: %w", j.path, err)
 	}
 	j.logger.Info("journal", zap.String("path", j.path), zap.Uint64("resourceVersion", j.rv))
-	j.beginHold(src.store)
-	defer src.store.HoldWindow(nil)
+	j.beginHold(src.Store)
+	defer src.Store.HoldWindow(nil)
 	for {
 		err := j.begin()
 		if err == nil {
-			var w *watcher
-			if w, err = src.hub.watch("", true, j.rv); err == nil {
+			var w *Watcher
+			if w, err = src.Hub.Watch("", true, j.rv); err == nil {
 				err = j.follow(ctx, w, src, syncEvery)
-				w.close()
+				w.Close()
 			}
 		}
 		switch {
@@ -352,13 +352,13 @@ func (j *journal) run(ctx context.Context, src journalSource, syncEvery time.Dur
 		case errors.Is(err, fault.ErrExpired) && j.caughtUp && j.hold.Overtaken.Load():
 			err = errJournalSlow
 		case errors.Is(err, fault.ErrExpired):
-			err = j.skip(ctx, src.store)
+			err = j.skip(ctx, src.Store)
 		case err == nil:
 			return nil
 		case errors.Is(err, fault.ErrDiverged), errors.Is(err, fault.ErrUnchecked):
-			src.store.HoldWindow(nil)
+			src.Store.HoldWindow(nil)
 			err = j.pause(src)
-			j.beginHold(src.store)
+			j.beginHold(src.Store)
 		}
 		if errors.Is(err, fault.ErrShuttingDown) {
 			return nil
@@ -370,7 +370,7 @@ func (j *journal) run(ctx context.Context, src journalSource, syncEvery time.Dur
 }
 
 // beginHold makes the window wait for what is not in the file.
-func (j *journal) beginHold(kv *store.Store) {
+func (j *Journal) beginHold(kv *store.Store) {
 	j.caughtUp = false
 	j.hold.RV.Store(j.rv)
 	j.hold.Overtaken.Store(false)
@@ -379,18 +379,18 @@ func (j *journal) beginHold(kv *store.Store) {
 
 // catchUp waits until the store has what the journal has. After a restart that
 // takes a moment.
-func (j *journal) catchUp(ctx context.Context, src journalSource) error {
-	for src.store.Version() < j.rv {
-		if err := src.linearize(ctx, journalLinearize); err == nil {
+func (j *Journal) catchUp(ctx context.Context, src JournalSource) error {
+	for src.Store.Version() < j.rv {
+		if err := src.Linearize(ctx, journalLinearize); err == nil {
 			break
 		}
 		select {
 		case <-time.After(journalRetry):
-		case <-src.stopped:
+		case <-src.Stopped:
 			return nil
 		}
 	}
-	if now := src.store.Version(); now < j.rv {
+	if now := src.Store.Version(); now < j.rv {
 		return fmt.Errorf("it is at resource version %d, but the store is at %d: does it belong to another cluster?", j.rv, now)
 	}
 	return nil
@@ -398,7 +398,7 @@ func (j *journal) catchUp(ctx context.Context, src journalSource) error {
 
 // pause waits until the node serves again: what it applies while its state is in
 // doubt is for nobody. Then the journal goes on where it was.
-func (j *journal) pause(src journalSource) error {
+func (j *Journal) pause(src JournalSource) error {
 	if err := errors.Join(j.sync(), j.resume()); err != nil { // half a version may be there
 		return err
 	}
@@ -406,21 +406,21 @@ func (j *journal) pause(src journalSource) error {
 	retry := time.NewTicker(journalRetry)
 	defer retry.Stop()
 	for {
-		if err := src.hub.closed.Load(); err == nil {
+		if err := src.Hub.Closed.Load(); err == nil {
 			return nil
 		} else if errors.Is(err, fault.ErrShuttingDown) {
 			return err
 		}
 		select {
 		case <-retry.C:
-		case <-src.stopped:
+		case <-src.Stopped:
 			return fault.ErrShuttingDown
 		}
 	}
 }
 
 // skip writes that the events that have left the window are missing.
-func (j *journal) skip(ctx context.Context, kv *store.Store) error {
+func (j *Journal) skip(ctx context.Context, kv *store.Store) error {
 	to := kv.EventsDropped()
 	if err := j.resume(); err != nil { // half a version may be there
 		return err
@@ -436,27 +436,27 @@ func (j *journal) skip(ctx context.Context, kv *store.Store) error {
 }
 
 // follow appends events until there are none any more: then it returns nil.
-func (j *journal) follow(ctx context.Context, w *watcher, src journalSource, syncEvery time.Duration) error {
+func (j *Journal) follow(ctx context.Context, w *Watcher, src JournalSource, syncEvery time.Duration) error {
 	w.patient = true
 	timer := time.NewTimer(syncEvery)
 	defer timer.Stop()
 	look := time.NewTicker(journalLeaseEvery)
 	defer look.Stop()
 	for {
-		n, _, err := w.read(j.appendEvent)
+		n, _, err := w.Read(j.appendEvent)
 		if errors.Is(err, fault.ErrShuttingDown) {
-			<-src.stopped
-			return errors.Join(j.drain(ctx, w, src.store), j.sync())
+			<-src.Stopped
+			return errors.Join(j.drain(ctx, w, src.Store), j.sync())
 		}
 		if err != nil {
 			return err
 		}
-		if err := j.append(ctx, src.store); err != nil {
+		if err := j.append(ctx, src.Store); err != nil {
 			return err
 		}
 		if j.reopen && !j.split {
 			j.reopen = false
-			if err := j.next(ctx, src.store); err != nil {
+			if err := j.next(ctx, src.Store); err != nil {
 				return err
 			}
 		}
@@ -467,7 +467,7 @@ func (j *journal) follow(ctx context.Context, w *watcher, src journalSource, syn
 		} else if err := j.sync(); err != nil {
 			return err
 		}
-		wake := w.wake
+		wake := w.Wake
 		if n > 0 {
 			wake = closedC // there may be more to read
 		}
@@ -477,7 +477,7 @@ func (j *journal) follow(ctx context.Context, w *watcher, src journalSource, syn
 		case <-timer.C:
 		case <-look.C:
 			j.yield()
-		case <-src.reopen:
+		case <-src.Reopen:
 			j.reopen = true
 		}
 	}
@@ -490,7 +490,7 @@ var closedC = func() chan struct{} {
 }()
 
 // drain appends the last events, of which no hub tells.
-func (j *journal) drain(ctx context.Context, w *watcher, kv *store.Store) error {
+func (j *Journal) drain(ctx context.Context, w *Watcher, kv *store.Store) error {
 	for {
 		n, err := w.scan(j.appendEvent)
 		if errors.Is(err, fault.ErrExpired) {
@@ -506,7 +506,7 @@ func (j *journal) drain(ctx context.Context, w *watcher, kv *store.Store) error 
 }
 
 // appendEvent adds the line of an event to what is to be written.
-func (j *journal) appendEvent(e *store.Event, last bool) {
+func (j *Journal) appendEvent(e *store.Event, last bool) {
 	if e.RV > j.rv+1 { // the versions of a restored cluster leap once
 		j.buf = appendGap(j.buf, j.rv+1, e.RV-1)
 		j.rv = e.RV - 1
@@ -518,7 +518,7 @@ func (j *journal) appendEvent(e *store.Event, last bool) {
 }
 
 // append writes when nobody else has the file open.
-func (j *journal) append(ctx context.Context, kv *store.Store) error {
+func (j *Journal) append(ctx context.Context, kv *store.Store) error {
 	if len(j.buf) == 0 {
 		return nil
 	}
@@ -530,7 +530,7 @@ func (j *journal) append(ctx context.Context, kv *store.Store) error {
 
 // claim returns as soon as nobody else has the file open, or has it for so long that he does
 // not copy it. Whoever opens it afterwards waits for yield.
-func (j *journal) claim(ctx context.Context, kv *store.Store) error {
+func (j *Journal) claim(ctx context.Context, kv *store.Store) error {
 	if j.yield(); j.leased {
 		return nil
 	}
@@ -560,7 +560,7 @@ func (j *journal) claim(ctx context.Context, kv *store.Store) error {
 }
 
 // yield lets those go on who wait to open the file, when it ends with a whole version.
-func (j *journal) yield() {
+func (j *Journal) yield() {
 	if j.leased && !j.split && fsx.LeaseWanted(j.file) {
 		fsx.DropLease(j.file)
 		j.leased, j.shared = false, time.Now()
@@ -568,7 +568,7 @@ func (j *journal) yield() {
 }
 
 // begin writes the first line of a new file.
-func (j *journal) begin() error {
+func (j *Journal) begin() error {
 	if j.size > 0 {
 		return nil
 	}
@@ -586,7 +586,7 @@ func (j *journal) begin() error {
 }
 
 // resumeCut goes on in a file that somebody has cut, or emptied after he had copied it.
-func (j *journal) resumeCut() error {
+func (j *Journal) resumeCut() error {
 	before := j.written
 	if err := j.resume(); err != nil {
 		return err
@@ -600,7 +600,7 @@ func (j *journal) resumeCut() error {
 
 // next goes on in another file, if there is no longer this one at the path. If it
 // cannot be used the journal stays where it is.
-func (j *journal) next(ctx context.Context, kv *store.Store) error {
+func (j *Journal) next(ctx context.Context, kv *store.Store) error {
 	now, err := j.file.Stat()
 	if err != nil {
 		return err
@@ -622,8 +622,8 @@ func (j *journal) next(ctx context.Context, kv *store.Store) error {
 }
 
 // openNext opens the file in which the journal is to go on.
-func (j *journal) openNext() (k *journal, err error) {
-	k = &journal{path: j.path, cluster: j.cluster, logger: j.logger, written: j.written}
+func (j *Journal) openNext() (k *Journal, err error) {
+	k = &Journal{path: j.path, cluster: j.cluster, logger: j.logger, written: j.written}
 	if k.file, err = openJournalFile(j.path); err != nil {
 		return nil, err
 	}
@@ -642,7 +642,7 @@ func (j *journal) openNext() (k *journal, err error) {
 	return k, nil
 }
 
-func (j *journal) write() error {
+func (j *Journal) write() error {
 	if len(j.buf) == 0 {
 		return nil
 	}
@@ -665,7 +665,7 @@ func (j *journal) write() error {
 	return nil
 }
 
-func (j *journal) sync() error {
+func (j *Journal) sync() error {
 	if j.dirty.IsZero() {
 		return nil
 	}
@@ -673,7 +673,7 @@ func (j *journal) sync() error {
 	return errors.Join(j.file.Sync(), j.mark.Sync())
 }
 
-func (j *journal) close() error {
+func (j *Journal) Close() error {
 	err := j.mark.Close()
 	if j.file != nil {
 		err = errors.Join(err, j.file.Close())

@@ -42,13 +42,13 @@ func newJournalRig(t testing.TB) *journalRig {
 	return &journalRig{watchRig: newWatchRig(t), path: filepath.Join(t.TempDir(), "journal"), dir: t.TempDir()}
 }
 
-func (r *journalRig) open() (*journal, error) {
+func (r *journalRig) open() (*Journal, error) {
 	core, logs := observer.New(zap.DebugLevel)
 	r.logs = logs
-	return openJournal(r.path, r.dir, 0xabc, zap.New(core))
+	return OpenJournal(r.path, r.dir, 0xabc, zap.New(core))
 }
 
-func (r *journalRig) mustOpen() *journal {
+func (r *journalRig) mustOpen() *Journal {
 	r.t.Helper()
 	j, err := r.open()
 	if err != nil {
@@ -62,19 +62,19 @@ func (r *journalRig) mustOpen() *journal {
 func (r *journalRig) start() (stop func() error) {
 	r.t.Helper()
 	j := r.mustOpen()
-	r.hub = newHub(r.store)
+	r.hub = NewHub(r.store)
 	ctx, cancel := context.WithCancel(context.Background())
 	stopped := make(chan struct{})
-	src := journalSource{store: r.store, hub: r.hub, stopped: stopped, reopen: r.hangUps, linearize: func(context.Context, time.Duration) error { return nil }}
+	src := JournalSource{Store: r.store, Hub: r.hub, Stopped: stopped, Reopen: r.hangUps, Linearize: func(context.Context, time.Duration) error { return nil }}
 	var wg sync.WaitGroup
-	wg.Go(func() { _ = r.hub.run(ctx) })
+	wg.Go(func() { _ = r.hub.Run(ctx) })
 	var err error
-	wg.Go(func() { err = j.run(ctx, src, time.Second) })
+	wg.Go(func() { err = j.Run(ctx, src, time.Second) })
 	return func() error {
 		cancel()
 		close(stopped)
 		wg.Wait()
-		return errors.Join(err, j.close())
+		return errors.Join(err, j.Close())
 	}
 }
 
@@ -105,7 +105,7 @@ func (r *journalRig) setContent(s string) {
 // setMark changes what the data directory remembers.
 func (r *journalRig) setMark(rv uint64) {
 	r.t.Helper()
-	if err := os.WriteFile(filepath.Join(r.dir, journalPositionName), fmt.Appendf(nil, "%020d\n", rv), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(r.dir, JournalPositionName), fmt.Appendf(nil, "%020d\n", rv), 0o600); err != nil {
 		r.t.Fatal(err)
 	}
 }
@@ -296,7 +296,7 @@ func TestJournal_GapWhileRunning(t *testing.T) {
 		r.put("k/000000", "v")
 		synctest.Wait()
 		r.store.Restore(leader.store.Snapshot())
-		r.hub.notify()
+		r.hub.Notify()
 		synctest.Wait()
 		r.index = r.store.Applied()
 		r.put("z", "v")
@@ -335,12 +335,12 @@ func TestJournal_Refused(t *testing.T) {
 		if _, err := r.open(); err == nil || !strings.Contains(err.Error(), "another process") {
 			t.Errorf("opened twice: %v", err)
 		}
-		testkit.Must(t, j.close())
-		testkit.Must(t, r.mustOpen().close())
+		testkit.Must(t, j.Close())
+		testkit.Must(t, r.mustOpen().Close())
 	})
 	t.Run("no file", func(t *testing.T) {
 		for _, path := range []string{"/dev/null", t.TempDir(), filepath.Join(t.TempDir(), "no/directory")} {
-			if _, err := openJournal(path, t.TempDir(), 1, zap.NewNop()); err == nil {
+			if _, err := OpenJournal(path, t.TempDir(), 1, zap.NewNop()); err == nil {
 				t.Errorf("%s was opened", path)
 			}
 		}
@@ -372,11 +372,11 @@ func TestJournal_Refused(t *testing.T) {
 	t.Run("write fails", func(t *testing.T) {
 		r := newJournalRig(t)
 		j := r.mustOpen()
-		testkit.Must(t, j.close())
+		testkit.Must(t, j.Close())
 		r.put("a", "1")
 		r.run()
-		src := journalSource{store: r.store, hub: r.hub}
-		if err := j.run(t.Context(), src, time.Second); err == nil || !strings.Contains(err.Error(), r.path) {
+		src := JournalSource{Store: r.store, Hub: r.hub}
+		if err := j.Run(t.Context(), src, time.Second); err == nil || !strings.Contains(err.Error(), r.path) {
 			t.Errorf("run: %v", err)
 		}
 	})
@@ -500,7 +500,7 @@ func TestJournal_KilledAndRotated(t *testing.T) {
 func TestJournal_Lease(t *testing.T) {
 	r := newJournalRig(t)
 	j := r.mustOpen()
-	defer j.close()
+	defer j.Close()
 	j.lease = fsx.TakeLease
 	testkit.Must(t, j.begin())
 	r.run()
@@ -574,14 +574,14 @@ func TestJournal_WaitsForStore(t *testing.T) {
 		j := again.mustOpen()
 		stopped := make(chan struct{})
 		leader := false
-		src := journalSource{store: again.store, hub: again.hub, stopped: stopped, linearize: func(context.Context, time.Duration) error {
+		src := JournalSource{Store: again.store, Hub: again.hub, Stopped: stopped, Linearize: func(context.Context, time.Duration) error {
 			if leader {
 				return nil
 			}
 			return fault.ErrNoLeader
 		}}
 		done := make(chan error)
-		go func() { done <- j.run(t.Context(), src, time.Second) }()
+		go func() { done <- j.Run(t.Context(), src, time.Second) }()
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		again.story()
@@ -589,13 +589,13 @@ func TestJournal_WaitsForStore(t *testing.T) {
 		time.Sleep(time.Second)
 		synctest.Wait()
 		again.put("b", "2")
-		again.hub.distribute()
+		again.hub.Distribute()
 		synctest.Wait()
-		again.hub.close(fault.ErrShuttingDown)
+		again.hub.Close(fault.ErrShuttingDown)
 		again.put("b", "3") // the last request that was answered
 		close(stopped)
 		testkit.Must(t, <-done)
-		testkit.Must(t, j.close())
+		testkit.Must(t, j.Close())
 		again.want(storyJournal + `{"rv":10,"key":"b","timestamp":5000000,"obj":2}` + "\n" + `{"rv":11,"key":"b","timestamp":6000000,"obj":3}` + "\n")
 	})
 }
@@ -607,14 +607,14 @@ func TestJournal_StopsWhileItWaits(t *testing.T) {
 		r.setContent(storyJournal)
 		j := r.mustOpen()
 		stopped := make(chan struct{})
-		src := journalSource{store: r.store, hub: r.hub, stopped: stopped, linearize: func(context.Context, time.Duration) error { return fault.ErrNoLeader }}
+		src := JournalSource{Store: r.store, Hub: r.hub, Stopped: stopped, Linearize: func(context.Context, time.Duration) error { return fault.ErrNoLeader }}
 		done := make(chan error)
-		go func() { done <- j.run(t.Context(), src, time.Second) }()
+		go func() { done <- j.Run(t.Context(), src, time.Second) }()
 		time.Sleep(time.Minute)
-		r.hub.close(fault.ErrShuttingDown)
+		r.hub.Close(fault.ErrShuttingDown)
 		close(stopped)
 		testkit.Must(t, <-done)
-		testkit.Must(t, j.close())
+		testkit.Must(t, j.Close())
 		r.want(storyJournal)
 	})
 }
@@ -644,13 +644,13 @@ func TestJournal_Sync(t *testing.T) {
 }
 
 // follow runs hub and journal until the test ends.
-func (r *journalRig) follow(j *journal) {
+func (r *journalRig) follow(j *Journal) {
 	ctx, cancel := context.WithCancel(context.Background())
 	stopped := make(chan struct{})
 	var wg sync.WaitGroup
-	wg.Go(func() { _ = r.hub.run(ctx) })
+	wg.Go(func() { _ = r.hub.Run(ctx) })
 	wg.Go(func() {
-		if err := j.run(ctx, journalSource{store: r.store, hub: r.hub, stopped: stopped}, time.Second); err != nil {
+		if err := j.Run(ctx, JournalSource{Store: r.store, Hub: r.hub, Stopped: stopped}, time.Second); err != nil {
 			r.t.Error(err)
 		}
 	})
@@ -658,7 +658,7 @@ func (r *journalRig) follow(j *journal) {
 		cancel()
 		close(stopped)
 		wg.Wait()
-		testkit.Must(r.t, j.close())
+		testkit.Must(r.t, j.Close())
 	})
 }
 
@@ -771,14 +771,14 @@ func TestJournal_WaitsForSound(t *testing.T) {
 			}
 			r.put("a", "1")
 			want(1)
-			r.hub.close(why)
+			r.hub.Close(why)
 			r.put("b", "2")
 			want(1)
 			r.hub.reopen()
 			want(2)
 			r.put("c", "3")
 			want(3)
-			r.hub.close(why)
+			r.hub.Close(why)
 			r.put("d", "4")
 			want(3)
 			testkit.Must(t, stop()) // without an error, and without what was applied in doubt
@@ -805,7 +805,7 @@ func TestJournal_Overtaken(t *testing.T) {
 				_, err := r.store.Apply(index, 1, store.BatchHeader{Session: 1, Seq: index}, put.AppendTo(nil), nil)
 				testkit.Must(t, err)
 			}
-			r.hub.notify()
+			r.hub.Notify()
 			synctest.Wait()
 			err := stop()
 			lost := n > store.HoldEventsMax

@@ -243,11 +243,11 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 	gauge(descQueueBytes, float64(q.bytes))
 	gauge(descInbox, float64(q.messages))
 
-	w := &m.node.hub.stats
-	gauge(descWatchers, float64(w.open.Load()))
-	counter(descWatchEvents, w.events.Load())
-	counter(descWatchDrops, w.slow.Load(), "slow")
-	counter(descWatchDrops, w.expired.Load(), "expired")
+	w := &m.node.hub.Stats
+	gauge(descWatchers, float64(w.Open.Load()))
+	counter(descWatchEvents, w.Events.Load())
+	counter(descWatchDrops, w.Slow.Load(), "slow")
+	counter(descWatchDrops, w.Expired.Load(), "expired")
 
 	c := m.clients.stats()
 	gauge(descConnections, float64(c.open))

@@ -18,10 +18,10 @@ import (
 // idleNode is a node of which nothing runs.
 func idleNode(t *testing.T) (*node, *listener) {
 	kv := store.New()
-	hub := newHub(kv)
+	hub := NewHub(kv)
 	disk, _ := newDisk(t, t.TempDir())
 	t.Cleanup(func() { testkit.Must(t, disk.close()) })
-	n := &node{loop: newLoop(10*time.Millisecond, hub.notify, zap.NewNop()), store: kv, hub: hub, disk: newMeasuredDisk(disk), logger: zap.NewNop()}
+	n := &node{loop: newLoop(10*time.Millisecond, hub.Notify, zap.NewNop()), store: kv, hub: hub, disk: newMeasuredDisk(disk), logger: zap.NewNop()}
 	n.config.dataDir = disk.dir
 	n.guard = newGuard(&n.config, kv, n.loop.waiting, zap.NewNop())
 	return n, newListener(testkit.NewPipeListener(), listenerConfig{connectionsMax: 1})

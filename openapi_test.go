@@ -504,7 +504,7 @@ func isLocal(path string) bool {
 func TestOpenAPI_Statuses(t *testing.T) {
 	f := newFront(t)
 	f.store.State.SetLevel(store.LevelNewest)
-	shrinkWindow(f.store, 1, 1<<20)
+	ShrinkWindow(f.store, 1, 1<<20)
 	f.do("PUT", "/k", "v", "Idempotency-Key: used", "Content-Type: text/plain")
 	f.do("PUT", "/expires?ttl=1h", "\xff")
 	for i := range store.DeletePrefixMax + 1 {

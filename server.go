@@ -46,8 +46,8 @@ type node struct {
 	config   config
 	cluster  uint64
 	store    *store.Store
-	hub      *hub
-	journal  *journal // nil = none
+	hub      *Hub
+	journal  *Journal // nil = none
 	guard    *guard
 	refusals *refusals // of what peers sent
 	network  *peerNetwork
@@ -93,7 +93,7 @@ func (n *node) waitVersion(ctx context.Context, timeout time.Duration, rv uint64
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	if err := n.hub.waitVersion(ctx, rv); err != nil {
+	if err := n.hub.WaitVersion(ctx, rv); err != nil {
 		if ctx.Err() != nil {
 			return fault.ErrReadTimeout
 		}
@@ -150,9 +150,9 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		return fmt.Errorf("data directory %s: %w", cfg.dataDir, err)
 	}
 	kv.SetWindow(cfg.watchEvents, cfg.watchBytes)
-	hub := newHub(kv)
+	hub := NewHub(kv)
 	n := &node{
-		loop:    newLoop(cfg.tick, hub.notify, logger),
+		loop:    newLoop(cfg.tick, hub.Notify, logger),
 		config:  cfg,
 		cluster: rec.identity.Cluster,
 		store:   kv,
@@ -170,14 +170,14 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 	}
 	n.loop.interrupt = disk.interrupt
 	if cfg.journal != "" {
-		if n.journal, err = openJournal(cfg.journal, cfg.dataDir, n.cluster, logger.Named("journal")); err != nil {
+		if n.journal, err = OpenJournal(cfg.journal, cfg.dataDir, n.cluster, logger.Named("journal")); err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, n.journal.close()) }()
+		defer func() { err = errors.Join(err, n.journal.Close()) }()
 	}
 	n.watch.most = cfg.electionTimeout()
 	n.guard = newGuard(&n.config, n.store, n.loop.waiting, logger.Named("guard"))
-	n.guard.gate = hub.gate
+	n.guard.gate = hub.Gate
 	if err := errors.Join(n.guard.lookAtDisk(), n.guard.begin()); err != nil {
 		return err
 	}
@@ -360,10 +360,10 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 	group.Go(func() error { return n.watchDisk(ctx) })
 	group.Go(func() error { return n.exchange(ctx) })
 	group.Go(func() error { return n.keepLevel(ctx) })
-	group.Go(func() error { return n.hub.run(ctx) }) // ends watches first: the client server waits for them
+	group.Go(func() error { return n.hub.Run(ctx) }) // ends watches first: the client server waits for them
 	if n.journal != nil {
-		src := journalSource{store: n.store, hub: n.hub, linearize: n.linearize, stopped: n.loop.done, reopen: n.config.hangUps}
-		group.Go(func() error { return n.journal.run(ctx, src, n.config.journalSync) })
+		src := JournalSource{Store: n.store, Hub: n.hub, Linearize: n.linearize, Stopped: n.loop.done, Reopen: n.config.hangUps}
+		group.Go(func() error { return n.journal.Run(ctx, src, n.config.journalSync) })
 	}
 	group.Go(func() error { return n.keepPlace(ctx) })
 	group.Go(func() error { return network.run(ctx, n.config.peerSilenceMax()) })

@@ -91,7 +91,7 @@ type process struct {
 	loop    *loop
 	replica *replica
 	store   *store.Store
-	hub     *hub
+	hub     *Hub
 	disk    *simDisk
 
 	identity  identity
@@ -214,8 +214,8 @@ func (p *process) boot(files *storage, rec *recovered) (err error) {
 		p.store.LevelMax = store.LevelFirst
 	}
 	p.store.SetWindow(s.eventsMax, store.EventBytesMaxDefault)
-	p.hub = newHub(p.store)
-	p.hub.readEvents = s.readEvents
+	p.hub = NewHub(p.store)
+	p.hub.ReadEvents = s.readEvents
 	p.loop = newLoop(s.tick, p.applied, logger)
 	p.loop.clock = n.clock
 	cfg := replicaConfig{

@@ -86,7 +86,7 @@ func defaultSimConfig(seed uint64, nodes int) simConfig {
 		snapshotEntries: 1000,
 		catchUpEntries:  100,
 		eventsMax:       1,
-		readEvents:      readEventsMax,
+		readEvents:      ReadEventsMax,
 		net:             netConfig{delayMin: 100 * time.Microsecond, delayMax: time.Millisecond},
 		disk:            diskConfig{syncMin: 100 * time.Microsecond, syncMax: 500 * time.Microsecond},
 	}

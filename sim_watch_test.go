@@ -73,7 +73,7 @@ func (w *simWatcher) connect(p *process) {
 	if p == nil || p.store.Version() < w.cursor {
 		return // it would wait
 	}
-	watcher, err := p.hub.watch(w.key, w.isPrefix, w.cursor)
+	watcher, err := p.hub.Watch(w.key, w.isPrefix, w.cursor)
 	if err != nil {
 		w.start(p.store.Version()) // it would list everything and go on from there
 		return
@@ -111,7 +111,7 @@ func (w *simWatcher) turn() {
 		return
 	}
 	select {
-	case <-st.watcher.wake:
+	case <-st.watcher.Wake:
 		w.idle = false
 	default:
 	}
@@ -138,7 +138,7 @@ func (w *simWatcher) disconnect() {
 	}
 	w.read(w.sim.rand.IntN(w.out.Len() + 1))
 	w.out.Reset()
-	w.stream.watcher.close()
+	w.stream.watcher.Close()
 	w.process, w.stream = nil, nil
 }
 
@@ -255,19 +255,19 @@ func (p *process) applied() {
 	if plant := p.sim.plant; plant != nil && plant.deaf {
 		return
 	}
-	p.hub.notify()
+	p.hub.Notify()
 	p.wakeHub()
 }
 
 // wakeHub gives the hub a turn, if it waits for one.
 func (p *process) wakeHub() {
-	if len(p.hub.wake) == 0 {
+	if len(p.hub.Wake) == 0 {
 		return
 	}
 	p.after(p.sim.around(time.Millisecond), func() {
 		select {
-		case <-p.hub.wake:
-			p.hub.distribute()
+		case <-p.hub.Wake:
+			p.hub.Distribute()
 		default:
 		}
 	})
@@ -281,11 +281,11 @@ func validateWatchers(s *sim) error {
 			continue
 		}
 		select {
-		case <-w.process.hub.wake:
-			w.process.hub.distribute()
+		case <-w.process.hub.Wake:
+			w.process.hub.Distribute()
 		default:
 		}
-		for len(w.stream.watcher.wake) > 0 || !w.idle {
+		for len(w.stream.watcher.Wake) > 0 || !w.idle {
 			if w.turn(); w.process == nil {
 				break
 			}

@@ -1040,5 +1040,5 @@ func checkPrivateDir(dir string) error {
 // isOurs says whether a node uses this name in its data directory.
 func isOurs(name string) bool {
 	name = strings.TrimSuffix(name, ".tmp")
-	return slices.Contains([]string{lockName, unfinishedName, foundingName, divergedName, watermarkName, secretName, journalPositionName, walDir, snapDir}, name)
+	return slices.Contains([]string{lockName, unfinishedName, foundingName, divergedName, watermarkName, secretName, JournalPositionName, walDir, snapDir}, name)
 }

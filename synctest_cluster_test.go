@@ -123,9 +123,9 @@ func (c *virtualCluster) newNode(cfg config) *virtualNode {
 		testkit.Must(t, err)
 	}
 	kv := &store.Store{State: rec.state}
-	hub := newHub(kv)
+	hub := NewHub(kv)
 	n := &virtualNode{
-		node:    &node{loop: newLoop(cfg.tick, hub.notify, logger), config: cfg, store: kv, hub: hub, logger: logger},
+		node:    &node{loop: newLoop(cfg.tick, hub.Notify, logger), config: cfg, store: kv, hub: hub, logger: logger},
 		cluster: c,
 		disk:    disk,
 		ended:   make(chan error, 1),
@@ -150,7 +150,7 @@ func (n *virtualNode) start() {
 	hubEnded := make(chan struct{})
 	go func() {
 		defer close(hubEnded)
-		_ = n.hub.run(ctx) // ends with ctx only
+		_ = n.hub.Run(ctx) // ends with ctx only
 	}()
 	pipes := testkit.NewPipeListener()
 	n.server = newHTTPServer(newHTTPAPI(httpConfig{

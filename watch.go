@@ -24,26 +24,26 @@ import (
 
 // What one read passes on at most, so that a slow watcher keeps little of it.
 const (
-	readEventsMax = 256
-	readBytesMax  = 32 << 10 // of keys and values; one larger event makes its own
+	ReadEventsMax = 256
+	ReadBytesMax  = 32 << 10 // of keys and values; one larger event makes its own
 )
 
-// hub wakes the watchers of a store.
-type hub struct {
+// Hub wakes the watchers of a store.
+type Hub struct {
 	store *store.Store
-	wake  chan struct{} // holds one token: something was applied
+	Wake  chan struct{} // holds one token: something was applied
 	busy  atomic.Bool   // a watcher is armed
 
-	readEvents int // that one read passes on at most
+	ReadEvents int // that one read passes on at most
 
-	closed atomic.Pointer[fault.Error] // why nobody is told of anything; nil = all are
-	stats  watchStats
+	Closed atomic.Pointer[fault.Error] // why nobody is told of anything; nil = all are
+	Stats  watchStats
 
-	mu       sync.Mutex
+	Mu       sync.Mutex
 	ended    bool   // run has: it stays closed
 	next     uint64 // number of the next event to look at
 	rv       uint64 // all events up to this version were looked at
-	armed    int    // watchers; without any the hub looks at nothing
+	Armed    int    // watchers; without any the hub looks at nothing
 	keys     map[string]*watchNode
 	prefixes watchNode // the root of a tree
 
@@ -55,48 +55,48 @@ const hubTurn = 256
 
 // watchStats counts what watchers do.
 type watchStats struct {
-	open          atomic.Int64
-	events        atomic.Uint64 // passed on
-	slow, expired atomic.Uint64 // watches that ended with errSlow or errExpired
+	Open          atomic.Int64
+	Events        atomic.Uint64 // passed on
+	Slow, Expired atomic.Uint64 // watches that ended with errSlow or errExpired
 }
 
 // note counts what one read came to.
 func (s *watchStats) note(n int, err error) {
-	s.events.Add(uint64(n))
+	s.Events.Add(uint64(n))
 	switch {
 	case errors.Is(err, fault.ErrSlow):
-		s.slow.Add(1)
+		s.Slow.Add(1)
 	case errors.Is(err, fault.ErrExpired):
-		s.expired.Add(1)
+		s.Expired.Add(1)
 	}
 }
 
-func newHub(kv *store.Store) *hub {
-	return &hub{store: kv, wake: make(chan struct{}, 1), readEvents: readEventsMax, keys: map[string]*watchNode{}}
+func NewHub(kv *store.Store) *Hub {
+	return &Hub{store: kv, Wake: make(chan struct{}, 1), ReadEvents: ReadEventsMax, keys: map[string]*watchNode{}}
 }
 
-// notify says that something was applied. It does not block.
-func (h *hub) notify() {
+// Notify says that something was applied. It does not block.
+func (h *Hub) Notify() {
 	if h.busy.Load() || h.versions.busy.Load() {
-		wakeUp(h.wake)
+		wakeUp(h.Wake)
 	}
 }
 
-// run wakes watchers until ctx ends. Then every watch ends with it.
-func (h *hub) run(ctx context.Context) error {
+// Run wakes watchers until ctx ends. Then every watch ends with it.
+func (h *Hub) Run(ctx context.Context) error {
 	for {
 		select {
-		case <-h.wake:
-			h.distribute()
+		case <-h.Wake:
+			h.Distribute()
 		case <-ctx.Done():
-			h.close(fault.ErrShuttingDown)
+			h.Close(fault.ErrShuttingDown)
 			return nil
 		}
 	}
 }
 
-// distribute looks at all that was applied since the last time.
-func (h *hub) distribute() {
+// Distribute looks at all that was applied since the last time.
+func (h *Hub) Distribute() {
 	for more := true; more; {
 		h.versions.release(h.store.Version())
 		more = h.lookAtSome()
@@ -104,10 +104,10 @@ func (h *hub) distribute() {
 }
 
 // lookAtSome looks at the next events, if somebody waits for any.
-func (h *hub) lookAtSome() (more bool) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.armed == 0 {
+func (h *Hub) lookAtSome() (more bool) {
+	h.Mu.Lock()
+	defer h.Mu.Unlock()
+	if h.Armed == 0 {
 		return false
 	}
 	events, _, ok := h.store.EventsFrom(h.next)
@@ -122,7 +122,7 @@ func (h *hub) lookAtSome() (more bool) {
 }
 
 // look wakes those who want the next event.
-func (h *hub) look(e *store.Event) {
+func (h *Hub) look(e *store.Event) {
 	if n := h.keys[e.Key]; n != nil {
 		h.wakeNode(n)
 	}
@@ -133,7 +133,7 @@ func (h *hub) look(e *store.Event) {
 	}
 }
 
-func (h *hub) wakeNode(n *watchNode) {
+func (h *Hub) wakeNode(n *watchNode) {
 	for w := range n.armed {
 		if w.next <= h.next { // otherwise it has read this event already
 			h.disarm(w)
@@ -142,7 +142,7 @@ func (h *hub) wakeNode(n *watchNode) {
 	}
 }
 
-func (h *hub) wakeAll() {
+func (h *Hub) wakeAll() {
 	wake := func(n *watchNode) {
 		for w := range n.armed {
 			h.disarm(w)
@@ -157,36 +157,36 @@ func (h *hub) wakeAll() {
 
 // arm makes the hub wake w for the next event that w wants, unless the hub has
 // ended, or has looked at events that w has not read.
-func (h *hub) arm(w *watcher) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.armed == 0 {
+func (h *Hub) arm(w *Watcher) {
+	h.Mu.Lock()
+	defer h.Mu.Unlock()
+	if h.Armed == 0 {
 		h.next, h.rv = w.next, w.rv
 	}
-	if h.closed.Load() != nil || w.next < h.next {
+	if h.Closed.Load() != nil || w.next < h.next {
 		return
 	}
 	w.node.armed[w] = struct{}{}
 	w.caughtUp = true
 	w.armed.Store(true)
-	h.armed++
+	h.Armed++
 	h.busy.Store(true)
-	h.notify() // what was applied before busy was set
+	h.Notify() // what was applied before busy was set
 }
 
 // disarm lets an armed watcher go on where the hub is.
-func (h *hub) disarm(w *watcher) {
+func (h *Hub) disarm(w *Watcher) {
 	delete(w.node.armed, w)
 	w.next, w.rv = max(w.next, h.next), max(w.rv, h.rv)
 	w.armed.Store(false)
-	h.armed--
-	h.busy.Store(h.armed > 0)
+	h.Armed--
+	h.busy.Store(h.Armed > 0)
 }
 
 // enter gives a watcher its node, which it keeps until it leaves.
-func (h *hub) enter(w *watcher) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
+func (h *Hub) enter(w *Watcher) {
+	h.Mu.Lock()
+	defer h.Mu.Unlock()
 	if w.isPrefix {
 		w.node = h.prefixes.find(w.key)
 	} else if w.node = h.keys[w.key]; w.node == nil {
@@ -194,12 +194,12 @@ func (h *hub) enter(w *watcher) {
 		h.keys[w.key] = w.node
 	}
 	if w.node.armed == nil {
-		w.node.armed = map[*watcher]struct{}{}
+		w.node.armed = map[*Watcher]struct{}{}
 	}
 	w.node.users++
 }
 
-func (h *hub) leave(w *watcher) {
+func (h *Hub) leave(w *Watcher) {
 	switch w.node.users--; {
 	case w.node.users > 0:
 	case w.isPrefix:
@@ -209,47 +209,47 @@ func (h *hub) leave(w *watcher) {
 	}
 }
 
-// close ends all watches and waits, and what begins until the hub is reopened.
+// Close ends all watches and waits, and what begins until the hub is reopened.
 // With errShuttingDown that is never.
-func (h *hub) close(err *fault.Error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
+func (h *Hub) Close(err *fault.Error) {
+	h.Mu.Lock()
+	defer h.Mu.Unlock()
 	if h.ended {
 		return
 	}
 	h.ended = err == fault.ErrShuttingDown
-	h.closed.Store(err)
+	h.Closed.Store(err)
 	h.wakeAll()
 	h.versions.end(err)
 }
 
 // reopen lets new watches start again.
-func (h *hub) reopen() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
+func (h *Hub) reopen() {
+	h.Mu.Lock()
+	defer h.Mu.Unlock()
 	if !h.ended {
-		h.closed.Store(nil)
+		h.Closed.Store(nil)
 	}
 }
 
-// gate closes the hub because of err, or reopens it.
-func (h *hub) gate(err *fault.Error) {
+// Gate closes the hub because of err, or reopens it.
+func (h *Hub) Gate(err *fault.Error) {
 	if err != nil {
-		h.close(err)
+		h.Close(err)
 	} else {
 		h.reopen()
 	}
 }
 
-// watcher is one watch. Its methods are for one goroutine.
-type watcher struct {
-	hub      *hub
+// Watcher is one watch. Its methods are for one goroutine.
+type Watcher struct {
+	hub      *Hub
 	key      string
 	isPrefix bool
 	patient  bool          // never gets errSlow
 	closed   bool          // guarded by the hub's mutex
 	node     *watchNode    // where the hub looks for it
-	wake     chan struct{} // holds one token: read may return something new
+	Wake     chan struct{} // holds one token: read may return something new
 
 	// armed is set by the watcher and reset by the hub, under its mutex. Meanwhile
 	// the rest is the hub's, guarded by the mutex, and otherwise the watcher's.
@@ -259,37 +259,37 @@ type watcher struct {
 	rv       uint64 // it wants no more events up to this version
 }
 
-// watch starts a watch of one key, or of all keys with a prefix, for the events
+// Watch starts a watch of one key, or of all keys with a prefix, for the events
 // above rv, which the store must have reached. The caller must close it.
-func (h *hub) watch(key string, isPrefix bool, rv uint64) (*watcher, error) {
+func (h *Hub) Watch(key string, isPrefix bool, rv uint64) (*Watcher, error) {
 	n, ok := h.store.SeekEvent(rv)
 	if !ok {
 		return nil, fault.ErrExpired
 	}
-	h.stats.open.Add(1)
-	w := &watcher{hub: h, key: key, isPrefix: isPrefix, next: n, rv: rv, wake: make(chan struct{}, 1)}
+	h.Stats.Open.Add(1)
+	w := &Watcher{hub: h, key: key, isPrefix: isPrefix, next: n, rv: rv, Wake: make(chan struct{}, 1)}
 	h.enter(w)
 	return w, nil
 }
 
-// close ends the watch.
-func (w *watcher) close() {
-	w.hub.mu.Lock()
-	defer w.hub.mu.Unlock()
+// Close ends the watch.
+func (w *Watcher) Close() {
+	w.hub.Mu.Lock()
+	defer w.hub.Mu.Unlock()
 	if w.closed {
 		return
 	}
 	w.closed = true
-	w.hub.stats.open.Add(-1)
+	w.hub.Stats.Open.Add(-1)
 	if w.armed.Load() {
 		w.hub.disarm(w)
 	}
 	w.hub.leave(w)
 }
 
-func (w *watcher) signal() { wakeUp(w.wake) }
+func (w *Watcher) signal() { wakeUp(w.Wake) }
 
-// read passes the next events to take, in order and without a gap, and returns
+// Read passes the next events to take, in order and without a gap, and returns
 // how many there were. When there are none at present, wake tells when to read
 // again. last means that w gets no more events of that version; the rest of
 // others comes with the next read. All events up to version rv were passed on.
@@ -297,31 +297,31 @@ func (w *watcher) signal() { wakeUp(w.wake) }
 //
 // An error is final, and comes without events. What w got after rv is then an
 // incomplete version.
-func (w *watcher) read(take func(e *store.Event, last bool)) (n int, rv uint64, err error) {
+func (w *Watcher) Read(take func(e *store.Event, last bool)) (n int, rv uint64, err error) {
 	for {
-		if armed, rv, err := w.state(); armed || err != nil {
+		if armed, rv, err := w.State(); armed || err != nil {
 			return 0, rv, err
 		}
 		if n, err := w.scan(take); n > 0 || err != nil {
-			w.hub.stats.note(n, err)
+			w.hub.Stats.note(n, err)
 			return n, w.rv, err
 		}
 		w.hub.arm(w) // if that fails there is more to read
 	}
 }
 
-// state says whether there is nothing to read because the hub has not seen
+// State says whether there is nothing to read because the hub has not seen
 // anything for w.
-func (w *watcher) state() (armed bool, rv uint64, err error) {
+func (w *Watcher) State() (armed bool, rv uint64, err error) {
 	h := w.hub
 	if w.armed.Load() {
-		h.mu.Lock()
-		defer h.mu.Unlock()
+		h.Mu.Lock()
+		defer h.Mu.Unlock()
 		if armed = w.armed.Load(); armed { // still
 			w.rv = max(w.rv, h.rv)
 		}
 	}
-	if err := h.closed.Load(); err != nil {
+	if err := h.Closed.Load(); err != nil {
 		return false, w.rv, err
 	}
 	return armed, w.rv, nil
@@ -329,7 +329,7 @@ func (w *watcher) state() (armed bool, rv uint64, err error) {
 
 // scan reads the window until it has passed on events enough, or is at the end.
 // It stops within a version only before an event that w wants.
-func (w *watcher) scan(take func(e *store.Event, last bool)) (n int, err error) {
+func (w *Watcher) scan(take func(e *store.Event, last bool)) (n int, err error) {
 	size := uint64(0)
 	var found *store.Event // to be passed on once it is known whether it is the last of its version
 	pass := func(last bool) (full bool) {
@@ -337,7 +337,7 @@ func (w *watcher) scan(take func(e *store.Event, last bool)) (n int, err error) 
 		n++
 		size += found.Size()
 		found = nil
-		return n >= w.hub.readEvents || size >= readBytesMax
+		return n >= w.hub.ReadEvents || size >= ReadBytesMax
 	}
 	for {
 		chunk, aging, ok := w.hub.store.EventsFrom(w.next)
@@ -370,23 +370,23 @@ func (w *watcher) scan(take func(e *store.Event, last bool)) (n int, err error) 
 	}
 }
 
-func (w *watcher) wants(key string) bool {
+func (w *Watcher) wants(key string) bool {
 	if w.isPrefix {
 		return strings.HasPrefix(key, w.key)
 	}
 	return key == w.key
 }
 
-// waitVersion returns once the store holds version rv.
-func (h *hub) waitVersion(ctx context.Context, rv uint64) error {
+// WaitVersion returns once the store holds version rv.
+func (h *Hub) WaitVersion(ctx context.Context, rv uint64) error {
 	if h.store.Version() >= rv {
 		return nil
 	}
 	v := &versionWaiter{rv: rv, done: make(chan struct{})}
-	if err := h.versions.add(v, &h.closed); err != nil {
+	if err := h.versions.add(v, &h.Closed); err != nil {
 		return err
 	}
-	h.notify() // what was applied before it waited
+	h.Notify() // what was applied before it waited
 	select {
 	case <-v.done:
 		return v.err
@@ -404,7 +404,7 @@ type watchNode struct {
 	name     string
 	children []*watchNode
 	firsts   []byte // for each child the first byte of its name after this one's; no two are equal
-	armed    map[*watcher]struct{}
+	armed    map[*Watcher]struct{}
 	users    int // watchers; without any the node is where ways part, or the root
 }
 

@@ -27,7 +27,7 @@ import (
 type watchRig struct {
 	t     testing.TB
 	store *store.Store
-	hub   *hub
+	hub   *Hub
 
 	mu      sync.Mutex // one writer at a time
 	index   uint64
@@ -38,14 +38,14 @@ type watchRig struct {
 
 func newWatchRig(t testing.TB) *watchRig {
 	kv := store.New()
-	return &watchRig{t: t, store: kv, hub: newHub(kv), record: true}
+	return &watchRig{t: t, store: kv, hub: NewHub(kv), record: true}
 }
 
 // run runs the hub until the test ends.
 func (r *watchRig) run() {
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
-	wg.Go(func() { _ = r.hub.run(ctx) })
+	wg.Go(func() { _ = r.hub.Run(ctx) })
 	r.t.Cleanup(func() {
 		cancel()
 		wg.Wait()
@@ -81,7 +81,7 @@ func (r *watchRig) apply(commands ...store.Command) []store.Result {
 			r.history.Messages = append(r.history.Messages, watchcheck.MessageOf(e))
 		}
 	}
-	r.hub.notify()
+	r.hub.Notify()
 	return out
 }
 
@@ -102,34 +102,34 @@ func (r *watchRig) fill(n int) {
 	}
 }
 
-func (r *watchRig) watch(key string, isPrefix bool, rv uint64) *watcher {
+func (r *watchRig) watch(key string, isPrefix bool, rv uint64) *Watcher {
 	r.t.Helper()
-	w, err := r.hub.watch(key, isPrefix, rv)
+	w, err := r.hub.Watch(key, isPrefix, rv)
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	r.t.Cleanup(w.close)
+	r.t.Cleanup(w.Close)
 	return w
 }
 
-// readAll returns what one read passes on.
-func readAll(w *watcher) (events []store.Event, rv uint64, err error) {
-	n, rv, err := w.read(func(e *store.Event, last bool) {
+// ReadAll returns what one read passes on.
+func ReadAll(w *Watcher) (events []store.Event, rv uint64, err error) {
+	n, rv, err := w.Read(func(e *store.Event, last bool) {
 		c := *e
 		c.Last = last
 		events = append(events, c)
 	})
 	if n != len(events) {
-		w.hub.close(fault.ErrInternal) // no test goes on from here
+		w.hub.Close(fault.ErrInternal) // no test goes on from here
 	}
 	return events, rv, err
 }
 
 // drain reads until there is nothing at present, and shows what came: key@rv,
 // with a + if more of the version follow.
-func drain(w *watcher) (got []string, rv uint64, err error) {
+func drain(w *Watcher) (got []string, rv uint64, err error) {
 	for {
-		events, rv, err := readAll(w)
+		events, rv, err := ReadAll(w)
 		if len(events) == 0 {
 			return got, rv, err
 		}
@@ -143,7 +143,7 @@ func drain(w *watcher) (got []string, rv uint64, err error) {
 	}
 }
 
-func wantDrained(t *testing.T, w *watcher, rv uint64, want ...string) {
+func wantDrained(t *testing.T, w *Watcher, rv uint64, want ...string) {
 	t.Helper()
 	got, gotRV, err := drain(w)
 	if err != nil || !slices.Equal(got, want) || gotRV != rv {
@@ -152,9 +152,9 @@ func wantDrained(t *testing.T, w *watcher, rv uint64, want ...string) {
 }
 
 // idle says what is left of watches that were closed, and of waits that are over.
-func (h *hub) idle() error {
-	if h.armed != 0 || len(h.keys) != 0 || len(h.prefixes.children) != 0 || h.prefixes.users != 0 || h.busy.Load() || h.versions.busy.Load() || len(h.versions.heap) > 0 {
-		return fmt.Errorf("%d armed, %v %v, %d wait for versions", h.armed, h.keys, h.prefixes, len(h.versions.heap))
+func (h *Hub) idle() error {
+	if h.Armed != 0 || len(h.keys) != 0 || len(h.prefixes.children) != 0 || h.prefixes.users != 0 || h.busy.Load() || h.versions.busy.Load() || len(h.versions.heap) > 0 {
+		return fmt.Errorf("%d armed, %v %v, %d wait for versions", h.Armed, h.keys, h.prefixes, len(h.versions.heap))
 	}
 	return nil
 }
@@ -199,7 +199,7 @@ func TestHub_Filter(t *testing.T) {
 		key      string
 		isPrefix bool
 	}
-	live := map[filter]*watcher{}
+	live := map[filter]*Watcher{}
 	for _, key := range []string{"", "a", "ab", "abc", "abcd", "x", "\xff"} {
 		for _, isPrefix := range []bool{true, false} {
 			w := r.watch(key, isPrefix, 7)
@@ -209,7 +209,7 @@ func TestHub_Filter(t *testing.T) {
 	}
 	for _, key := range []string{"a", "ab", "abc", "b", "\xff", "\xff\xff", "ab/"} {
 		r.put(key, "w")
-		r.hub.distribute()
+		r.hub.Distribute()
 	}
 	for f, w := range live {
 		past, _, err := drain(r.watch(f.key, f.isPrefix, 7))
@@ -227,29 +227,29 @@ func TestHub_Armed(t *testing.T) {
 	w, other := r.watch("a", false, 1), r.watch("b", false, 1)
 	wantDrained(t, w, 1)
 	wantDrained(t, other, 1)
-	if r.hub.armed != 2 {
-		t.Fatalf("%d armed", r.hub.armed)
+	if r.hub.Armed != 2 {
+		t.Fatalf("%d armed", r.hub.Armed)
 	}
 	r.put("c", "1")
 	wantDrained(t, w, 1) // the hub has not looked yet
-	r.hub.distribute()
+	r.hub.Distribute()
 	wantDrained(t, w, 2) // it has
-	if len(w.wake) != 0 {
+	if len(w.Wake) != 0 {
 		t.Error("woken by a key that it does not want")
 	}
 	r.put("a", "2")
 	r.put("a", "3")
-	r.hub.distribute()
-	if len(w.wake) != 1 || r.hub.armed != 1 {
-		t.Errorf("%d wakes, %d armed", len(w.wake), r.hub.armed)
+	r.hub.Distribute()
+	if len(w.Wake) != 1 || r.hub.Armed != 1 {
+		t.Errorf("%d wakes, %d armed", len(w.Wake), r.hub.Armed)
 	}
 	r.put("a", "4") // while it is not armed
 	wantDrained(t, w, 5, "a@3", "a@4", "a@5")
-	r.hub.distribute()
+	r.hub.Distribute()
 	wantDrained(t, w, 5)
-	w.close()
-	other.close()
-	other.close() // again
+	w.Close()
+	other.Close()
+	other.Close() // again
 	if err := r.hub.idle(); err != nil {
 		t.Errorf("after close: %v", err)
 	}
@@ -264,13 +264,13 @@ func TestHub_ArmBehindAndAhead(t *testing.T) {
 	second := r.watch("", true, 0)
 	r.put("a", "1")
 	wantDrained(t, second, 1, "a@1") // is ahead of the hub now
-	r.hub.distribute()               // must not tell it again
+	r.hub.Distribute()               // must not tell it again
 	wantDrained(t, second, 1)
 	wantDrained(t, first, 1)
 	third := r.watch("a", false, 0) // is behind it
 	wantDrained(t, third, 1, "a@1")
 	r.put("a", "2")
-	r.hub.distribute()
+	r.hub.Distribute()
 	wantDrained(t, third, 2, "a@2")
 	wantDrained(t, second, 2, "a@2")
 	wantDrained(t, first, 2)
@@ -299,7 +299,7 @@ func TestHub_LargeVersion(t *testing.T) {
 		r.fill(n)
 		start := r.put("z", "v")
 		// All of them, every one but in the middle of others, and the last one.
-		watchers := map[int]*watcher{
+		watchers := map[int]*Watcher{
 			n: r.watch("k/", true, start), n / 3: r.watch("k/01", true, start), 1: r.watch("k/029999", false, start),
 		}
 		if live {
@@ -311,15 +311,15 @@ func TestHub_LargeVersion(t *testing.T) {
 			t.Fatalf("%d deleted", got.Count)
 		}
 		r.put("z", "w")
-		r.hub.distribute()
+		r.hub.Distribute()
 		for want, w := range watchers {
 			events := 0
 			for {
-				batch, rv, err := readAll(w)
+				batch, rv, err := ReadAll(w)
 				if err != nil {
 					t.Fatal(err)
 				}
-				if len(batch) > readEventsMax {
+				if len(batch) > ReadEventsMax {
 					t.Errorf("a read of %d events", len(batch))
 				}
 				if len(batch) == 0 {
@@ -354,7 +354,7 @@ func TestHub_ReadSize(t *testing.T) {
 	w := r.watch("k", false, 0)
 	var sizes []int
 	for {
-		events, _, err := readAll(w)
+		events, _, err := ReadAll(w)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -366,7 +366,7 @@ func TestHub_ReadSize(t *testing.T) {
 			size += len(e.Item.Value)
 		}
 		sizes = append(sizes, size)
-		if size > readBytesMax+10<<10 && size < 1<<20 || size > 1<<20+readBytesMax {
+		if size > ReadBytesMax+10<<10 && size < 1<<20 || size > 1<<20+ReadBytesMax {
 			t.Errorf("a read of %d bytes", size)
 		}
 	}
@@ -377,12 +377,12 @@ func TestHub_ReadSize(t *testing.T) {
 
 // smallWindow keeps about n events.
 // shrinkWindow sets the bounds of the window, and drops what is too much.
-func shrinkWindow(s *store.Store, countMax, bytesMax uint64) {
+func ShrinkWindow(s *store.Store, countMax, bytesMax uint64) {
 	s.SetWindow(countMax, bytesMax)
 	s.TrimWindow()
 }
 
-func (r *watchRig) smallWindow(n uint64) { shrinkWindow(r.store, n, 64<<20) }
+func (r *watchRig) smallWindow(n uint64) { ShrinkWindow(r.store, n, 64<<20) }
 
 func TestHub_Slow(t *testing.T) {
 	r := newWatchRig(t)
@@ -395,29 +395,29 @@ func TestHub_Slow(t *testing.T) {
 	wantDrained(t, patient, 1, "a@1")
 	// As long as nothing was dropped nobody is slow.
 	r.fill(15 * store.ChunkEventsMax)
-	r.hub.distribute()
-	for range 2 * store.ChunkEventsMax / readEventsMax {
-		if events, _, err := readAll(w); len(events) != readEventsMax || err != nil {
+	r.hub.Distribute()
+	for range 2 * store.ChunkEventsMax / ReadEventsMax {
+		if events, _, err := ReadAll(w); len(events) != ReadEventsMax || err != nil {
 			t.Fatalf("%d events, %v", len(events), err)
 		}
 	}
 	// When the oldest chunk is gone and w is in the second of those that are left:
 	for r.store.EventsDropped() == 0 {
 		r.fill(100)
-		r.hub.distribute()
+		r.hub.Distribute()
 	}
-	_, rv, err := readAll(w)
+	_, rv, err := ReadAll(w)
 	if !errors.Is(err, fault.ErrSlow) || rv != 1+2*store.ChunkEventsMax {
 		t.Fatalf("read up to %d, %v; want errSlow after %d", rv, err, 1+2*store.ChunkEventsMax)
 	}
-	if _, again, err := readAll(w); again != rv || !errors.Is(err, fault.ErrSlow) {
+	if _, again, err := ReadAll(w); again != rv || !errors.Is(err, fault.ErrSlow) {
 		t.Errorf("then read up to %d, %v", again, err)
 	}
 	// It can be resumed, and then gets everything.
 	v := watchcheck.New("resumed", "", true, false, rv)
 	resumed := r.watch("", true, rv)
 	for {
-		events, _, err := readAll(resumed)
+		events, _, err := ReadAll(resumed)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -434,12 +434,12 @@ func TestHub_Slow(t *testing.T) {
 		t.Errorf("resumed up to %d of %d", v.Done, r.store.Version())
 	}
 	// Who is behind the window is not resumed, whether or not it was live.
-	for name, w := range map[string]*watcher{"patient": patient, "fresh": fresh} {
-		if _, rv, err := readAll(w); !errors.Is(err, fault.ErrExpired) || rv != w.rv {
+	for name, w := range map[string]*Watcher{"patient": patient, "fresh": fresh} {
+		if _, rv, err := ReadAll(w); !errors.Is(err, fault.ErrExpired) || rv != w.rv {
 			t.Errorf("%s: up to %d, %v; want errExpired", name, rv, err)
 		}
 	}
-	if _, err := r.hub.watch("", true, r.store.EventsDropped()-1); !errors.Is(err, fault.ErrExpired) {
+	if _, err := r.hub.Watch("", true, r.store.EventsDropped()-1); !errors.Is(err, fault.ErrExpired) {
 		t.Errorf("watch from before the window: %v", err)
 	}
 	wantDrained(t, r.watch("nothing", false, r.store.EventsDropped()), r.store.Version())
@@ -459,8 +459,8 @@ func TestHub_SnapshotSkips(t *testing.T) {
 	wantDrained(t, caughtUp, 1)
 	notArmed := r.watch("k/", true, 0)
 	r.store.Restore(leader.store.Snapshot())
-	r.hub.distribute()
-	for name, w := range map[string]*watcher{"armed": armed, "caught up": caughtUp, "not armed": notArmed} {
+	r.hub.Distribute()
+	for name, w := range map[string]*Watcher{"armed": armed, "caught up": caughtUp, "not armed": notArmed} {
 		if got, _, err := drain(w); !errors.Is(err, fault.ErrExpired) || len(got) > 0 {
 			t.Errorf("%s: read %v, %v; want errExpired", name, got, err)
 		}
@@ -477,7 +477,7 @@ func TestHub_SnapshotSkips(t *testing.T) {
 	ahead.fill(2 * store.ChunkEventsMax)
 	ahead.fill(1)
 	overlap.store.Restore(ahead.store.Snapshot())
-	overlap.hub.distribute()
+	overlap.hub.Distribute()
 	wantDrained(t, w, 2*store.ChunkEventsMax+1, fmt.Sprintf("k/000000@%d", 2*store.ChunkEventsMax+1))
 }
 
@@ -487,10 +487,10 @@ func TestHub_NotifyNeverBlocks(t *testing.T) {
 	wantDrained(t, w, 0)
 	for range 10 {
 		r.put("a", "v")
-		r.hub.notify()
+		r.hub.Notify()
 	}
-	if len(r.hub.wake) != 1 {
-		t.Errorf("%d wakes", len(r.hub.wake))
+	if len(r.hub.Wake) != 1 {
+		t.Errorf("%d wakes", len(r.hub.Wake))
 	}
 }
 
@@ -499,21 +499,21 @@ func TestHub_Close(t *testing.T) {
 	armed, fresh := r.watch("a", false, 0), r.watch("a", false, 0)
 	wantDrained(t, armed, 0)
 	r.put("a", "v")
-	r.hub.close(fault.ErrShuttingDown)
-	if len(armed.wake) != 1 {
+	r.hub.Close(fault.ErrShuttingDown)
+	if len(armed.Wake) != 1 {
 		t.Error("the armed watcher was not woken")
 	}
 	for range 2 {
-		for _, w := range []*watcher{armed, fresh, r.watch("a", false, 0)} {
-			if events, _, err := readAll(w); len(events) > 0 || !errors.Is(err, fault.ErrShuttingDown) {
+		for _, w := range []*Watcher{armed, fresh, r.watch("a", false, 0)} {
+			if events, _, err := ReadAll(w); len(events) > 0 || !errors.Is(err, fault.ErrShuttingDown) {
 				t.Errorf("read %v, %v", events, err)
 			}
 		}
 	}
-	if err := r.hub.waitVersion(t.Context(), 2); !errors.Is(err, fault.ErrShuttingDown) {
+	if err := r.hub.WaitVersion(t.Context(), 2); !errors.Is(err, fault.ErrShuttingDown) {
 		t.Errorf("waitVersion: %v", err)
 	}
-	if err := r.hub.waitVersion(t.Context(), 1); err != nil {
+	if err := r.hub.WaitVersion(t.Context(), 1); err != nil {
 		t.Errorf("waitVersion of what is there: %v", err)
 	}
 }
@@ -523,8 +523,8 @@ func TestHub_WaitVersion(t *testing.T) {
 		r := newWatchRig(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		go func() { _ = r.hub.run(ctx) }()
-		if err := r.hub.waitVersion(ctx, 0); err != nil {
+		go func() { _ = r.hub.Run(ctx) }()
+		if err := r.hub.WaitVersion(ctx, 0); err != nil {
 			t.Error(err)
 		}
 		errs := map[uint64]error{}
@@ -538,7 +538,7 @@ func TestHub_WaitVersion(t *testing.T) {
 				if rv == 4 {
 					waitCtx = impatient
 				}
-				err := r.hub.waitVersion(waitCtx, rv)
+				err := r.hub.WaitVersion(waitCtx, rv)
 				mu.Lock()
 				defer mu.Unlock()
 				errs[rv] = err
@@ -583,11 +583,11 @@ func TestHub_WaitVersion(t *testing.T) {
 // a version is told that it came too late, when that is so.
 func TestHub_WaitVersionInTime(t *testing.T) {
 	r := newWatchRig(t)
-	r.hub.mu.Lock() // it looks at events
-	defer r.hub.mu.Unlock()
+	r.hub.Mu.Lock() // it looks at events
+	defer r.hub.Mu.Unlock()
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- r.hub.waitVersion(ctx, 1) }()
+	go func() { ended <- r.hub.WaitVersion(ctx, 1) }()
 	cancel()
 	select {
 	case err := <-ended:
@@ -625,16 +625,16 @@ func TestWatchNode_Model(t *testing.T) {
 		}
 		return string(b)
 	}
-	h := newHub(store.New())
-	var open []*watcher
+	h := NewHub(store.New())
+	var open []*Watcher
 	for range 20_000 {
 		switch n := random.IntN(4); {
 		case n == 0 && len(open) > 0:
 			i := random.IntN(len(open))
-			open[i].close()
+			open[i].Close()
 			open = slices.Delete(open, i, i+1)
 		case n == 1 && len(open) < 100:
-			w, err := h.watch(name(12), random.IntN(4) > 0, 0)
+			w, err := h.Watch(name(12), random.IntN(4) > 0, 0)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -672,7 +672,7 @@ func TestWatchNode_Model(t *testing.T) {
 		}
 	}
 	for _, w := range open {
-		w.close()
+		w.Close()
 	}
 	if err := h.idle(); err != nil {
 		t.Error(err)
@@ -709,14 +709,14 @@ func BenchmarkHub_Look(b *testing.B) {
 // TestHub_WaitVersionEndsTwice: a deadline that passes when the hub closes.
 func TestHub_WaitVersionEndsTwice(t *testing.T) {
 	for range 200 {
-		h := newHub(store.New())
+		h := NewHub(store.New())
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
 		for rv := uint64(1); rv <= 4; rv++ {
-			wg.Go(func() { _ = h.waitVersion(ctx, rv) })
+			wg.Go(func() { _ = h.WaitVersion(ctx, rv) })
 		}
 		wg.Go(cancel)
-		wg.Go(func() { h.close(fault.ErrShuttingDown) })
+		wg.Go(func() { h.Close(fault.ErrShuttingDown) })
 		wg.Wait()
 	}
 }
@@ -756,7 +756,7 @@ func TestHub_Random(t *testing.T) {
 		validators[i] = v
 		watchers.Go(func() {
 			for from := v.Start; ; from = v.Resume() {
-				w, err := r.hub.watch(v.Key, v.IsPrefix, from)
+				w, err := r.hub.Watch(v.Key, v.IsPrefix, from)
 				if err != nil { // it must begin anew
 					ended[2].Add(1)
 					old := *v
@@ -767,7 +767,7 @@ func TestHub_Random(t *testing.T) {
 					continue
 				}
 				done, err := observeSome(w, v, random, &stop)
-				w.close()
+				w.Close()
 				switch {
 				case done:
 					return
@@ -800,9 +800,9 @@ func TestHub_Random(t *testing.T) {
 }
 
 // observeSome reads for a while, and when the writers have stopped to the end.
-func observeSome(w *watcher, v *watchcheck.Validator, random *rand.Rand, stop *atomic.Bool) (done bool, err error) {
+func observeSome(w *Watcher, v *watchcheck.Validator, random *rand.Rand, stop *atomic.Bool) (done bool, err error) {
 	for reads := random.IntN(80); ; reads-- {
-		events, rv, err := readAll(w)
+		events, rv, err := ReadAll(w)
 		if err != nil {
 			return false, err
 		}
@@ -823,7 +823,7 @@ func observeSome(w *watcher, v *watchcheck.Validator, random *rand.Rand, stop *a
 		default:
 			v.Observe(watchcheck.Message{Kind: "BOOKMARK", RV: rv})
 			select {
-			case <-w.wake:
+			case <-w.Wake:
 			case <-time.After(10 * time.Millisecond):
 			}
 		}
@@ -870,25 +870,25 @@ func TestHub_CloseRaces(t *testing.T) {
 		r.record = false
 		ctx, cancel := context.WithCancel(t.Context())
 		var wg sync.WaitGroup
-		wg.Go(func() { _ = r.hub.run(ctx) })
+		wg.Go(func() { _ = r.hub.Run(ctx) })
 		for i := range 8 {
 			wg.Go(func() {
 				for {
-					w, err := r.hub.watch([]string{"", "k", "k1"}[i%3], i%2 == 0, r.store.Version())
+					w, err := r.hub.Watch([]string{"", "k", "k1"}[i%3], i%2 == 0, r.store.Version())
 					if err != nil {
 						t.Error(err)
 						return
 					}
 					for range i + 1 {
-						if _, _, err = readAll(w); err != nil {
+						if _, _, err = ReadAll(w); err != nil {
 							break
 						}
 						select {
-						case <-w.wake:
+						case <-w.Wake:
 						case <-time.After(time.Millisecond):
 						}
 					}
-					w.close()
+					w.Close()
 					if err != nil {
 						if !errors.Is(err, fault.ErrShuttingDown) {
 							t.Error(err)
@@ -913,22 +913,22 @@ func TestHub_CloseRaces(t *testing.T) {
 func TestMetrics_Watches(t *testing.T) {
 	r := newWatchRig(t)
 	r.run()
-	s := &r.hub.stats
+	s := &r.hub.Stats
 	a, b := r.watch("k/", true, 0), r.watch("k/", true, 0)
 	r.put("k/1", "v")
-	if _, _, err := readAll(a); err != nil {
+	if _, _, err := ReadAll(a); err != nil {
 		t.Fatal(err)
 	}
-	b.close()
-	b.close()
-	if s.open.Load() != 1 || s.events.Load() != 1 {
-		t.Errorf("%d open, %d events", s.open.Load(), s.events.Load())
+	b.Close()
+	b.Close()
+	if s.Open.Load() != 1 || s.Events.Load() != 1 {
+		t.Errorf("%d open, %d events", s.Open.Load(), s.Events.Load())
 	}
 	r.record = false
-	shrinkWindow(r.store, 1, 1)
+	ShrinkWindow(r.store, 1, 1)
 	r.fill(20_000) // a has read to the first and waits
 	for {
-		n, _, err := a.read(func(*store.Event, bool) {})
+		n, _, err := a.Read(func(*store.Event, bool) {})
 		if err != nil {
 			break
 		}
@@ -936,8 +936,8 @@ func TestMetrics_Watches(t *testing.T) {
 			t.Fatal("it kept up")
 		}
 	}
-	if s.slow.Load()+s.expired.Load() != 1 {
-		t.Errorf("%d slow, %d expired", s.slow.Load(), s.expired.Load())
+	if s.Slow.Load()+s.Expired.Load() != 1 {
+		t.Errorf("%d slow, %d expired", s.Slow.Load(), s.Expired.Load())
 	}
 }
 
@@ -963,7 +963,7 @@ func TestRestore_NoVersionTwice(t *testing.T) {
 	for level := 1; level <= 2; level++ {
 		first, second := made(level, taken+5000, 50), made(level, taken+5001, 8)
 		seen := first.store.Version()
-		_, err := second.hub.watch("k", false, seen)
+		_, err := second.hub.Watch("k", false, seen)
 		if apart := err != nil; apart != (level == 2) {
 			t.Errorf("level %d: a watch from version %d of the first cluster in the second, which is at %d: %v", level, seen, second.store.Version(), err)
 		}
@@ -985,17 +985,17 @@ func TestRestore_NoVersionTwice(t *testing.T) {
 
 // TestHub_Ends: a hub that has ended is not reopened, and its reason stays.
 func TestHub_Ends(t *testing.T) {
-	h := newHub(store.New())
-	h.close(fault.ErrDiverged)
-	h.close(fault.ErrShuttingDown)
-	h.close(fault.ErrDiverged)
+	h := NewHub(store.New())
+	h.Close(fault.ErrDiverged)
+	h.Close(fault.ErrShuttingDown)
+	h.Close(fault.ErrDiverged)
 	h.reopen()
-	w, err := h.watch("", true, 0)
+	w, err := h.Watch("", true, 0)
 	testkit.Must(t, err)
-	if _, _, err := w.read(func(*store.Event, bool) {}); !errors.Is(err, fault.ErrShuttingDown) {
+	if _, _, err := w.Read(func(*store.Event, bool) {}); !errors.Is(err, fault.ErrShuttingDown) {
 		t.Errorf("read: %v", err)
 	}
-	if err := h.waitVersion(t.Context(), 1); !errors.Is(err, fault.ErrShuttingDown) {
+	if err := h.WaitVersion(t.Context(), 1); !errors.Is(err, fault.ErrShuttingDown) {
 		t.Errorf("waitVersion: %v", err)
 	}
 }
@@ -1004,37 +1004,37 @@ func TestHub_Ends(t *testing.T) {
 // next write: they make the hub look.
 func TestHub_LooksForTheFirst(t *testing.T) {
 	s := store.New()
-	h := newHub(s)
-	w, err := h.watch("", true, 0)
+	h := NewHub(s)
+	w, err := h.Watch("", true, 0)
 	testkit.Must(t, err)
 	if _, err := w.scan(func(*store.Event, bool) {}); err != nil {
 		t.Fatal(err)
 	}
 	storetest.Apply(t, s, store.Command{Op: store.OpPut, Key: "k", Value: "v"})
-	h.notify() // nobody waits, so this does nothing
-	if len(h.wake) != 0 {
+	h.Notify() // nobody waits, so this does nothing
+	if len(h.Wake) != 0 {
 		t.Fatal("it looks although nobody waits")
 	}
 	h.arm(w)
-	if len(h.wake) != 1 {
+	if len(h.Wake) != 1 {
 		t.Error("a watcher that arms itself does not make the hub look")
 	}
-	h.distribute()
-	if n, _, err := w.read(func(*store.Event, bool) {}); n != 1 || err != nil {
+	h.Distribute()
+	if n, _, err := w.Read(func(*store.Event, bool) {}); n != 1 || err != nil {
 		t.Errorf("read %d events: %v", n, err)
 	}
-	w.close()
+	w.Close()
 
-	h = newHub(s)
+	h = NewHub(s)
 	done := make(chan error, 1)
-	go func() { done <- h.waitVersion(t.Context(), s.Version()+1) }()
+	go func() { done <- h.WaitVersion(t.Context(), s.Version()+1) }()
 	select {
-	case <-h.wake:
+	case <-h.Wake:
 	case <-time.After(5 * time.Second):
 		t.Fatal("one that waits for a version does not make the hub look")
 	}
 	storetest.Apply(t, s, store.Command{Op: store.OpPut, Key: "k", Value: "v"})
-	h.distribute()
+	h.Distribute()
 	testkit.Must(t, <-done)
 }
 
@@ -1079,7 +1079,7 @@ func TestHub_OthersDoNotNotice(t *testing.T) {
 				r.put(keyOf(i), value)
 			}
 			rv := r.put("other", "1")
-			watches := map[string]*watcher{"the key of another": r.watch("other", false, rv), "the prefix": r.watch("big/", true, rv)}
+			watches := map[string]*Watcher{"the key of another": r.watch("other", false, rv), "the prefix": r.watch("big/", true, rv)}
 			for _, w := range watches {
 				if _, _, err := drain(w); err != nil {
 					t.Fatal(err)
@@ -1087,7 +1087,7 @@ func TestHub_OthersDoNotNotice(t *testing.T) {
 			}
 			r.apply(batch...)
 			r.put("other", "2")
-			r.hub.distribute()
+			r.hub.Distribute()
 			for name, w := range watches {
 				want := map[bool]int{true: n, false: 1}[w.isPrefix]
 				if got, _, err := drain(w); err != nil || len(got) != want {
@@ -1135,7 +1135,7 @@ func TestHub_DeletedValue(t *testing.T) {
 func TestEventLog_NewestEntry(t *testing.T) {
 	r := newWatchRig(t)
 	r.record = false
-	shrinkWindow(r.store, 1, 1)
+	ShrinkWindow(r.store, 1, 1)
 	r.fill(2 * store.ChunkEventsMax)
 	w := r.watch("k/", true, r.store.Version())
 	if _, _, err := drain(w); err != nil {
@@ -1147,7 +1147,7 @@ func TestEventLog_NewestEntry(t *testing.T) {
 	}
 	for range 3 {
 		r.apply(batch...)
-		r.hub.distribute()
+		r.hub.Distribute()
 		if got, _, err := drain(w); err != nil || len(got) != len(batch) {
 			t.Fatalf("%d events of %d, %v", len(got), len(batch), err)
 		}

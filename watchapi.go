@@ -70,7 +70,7 @@ func (h *httpAPI) watch(w http.ResponseWriter, r request) error {
 	if err != nil {
 		return err
 	}
-	defer s.watcher.close()
+	defer s.watcher.Close()
 	if list != nil {
 		defer list.close()
 	}
@@ -142,7 +142,7 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *keyList, err erro
 		}
 	}
 	s.rv = rv
-	if s.watcher, err = h.hub.watch(filter, isPrefix, rv); err == nil {
+	if s.watcher, err = h.hub.Watch(filter, isPrefix, rv); err == nil {
 		return nil, nil
 	}
 	if p.initial {
@@ -162,7 +162,7 @@ func (h *httpAPI) listAndWatch(s *watchStream, r request, filter string, isPrefi
 		return nil, err
 	}
 	s.rv = list.rv
-	if s.watcher, err = h.hub.watch(filter, isPrefix, list.rv); err != nil {
+	if s.watcher, err = h.hub.Watch(filter, isPrefix, list.rv); err != nil {
 		list.close()
 		return nil, expired(h.store.Version())
 	}
@@ -205,7 +205,7 @@ func (h *httpAPI) newWatchList(r request, filter string, isPrefix bool) (*keyLis
 type watchStream struct {
 	w        http.ResponseWriter
 	control  *http.ResponseController
-	watcher  *watcher
+	watcher  *Watcher
 	cluster  string
 	events   bool // server-sent events
 	hello    bool // the client does not know where the watch starts
@@ -253,7 +253,7 @@ func (s *watchStream) run(ctx context.Context, list *keyList) error {
 		}
 		timer.Reset(wait)
 		select {
-		case <-s.watcher.wake:
+		case <-s.watcher.Wake:
 		case <-timer.C:
 		case <-ctx.Done():
 			return ctx.Err()
@@ -294,7 +294,7 @@ func (s *watchStream) writeList(list *keyList) error {
 			s.listing, s.part = false, false // the bookmark that follows ends the list
 			return nil
 		}
-		if _, _, err := s.watcher.state(); err != nil {
+		if _, _, err := s.watcher.State(); err != nil {
 			return err // the node stops
 		}
 		for i := range items {
@@ -325,7 +325,7 @@ func (s *watchStream) turn() (idle, ended bool, err error) {
 
 // step writes the next events. idle says that there are none.
 func (s *watchStream) step() (idle bool, err error) {
-	n, rv, err := s.watcher.read(s.appendEvent)
+	n, rv, err := s.watcher.Read(s.appendEvent)
 	if err != nil {
 		return false, err
 	}
@@ -414,7 +414,7 @@ func (s *watchStream) appendEvent(e *store.Event, last bool) {
 
 // appendItem appends an item. One that makes a read of its own is written in pieces.
 func (s *watchStream) appendItem(buf []byte, key string, it store.Item, cut bool) []byte {
-	if cut || len(it.Value) < readBytesMax {
+	if cut || len(it.Value) < ReadBytesMax {
 		return store.AppendItemJSON(buf, key, it, cut)
 	}
 	buf = store.AppendItemStart(buf, key, utf8.ValidString(it.Value))

@@ -247,7 +247,7 @@ func TestWatch_Refused(t *testing.T) {
 // fillWindow writes until the window has lost what was there before.
 func (f *front) fillWindow() {
 	f.t.Helper()
-	shrinkWindow(f.store, store.ChunkEventsMax, 64<<20)
+	ShrinkWindow(f.store, store.ChunkEventsMax, 64<<20)
 	for start := f.store.Version(); f.store.EventsDropped() <= start; {
 		f.put("filler", "x")
 	}
@@ -334,7 +334,7 @@ func TestWatch_ErrorMessage(t *testing.T) {
 	}{{fault.ErrShuttingDown, `"resourceVersion":0`}, {fault.ErrExpired, ""}} {
 		f := newFront(t)
 		w := f.watch("resourceVersion=0")
-		f.hub.close(tt.err)
+		f.hub.Close(tt.err)
 		line := w.line()
 		if !strings.HasPrefix(line, `{"type":"ERROR"`) || strings.Contains(line, "outcome") || tt.version == "" && strings.Contains(line, `"resourceVersion"`) || !strings.Contains(line, tt.version) {
 			t.Errorf("%v: %s", tt.err, line)
@@ -360,13 +360,13 @@ func TestWatch_List(t *testing.T) {
 	r := &watchcheck.History{}
 	record := func() {
 		from := r.Last()
-		w, err := f.hub.watch("", true, from)
+		w, err := f.hub.Watch("", true, from)
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer w.close()
+		defer w.Close()
 		for {
-			events, _, err := readAll(w)
+			events, _, err := ReadAll(w)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -431,7 +431,7 @@ func TestWatch_LargeVersionReadSlowly(t *testing.T) {
 	for _, query := range []string{"", "&timeout=5s"} {
 		synctest.Test(t, func(t *testing.T) {
 			f := newPipeFront(t)
-			const n = 3 * readEventsMax
+			const n = 3 * ReadEventsMax
 			for i := range n {
 				f.put(fmt.Sprintf("k/%05d", i), "v")
 			}
@@ -550,7 +550,7 @@ func TestWatch_Shutdown(t *testing.T) {
 		lines, events := f.watch("resourceVersion=0"), f.watch("", "Accept: text/event-stream")
 		lines.next()
 		events.want("retry: 1000", "", "event: BOOKMARK", "id: abc-1", "data: "+bookmarkLine(1), "")
-		f.hub.close(fault.ErrShuttingDown)
+		f.hub.Close(fault.ErrShuttingDown)
 		if m := lines.next(); m.Kind != "ERROR" || m.Code != "shutting-down" || m.RV != 1 {
 			t.Errorf("%v", m)
 		}
@@ -591,9 +591,9 @@ func TestWatch_ClientGone(t *testing.T) {
 }
 
 func (f *front) armed() int {
-	f.hub.mu.Lock()
-	defer f.hub.mu.Unlock()
-	return f.hub.armed
+	f.hub.Mu.Lock()
+	defer f.hub.Mu.Unlock()
+	return f.hub.Armed
 }
 
 // TestWatch_NeverReads: a client that takes nothing is cut off in time, and one
@@ -634,7 +634,7 @@ func TestWatch_NeverReads(t *testing.T) {
 func TestWatch_TooSlow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newPipeFront(t)
-		shrinkWindow(f.store, 16*store.ChunkEventsMax, 64<<20)
+		ShrinkWindow(f.store, 16*store.ChunkEventsMax, 64<<20)
 		w := f.watch("resourceVersion=0")
 		v := watchcheck.New("slow", "", true, false, 0)
 		for range store.ChunkEventsMax + 100 { // the second chunk
@@ -699,7 +699,7 @@ func TestWatch_ManyParts(t *testing.T) {
 func TestWatch_LargeValues(t *testing.T) {
 	f := newFront(t)
 	values := []string{
-		strings.Repeat("v\n\"é", 15<<10), "small", strings.Repeat("\x00\xff", 25<<10) + "x", strings.Repeat("é", 40<<10), "", strings.Repeat("v", readBytesMax),
+		strings.Repeat("v\n\"é", 15<<10), "small", strings.Repeat("\x00\xff", 25<<10) + "x", strings.Repeat("é", 40<<10), "", strings.Repeat("v", ReadBytesMax),
 	}
 	for i, v := range values {
 		f.put(fmt.Sprint("k", i), v)
