@@ -345,12 +345,12 @@ func rss(t *testing.T, n *proc.Node) int {
 // and catches up when it reads again. Nobody is elected meanwhile.
 func TestProcess_FrozenFollower(t *testing.T) {
 	const (
-		quota, watch, snapshot = 64 << 20, 8 << 20, 8 << 20
+		quota, watching, snapshot = 64 << 20, 8 << 20, 8 << 20
 		// See "Memory" in docs/operations.md.
-		rssMax = 2*(quota+watch+2*snapshot+logKeptMax+2*inFlightMax) + 96<<20
+		rssMax = 2*(quota+watching+2*snapshot+logKeptMax+2*inFlightMax) + 96<<20
 	)
 	c := newLiveCluster(t, proc.Options{Args: []string{"--quota-bytes", strconv.Itoa(quota),
-		"--watch-bytes", strconv.Itoa(watch), "--snapshot-bytes", strconv.Itoa(snapshot)}})
+		"--watch-bytes", strconv.Itoa(watching), "--snapshot-bytes", strconv.Itoa(snapshot)}})
 	leader := c.leader()
 	frozen := c.others(leader)[0]
 	before, terms := rss(t, leader), c.terms()
