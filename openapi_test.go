@@ -22,6 +22,7 @@ import (
 	"raftrv/internal/fault"
 	"raftrv/internal/shares"
 	"raftrv/internal/store"
+	"raftrv/internal/store/storetest"
 	"raftrv/internal/testkit"
 )
 
@@ -504,7 +505,7 @@ func isLocal(path string) bool {
 func TestOpenAPI_Statuses(t *testing.T) {
 	f := newFront(t)
 	f.store.State.SetLevel(store.LevelNewest)
-	ShrinkWindow(f.store, 1, 1<<20)
+	storetest.ShrinkWindow(f.store, 1, 1<<20)
 	f.do("PUT", "/k", "v", "Idempotency-Key: used", "Content-Type: text/plain")
 	f.do("PUT", "/expires?ttl=1h", "\xff")
 	for i := range store.DeletePrefixMax + 1 {

@@ -113,7 +113,7 @@ func (r *watchRig) watch(key string, isPrefix bool, rv uint64) *Watcher {
 }
 
 // ReadAll returns what one read passes on.
-func ReadAll(w *Watcher) (events []store.Event, rv uint64, err error) {
+func readAll(w *Watcher) (events []store.Event, rv uint64, err error) {
 	n, rv, err := w.Read(func(e *store.Event, last bool) {
 		c := *e
 		c.Last = last
@@ -129,7 +129,7 @@ func ReadAll(w *Watcher) (events []store.Event, rv uint64, err error) {
 // with a + if more of the version follow.
 func drain(w *Watcher) (got []string, rv uint64, err error) {
 	for {
-		events, rv, err := ReadAll(w)
+		events, rv, err := readAll(w)
 		if len(events) == 0 {
 			return got, rv, err
 		}
@@ -315,7 +315,7 @@ func TestHub_LargeVersion(t *testing.T) {
 		for want, w := range watchers {
 			events := 0
 			for {
-				batch, rv, err := ReadAll(w)
+				batch, rv, err := readAll(w)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -354,7 +354,7 @@ func TestHub_ReadSize(t *testing.T) {
 	w := r.watch("k", false, 0)
 	var sizes []int
 	for {
-		events, _, err := ReadAll(w)
+		events, _, err := readAll(w)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -376,13 +376,7 @@ func TestHub_ReadSize(t *testing.T) {
 }
 
 // smallWindow keeps about n events.
-// shrinkWindow sets the bounds of the window, and drops what is too much.
-func ShrinkWindow(s *store.Store, countMax, bytesMax uint64) {
-	s.SetWindow(countMax, bytesMax)
-	s.TrimWindow()
-}
-
-func (r *watchRig) smallWindow(n uint64) { ShrinkWindow(r.store, n, 64<<20) }
+func (r *watchRig) smallWindow(n uint64) { storetest.ShrinkWindow(r.store, n, 64<<20) }
 
 func TestHub_Slow(t *testing.T) {
 	r := newWatchRig(t)
@@ -397,7 +391,7 @@ func TestHub_Slow(t *testing.T) {
 	r.fill(15 * store.ChunkEventsMax)
 	r.hub.Distribute()
 	for range 2 * store.ChunkEventsMax / ReadEventsMax {
-		if events, _, err := ReadAll(w); len(events) != ReadEventsMax || err != nil {
+		if events, _, err := readAll(w); len(events) != ReadEventsMax || err != nil {
 			t.Fatalf("%d events, %v", len(events), err)
 		}
 	}
@@ -406,18 +400,18 @@ func TestHub_Slow(t *testing.T) {
 		r.fill(100)
 		r.hub.Distribute()
 	}
-	_, rv, err := ReadAll(w)
+	_, rv, err := readAll(w)
 	if !errors.Is(err, fault.ErrSlow) || rv != 1+2*store.ChunkEventsMax {
 		t.Fatalf("read up to %d, %v; want errSlow after %d", rv, err, 1+2*store.ChunkEventsMax)
 	}
-	if _, again, err := ReadAll(w); again != rv || !errors.Is(err, fault.ErrSlow) {
+	if _, again, err := readAll(w); again != rv || !errors.Is(err, fault.ErrSlow) {
 		t.Errorf("then read up to %d, %v", again, err)
 	}
 	// It can be resumed, and then gets everything.
 	v := watchcheck.New("resumed", "", true, false, rv)
 	resumed := r.watch("", true, rv)
 	for {
-		events, _, err := ReadAll(resumed)
+		events, _, err := readAll(resumed)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -435,7 +429,7 @@ func TestHub_Slow(t *testing.T) {
 	}
 	// Who is behind the window is not resumed, whether or not it was live.
 	for name, w := range map[string]*Watcher{"patient": patient, "fresh": fresh} {
-		if _, rv, err := ReadAll(w); !errors.Is(err, fault.ErrExpired) || rv != w.rv {
+		if _, rv, err := readAll(w); !errors.Is(err, fault.ErrExpired) || rv != w.rv {
 			t.Errorf("%s: up to %d, %v; want errExpired", name, rv, err)
 		}
 	}
@@ -505,7 +499,7 @@ func TestHub_Close(t *testing.T) {
 	}
 	for range 2 {
 		for _, w := range []*Watcher{armed, fresh, r.watch("a", false, 0)} {
-			if events, _, err := ReadAll(w); len(events) > 0 || !errors.Is(err, fault.ErrShuttingDown) {
+			if events, _, err := readAll(w); len(events) > 0 || !errors.Is(err, fault.ErrShuttingDown) {
 				t.Errorf("read %v, %v", events, err)
 			}
 		}
@@ -802,7 +796,7 @@ func TestHub_Random(t *testing.T) {
 // observeSome reads for a while, and when the writers have stopped to the end.
 func observeSome(w *Watcher, v *watchcheck.Validator, random *rand.Rand, stop *atomic.Bool) (done bool, err error) {
 	for reads := random.IntN(80); ; reads-- {
-		events, rv, err := ReadAll(w)
+		events, rv, err := readAll(w)
 		if err != nil {
 			return false, err
 		}
@@ -880,7 +874,7 @@ func TestHub_CloseRaces(t *testing.T) {
 						return
 					}
 					for range i + 1 {
-						if _, _, err = ReadAll(w); err != nil {
+						if _, _, err = readAll(w); err != nil {
 							break
 						}
 						select {
@@ -916,7 +910,7 @@ func TestMetrics_Watches(t *testing.T) {
 	s := &r.hub.Stats
 	a, b := r.watch("k/", true, 0), r.watch("k/", true, 0)
 	r.put("k/1", "v")
-	if _, _, err := ReadAll(a); err != nil {
+	if _, _, err := readAll(a); err != nil {
 		t.Fatal(err)
 	}
 	b.Close()
@@ -925,7 +919,7 @@ func TestMetrics_Watches(t *testing.T) {
 		t.Errorf("%d open, %d events", s.Open.Load(), s.Events.Load())
 	}
 	r.record = false
-	ShrinkWindow(r.store, 1, 1)
+	storetest.ShrinkWindow(r.store, 1, 1)
 	r.fill(20_000) // a has read to the first and waits
 	for {
 		n, _, err := a.Read(func(*store.Event, bool) {})
@@ -1135,7 +1129,7 @@ func TestHub_DeletedValue(t *testing.T) {
 func TestEventLog_NewestEntry(t *testing.T) {
 	r := newWatchRig(t)
 	r.record = false
-	ShrinkWindow(r.store, 1, 1)
+	storetest.ShrinkWindow(r.store, 1, 1)
 	r.fill(2 * store.ChunkEventsMax)
 	w := r.watch("k/", true, r.store.Version())
 	if _, _, err := drain(w); err != nil {

@@ -15,6 +15,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/store"
+	"raftrv/internal/store/storetest"
 	"raftrv/internal/testkit"
 	"raftrv/internal/watchcheck"
 )
@@ -247,7 +248,7 @@ func TestWatch_Refused(t *testing.T) {
 // fillWindow writes until the window has lost what was there before.
 func (f *front) fillWindow() {
 	f.t.Helper()
-	ShrinkWindow(f.store, store.ChunkEventsMax, 64<<20)
+	storetest.ShrinkWindow(f.store, store.ChunkEventsMax, 64<<20)
 	for start := f.store.Version(); f.store.EventsDropped() <= start; {
 		f.put("filler", "x")
 	}
@@ -366,15 +367,16 @@ func TestWatch_List(t *testing.T) {
 		}
 		defer w.Close()
 		for {
-			events, _, err := ReadAll(w)
+			n, _, err := w.Read(func(e *store.Event, last bool) {
+				c := *e
+				c.Last = last
+				r.Messages = append(r.Messages, watchcheck.MessageOf(c))
+			})
 			if err != nil {
 				t.Fatal(err)
 			}
-			if len(events) == 0 {
+			if n == 0 {
 				return
-			}
-			for _, e := range events {
-				r.Messages = append(r.Messages, watchcheck.MessageOf(e))
 			}
 		}
 	}
@@ -634,7 +636,7 @@ func TestWatch_NeverReads(t *testing.T) {
 func TestWatch_TooSlow(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newPipeFront(t)
-		ShrinkWindow(f.store, 16*store.ChunkEventsMax, 64<<20)
+		storetest.ShrinkWindow(f.store, 16*store.ChunkEventsMax, 64<<20)
 		w := f.watch("resourceVersion=0")
 		v := watchcheck.New("slow", "", true, false, 0)
 		for range store.ChunkEventsMax + 100 { // the second chunk

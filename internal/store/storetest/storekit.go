@@ -57,3 +57,9 @@ func Backup(t testing.TB, st store.State) []byte {
 	testkit.Must(t, b.Encode(&out, store.BackupHead{Format: store.BackupFormat, Cluster: "7", Member: 1, Version: "v0"}, func() {}))
 	return out.Bytes()
 }
+
+// ShrinkWindow sets the bounds of the window of events, and drops what is too much.
+func ShrinkWindow(s *store.Store, countMax, bytesMax uint64) {
+	s.SetWindow(countMax, bytesMax)
+	s.TrimWindow()
+}
