@@ -17,6 +17,7 @@ import (
 
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
+	"raftrv/internal/watch"
 )
 
 // fuzzFront is a front without a server.
@@ -24,7 +25,7 @@ func fuzzFront(f *testing.F) (*httpAPI, *fakeBackend) {
 	kv := store.New()
 	kv.State.Members[1] = store.Member{ID: 1, PeerURL: "http://127.0.0.1:1", ClientURL: "http://node1:2"}
 	kv.State.SetLevel(store.LevelNewest)
-	hub := NewHub(kv)
+	hub := watch.NewHub(kv)
 	backend := &fakeBackend{store: kv}
 	return newHTTPAPI(httpConfig{
 		id: 1, store: kv, hub: hub, backend: backend, logger: zap.NewNop(), timeout: time.Second, bookmark: time.Second, valueSizeMax: testValueSizeMax,

@@ -25,6 +25,7 @@ import (
 	"raftrv/internal/fault"
 	"raftrv/internal/shares"
 	"raftrv/internal/store"
+	"raftrv/internal/watch"
 )
 
 // This file is the HTTP front: it turns requests into commands and reads, and
@@ -114,7 +115,7 @@ type httpConfig struct {
 	id           uint64 // of this node; the first part of a key that it makes up
 	cluster      string // as in the status
 	store        *store.Store
-	hub          *Hub // of the store
+	hub          *watch.Hub // of the store
 	backend      backend
 	logger       *zap.Logger
 	timeout      time.Duration // of a request that does not say

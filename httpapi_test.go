@@ -29,6 +29,7 @@ import (
 	"raftrv/internal/shares"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
+	"raftrv/internal/watch"
 )
 
 const testValueSizeMax = 100 << 10 // more than bodyFree
@@ -191,7 +192,7 @@ type front struct {
 	dial    func() (net.Conn, error)
 	backend *fakeBackend
 	store   *store.Store
-	hub     *Hub
+	hub     *watch.Hub
 	logs    *observer.ObservedLogs
 	config  httpConfig
 	api     *httpAPI
@@ -272,7 +273,7 @@ func serveFront(t *testing.T, l net.Listener, dial func() (net.Conn, error), opt
 	logger := zap.New(core)
 	kv := store.New()
 	kv.State.Members[1] = store.Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
-	hub := NewHub(kv)
+	hub := watch.NewHub(kv)
 	backend := &fakeBackend{store: kv, applied: hub.Notify}
 	cfg := httpConfig{
 		id:           1,

@@ -13,12 +13,13 @@ import (
 
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
+	"raftrv/internal/watch"
 )
 
 // idleNode is a node of which nothing runs.
 func idleNode(t *testing.T) (*node, *listener) {
 	kv := store.New()
-	hub := NewHub(kv)
+	hub := watch.NewHub(kv)
 	disk, _ := newDisk(t, t.TempDir())
 	t.Cleanup(func() { testkit.Must(t, disk.close()) })
 	n := &node{loop: newLoop(10*time.Millisecond, hub.Notify, zap.NewNop()), store: kv, hub: hub, disk: newMeasuredDisk(disk), logger: zap.NewNop()}

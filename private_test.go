@@ -13,6 +13,7 @@ import (
 
 	"raftrv/internal/fsx"
 	"raftrv/internal/testkit"
+	"raftrv/internal/watch"
 )
 
 // TestCheckPrivateDir: what others could have changed is refused by name, and the text says what to do.
@@ -120,7 +121,7 @@ func TestOpenPrivate(t *testing.T) {
 	}
 	for _, mode := range []fs.FileMode{0o640, 0o602, 0o666} {
 		testkit.Must(t, os.Chmod(path, mode))
-		if _, err := OpenJournal(path, t.TempDir(), 1, zap.NewNop()); !fsx.IsNotPrivate(err) || !strings.Contains(err.Error(), "chmod go= "+path) {
+		if _, err := watch.OpenJournal(path, t.TempDir(), 1, zap.NewNop()); !fsx.IsNotPrivate(err) || !strings.Contains(err.Error(), "chmod go= "+path) {
 			t.Errorf("mode %v: %v", mode, err)
 		}
 	}
@@ -128,7 +129,7 @@ func TestOpenPrivate(t *testing.T) {
 	for name, to := range map[string]string{"link": path, "dangling": filepath.Join(dir, "nowhere")} {
 		link := filepath.Join(dir, name)
 		testkit.Must(t, os.Symlink(to, link))
-		if _, err := OpenJournal(link, t.TempDir(), 1, zap.NewNop()); !fsx.IsNotPrivate(err) || !strings.Contains(err.Error(), link+" is a symbolic link") {
+		if _, err := watch.OpenJournal(link, t.TempDir(), 1, zap.NewNop()); !fsx.IsNotPrivate(err) || !strings.Contains(err.Error(), link+" is a symbolic link") {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -137,7 +138,7 @@ func TestOpenPrivate(t *testing.T) {
 	}
 	if os.Geteuid() == 0 {
 		testkit.Must(t, os.Chown(path, 12345, 12345))
-		if _, err := OpenJournal(path, t.TempDir(), 1, zap.NewNop()); !fsx.IsNotPrivate(err) {
+		if _, err := watch.OpenJournal(path, t.TempDir(), 1, zap.NewNop()); !fsx.IsNotPrivate(err) {
 			t.Errorf("another user's: %v", err)
 		}
 	}

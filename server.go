@@ -18,6 +18,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/store"
+	"raftrv/internal/watch"
 )
 
 // This file builds a node from its parts, starts them, waits, and closes them.
@@ -46,8 +47,8 @@ type node struct {
 	config   config
 	cluster  uint64
 	store    *store.Store
-	hub      *Hub
-	journal  *Journal // nil = none
+	hub      *watch.Hub
+	journal  *watch.Journal // nil = none
 	guard    *guard
 	refusals *refusals // of what peers sent
 	network  *peerNetwork
@@ -150,7 +151,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		return fmt.Errorf("data directory %s: %w", cfg.dataDir, err)
 	}
 	kv.SetWindow(cfg.watchEvents, cfg.watchBytes)
-	hub := NewHub(kv)
+	hub := watch.NewHub(kv)
 	n := &node{
 		loop:    newLoop(cfg.tick, hub.Notify, logger),
 		config:  cfg,
@@ -170,7 +171,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 	}
 	n.loop.interrupt = disk.interrupt
 	if cfg.journal != "" {
-		if n.journal, err = OpenJournal(cfg.journal, cfg.dataDir, n.cluster, logger.Named("journal")); err != nil {
+		if n.journal, err = watch.OpenJournal(cfg.journal, cfg.dataDir, n.cluster, logger.Named("journal")); err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, n.journal.Close()) }()
@@ -362,7 +363,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 	group.Go(func() error { return n.keepLevel(ctx) })
 	group.Go(func() error { return n.hub.Run(ctx) }) // ends watches first: the client server waits for them
 	if n.journal != nil {
-		src := JournalSource{Store: n.store, Hub: n.hub, Linearize: n.linearize, Stopped: n.loop.done, Reopen: n.config.hangUps}
+		src := watch.JournalSource{Store: n.store, Hub: n.hub, Linearize: n.linearize, Stopped: n.loop.done, Reopen: n.config.hangUps}
 		group.Go(func() error { return n.journal.Run(ctx, src, n.config.journalSync) })
 	}
 	group.Go(func() error { return n.keepPlace(ctx) })

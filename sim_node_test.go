@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"raftrv/internal/store"
+	"raftrv/internal/watch"
 )
 
 // simNode is a machine: it has an address, a clock and a directory, which last,
@@ -91,7 +92,7 @@ type process struct {
 	loop    *loop
 	replica *replica
 	store   *store.Store
-	hub     *Hub
+	hub     *watch.Hub
 	disk    *simDisk
 
 	identity  identity
@@ -214,7 +215,7 @@ func (p *process) boot(files *storage, rec *recovered) (err error) {
 		p.store.LevelMax = store.LevelFirst
 	}
 	p.store.SetWindow(s.eventsMax, store.EventBytesMaxDefault)
-	p.hub = NewHub(p.store)
+	p.hub = watch.NewHub(p.store)
 	p.hub.ReadEvents = s.readEvents
 	p.loop = newLoop(s.tick, p.applied, logger)
 	p.loop.clock = n.clock

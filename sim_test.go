@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/watch"
 )
 
 // This file is the heart of the simulator: a cluster whose clock, network,
@@ -86,7 +87,7 @@ func defaultSimConfig(seed uint64, nodes int) simConfig {
 		snapshotEntries: 1000,
 		catchUpEntries:  100,
 		eventsMax:       1,
-		readEvents:      ReadEventsMax,
+		readEvents:      watch.ReadEventsMax,
 		net:             netConfig{delayMin: 100 * time.Microsecond, delayMax: time.Millisecond},
 		disk:            diskConfig{syncMin: 100 * time.Microsecond, syncMax: 500 * time.Microsecond},
 	}

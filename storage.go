@@ -27,6 +27,7 @@ import (
 
 	"raftrv/internal/fsx"
 	"raftrv/internal/store"
+	"raftrv/internal/watch"
 )
 
 // This file is a member's data directory:
@@ -1040,5 +1041,5 @@ func checkPrivateDir(dir string) error {
 // isOurs says whether a node uses this name in its data directory.
 func isOurs(name string) bool {
 	name = strings.TrimSuffix(name, ".tmp")
-	return slices.Contains([]string{lockName, unfinishedName, foundingName, divergedName, watermarkName, secretName, JournalPositionName, walDir, snapDir}, name)
+	return slices.Contains([]string{lockName, unfinishedName, foundingName, divergedName, watermarkName, secretName, watch.JournalPositionName, walDir, snapDir}, name)
 }

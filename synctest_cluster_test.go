@@ -28,6 +28,7 @@ import (
 
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
+	"raftrv/internal/watch"
 )
 
 // These tests run whole nodes, goroutines and all, in virtual time: the loop, the log on a real disk, the HTTP
@@ -123,7 +124,7 @@ func (c *virtualCluster) newNode(cfg config) *virtualNode {
 		testkit.Must(t, err)
 	}
 	kv := &store.Store{State: rec.state}
-	hub := NewHub(kv)
+	hub := watch.NewHub(kv)
 	n := &virtualNode{
 		node:    &node{loop: newLoop(cfg.tick, hub.Notify, logger), config: cfg, store: kv, hub: hub, logger: logger},
 		cluster: c,

@@ -14,6 +14,7 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/store"
+	"raftrv/internal/watch"
 )
 
 // This file is the HTTP front's watch: a response that does not end. It is a
@@ -205,7 +206,7 @@ func (h *httpAPI) newWatchList(r request, filter string, isPrefix bool) (*keyLis
 type watchStream struct {
 	w        http.ResponseWriter
 	control  *http.ResponseController
-	watcher  *Watcher
+	watcher  *watch.Watcher
 	cluster  string
 	events   bool // server-sent events
 	hello    bool // the client does not know where the watch starts
@@ -414,7 +415,7 @@ func (s *watchStream) appendEvent(e *store.Event, last bool) {
 
 // appendItem appends an item. One that makes a read of its own is written in pieces.
 func (s *watchStream) appendItem(buf []byte, key string, it store.Item, cut bool) []byte {
-	if cut || len(it.Value) < ReadBytesMax {
+	if cut || len(it.Value) < watch.ReadBytesMax {
 		return store.AppendItemJSON(buf, key, it, cut)
 	}
 	buf = store.AppendItemStart(buf, key, utf8.ValidString(it.Value))

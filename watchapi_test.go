@@ -17,6 +17,7 @@ import (
 	"raftrv/internal/store"
 	"raftrv/internal/store/storetest"
 	"raftrv/internal/testkit"
+	"raftrv/internal/watch"
 	"raftrv/internal/watchcheck"
 )
 
@@ -433,7 +434,7 @@ func TestWatch_LargeVersionReadSlowly(t *testing.T) {
 	for _, query := range []string{"", "&timeout=5s"} {
 		synctest.Test(t, func(t *testing.T) {
 			f := newPipeFront(t)
-			const n = 3 * ReadEventsMax
+			const n = 3 * watch.ReadEventsMax
 			for i := range n {
 				f.put(fmt.Sprintf("k/%05d", i), "v")
 			}
@@ -701,7 +702,7 @@ func TestWatch_ManyParts(t *testing.T) {
 func TestWatch_LargeValues(t *testing.T) {
 	f := newFront(t)
 	values := []string{
-		strings.Repeat("v\n\"é", 15<<10), "small", strings.Repeat("\x00\xff", 25<<10) + "x", strings.Repeat("é", 40<<10), "", strings.Repeat("v", ReadBytesMax),
+		strings.Repeat("v\n\"é", 15<<10), "small", strings.Repeat("\x00\xff", 25<<10) + "x", strings.Repeat("é", 40<<10), "", strings.Repeat("v", watch.ReadBytesMax),
 	}
 	for i, v := range values {
 		f.put(fmt.Sprint("k", i), v)
