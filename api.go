@@ -37,30 +37,30 @@ import (
 
 // Limits of the HTTP front.
 const (
-	headerTimeout  = 5 * time.Second  // to send a request's header
-	bodyTimeout    = 30 * time.Second // to send a whole request
-	idleTimeout    = 60 * time.Second // between two requests of a connection
+	HeaderTimeout  = 5 * time.Second  // to send a request's header
+	BodyTimeout    = 30 * time.Second // to send a whole request
+	IdleTimeout    = 60 * time.Second // between two requests of a connection
 	readyTimeout   = time.Second      // for the read that /-/readyz makes
-	headerSizeMax  = 32 << 10         // bytes; room for a key with every byte escaped
+	HeaderSizeMax  = 32 << 10         // bytes; room for a key with every byte escaped
 	peerURLSizeMax = 2 << 10          // bytes
 
 	// writeTimeout cuts off a client that does not read its response. It starts
 	// with the request, so it covers the slowest body, the longest wait and as
 	// much again. A call that streams must lift it for its response.
-	writeTimeout = 2 * (bodyTimeout + timeoutMax)
+	writeTimeout = 2 * (BodyTimeout + TimeoutMax)
 	// keptWriteTimeout is what takes its place on a kept place, see conn.kept.
-	keptWriteTimeout = timeoutMax + 10*time.Second
+	keptWriteTimeout = TimeoutMax + 10*time.Second
 )
 
 // Memory for request bodies grows as they arrive: an announced length is only
 // a promise of the client.
 const (
-	bodyAllocMin = 4 << 10 // is allocated on the word of Content-Length; then four times what has come
+	BodyAllocMin = 4 << 10 // is allocated on the word of Content-Length; then four times what has come
 
-	// bodiesSizeMax bounds the memory for all bodies that are being read, or wait for
+	// BodiesSizeMax bounds the memory for all bodies that are being read, or wait for
 	// their write. Those of at most bodyFree do not count: the number of connections
 	// bounds them.
-	bodiesSizeMax = 128 << 20
+	BodiesSizeMax = 128 << 20
 	bodyFree      = 16 << 10
 )
 
@@ -69,24 +69,24 @@ const (
 type backend interface {
 	// propose waits until the command is durable on a quorum and applied here,
 	// at most timeout. ctx ends the wait early when the client is gone.
-	propose(ctx context.Context, timeout time.Duration, c store.Command) (store.Result, error)
+	Propose(ctx context.Context, timeout time.Duration, c store.Command) (store.Result, error)
 	// linearize returns once this node has applied every write that was
 	// acknowledged before the call.
-	linearize(ctx context.Context, timeout time.Duration) error
+	Linearize(ctx context.Context, timeout time.Duration) error
 	// waitVersion returns once the store has the resource version rv.
-	waitVersion(ctx context.Context, timeout time.Duration, rv uint64) error
+	WaitVersion(ctx context.Context, timeout time.Duration, rv uint64) error
 	// serving says why this node serves nothing at present. It waits if that is
 	// not known yet. The calls above do the same.
-	serving(ctx context.Context, timeout time.Duration) error
+	Serving(ctx context.Context, timeout time.Duration) error
 	// writable says why it takes no writes but deletes. It does not wait.
-	writable() error
+	Writable() error
 	// status must not wait: it is asked for while the node is in trouble.
-	status() nodeStatus
+	Status() NodeStatus
 	memberBackend
 }
 
-// nodeStatus is one node's view of itself and the cluster.
-type nodeStatus struct {
+// NodeStatus is one node's view of itself and the cluster.
+type NodeStatus struct {
 	ID              uint64         `json:"id"`
 	ClusterID       string         `json:"clusterId"` // hexadecimal
 	LeaderID        uint64         `json:"leaderId"`  // 0 if not known
@@ -110,33 +110,33 @@ type nodeStatus struct {
 	Divergence string `json:"divergence"`
 }
 
-// httpConfig is what the HTTP front is built from. All of it is needed.
-type httpConfig struct {
-	id           uint64 // of this node; the first part of a key that it makes up
-	cluster      string // as in the status
-	store        *store.Store
-	hub          *watch.Hub // of the store
-	backend      backend
-	logger       *zap.Logger
-	timeout      time.Duration // of a request that does not say
-	bookmark     time.Duration // at most between two bookmarks of a watch
-	valueSizeMax int           // bytes
-	version      string        // of the program
-	newID        func() string // the second part of a key that this node makes up
-	hosts        []string      // names that this node answers to, beside those of the members' client URLs
-	client       *http.Client  // to ask other members
-	origins      []string      // of web pages that may read and write; see checkOrigin
-	oneAddress   bool          // all clients may come from one address, as behind a proxy: it may take everything
+// Config is what the HTTP front is built from. All of it is needed.
+type Config struct {
+	ID           uint64 // of this node; the first part of a key that it makes up
+	Cluster      string // as in the status
+	Store        *store.Store
+	Hub          *watch.Hub // of the store
+	Backend      backend
+	Logger       *zap.Logger
+	Timeout      time.Duration // of a request that does not say
+	Bookmark     time.Duration // at most between two bookmarks of a watch
+	ValueSizeMax int           // bytes
+	Version      string        // of the program
+	NewID        func() string // the second part of a key that this node makes up
+	Hosts        []string      // names that this node answers to, beside those of the members' client URLs
+	Client       *http.Client  // to ask other members
+	Origins      []string      // of web pages that may read and write; see checkOrigin
+	OneAddress   bool          // all clients may come from one address, as behind a proxy: it may take everything
 
-	registry  *prometheus.Registry // of the node's metrics; the front adds its own
-	checks    []check              // of readiness
-	level     zap.AtomicLevel      // of the log
-	accessLog bool                 // log every request
-	profiles  bool                 // serve /-/debug/pprof/
+	Registry  *prometheus.Registry // of the node's metrics; the front adds its own
+	Checks    []Check              // of readiness
+	Level     zap.AtomicLevel      // of the log
+	AccessLog bool                 // log every request
+	Profiles  bool                 // serve /-/debug/pprof/
 }
 
-// newUUID returns a version 7 UUID: keys made from it sort by time.
-func newUUID() string {
+// NewUUID returns a version 7 UUID: keys made from it sort by time.
+func NewUUID() string {
 	return uuid.Must(uuid.NewV7()).String() // fails only without a random source
 }
 
@@ -149,7 +149,7 @@ var (
 )
 
 type httpAPI struct {
-	httpConfig
+	Config
 	browsers   *browsers
 	metrics    *httpMetrics
 	exposition http.Handler  // of all metrics
@@ -159,32 +159,32 @@ type httpAPI struct {
 	backups    shares.Shares
 }
 
-func newHTTPAPI(cfg httpConfig) http.Handler {
-	h := &httpAPI{httpConfig: cfg, browsers: newBrowsers(cfg.store, cfg.hosts, cfg.origins), metrics: newHTTPMetrics(), exposition: newExposition(cfg)}
+func New(cfg Config) http.Handler {
+	h := &httpAPI{Config: cfg, browsers: newBrowsers(cfg.Store, cfg.Hosts, cfg.Origins), metrics: NewHTTPMetrics(), exposition: newExposition(cfg)}
 	h.scrapes = cfg.share(metricsInFlight)
-	h.bodies, h.lists, h.backups = cfg.share(bodiesSizeMax), cfg.share(listsMax), cfg.share(backupsMax)
-	cfg.registry.MustRegister(h.metrics)
+	h.bodies, h.lists, h.backups = cfg.share(BodiesSizeMax), cfg.share(listsMax), cfg.share(backupsMax)
+	cfg.Registry.MustRegister(h.metrics)
 	return h
 }
 
 // share divides what there is for all clients.
-func (cfg *httpConfig) share(all int64) shares.Shares {
-	if cfg.oneAddress {
+func (cfg *Config) share(all int64) shares.Shares {
+	if cfg.OneAddress {
 		return shares.New(all, all)
 	}
 	return shares.New(all, shares.MostOf(all))
 }
 
-// newHTTPServer returns a server with the limits of this file. The caller
+// NewServer returns a server with the limits of this file. The caller
 // serves and closes it.
-func newHTTPServer(handler http.Handler, logger *zap.Logger) *http.Server {
+func NewServer(handler http.Handler, logger *zap.Logger) *http.Server {
 	return &http.Server{
 		Handler:                      handler,
-		ReadHeaderTimeout:            headerTimeout,
-		ReadTimeout:                  bodyTimeout,
+		ReadHeaderTimeout:            HeaderTimeout,
+		ReadTimeout:                  BodyTimeout,
 		WriteTimeout:                 writeTimeout,
-		IdleTimeout:                  idleTimeout,
-		MaxHeaderBytes:               headerSizeMax,
+		IdleTimeout:                  IdleTimeout,
+		MaxHeaderBytes:               HeaderSizeMax,
 		ErrorLog:                     log.New(serverLog{logger}, "", 0),
 		DisableGeneralOptionsHandler: true, // OPTIONS * is ours, too
 		ConnState:                    watchAnswers,
@@ -195,26 +195,26 @@ func newHTTPServer(handler http.Handler, logger *zap.Logger) *http.Server {
 // rewriter is a connection that lets somebody see what is written next, once, and
 // say what to write instead.
 type rewriter interface {
-	rewriteNext(func([]byte) []byte)
+	RewriteNext(func([]byte) []byte)
 }
 
-// placeholder is a connection that may have one of the places that are kept for
+// Placeholder is a connection that may have one of the places that are kept for
 // calls that look after the node; see admitKept.
-type placeholder interface {
+type Placeholder interface {
 	net.Conn
-	isKept() bool
+	IsKept() bool
 	// deserve says that the connection has had such a request, so it may stay until
 	// that is answered.
-	deserve() error
+	Deserve() error
 }
 
-// keptPlace is where the context of a request has its connection, if that has a
+// KeptPlace is where the context of a request has its connection, if that has a
 // place that is kept.
-type keptPlace struct{}
+type KeptPlace struct{}
 
 func withKeptPlace(ctx context.Context, c net.Conn) context.Context {
-	if c, ok := c.(placeholder); ok && c.isKept() {
-		return context.WithValue(ctx, keptPlace{}, c)
+	if c, ok := c.(Placeholder); ok && c.IsKept() {
+		return context.WithValue(ctx, KeptPlace{}, c)
 	}
 	return ctx
 }
@@ -222,7 +222,7 @@ func withKeptPlace(ctx context.Context, c net.Conn) context.Context {
 // admitKept looks at a request that came on a kept place. That is only for calls
 // that look after the node, and for one of them.
 func admitKept(w http.ResponseWriter, r *http.Request, c *call) error {
-	place, ok := r.Context().Value(keptPlace{}).(placeholder)
+	place, ok := r.Context().Value(KeptPlace{}).(Placeholder)
 	if !ok {
 		return nil
 	}
@@ -230,14 +230,14 @@ func admitKept(w http.ResponseWriter, r *http.Request, c *call) error {
 	if !c.kept {
 		return fault.ErrConnections
 	}
-	return errors.Join(place.deserve(), place.SetWriteDeadline(time.Now().Add(keptWriteTimeout)))
+	return errors.Join(place.Deserve(), place.SetWriteDeadline(time.Now().Add(keptWriteTimeout)))
 }
 
 // watchAnswers looks at the beginning of each answer: net/http makes some by
 // itself.
 func watchAnswers(c net.Conn, state http.ConnState) {
 	if c, ok := c.(rewriter); ok && (state == http.StateActive || state == http.StateIdle) {
-		c.rewriteNext(withBrowserHeader)
+		c.RewriteNext(withBrowserHeader)
 	}
 }
 
@@ -302,7 +302,7 @@ func (h *httpAPI) read(w http.ResponseWriter, r request) (store.Item, uint64, er
 	if err := h.catchUp(r); err != nil {
 		return store.Item{}, 0, err
 	}
-	it, rv, ok := h.store.Get(r.name)
+	it, rv, ok := h.Store.Get(r.name)
 	if !ok {
 		setResourceVersion(w.Header(), rv)
 		return store.Item{}, 0, noKey(r.name)
@@ -341,7 +341,7 @@ func isUnchanged(r request, it store.Item) bool {
 }
 
 func (h *httpAPI) putKey(w http.ResponseWriter, r request) error {
-	value, err := h.readBody(w, r.Request, h.valueSizeMax)
+	value, err := h.readBody(w, r.Request, h.ValueSizeMax)
 	if err != nil {
 		return err
 	}
@@ -371,7 +371,7 @@ func (h *httpAPI) describe(c *store.Command, r request) error {
 	if err != nil {
 		return err
 	}
-	level := h.store.Level()
+	level := h.Store.Level()
 	c.SetTTL(r.params.ttl, level)
 	setContentType(c, contentType, level)
 	return nil
@@ -401,10 +401,10 @@ func (h *httpAPI) propose(w http.ResponseWriter, r request, c store.Command, bod
 	if c.Retry, err = r.retryID(&c, body); err != nil {
 		return store.Result{}, err
 	}
-	if c.Retry.Key != "" && h.store.Level() >= 3 {
+	if c.Retry.Key != "" && h.Store.Level() >= 3 {
 		c.Retry.Client = clientOf(r.Request)
 	}
-	res, err = h.backend.propose(r.Context(), r.params.timeout, c)
+	res, err = h.Backend.Propose(r.Context(), r.params.timeout, c)
 	if err != nil {
 		if e, ok := errors.AsType[*fault.Error](err); ok && c.Retry.Key != "" && e.Code == fault.ErrUnknown.Code && e.Outcome == fault.Unknown {
 			err = fault.ErrUnknownRetry
@@ -456,7 +456,7 @@ func (h *httpAPI) getVersion(w http.ResponseWriter, r request) error {
 	if err := h.catchUp(r); err != nil {
 		return err
 	}
-	rv := h.store.Version()
+	rv := h.Store.Version()
 	setResourceVersion(w.Header(), rv)
 	writeText(w, r, strconv.FormatUint(rv, 10)+"\n")
 	return nil
@@ -464,7 +464,7 @@ func (h *httpAPI) getVersion(w http.ResponseWriter, r request) error {
 
 // postValue stores the body under a new key.
 func (h *httpAPI) postValue(w http.ResponseWriter, r request) error {
-	value, err := h.readBody(w, r.Request, h.valueSizeMax)
+	value, err := h.readBody(w, r.Request, h.ValueSizeMax)
 	if err != nil {
 		return err
 	}
@@ -474,7 +474,7 @@ func (h *httpAPI) postValue(w http.ResponseWriter, r request) error {
 // patchObject allots a resource version to a JSON object. It is the call that
 // raftrv had; the object is stored like any value.
 func (h *httpAPI) patchObject(w http.ResponseWriter, r request) error {
-	value, err := h.readBody(w, r.Request, h.valueSizeMax)
+	value, err := h.readBody(w, r.Request, h.ValueSizeMax)
 	if err != nil {
 		return err
 	}
@@ -486,7 +486,7 @@ func (h *httpAPI) patchObject(w http.ResponseWriter, r request) error {
 
 // create puts the value under a key that nobody else can have chosen.
 func (h *httpAPI) create(w http.ResponseWriter, r request, value string, code int) error {
-	key := strconv.FormatUint(h.id, 10) + "-" + h.newID()
+	key := strconv.FormatUint(h.ID, 10) + "-" + h.NewID()
 	c := store.Command{Op: store.OpPut, Key: key, Value: value}
 	if err := h.describe(&c, r); err != nil {
 		return err
@@ -495,7 +495,7 @@ func (h *httpAPI) create(w http.ResponseWriter, r request, value string, code in
 	if err != nil {
 		return err
 	}
-	w.Header()["Location"] = []string{keyPath(res.Key)} // a retry gets the key of the first
+	w.Header()["Location"] = []string{KeyPath(res.Key)} // a retry gets the key of the first
 	setWriteHeaders(w.Header(), res.RV)
 	w.WriteHeader(code)
 	return nil
@@ -503,8 +503,8 @@ func (h *httpAPI) create(w http.ResponseWriter, r request, value string, code in
 
 // Members.
 
-// parseMemberID accepts one spelling of each id.
-func parseMemberID(s string) (uint64, error) {
+// ParseMemberID accepts one spelling of each id.
+func ParseMemberID(s string) (uint64, error) {
 	id, err := strconv.ParseUint(s, 10, 64)
 	if err != nil || s[0] == '0' {
 		return 0, fault.ErrInvalid.WithDetail("the ID of a member must be a positive decimal number; to store a value under a new key POST it to /")
@@ -512,9 +512,9 @@ func parseMemberID(s string) (uint64, error) {
 	return id, nil
 }
 
-// parsePeerURL reads the URL of a new member.
-func parsePeerURL(s string) (string, error) {
-	s, err := parseNodeURL(s)
+// ParsePeerURL reads the URL of a new member.
+func ParsePeerURL(s string) (string, error) {
+	s, err := ParseNodeURL(s)
 	if err != nil {
 		return "", errPeerURL
 	}
@@ -523,16 +523,16 @@ func parsePeerURL(s string) (string, error) {
 
 var errNodeURL = errors.New("it must be like http://10.0.0.4:12379, with a port and no path, and a host that others can reach")
 
-// parseNodeURL accepts scheme://host:port and nothing else, because this node
+// ParseNodeURL accepts scheme://host:port and nothing else, because this node
 // and all others will connect to it. An unspecified address is none of those:
 // everybody would connect to himself.
-func parseNodeURL(s string) (string, error) {
+func ParseNodeURL(s string) (string, error) {
 	s = strings.TrimSpace(s)
 	u, err := url.Parse(s)
 	if err != nil {
 		return "", errNodeURL
 	}
-	if u.Scheme != "http" && u.Scheme != "https" || isUnspecified(u.Hostname()) || s != u.Scheme+"://"+u.Host {
+	if u.Scheme != "http" && u.Scheme != "https" || IsUnspecified(u.Hostname()) || s != u.Scheme+"://"+u.Host {
 		return "", errNodeURL
 	}
 	if port, err := strconv.ParseUint(u.Port(), 10, 16); err != nil || port == 0 {
@@ -541,8 +541,8 @@ func parseNodeURL(s string) (string, error) {
 	return s, nil
 }
 
-// isUnspecified says whether a host to listen on stands for every interface.
-func isUnspecified(host string) bool {
+// IsUnspecified says whether a host to listen on stands for every interface.
+func IsUnspecified(host string) bool {
 	ip, err := netip.ParseAddr(host)
 	return host == "" || err == nil && ip.Unmap().IsUnspecified()
 }
@@ -553,7 +553,7 @@ func (h *httpAPI) getProgram(w http.ResponseWriter, r request) error {
 	return writeJSON(w, r, struct {
 		Version   string `json:"version"`
 		GoVersion string `json:"goVersion"`
-	}{h.version, runtime.Version()})
+	}{h.Version, runtime.Version()})
 }
 
 // Requests: the target.
@@ -597,8 +597,8 @@ func parseKey(escaped string) (string, error) {
 	return key, nil
 }
 
-// keyPath returns a path that names the key.
-func keyPath(key string) string {
+// KeyPath returns a path that names the key.
+func KeyPath(key string) string {
 	if key == "-" {
 		return "/%2D"
 	}
@@ -608,12 +608,12 @@ func keyPath(key string) string {
 // catchUp waits until a read from this node's store is as fresh as asked.
 func (h *httpAPI) catchUp(r request) error {
 	if !r.params.has(paramResourceVersion) {
-		return h.backend.linearize(r.Context(), r.params.timeout)
+		return h.Backend.Linearize(r.Context(), r.params.timeout)
 	}
-	if h.store.Version() >= r.params.resourceVersion {
-		return h.backend.serving(r.Context(), r.params.timeout)
+	if h.Store.Version() >= r.params.resourceVersion {
+		return h.Backend.Serving(r.Context(), r.params.timeout)
 	}
-	return h.backend.waitVersion(r.Context(), r.params.timeout, r.params.resourceVersion)
+	return h.Backend.WaitVersion(r.Context(), r.params.timeout, r.params.resourceVersion)
 }
 
 // Requests: bodies.
@@ -628,7 +628,7 @@ func (h *httpAPI) readBody(w http.ResponseWriter, r *http.Request, sizeMax int) 
 		return "", nil
 	}
 	rec := w.(*recorder)
-	body, err := readGrowing(r.Body, r.ContentLength, sizeMax, func(size int) error {
+	body, err := ReadGrowing(r.Body, r.ContentLength, sizeMax, func(size int) error {
 		if size <= bodyFree {
 			return nil
 		}
@@ -653,15 +653,15 @@ func (h *httpAPI) readBody(w http.ResponseWriter, r *http.Request, sizeMax int) 
 
 var errTooLong = errors.New("there is more than is read")
 
-// readGrowing reads all of r, at most sizeMax bytes. announced is how much that
+// ReadGrowing reads all of r, at most sizeMax bytes. announced is how much that
 // should be, or negative. Memory grows with what arrives; take is told before how
 // much it will be, from what is more than little.
-func readGrowing(r io.Reader, announced int64, sizeMax int, take func(size int) error) ([]byte, error) {
+func ReadGrowing(r io.Reader, announced int64, sizeMax int, take func(size int) error) ([]byte, error) {
 	most := sizeMax + 1 // one more tells that it is too much
 	if announced >= 0 {
 		most = int(announced)
 	}
-	buf := make([]byte, 0, min(most, bodyAllocMin))
+	buf := make([]byte, 0, min(most, BodyAllocMin))
 	for len(buf) < most {
 		if len(buf) == cap(buf) {
 			size := min(4*cap(buf), most)
@@ -707,8 +707,8 @@ func bodyError(err error) error {
 var (
 	typeBytes   = []string{"application/octet-stream"}
 	typeJSON    = []string{"application/json"}
-	typeProblem = []string{"application/problem+json"}
-	typeText    = []string{"text/plain; charset=utf-8"}
+	TypeProblem = []string{"application/problem+json"}
+	TypeText    = []string{"text/plain; charset=utf-8"}
 	retryAfter  = []string{"1"} // second
 	closeAfter  = []string{"close"}
 	noCache     = []string{"no-cache"}
@@ -774,7 +774,7 @@ func appendETag(b []byte, rv uint64) []byte {
 }
 
 func writeText(w http.ResponseWriter, r request, text string) {
-	writeBody(w, r.Request, http.StatusOK, typeText, []byte(text))
+	WriteBody(w, r.Request, http.StatusOK, TypeText, []byte(text))
 }
 
 func writeJSON(w http.ResponseWriter, r request, v any) error {
@@ -782,11 +782,11 @@ func writeJSON(w http.ResponseWriter, r request, v any) error {
 	if err != nil {
 		return fmt.Errorf("encode response: %w", err)
 	}
-	writeBody(w, r.Request, http.StatusOK, typeJSON, append(body, '\n'))
+	WriteBody(w, r.Request, http.StatusOK, typeJSON, append(body, '\n'))
 	return nil
 }
 
-func writeBody(w http.ResponseWriter, r *http.Request, code int, contentType []string, body []byte) {
+func WriteBody(w http.ResponseWriter, r *http.Request, code int, contentType []string, body []byte) {
 	header := w.Header()
 	header["Content-Type"] = contentType
 	header["Content-Length"] = []string{strconv.Itoa(len(body))}
@@ -796,8 +796,8 @@ func writeBody(w http.ResponseWriter, r *http.Request, code int, contentType []s
 	}
 }
 
-// problem is the body of an error response (RFC 9457).
-type problem struct {
+// Problem is the body of an error response (RFC 9457).
+type Problem struct {
 	Type      string        `json:"type"`
 	Title     string        `json:"title"`
 	Status    int           `json:"status"`
@@ -810,8 +810,8 @@ type problem struct {
 	Current   uint64        `json:"currentResourceVersion,omitempty"`
 }
 
-func newProblem(e *fault.Error) problem {
-	return problem{
+func newProblem(e *fault.Error) Problem {
+	return Problem{
 		Type:      "urn:raftrv:error:" + e.Code,
 		Title:     e.Title,
 		Status:    e.Status,
@@ -824,7 +824,7 @@ func newProblem(e *fault.Error) problem {
 	}
 }
 
-func (p problem) encode() []byte {
+func (p Problem) Encode() []byte {
 	body, err := json.Marshal(p)
 	if err != nil {
 		panic(err) // strings and numbers
@@ -832,8 +832,8 @@ func (p problem) encode() []byte {
 	return append(body, '\n')
 }
 
-// problemOf is an error as the answer to a request.
-func problemOf(r *http.Request, e *fault.Error) problem {
+// ProblemOf is an error as the answer to a request.
+func ProblemOf(r *http.Request, e *fault.Error) Problem {
 	if !isWrite(r.Method) {
 		p := newProblem(e)
 		p.Outcome = ""
@@ -850,23 +850,23 @@ func (h *httpAPI) writeError(w http.ResponseWriter, r *http.Request, err error) 
 	if !ok {
 		e = fault.ErrInternal
 		if r.Context().Err() == nil { // otherwise the client is gone, which is no news
-			h.logger.Error("request failed", zap.String("method", r.Method), zap.Error(err))
+			h.Logger.Error("request failed", zap.String("method", r.Method), zap.Error(err))
 		}
 	}
-	p := problemOf(r, e)
+	p := ProblemOf(r, e)
 	if !isWrite(r.Method) {
 		if _, ok := w.Header()["Cache-Control"]; !ok { // no call was found
 			w.Header()["Cache-Control"] = noStore
 		}
 	}
 	if e.Status >= http.StatusInternalServerError || e.Status == http.StatusConflict {
-		p.LeaderID = h.backend.status().LeaderID // whom to ask instead
+		p.LeaderID = h.Backend.Status().LeaderID // whom to ask instead
 	}
-	setErrorHeaders(w.Header(), e)
-	writeBody(w, r, e.Status, typeProblem, p.encode())
+	SetErrorHeaders(w.Header(), e)
+	WriteBody(w, r, e.Status, TypeProblem, p.Encode())
 }
 
-func setErrorHeaders(header http.Header, e *fault.Error) {
+func SetErrorHeaders(header http.Header, e *fault.Error) {
 	if e.Current != 0 {
 		setETag(header, e.Current)
 	}
@@ -888,12 +888,12 @@ func isWrite(method string) bool {
 	return method != http.MethodGet && method != http.MethodHead && method != http.MethodOptions
 }
 
-// httpRefusal is the response to a connection that the listener has no room
+// Refusal is the response to a connection that the listener has no room
 // for. No request was read, so it must suit every one.
-func httpRefusal() []byte {
+func Refusal() []byte {
 	p := newProblem(fault.ErrConnections)
 	p.Outcome = "" // nobody has read whether it is a write, or a retry
-	body := p.encode()
+	body := p.Encode()
 	return fmt.Appendf(nil, "HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nRetry-After: %s\r\n%sConnection: close\r\n\r\n%s",
-		fault.ErrConnections.Status, http.StatusText(fault.ErrConnections.Status), typeProblem[0], len(body), retryAfter[0], browserHeader, body)
+		fault.ErrConnections.Status, http.StatusText(fault.ErrConnections.Status), TypeProblem[0], len(body), retryAfter[0], browserHeader, body)
 }

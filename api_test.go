@@ -54,7 +54,7 @@ type fakeBackend struct {
 	canceled error
 }
 
-func (b *fakeBackend) propose(ctx context.Context, timeout time.Duration, c store.Command) (store.Result, error) {
+func (b *fakeBackend) Propose(ctx context.Context, timeout time.Duration, c store.Command) (store.Result, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.timeout = timeout
@@ -80,7 +80,7 @@ func (b *fakeBackend) propose(ctx context.Context, timeout time.Duration, c stor
 	return out[0], nil
 }
 
-func (b *fakeBackend) linearize(_ context.Context, timeout time.Duration) error {
+func (b *fakeBackend) Linearize(_ context.Context, timeout time.Duration) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.linearized++
@@ -88,8 +88,8 @@ func (b *fakeBackend) linearize(_ context.Context, timeout time.Duration) error 
 	return b.linearizeErr
 }
 
-// waitVersion waits for nothing: what the store lacks does not come.
-func (b *fakeBackend) waitVersion(_ context.Context, timeout time.Duration, rv uint64) error {
+// WaitVersion waits for nothing: what the store lacks does not come.
+func (b *fakeBackend) WaitVersion(_ context.Context, timeout time.Duration, rv uint64) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.waited = append(b.waited, rv)
@@ -103,7 +103,7 @@ func (b *fakeBackend) waitVersion(_ context.Context, timeout time.Duration, rv u
 	return nil
 }
 
-func (b *fakeBackend) serving(context.Context, time.Duration) error {
+func (b *fakeBackend) Serving(context.Context, time.Duration) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if errors.Is(b.err, fault.ErrDiverged) {
@@ -112,7 +112,7 @@ func (b *fakeBackend) serving(context.Context, time.Duration) error {
 	return nil
 }
 
-func (b *fakeBackend) writable() error {
+func (b *fakeBackend) Writable() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if errors.Is(b.err, fault.ErrDiskFull) {
@@ -121,8 +121,8 @@ func (b *fakeBackend) writable() error {
 	return nil
 }
 
-func (b *fakeBackend) status() nodeStatus {
-	return nodeStatus{
+func (b *fakeBackend) Status() NodeStatus {
+	return NodeStatus{
 		ID: 1, ClusterID: "c0ffee", LeaderID: 2, Role: "follower", Term: 3, CommittedIndex: 4, AppliedIndex: 4,
 		ResourceVersion: b.store.Version(), Version: "v0", FeatureLevel: 1, Divergence: "sound", Members: []store.Member{{ID: 1, PeerURL: "http://127.0.0.1:1"}},
 	}
@@ -145,23 +145,23 @@ func (b *fakeBackend) noteMember(timeout time.Duration, name string, m store.Mem
 	return nil
 }
 
-func (b *fakeBackend) addMember(_ context.Context, timeout time.Duration, m store.Member) error {
+func (b *fakeBackend) AddMember(_ context.Context, timeout time.Duration, m store.Member) error {
 	return b.noteMember(timeout, "add", m)
 }
 
-func (b *fakeBackend) removeMember(_ context.Context, timeout time.Duration, id uint64) error {
+func (b *fakeBackend) RemoveMember(_ context.Context, timeout time.Duration, id uint64) error {
 	return b.noteMember(timeout, "remove", store.Member{ID: id})
 }
 
-func (b *fakeBackend) promoteMember(_ context.Context, timeout time.Duration, id uint64) error {
+func (b *fakeBackend) PromoteMember(_ context.Context, timeout time.Duration, id uint64) error {
 	return b.noteMember(timeout, "promote", store.Member{ID: id})
 }
 
-func (b *fakeBackend) updateMember(_ context.Context, timeout time.Duration, m store.Member) error {
+func (b *fakeBackend) UpdateMember(_ context.Context, timeout time.Duration, m store.Member) error {
 	return b.noteMember(timeout, "update", m)
 }
 
-func (b *fakeBackend) transferLeader(_ context.Context, timeout time.Duration, id uint64) error {
+func (b *fakeBackend) TransferLeader(_ context.Context, timeout time.Duration, id uint64) error {
 	return b.noteMember(timeout, "transfer", store.Member{ID: id})
 }
 
@@ -194,12 +194,12 @@ type front struct {
 	store   *store.Store
 	hub     *watch.Hub
 	logs    *observer.ObservedLogs
-	config  httpConfig
+	config  Config
 	api     *httpAPI
 }
 
 // newFront serves on a loopback port.
-func newFront(t *testing.T, options ...func(*httpConfig)) *front {
+func newFront(t *testing.T, options ...func(*Config)) *front {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -229,7 +229,7 @@ type rewritingConn struct {
 	first func([]byte) []byte
 }
 
-func (c *rewritingConn) rewriteNext(f func([]byte) []byte) { c.first = f }
+func (c *rewritingConn) RewriteNext(f func([]byte) []byte) { c.first = f }
 
 func (c *rewritingConn) Write(p []byte) (int, error) {
 	if c.first == nil {
@@ -262,46 +262,46 @@ func (l keptListener) Accept() (net.Conn, error) {
 
 type keptConn struct{ *rewritingConn }
 
-func (c *keptConn) isKept() bool   { return true }
-func (c *keptConn) deserve() error { return nil }
+func (c *keptConn) IsKept() bool   { return true }
+func (c *keptConn) Deserve() error { return nil }
 
 // testClient follows no redirects, like that of a node.
 var testClient = &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 
-func serveFront(t *testing.T, l net.Listener, dial func() (net.Conn, error), options ...func(*httpConfig)) *front {
+func serveFront(t *testing.T, l net.Listener, dial func() (net.Conn, error), options ...func(*Config)) *front {
 	core, logs := observer.New(zap.DebugLevel)
 	logger := zap.New(core)
 	kv := store.New()
 	kv.State.Members[1] = store.Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
 	hub := watch.NewHub(kv)
 	backend := &fakeBackend{store: kv, applied: hub.Notify}
-	cfg := httpConfig{
-		id:           1,
-		cluster:      "abc",
-		store:        kv,
-		hub:          hub,
-		backend:      backend,
-		logger:       logger,
-		timeout:      5 * time.Second,
-		bookmark:     10 * time.Second,
-		valueSizeMax: testValueSizeMax,
-		version:      "v0",
-		newID:        newUUID,
-		client:       testClient,
-		hosts:        []string{"x", "other"}, // the Host of these tests
-		registry:     prometheus.NewRegistry(),
-		checks:       clusterChecks(backend),
-		level:        zap.NewAtomicLevel(),
-		profiles:     true,
+	cfg := Config{
+		ID:           1,
+		Cluster:      "abc",
+		Store:        kv,
+		Hub:          hub,
+		Backend:      backend,
+		Logger:       logger,
+		Timeout:      5 * time.Second,
+		Bookmark:     10 * time.Second,
+		ValueSizeMax: testValueSizeMax,
+		Version:      "v0",
+		NewID:        NewUUID,
+		Client:       testClient,
+		Hosts:        []string{"x", "other"}, // the Host of these tests
+		Registry:     prometheus.NewRegistry(),
+		Checks:       ClusterChecks(backend),
+		Level:        zap.NewAtomicLevel(),
+		Profiles:     true,
 	}
 	for _, option := range options {
 		option(&cfg)
 	}
-	handler := newHTTPAPI(cfg)
+	handler := New(cfg)
 	hubCtx, stopHub := context.WithCancel(context.Background())
 	var hubDone sync.WaitGroup
 	hubDone.Go(func() { _ = hub.Run(hubCtx) })
-	server := newHTTPServer(handler, logger)
+	server := NewServer(handler, logger)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(rewritingListener{l}) }()
 	t.Cleanup(func() {
@@ -363,15 +363,15 @@ func (f *front) send(method, target string, headers []string, body string) testk
 
 func (f *front) put(key, value string) {
 	f.t.Helper()
-	if _, err := f.backend.propose(f.t.Context(), 0, store.Command{Op: store.OpPut, Key: key, Value: value}); err != nil {
+	if _, err := f.backend.Propose(f.t.Context(), 0, store.Command{Op: store.OpPut, Key: key, Value: value}); err != nil {
 		f.t.Fatal(err)
 	}
 }
 
 // mustProblem returns the problem of an answer after checking what all share.
-func mustProblem(t *testing.T, a testkit.Answer) problem {
+func mustProblem(t *testing.T, a testkit.Answer) Problem {
 	t.Helper()
-	var p problem
+	var p Problem
 	d := json.NewDecoder(strings.NewReader(a.Body))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&p); err != nil {
@@ -452,7 +452,7 @@ func TestHTTP_KeysAreTheirBytes(t *testing.T) {
 		if it, _, _ := f.store.Get(tt.key); it.Value != value {
 			t.Errorf("PUT %q did not write the key %q", tt.path, tt.key)
 		}
-		for _, path := range []string{tt.path, keyPath(tt.key)} {
+		for _, path := range []string{tt.path, KeyPath(tt.key)} {
 			if a := f.do("GET", path, ""); a.Code != http.StatusOK || a.Body != value {
 				t.Errorf("GET %q: %d %q, want %q", path, a.Code, a.Body, value)
 			}
@@ -490,7 +490,7 @@ func TestHTTP_RefusesTargets(t *testing.T) {
 		{"GET", "/-/../a", 404},
 		{"OPTIONS", "/-/anything", 404},
 		{"GET", "http://x/-/anything", 404},
-		{"GET", "/" + strings.Repeat("k", headerSizeMax+8<<10), 431},
+		{"GET", "/" + strings.Repeat("k", HeaderSizeMax+8<<10), 431},
 	}
 	f := newFront(t)
 	for _, tt := range tests {
@@ -501,12 +501,12 @@ func TestHTTP_RefusesTargets(t *testing.T) {
 	if rv := f.store.Version(); rv != 0 {
 		t.Errorf("%d writes got through", rv)
 	}
-	f.do("GET", "/a", "", "X: "+strings.Repeat("v", headerSizeMax+8<<10)).Want(t, 431)
+	f.do("GET", "/a", "", "X: "+strings.Repeat("v", HeaderSizeMax+8<<10)).Want(t, 431)
 }
 
 func TestHTTP_Values(t *testing.T) {
 	f := newFront(t)
-	for _, size := range []int{0, 1, 4096, bodyAllocMin + 1, bodyFree, bodyFree + 1, testValueSizeMax} {
+	for _, size := range []int{0, 1, 4096, BodyAllocMin + 1, bodyFree, bodyFree + 1, testValueSizeMax} {
 		value := strings.Repeat("\x00\xff\r\n", size/4+1)[:size]
 		for _, put := range []func() testkit.Answer{
 			func() testkit.Answer { return f.do("PUT", "/k", value) },
@@ -562,7 +562,7 @@ func TestHTTP_BodiesAreGivenBack(t *testing.T) {
 	f := newFront(t)
 	large := strings.Repeat("v", testValueSizeMax)
 	other := netip.MustParseAddr("192.0.2.1")
-	held := shares.MostOf(bodiesSizeMax)
+	held := shares.MostOf(BodiesSizeMax)
 	f.api.bodies.All = held + testValueSizeMax - 1
 	if !f.api.bodies.Take(other, held) {
 		t.Fatal("not taken")
@@ -1184,7 +1184,7 @@ func TestHTTP_SlowHeaderIsCut(t *testing.T) {
 			}
 		})
 		_, _ = io.Copy(io.Discard, c) // what matters is when it ends
-		if took := time.Since(start); took != headerTimeout {
+		if took := time.Since(start); took != HeaderTimeout {
 			t.Errorf("cut after %v", took)
 		}
 		writer.Wait()
@@ -1214,7 +1214,7 @@ func TestHTTP_SlowBodyIsCut(t *testing.T) {
 		if p := mustProblem(t, a); p.Code != "request-timeout" || p.Outcome != fault.NotApplied || !p.Retryable {
 			t.Errorf("%+v", p)
 		}
-		if took := time.Since(start); took != bodyTimeout {
+		if took := time.Since(start); took != BodyTimeout {
 			t.Errorf("cut after %v", took)
 		}
 		_, _ = io.Copy(io.Discard, c) // until the server closes
@@ -1262,7 +1262,7 @@ func TestHTTP_IdleConnectionIsCut(t *testing.T) {
 		if _, err := r.ReadByte(); err != io.EOF {
 			t.Errorf("%v, want EOF", err)
 		}
-		if took := time.Since(start); took != idleTimeout {
+		if took := time.Since(start); took != IdleTimeout {
 			t.Errorf("cut after %v", took)
 		}
 	})
@@ -1289,7 +1289,7 @@ func TestHTTP_ClientThatDoesNotReadIsCut(t *testing.T) {
 func TestHTTP_WaitOutlivesBodyTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newPipeFront(t)
-		f.backend.delay = timeoutMax - time.Second
+		f.backend.delay = TimeoutMax - time.Second
 		c := f.mustDial()
 		r := bufio.NewReader(c)
 		for _, request := range []string{
@@ -1331,7 +1331,7 @@ func TestHTTP_ClientThatLeavesEndsTheWait(t *testing.T) {
 
 func TestHTTP_ServerLog(t *testing.T) {
 	core, logs := observer.New(zap.DebugLevel)
-	server := newHTTPServer(nil, zap.New(core))
+	server := NewServer(nil, zap.New(core))
 	server.ErrorLog.Print("http: TLS handshake error from x: EOF")
 	server.ErrorLog.Print("http: Accept error: too many open files")
 	got := logs.All()
@@ -1385,7 +1385,7 @@ func checkKeyPath(t *testing.T, key string) {
 	if len(key) < 1 || len(key) > store.KeySizeMax {
 		return
 	}
-	path, query, err := splitTarget(keyPath(key))
+	path, query, err := splitTarget(KeyPath(key))
 	if err != nil || query != "" || isReserved(path) {
 		t.Fatalf("%q has the path %q, query %q, %v", key, path, query, err)
 	}
@@ -1402,7 +1402,7 @@ func FuzzHTTPQuery(f *testing.F) {
 	} {
 		f.Add(s)
 	}
-	h := httpAPI{httpConfig: httpConfig{timeout: 5 * time.Second}}
+	h := httpAPI{Config: Config{Timeout: 5 * time.Second}}
 	f.Fuzz(func(t *testing.T, query string) {
 		for _, allowed := range []paramSet{readParams, writeParams, readParams | paramPrefix | paramAfter | paramLimit | paramKeysOnly, paramKey | paramInitial} {
 			checkQuery(t, &h, query, allowed)
@@ -1418,14 +1418,14 @@ func checkQuery(t *testing.T, h *httpAPI, query string, allowed paramSet) {
 		}
 		return
 	}
-	if p.timeout <= 0 || p.timeout > timeoutMax || p.limit < 0 || p.ttl < 0 || p.ttl > ttlMax || p.has(paramTTL) && p.ttl < ttlMin {
+	if p.timeout <= 0 || p.timeout > TimeoutMax || p.limit < 0 || p.ttl < 0 || p.ttl > ttlMax || p.has(paramTTL) && p.ttl < ttlMin {
 		t.Fatalf("%+v", p)
 	}
 	values, err := url.ParseQuery(query)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := params{timeout: h.timeout}
+	want := params{timeout: h.Timeout}
 	for name, v := range values {
 		param := allowed.named(name)
 		if len(v) != 1 || param == 0 {
@@ -1447,7 +1447,7 @@ func FuzzHTTPPeerURL(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		got, err := parsePeerURL(s)
+		got, err := ParsePeerURL(s)
 		if err != nil {
 			return
 		}
@@ -1464,11 +1464,11 @@ func FuzzHTTPPeerURL(f *testing.F) {
 // instantBackend answers at once, so that a benchmark measures the front alone.
 type instantBackend struct{ fakeBackend }
 
-func (*instantBackend) propose(context.Context, time.Duration, store.Command) (store.Result, error) {
+func (*instantBackend) Propose(context.Context, time.Duration, store.Command) (store.Result, error) {
 	return store.Result{Status: store.StatusReplaced, RV: 123456}, nil
 }
 
-func (*instantBackend) linearize(context.Context, time.Duration) error { return nil }
+func (*instantBackend) Linearize(context.Context, time.Duration) error { return nil }
 
 // nullWriter is a ResponseWriter that costs nothing.
 type nullWriter struct{ header http.Header }
@@ -1487,11 +1487,11 @@ func benchFront(b *testing.B) http.Handler {
 	fake := fakeBackend{store: kv}
 	value := strings.Repeat("v", 64)
 	for i := range 4096 {
-		if _, err := fake.propose(b.Context(), 0, store.Command{Op: store.OpPut, Key: "key-" + strconv.Itoa(i), Value: value}); err != nil {
+		if _, err := fake.Propose(b.Context(), 0, store.Command{Op: store.OpPut, Key: "key-" + strconv.Itoa(i), Value: value}); err != nil {
 			b.Fatal(err)
 		}
 	}
-	return newHTTPAPI(httpConfig{store: kv, backend: &instantBackend{}, logger: zap.NewNop(), timeout: time.Second, valueSizeMax: store.ValueSizeMaxDefault, registry: prometheus.NewRegistry()})
+	return New(Config{Store: kv, Backend: &instantBackend{}, Logger: zap.NewNop(), Timeout: time.Second, ValueSizeMax: store.ValueSizeMaxDefault, Registry: prometheus.NewRegistry()})
 }
 
 func BenchmarkHTTP_Put(b *testing.B) {
@@ -1551,7 +1551,7 @@ func TestHTTP_KeptPlaces(t *testing.T) {
 
 // TestHTTP_AnnouncedBodies: what clients only announce takes nothing from others.
 func TestHTTP_AnnouncedBodies(t *testing.T) {
-	f := newFront(t, func(cfg *httpConfig) { cfg.valueSizeMax = 1 << 20 })
+	f := newFront(t, func(cfg *Config) { cfg.ValueSizeMax = 1 << 20 })
 	for i := range 90 {
 		c := f.mustDial()
 		header, part := "Content-Length: 1048576", "v"
@@ -1571,7 +1571,7 @@ func TestHTTP_AnnouncedBodies(t *testing.T) {
 // TestHTTP_BodiesCount: a body counts with what it takes, whatever call it is for and however large values may be.
 func TestHTTP_BodiesCount(t *testing.T) {
 	for _, chunks := range []bool{false, true} {
-		f := newFront(t, func(cfg *httpConfig) { cfg.valueSizeMax = 1 << 10 })
+		f := newFront(t, func(cfg *Config) { cfg.ValueSizeMax = 1 << 10 })
 		c := f.mustDial()
 		body := `{"then":[{"op":"put","key":"k","value":"` + strings.Repeat("v", txnBodySizeMax-100)
 		header := fmt.Sprint("Content-Length: ", txnBodySizeMax)

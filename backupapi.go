@@ -18,16 +18,16 @@ import (
 
 // Headers of a backup. The digest is that of RFC 9530, and comes behind the body.
 const (
-	headerCluster = "Cluster-Id"
-	headerIndex   = "Raft-Index"
+	HeaderCluster = "Cluster-Id"
+	HeaderIndex   = "Raft-Index"
 	headerTerm    = "Raft-Term"
-	headerDigest  = "Repr-Digest"
+	HeaderDigest  = "Repr-Digest"
 )
 
 // backupsMax is how many backups there may be at a time. Lists take nothing from them.
 const backupsMax = 4
 
-func formatDigest(h hash.Hash) string {
+func FormatDigest(h hash.Hash) string {
 	return "sha-256=:" + base64.StdEncoding.EncodeToString(h.Sum(nil)) + ":"
 }
 
@@ -42,29 +42,29 @@ func (h *httpAPI) getSnapshot(w http.ResponseWriter, r request) error {
 		return busy
 	}
 	defer h.backups.Give(address, 1)
-	b, err := h.store.Backup()
+	b, err := h.Store.Backup()
 	if err != nil {
 		return busy
 	}
 	defer b.Close()
-	head := store.BackupHead{Format: store.BackupFormat, Cluster: h.backend.status().ClusterID, Member: h.id, Time: time.Now().UTC().Truncate(time.Second), Version: h.version}
+	head := store.BackupHead{Format: store.BackupFormat, Cluster: h.Backend.Status().ClusterID, Member: h.ID, Time: time.Now().UTC().Truncate(time.Second), Version: h.Version}
 	header := w.Header()
 	setResourceVersion(header, b.Rest.RV)
-	header[headerCluster] = []string{head.Cluster}
-	header[headerIndex] = []string{strconv.FormatUint(b.Rest.Index, 10)}
+	header[HeaderCluster] = []string{head.Cluster}
+	header[HeaderIndex] = []string{strconv.FormatUint(b.Rest.Index, 10)}
 	header[headerTerm] = []string{strconv.FormatUint(b.Rest.Term, 10)}
 	s := newStream(w, r, typeBytes)
 	defer s.free()
 	if s.isHead {
 		return nil
 	}
-	header["Trailer"] = []string{headerDigest}
+	header["Trailer"] = []string{HeaderDigest}
 	digest := sha256.New()
-	t := turns{store: h.store, began: time.Now(), rv: b.Rest.RV}
+	t := turns{store: h.Store, began: time.Now(), rv: b.Rest.RV}
 	if err := b.Encode(io.MultiWriter(s, digest), head, t.rest); err != nil {
-		h.logger.Warn("cut off a backup", zap.Error(err))
+		h.Logger.Warn("cut off a backup", zap.Error(err))
 		s.abort(http.StatusInternalServerError)
 	}
-	header[headerDigest] = []string{formatDigest(digest)}
+	header[HeaderDigest] = []string{FormatDigest(digest)}
 	return nil
 }

@@ -64,7 +64,7 @@ func TestHTTP_SlowSnapshot(t *testing.T) {
 					n, err = io.ReadFull(res.Body, part)
 					digest.Write(part[:n])
 				}
-				isWhole := res.Trailer.Get("Repr-Digest") == formatDigest(digest)
+				isWhole := res.Trailer.Get("Repr-Digest") == FormatDigest(digest)
 				if want := pause < most; isWhole != want {
 					t.Errorf("whole: %v; %v, trailer %v", isWhole, err, res.Trailer)
 				}

@@ -89,8 +89,8 @@ func newBrowsers(kv *store.Store, names, origins []string) *browsers {
 	return b
 }
 
-// checkOrigin says whether a browser could send this as its Origin.
-func checkOrigin(origin string) error {
+// CheckOrigin says whether a browser could send this as its Origin.
+func CheckOrigin(origin string) error {
 	if err := new(http.CrossOriginProtection).AddTrustedOrigin(origin); err != nil {
 		return err
 	}
@@ -101,8 +101,8 @@ func checkOrigin(origin string) error {
 	return nil
 }
 
-// checkHostName says whether this may be the name of a host, without a port.
-func checkHostName(name string) error {
+// CheckHostName says whether this may be the name of a host, without a port.
+func CheckHostName(name string) error {
 	if name == "" || strings.ContainsAny(name, "/:@*?# ") {
 		return fmt.Errorf("%q is not a host name, which has no scheme, no port and no wildcard", name)
 	}

@@ -29,7 +29,7 @@ func (f *front) sendAs(host, method, target, body string, headers ...string) tes
 // A page that has made its own name lead here, by DNS rebinding, has that name in
 // Host. So only names that are the node's own are served.
 func TestBrowsers_Host(t *testing.T) {
-	f := newFront(t, func(c *httpConfig) { c.hosts = []string{"own.example"} })
+	f := newFront(t, func(c *Config) { c.Hosts = []string{"own.example"} })
 	f.store.State.Members[2] = store.Member{ID: 2, PeerURL: "http://b:1", ClientURL: "http://Second.example:2"}
 	f.put("secret", "s")
 	tests := []struct {
@@ -131,7 +131,7 @@ func isCORS(a testkit.Answer) bool {
 
 func TestBrowsers_AllowedOrigin(t *testing.T) {
 	const app = "https://app.example"
-	f := newFront(t, func(c *httpConfig) { c.origins = []string{"http://other.example:81", app} })
+	f := newFront(t, func(c *Config) { c.Origins = []string{"http://other.example:81", app} })
 	f.put("k", "v")
 	crossSite := []string{"Origin: " + app, "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: cors"}
 	for _, r := range [][3]string{
@@ -187,7 +187,7 @@ var rawAnswers = []string{
 	"GET / HTTP/3.0\r\nHost: x\r\n\r\n",
 	"PUT /k HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
 	"PUT /k HTTP/1.1\r\nHost: x\r\nExpect: the moon\r\n\r\n",
-	"GET / HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 2*headerSizeMax) + "\r\n\r\n",
+	"GET / HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 2*HeaderSizeMax) + "\r\n\r\n",
 	"GET / HTTP/1.0\r\n\r\n",
 	"CONNECT x:1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
 	"PUT /k HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 1\r\nConnection: close\r\n\r\nv",
@@ -248,7 +248,7 @@ func TestBrowsers_EveryAnswer(t *testing.T) {
 			}
 		}
 	}
-	if got := string(httpRefusal()); !strings.Contains(got, "\r\n"+browserHeader) {
+	if got := string(Refusal()); !strings.Contains(got, "\r\n"+browserHeader) {
 		t.Errorf("%s", got)
 	}
 }

@@ -328,10 +328,10 @@ func (n *node) awaitServing(ctx context.Context, timeout time.Duration) (left ti
 	return max(0, timeout-time.Since(start)), err
 }
 
-// serving returns once the node may serve what it has, or why it may not. Without
+// Serving returns once the node may serve what it has, or why it may not. Without
 // a leader there is nobody to compare with, and whoever asks for no more than
 // what this node has is answered: it may be the last one that is left.
-func (n *node) serving(ctx context.Context, timeout time.Duration) error {
+func (n *node) Serving(ctx context.Context, timeout time.Duration) error {
 	if n.guard.current() == store.Unchecked && n.loop.status.Load().leader == 0 {
 		return nil
 	}
@@ -339,8 +339,8 @@ func (n *node) serving(ctx context.Context, timeout time.Duration) error {
 	return err
 }
 
-// linearize is that of the loop, unless the node must not serve.
-func (n *node) linearize(ctx context.Context, timeout time.Duration) error {
+// Linearize is that of the loop, unless the node must not serve.
+func (n *node) Linearize(ctx context.Context, timeout time.Duration) error {
 	timeout, err := n.awaitServing(ctx, timeout)
 	if err != nil {
 		return err

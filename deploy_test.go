@@ -111,10 +111,10 @@ var (
 func newMetricCatalog(t *testing.T) metricCatalog {
 	n, clients := idleNode(t)
 	registry := newRegistry(n, clients, nil)
-	m := newHTTPMetrics()
+	m := NewHTTPMetrics()
 	registry.MustRegister(m)
-	m.calls[1].count(200)
-	m.calls[1].observe(time.Millisecond, 1)
+	m.Calls[1].Count(200)
+	m.Calls[1].Observe(time.Millisecond, 1)
 	c := metricCatalog{
 		types:  map[string]string{"up": "gauge"},
 		labels: map[string]bool{"job": true, "instance": true, "cluster": true, "le": true}, // Prometheus' own, and that of prometheus.yml
@@ -383,7 +383,7 @@ func TestDeploy_Compose(t *testing.T) {
 	if !slices.Equal(job.StaticConfigs[0].Targets, nodes) || job.JobName != "raftrv" || !slices.Equal(scraped.RuleFiles, []string{"alerts.yml"}) {
 		t.Errorf("%+v, want %v", scraped, nodes)
 	}
-	if rt, _ := findReserved(job.MetricsPath); rt == nil || rt.call("GET") == nil {
+	if rt, _ := FindReserved(job.MetricsPath); rt == nil || rt.Call("GET") == nil {
 		t.Errorf("there is no call %s", job.MetricsPath)
 	}
 	if _, ok := job.StaticConfigs[0].Labels["cluster"]; !ok {

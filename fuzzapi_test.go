@@ -27,9 +27,9 @@ func fuzzFront(f *testing.F) (*httpAPI, *fakeBackend) {
 	kv.State.SetLevel(store.LevelNewest)
 	hub := watch.NewHub(kv)
 	backend := &fakeBackend{store: kv}
-	return newHTTPAPI(httpConfig{
-		id: 1, store: kv, hub: hub, backend: backend, logger: zap.NewNop(), timeout: time.Second, bookmark: time.Second, valueSizeMax: testValueSizeMax,
-		version: "v0", newID: newUUID, hosts: []string{"own.example"}, registry: prometheus.NewRegistry(), level: zap.NewAtomicLevel(),
+	return New(Config{
+		ID: 1, Store: kv, Hub: hub, Backend: backend, Logger: zap.NewNop(), Timeout: time.Second, Bookmark: time.Second, ValueSizeMax: testValueSizeMax,
+		Version: "v0", NewID: NewUUID, Hosts: []string{"own.example"}, Registry: prometheus.NewRegistry(), Level: zap.NewAtomicLevel(),
 	}).(*httpAPI), backend
 }
 

@@ -233,7 +233,7 @@ func (g *guard) writable() error {
 }
 
 // describe adds to a status what the guard knows.
-func (g *guard) describe(st *nodeStatus) {
+func (g *guard) describe(st *NodeStatus) {
 	sum, space := g.store.Sums().Now, g.space.Load()
 	st.StateSum = fmt.Sprintf("%016x", sum.Sum)
 	st.AppliedIndex = sum.Index // that it is the sum of
@@ -277,10 +277,10 @@ func (n *node) watchDisk(ctx context.Context) error {
 	}
 }
 
-// propose is that of the loop, unless the node must not serve or take the command.
+// Propose is that of the loop, unless the node must not serve or take the command.
 // What is remembered of a retry is answered whatever the node could do with it now:
 // it is committed. That may also become known while the retry waits.
-func (n *node) propose(ctx context.Context, timeout time.Duration, c store.Command) (store.Result, error) {
+func (n *node) Propose(ctx context.Context, timeout time.Duration, c store.Command) (store.Result, error) {
 	if first, known := n.outcome(c.Retry); known {
 		return first, nil
 	}
@@ -329,7 +329,7 @@ func (n *node) awaitMembership(ctx context.Context, timeout time.Duration) (left
 	return left, err
 }
 
-func (n *node) addMember(ctx context.Context, timeout time.Duration, m store.Member) error {
+func (n *node) AddMember(ctx context.Context, timeout time.Duration, m store.Member) error {
 	timeout, err := n.awaitMembership(ctx, timeout)
 	if err != nil {
 		return err
@@ -337,26 +337,26 @@ func (n *node) addMember(ctx context.Context, timeout time.Duration, m store.Mem
 	if err := n.checkAddress(ctx, m); err != nil {
 		return err
 	}
-	return n.loop.addMember(ctx, timeout, m)
+	return n.loop.AddMember(ctx, timeout, m)
 }
 
-func (n *node) removeMember(ctx context.Context, timeout time.Duration, id uint64) error {
+func (n *node) RemoveMember(ctx context.Context, timeout time.Duration, id uint64) error {
 	timeout, err := n.awaitMembership(ctx, timeout)
 	if err != nil {
 		return err
 	}
-	return n.loop.removeMember(ctx, timeout, id)
+	return n.loop.RemoveMember(ctx, timeout, id)
 }
 
-func (n *node) promoteMember(ctx context.Context, timeout time.Duration, id uint64) error {
+func (n *node) PromoteMember(ctx context.Context, timeout time.Duration, id uint64) error {
 	timeout, err := n.awaitMembership(ctx, timeout)
 	if err != nil {
 		return err
 	}
-	return n.loop.promoteMember(ctx, timeout, id)
+	return n.loop.PromoteMember(ctx, timeout, id)
 }
 
-func (n *node) updateMember(ctx context.Context, timeout time.Duration, m store.Member) error {
+func (n *node) UpdateMember(ctx context.Context, timeout time.Duration, m store.Member) error {
 	timeout, err := n.awaitMembership(ctx, timeout)
 	if err != nil {
 		return err
@@ -367,11 +367,11 @@ func (n *node) updateMember(ctx context.Context, timeout time.Duration, m store.
 	if err := n.checkAddress(ctx, m); err != nil {
 		return err
 	}
-	return n.loop.updateMember(ctx, timeout, m)
+	return n.loop.UpdateMember(ctx, timeout, m)
 }
 
 // memberSizeMax is about what a change of a member takes in the log, in bytes.
-const memberSizeMax = memberBodySizeMax
+const memberSizeMax = MemberBodySizeMax
 
-// writable says why the node takes no writes but deletes at present.
-func (n *node) writable() error { return n.guard.writable() }
+// Writable says why the node takes no writes but deletes at present.
+func (n *node) Writable() error { return n.guard.writable() }

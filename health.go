@@ -10,41 +10,41 @@ import (
 
 // This file says whether a node is ready to serve, as a list of named checks.
 
-// check is one condition of readiness. Its name is a label of a metric, too, so
+// Check is one condition of readiness. Its name is a label of a metric, too, so
 // it never changes.
-type check struct {
-	name string
+type Check struct {
+	Name string
 	// run returns why the node is not ready. It must return soon after ctx ends.
-	run func(ctx context.Context) error
+	Run func(ctx context.Context) error
 }
 
-// clusterChecks are the conditions of every node.
-func clusterChecks(b backend) []check {
-	return []check{
+// ClusterChecks are the conditions of every node.
+func ClusterChecks(b backend) []Check {
+	return []Check{
 		{"leader", func(context.Context) error {
-			if b.status().LeaderID == 0 {
+			if b.Status().LeaderID == 0 {
 				return errors.New("no leader is known")
 			}
 			return nil
 		}},
 		// The read proves both that the leader leads and that this node has caught
 		// up with it.
-		{"caught-up", func(ctx context.Context) error { return b.linearize(ctx, readyTimeout) }},
-		{"state", func(ctx context.Context) error { return b.serving(ctx, readyTimeout) }},
+		{"caught-up", func(ctx context.Context) error { return b.Linearize(ctx, readyTimeout) }},
+		{"state", func(ctx context.Context) error { return b.Serving(ctx, readyTimeout) }},
 	}
 }
 
-// runChecks runs all checks at the same time and yields their results in order.
-func runChecks(ctx context.Context, checks []check) func(yield func(name string, err error) bool) {
+// RunChecks runs all checks at the same time and yields their results in order.
+func RunChecks(ctx context.Context, checks []Check) func(yield func(name string, err error) bool) {
 	results := make([]error, len(checks))
 	var running sync.WaitGroup
 	for i, c := range checks {
-		running.Go(func() { results[i] = c.run(ctx) })
+		running.Go(func() { results[i] = c.Run(ctx) })
 	}
 	running.Wait()
 	return func(yield func(string, error) bool) {
 		for i, c := range checks {
-			if !yield(c.name, results[i]) {
+			if !yield(c.Name, results[i]) {
 				return
 			}
 		}
@@ -52,9 +52,9 @@ func runChecks(ctx context.Context, checks []check) func(yield func(name string,
 }
 
 // readiness describes the results of checks, one a line.
-func readiness(ctx context.Context, checks []check) (lines string, failed []string) {
+func readiness(ctx context.Context, checks []Check) (lines string, failed []string) {
 	var b strings.Builder
-	for name, err := range runChecks(ctx, checks) {
+	for name, err := range RunChecks(ctx, checks) {
 		if err == nil {
 			fmt.Fprintf(&b, "[+]%s ok\n", name)
 			continue

@@ -73,11 +73,11 @@ func (rec *recorder) Unwrap() http.ResponseWriter { return rec.ResponseWriter }
 func (h *httpAPI) called(rec *recorder, c *call) {
 	rec.call = c.number
 	rec.turn++
-	m := &h.metrics.calls[c.number]
+	m := &h.metrics.Calls[c.number]
 	if every := m.every.Load(); every <= 1 || rec.turn&(every-1) == 0 {
 		rec.start, rec.weight = time.Since(epoch), max(every, 1)
 		m.maybeLook(rec.start)
-	} else if h.accessLog {
+	} else if h.AccessLog {
 		rec.start = time.Since(epoch)
 	}
 }
@@ -90,12 +90,12 @@ func (h *httpAPI) answered(rec *recorder, r *http.Request) {
 	if rec.held > 0 {
 		h.bodies.Give(shares.AddressOf(r.RemoteAddr), rec.held)
 	}
-	m := &h.metrics.calls[rec.call]
-	m.count(rec.status)
+	m := &h.metrics.Calls[rec.call]
+	m.Count(rec.status)
 	if rec.weight > 0 {
-		m.observe(time.Since(epoch)-rec.start, rec.weight)
+		m.Observe(time.Since(epoch)-rec.start, rec.weight)
 	}
-	if h.accessLog {
+	if h.AccessLog {
 		h.logAnswer(rec, r)
 	}
 	recorders.Put(rec) // with its writer: pointers cost more to clear than to keep for a moment
@@ -106,7 +106,7 @@ func (h *httpAPI) logAnswer(rec *recorder, r *http.Request) {
 	if rec.call != 0 {
 		took = time.Since(epoch) - rec.start
 	}
-	h.logger.Info("request", zap.String("method", r.Method), zap.String("target", r.RequestURI), zap.String("route", routeName(allCalls[rec.call])),
+	h.Logger.Info("request", zap.String("method", r.Method), zap.String("target", r.RequestURI), zap.String("route", routeName(allCalls[rec.call])),
 		zap.Int("status", rec.status), zap.Int64("bytes", rec.bytes), zap.Duration("duration", took), zap.String("client", r.RemoteAddr))
 }
 
@@ -168,11 +168,11 @@ func (m *callMetrics) maybeLook(now time.Duration) {
 	m.every.Store(every)
 }
 
-func (m *callMetrics) count(status int) {
+func (m *callMetrics) Count(status int) {
 	m.statuses[min(max(status, statusMin), statusMax-1)-statusMin].Add(1)
 }
 
-func (m *callMetrics) observe(took time.Duration, weight uint64) {
+func (m *callMetrics) Observe(took time.Duration, weight uint64) {
 	i := 0
 	for i < len(latencyBounds) && took > latencyBounds[i] {
 		i++
@@ -183,11 +183,11 @@ func (m *callMetrics) observe(took time.Duration, weight uint64) {
 
 // httpMetrics counts the answers of a front. It implements prometheus.Collector.
 type httpMetrics struct {
-	calls []callMetrics // by number; at 0 requests that no call is for
+	Calls []callMetrics // by number; at 0 requests that no call is for
 }
 
-func newHTTPMetrics() *httpMetrics {
-	return &httpMetrics{calls: make([]callMetrics, len(allCalls))}
+func NewHTTPMetrics() *httpMetrics {
+	return &httpMetrics{Calls: make([]callMetrics, len(allCalls))}
 }
 
 var (
@@ -206,7 +206,7 @@ func (m *httpMetrics) Describe(ch chan<- *prometheus.Desc) {
 // Collect implements prometheus.Collector.
 func (m *httpMetrics) Collect(ch chan<- prometheus.Metric) {
 	for number, c := range allCalls {
-		m.collectCall(ch, &m.calls[number], c)
+		m.collectCall(ch, &m.Calls[number], c)
 	}
 }
 

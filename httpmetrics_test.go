@@ -65,14 +65,14 @@ func TestMetrics_CountRequestsByRouteAndCode(t *testing.T) {
 
 // A client that has left is no failure of ours.
 func TestMetrics_CountClientsThatLeft(t *testing.T) {
-	h := newHTTPAPI(httpConfig{store: store.New(), backend: &fakeBackend{store: store.New(), linearizeErr: io.ErrUnexpectedEOF},
-		logger: zap.NewNop(), timeout: time.Second, registry: prometheus.NewRegistry()}).(*httpAPI)
+	h := New(Config{Store: store.New(), Backend: &fakeBackend{store: store.New(), linearizeErr: io.ErrUnexpectedEOF},
+		Logger: zap.NewNop(), Timeout: time.Second, Registry: prometheus.NewRegistry()}).(*httpAPI)
 	ctx, leave := testContextThatEnds(t)
 	leave()
 	r := httptest.NewRequest("GET", "/k", nil).WithContext(ctx)
 	r.RequestURI, r.Host = "/k", "localhost"
 	h.ServeHTTP(httptest.NewRecorder(), r)
-	if got := testkit.Gather(t, h.registry)[`raftrv_http_requests_total{code="499",method="GET",route="/{key}"}`]; got != 1 {
+	if got := testkit.Gather(t, h.Registry)[`raftrv_http_requests_total{code="499",method="GET",route="/{key}"}`]; got != 1 {
 		t.Errorf("%v requests", got)
 	}
 }
@@ -80,9 +80,9 @@ func TestMetrics_CountClientsThatLeft(t *testing.T) {
 // Of a call that is asked for often one request of a few is timed, and the
 // histogram still has about all; one that is asked for seldom is always timed.
 func TestMetrics_BusyCalls(t *testing.T) {
-	h := newHTTPAPI(httpConfig{store: store.New(), backend: &instantBackend{}, logger: zap.NewNop(), registry: prometheus.NewRegistry()}).(*httpAPI)
-	c := rootRoute.call(http.MethodGet)
-	m := &h.metrics.calls[c.number]
+	h := New(Config{Store: store.New(), Backend: &instantBackend{}, Logger: zap.NewNop(), Registry: prometheus.NewRegistry()}).(*httpAPI)
+	c := rootRoute.Call(http.MethodGet)
+	m := &h.metrics.Calls[c.number]
 	total := 0
 	request := func() (isTimed bool) {
 		total++
@@ -108,7 +108,7 @@ func TestMetrics_BusyCalls(t *testing.T) {
 	if timed+untimed == 10_000 && timed > untimed/2 { // fewer: this process was held up
 		t.Errorf("%d requests were timed, %d not", timed, untimed)
 	}
-	got := testkit.Gather(t, h.registry)
+	got := testkit.Gather(t, h.Registry)
 	if n := got[`raftrv_http_requests_total{code="200",method="GET",route="/"}`]; n != float64(total) {
 		t.Errorf("%v requests counted, want %d", n, total)
 	}

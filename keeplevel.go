@@ -40,7 +40,7 @@ func (n *node) keepLevel(ctx context.Context) error {
 		if r.Level <= n.store.Level() {
 			continue
 		}
-		res, err := n.propose(ctx, n.config.requestTimeout, store.RaiseLevel(r.Level, r.Members...))
+		res, err := n.Propose(ctx, n.config.requestTimeout, store.RaiseLevel(r.Level, r.Members...))
 		if err == nil && res.Status == store.StatusReplaced {
 			n.logger.Info("the feature level of the cluster was raised", zap.Int("level", r.Level))
 		}

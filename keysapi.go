@@ -66,7 +66,7 @@ func (h *httpAPI) getItem(w http.ResponseWriter, r request) error {
 	setResourceVersion(w.Header(), rv)
 	setExpires(w.Header(), it)
 	if len(it.Value) <= streamBufferSize {
-		writeBody(w, r.Request, http.StatusOK, typeJSON, append(store.AppendItemJSON(nil, r.name, it, false), '\n'))
+		WriteBody(w, r.Request, http.StatusOK, typeJSON, append(store.AppendItemJSON(nil, r.name, it, false), '\n'))
 		return nil
 	}
 	s := newStream(w, r, typeJSON)
@@ -142,7 +142,7 @@ func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 func (h *httpAPI) mustRead(s *stream, list *keyList) []store.KeyItem {
 	items, err := list.read()
 	if err != nil {
-		h.logger.Warn("cut off a stream of keys", zap.Error(err))
+		h.Logger.Warn("cut off a stream of keys", zap.Error(err))
 		s.abort(http.StatusInternalServerError)
 	}
 	return items
@@ -165,7 +165,7 @@ type keyList struct {
 // openList reads the first n items with a prefix whose keys come after a key. What
 // is more than little takes one of the places for lists.
 func (h *httpAPI) openList(r request, prefix, after string, n int) (*keyList, error) {
-	items, rv := h.store.List(prefix, after, min(n, fewItems+1))
+	items, rv := h.Store.List(prefix, after, min(n, fewItems+1))
 	size := uint64(0)
 	for _, it := range items {
 		size += store.ItemSize(it.Key, it.Item)
@@ -182,7 +182,7 @@ func (h *httpAPI) openScan(r request, prefix, after string) (*keyList, error) {
 	defer cancel()
 	address := shares.AddressOf(r.RemoteAddr)
 	if h.lists.Await(ctx, address, 1) {
-		if sc, err := h.store.Scan(prefix, after); err == nil {
+		if sc, err := h.Store.Scan(prefix, after); err == nil {
 			return &keyList{rv: sc.RV, scan: sc, leave: func() { h.lists.Give(address, 1) }}, nil
 		}
 		h.lists.Give(address, 1)
@@ -213,7 +213,7 @@ func (h *httpAPI) asOf(p *params, list *keyList) error {
 	if !p.exact || p.resourceVersion == list.rv {
 		return nil
 	}
-	if !h.store.Unchanged(p.prefix, p.after, p.resourceVersion, list.rv) {
+	if !h.Store.Unchanged(p.prefix, p.after, p.resourceVersion, list.rv) {
 		return fault.ErrExpired.WithDetail("keys of the list have changed after resource version %d, or too much has changed since for the node to know: "+
 			"begin again with the first page, or take the stream (Accept: %s), which is of one version", p.resourceVersion, typeNDJSON[0])
 	}
@@ -246,7 +246,7 @@ func (h *httpAPI) streamKeys(w http.ResponseWriter, r request) error {
 	if s.isHead {
 		return nil
 	}
-	t := turns{store: h.store, began: time.Now(), rv: list.rv}
+	t := turns{store: h.Store, began: time.Now(), rv: list.rv}
 	last := ""
 	for n := 0; ; {
 		t.rest()
@@ -317,7 +317,7 @@ func (h *httpAPI) deletePrefix(w http.ResponseWriter, r request) error {
 	}
 	setResourceVersion(w.Header(), res.RV)
 	if res.Status == store.StatusTooMany {
-		return fault.ErrTooManyKeys.WithDetail("more than %d keys have the prefix, or they are so long that their events do not fit into one step; delete by longer prefixes", h.store.Rules().DeletePrefixMax)
+		return fault.ErrTooManyKeys.WithDetail("more than %d keys have the prefix, or they are so long that their events do not fit into one step; delete by longer prefixes", h.Store.Rules().DeletePrefixMax)
 	}
 	return writeJSON(w, r, struct {
 		Deleted         uint64 `json:"deleted"`

@@ -96,7 +96,7 @@ func BenchmarkItemJSON(b *testing.B) {
 func TestHTTP_GetItem(t *testing.T) {
 	f := newFront(t)
 	for i, key := range []string{"a", "1", "a/b//c", "a/", "/", "..", "../keys", "", "-", "-/v1/txn", "\x00\xff", "é", "%", "?a=b", " ", strings.Repeat("\xff", store.KeySizeMax)} {
-		target := "/-/v1/keys/" + keyPath(key)[1:]
+		target := "/-/v1/keys/" + KeyPath(key)[1:]
 		if key == "" {
 			f.do("GET", target, "").Want(t, 404)
 			continue
@@ -426,7 +426,7 @@ func TestHTTP_StreamBesideWrites(t *testing.T) {
 			f.put(fmt.Sprintf("key-%05d-more", i), "new")
 		}
 	}
-	if _, err := f.backend.propose(t.Context(), 0, store.Command{Op: store.OpDeletePrefix, Key: "key-4"}); err != nil {
+	if _, err := f.backend.Propose(t.Context(), 0, store.Command{Op: store.OpDeletePrefix, Key: "key-4"}); err != nil {
 		t.Fatal(err)
 	}
 	body, err := io.ReadAll(res.Body)
@@ -726,7 +726,7 @@ func TestHTTP_StreamsEndVisibly(t *testing.T) {
 		f.put(fmt.Sprintf("k%03d", i), strings.Repeat("v", 1000))
 	}
 	for _, rt := range allRoutes() {
-		c := rt.call(http.MethodGet)
+		c := rt.Call(http.MethodGet)
 		if c == nil {
 			continue
 		}
@@ -789,7 +789,7 @@ func TestHTTP_StreamThatFailsOverHTTP10(t *testing.T) {
 			t.Errorf("%d items of %d pass for all", len(items), store.ScanPart+n)
 		}
 		synctest.Wait()
-		if got := testkit.Gather(t, f.config.registry)[`raftrv_http_requests_total{code="500",method="GET",route="/-/v1/keys"}`]; got != 1 {
+		if got := testkit.Gather(t, f.config.Registry)[`raftrv_http_requests_total{code="500",method="GET",route="/-/v1/keys"}`]; got != 1 {
 			t.Errorf("%v requests count as cut off", got)
 		}
 	})

@@ -189,7 +189,7 @@ func (l *link) receiveMessage(w http.ResponseWriter, r *http.Request) {
 	held := int64(0)
 	defer func() { n.bodies.Add(-held) }()
 	body := &pacedReader{Reader: r.Body, control: http.NewResponseController(w)}
-	data, err := readGrowing(body, size, peerMessageMax, func(most int) error {
+	data, err := ReadGrowing(body, size, peerMessageMax, func(most int) error {
 		more := int64(most) - held
 		held += more
 		if n.bodies.Add(more) > peerMessageMax {

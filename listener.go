@@ -207,9 +207,9 @@ type conn struct {
 	first func([]byte) []byte // see rewriteNext
 }
 
-// rewriteNext lets f see what is written next, once, and say what to write instead.
+// RewriteNext lets f see what is written next, once, and say what to write instead.
 // Only whoever writes may call it.
-func (c *conn) rewriteNext(f func([]byte) []byte) { c.first = f }
+func (c *conn) RewriteNext(f func([]byte) []byte) { c.first = f }
 
 func (c *conn) Write(p []byte) (int, error) {
 	if timeout := c.listener.config.writeTimeout; timeout > 0 {
@@ -234,12 +234,12 @@ func (c *conn) SetReadDeadline(t time.Time) error {
 	return c.Conn.SetReadDeadline(t)
 }
 
-func (c *conn) isKept() bool { return c.kept }
+func (c *conn) IsKept() bool { return c.kept }
 
-// deserve says that what came on a kept place is what that is kept for.
-func (c *conn) deserve() error {
+// Deserve says that what came on a kept place is what that is kept for.
+func (c *conn) Deserve() error {
 	c.until = time.Time{}
-	return c.SetReadDeadline(time.Now().Add(bodyTimeout))
+	return c.SetReadDeadline(time.Now().Add(BodyTimeout))
 }
 
 // Close may be called more than once, by its user and by closeAll.

@@ -524,23 +524,23 @@ type abandonedCommand struct {
 	place int
 }
 
-// addMember adds a learner.
-func (l *loop) addMember(ctx context.Context, timeout time.Duration, m store.Member) error {
+// AddMember adds a learner.
+func (l *loop) AddMember(ctx context.Context, timeout time.Duration, m store.Member) error {
 	return l.changeMember(ctx, timeout, store.MemberChange{Kind: store.AddLearner, Member: m})
 }
 
-// removeMember removes a member.
-func (l *loop) removeMember(ctx context.Context, timeout time.Duration, id uint64) error {
+// RemoveMember removes a member.
+func (l *loop) RemoveMember(ctx context.Context, timeout time.Duration, id uint64) error {
 	return l.changeMember(ctx, timeout, store.MemberChange{Kind: store.RemoveMember, Member: store.Member{ID: id}})
 }
 
-// promoteMember makes a learner a voter.
-func (l *loop) promoteMember(ctx context.Context, timeout time.Duration, id uint64) error {
+// PromoteMember makes a learner a voter.
+func (l *loop) PromoteMember(ctx context.Context, timeout time.Duration, id uint64) error {
 	return l.changeMember(ctx, timeout, store.MemberChange{Kind: store.PromoteLearner, Member: store.Member{ID: id}})
 }
 
-// updateMember changes what is known of a member.
-func (l *loop) updateMember(ctx context.Context, timeout time.Duration, m store.Member) error {
+// UpdateMember changes what is known of a member.
+func (l *loop) UpdateMember(ctx context.Context, timeout time.Duration, m store.Member) error {
 	m.Learner, m.Promote = false, false // these change by other calls
 	value, err := json.Marshal(m)
 	if err != nil {
@@ -558,8 +558,8 @@ func (l *loop) updateMember(ctx context.Context, timeout time.Duration, m store.
 	return nil
 }
 
-// transferLeader hands leadership over. Any member may be asked.
-func (l *loop) transferLeader(ctx context.Context, timeout time.Duration, id uint64) error {
+// TransferLeader hands leadership over. Any member may be asked.
+func (l *loop) TransferLeader(ctx context.Context, timeout time.Duration, id uint64) error {
 	refused := make(chan error, 1)
 	poll := time.NewTicker(l.tick)
 	defer poll.Stop()

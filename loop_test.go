@@ -128,13 +128,13 @@ func comesTrue(ok func() bool) bool {
 // TestLoop_TransferBeforeStart: a node that is asked to hand over before its replica runs answers, and does not panic.
 func TestLoop_TransferBeforeStart(t *testing.T) {
 	l := newLoop(time.Millisecond, func() {}, zap.NewNop())
-	if err := l.transferLeader(t.Context(), 20*time.Millisecond, 2); err == nil {
+	if err := l.TransferLeader(t.Context(), 20*time.Millisecond, 2); err == nil {
 		t.Error("it has handed over")
 	}
 	l = newLoneLoop(t, func() {}, nil)
 	ctx, stop := context.WithCancel(t.Context())
 	go func() { _ = l.run(ctx, l.replica, func(context.Context) error { return nil }) }()
-	if err := l.transferLeader(t.Context(), time.Minute, 2); err == nil || !strings.Contains(err.Error(), "not a voter") {
+	if err := l.TransferLeader(t.Context(), time.Minute, 2); err == nil || !strings.Contains(err.Error(), "not a voter") {
 		t.Errorf("to nobody: %v", err)
 	}
 	stop()
@@ -204,7 +204,7 @@ func TestLoop_DeadlineSaysWhy(t *testing.T) {
 				_, err := l.propose(t.Context(), time.Millisecond, somePut)
 				return err
 			},
-			"member": func() error { return l.removeMember(t.Context(), time.Millisecond, 3) },
+			"member": func() error { return l.RemoveMember(t.Context(), time.Millisecond, 3) },
 		}
 		for name, call := range calls {
 			e, ok := errors.AsType[*fault.Error](call())

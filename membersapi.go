@@ -16,16 +16,16 @@ import (
 type memberBackend interface {
 	// addMember adds a learner, which becomes a voter by itself when it has
 	// caught up if Promote is set.
-	addMember(ctx context.Context, timeout time.Duration, m store.Member) error
-	removeMember(ctx context.Context, timeout time.Duration, id uint64) error
-	promoteMember(ctx context.Context, timeout time.Duration, id uint64) error
+	AddMember(ctx context.Context, timeout time.Duration, m store.Member) error
+	RemoveMember(ctx context.Context, timeout time.Duration, id uint64) error
+	PromoteMember(ctx context.Context, timeout time.Duration, id uint64) error
 	// updateMember changes the fields that are set.
-	updateMember(ctx context.Context, timeout time.Duration, m store.Member) error
+	UpdateMember(ctx context.Context, timeout time.Duration, m store.Member) error
 	// transferLeader hands leadership to a member, wherever it is.
-	transferLeader(ctx context.Context, timeout time.Duration, id uint64) error
+	TransferLeader(ctx context.Context, timeout time.Duration, id uint64) error
 }
 
-const memberBodySizeMax = 4 << 10 // bytes
+const MemberBodySizeMax = 4 << 10 // bytes
 
 // memberBody is a member as a client describes it.
 type memberBody struct {
@@ -42,13 +42,13 @@ func (h *httpAPI) listMembers(w http.ResponseWriter, r request) error {
 	return writeJSON(w, r, struct {
 		LeaderID uint64         `json:"leaderId"`
 		Members  []store.Member `json:"members"`
-	}{h.backend.status().LeaderID, h.store.Members()})
+	}{h.Backend.Status().LeaderID, h.Store.Members()})
 }
 
 // addMember is the call that raftexample had: POST /{id} with the peer URL as
 // the body.
 func (h *httpAPI) addMember(w http.ResponseWriter, r request) error {
-	id, err := parseMemberID(r.name)
+	id, err := ParseMemberID(r.name)
 	if err != nil {
 		return err
 	}
@@ -56,11 +56,11 @@ func (h *httpAPI) addMember(w http.ResponseWriter, r request) error {
 	if err != nil {
 		return err
 	}
-	peerURL, err := parsePeerURL(body)
+	peerURL, err := ParsePeerURL(body)
 	if err != nil {
 		return err
 	}
-	return done(w, h.backend.addMember(r.Context(), r.params.timeout, store.Member{ID: id, PeerURL: peerURL, Promote: true}))
+	return done(w, h.Backend.AddMember(r.Context(), r.params.timeout, store.Member{ID: id, PeerURL: peerURL, Promote: true}))
 }
 
 func (h *httpAPI) postMember(w http.ResponseWriter, r request) error {
@@ -71,7 +71,7 @@ func (h *httpAPI) postMember(w http.ResponseWriter, r request) error {
 	if m.PeerURL == "" {
 		return fault.ErrInvalid.WithDetail("peerURL is missing")
 	}
-	return done(w, h.backend.addMember(r.Context(), r.params.timeout, m))
+	return done(w, h.Backend.AddMember(r.Context(), r.params.timeout, m))
 }
 
 func (h *httpAPI) putMember(w http.ResponseWriter, r request) error {
@@ -83,23 +83,23 @@ func (h *httpAPI) putMember(w http.ResponseWriter, r request) error {
 		return fault.ErrInvalid.WithDetail("learner is of new members only: a voter does not become a learner again")
 	}
 	m.Promote = false
-	return done(w, h.backend.updateMember(r.Context(), r.params.timeout, m))
+	return done(w, h.Backend.UpdateMember(r.Context(), r.params.timeout, m))
 }
 
 func (h *httpAPI) deleteMember(w http.ResponseWriter, r request) error {
-	return h.withMember(w, r, h.backend.removeMember)
+	return h.withMember(w, r, h.Backend.RemoveMember)
 }
 
 func (h *httpAPI) promoteMember(w http.ResponseWriter, r request) error {
-	return h.withMember(w, r, h.backend.promoteMember)
+	return h.withMember(w, r, h.Backend.PromoteMember)
 }
 
 func (h *httpAPI) postLeader(w http.ResponseWriter, r request) error {
-	return h.withMember(w, r, h.backend.transferLeader)
+	return h.withMember(w, r, h.Backend.TransferLeader)
 }
 
 func (h *httpAPI) withMember(w http.ResponseWriter, r request, call func(context.Context, time.Duration, uint64) error) error {
-	id, err := parseMemberID(r.name)
+	id, err := ParseMemberID(r.name)
 	if err != nil {
 		return err
 	}
@@ -116,10 +116,10 @@ func done(w http.ResponseWriter, err error) error {
 
 // readMember reads the member that a request is about.
 func (h *httpAPI) readMember(w http.ResponseWriter, r request) (m store.Member, err error) {
-	if m.ID, err = parseMemberID(r.name); err != nil {
+	if m.ID, err = ParseMemberID(r.name); err != nil {
 		return m, err
 	}
-	text, err := h.readBody(w, r.Request, memberBodySizeMax)
+	text, err := h.readBody(w, r.Request, MemberBodySizeMax)
 	if err != nil {
 		return m, err
 	}
@@ -132,7 +132,7 @@ func (h *httpAPI) readMember(w http.ResponseWriter, r request) (m store.Member, 
 		if *u == "" {
 			continue
 		}
-		if *u, err = parseNodeURL(*u); err != nil {
+		if *u, err = ParseNodeURL(*u); err != nil {
 			return m, fault.ErrInvalid.WithDetail("peerURL and clientURL: %v", err)
 		}
 	}

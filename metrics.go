@@ -137,7 +137,7 @@ func (l *loop) leaderView(ctx context.Context) (leaderView, error) {
 type nodeMetrics struct {
 	node    *node
 	clients *listener
-	checks  []check
+	checks  []Check
 }
 
 var (
@@ -201,7 +201,7 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 	var wait sync.WaitGroup
 	defer wait.Wait()
 	wait.Go(func() {
-		for name, err := range runChecks(ctx, m.checks) {
+		for name, err := range RunChecks(ctx, m.checks) {
 			gauge(descReady, number(err == nil), name)
 		}
 	})
@@ -216,7 +216,7 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 		}
 	})
 
-	s := m.node.status()
+	s := m.node.Status()
 	gauge(descBuildInfo, 1, version, runtime.Version())
 	gauge(descMember, float64(s.ID))
 	gauge(descIsLeader, number(s.LeaderID == s.ID))
@@ -298,7 +298,7 @@ func directorySize(path string) (size int64) {
 }
 
 // newRegistry returns the metrics of a node, all but those of its HTTP front.
-func newRegistry(n *node, clients *listener, checks []check) *prometheus.Registry {
+func newRegistry(n *node, clients *listener, checks []Check) *prometheus.Registry {
 	r := prometheus.NewRegistry()
 	r.MustRegister(
 		collectors.NewGoCollector(),

@@ -29,7 +29,7 @@ import (
 // readiness, metrics, log level, profiles.
 
 const (
-	statusTimeout   = time.Second // for another member to tell its status
+	StatusTimeout   = time.Second // for another member to tell its status
 	statusSizeMax   = 1 << 20     // bytes of that
 	logLevelSizeMax = 1 << 10     // bytes of a body
 	metricsInFlight = 4           // answers at /-/metrics at a time; more are refused, and one address does not get all
@@ -38,13 +38,13 @@ const (
 
 func (h *httpAPI) getStatus(w http.ResponseWriter, r request) error {
 	if r.params.all {
-		return writeJSON(w, r, gatherStatus(r.Context(), h.client, h.backend.status()))
+		return writeJSON(w, r, gatherStatus(r.Context(), h.Client, h.Backend.Status()))
 	}
-	return writeJSON(w, r, h.backend.status())
+	return writeJSON(w, r, h.Backend.Status())
 }
 
-// clusterStatus is what each member says of itself.
-type clusterStatus struct {
+// ClusterStatus is what each member says of itself.
+type ClusterStatus struct {
 	Members []memberStatus `json:"members"` // in the order of their IDs
 	Silent  []uint64       `json:"silent"`  // IDs of those that did not answer
 }
@@ -53,16 +53,16 @@ type clusterStatus struct {
 type memberStatus struct {
 	ID        uint64      `json:"id"`
 	ClientURL string      `json:"clientURL,omitempty"`
-	Status    *nodeStatus `json:"status,omitempty"`
+	Status    *NodeStatus `json:"status,omitempty"`
 	Error     string      `json:"error,omitempty"`
 }
 
 // gatherStatus asks all members at the same time, with a client that follows no
 // redirects. own is the view of this node.
-func gatherStatus(ctx context.Context, client *http.Client, own nodeStatus) clusterStatus {
-	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
+func gatherStatus(ctx context.Context, client *http.Client, own NodeStatus) ClusterStatus {
+	ctx, cancel := context.WithTimeout(ctx, StatusTimeout)
 	defer cancel()
-	all := clusterStatus{Members: make([]memberStatus, len(own.Members)), Silent: []uint64{}}
+	all := ClusterStatus{Members: make([]memberStatus, len(own.Members)), Silent: []uint64{}}
 	var asking sync.WaitGroup
 	for i, m := range own.Members {
 		all.Members[i] = memberStatus{ID: m.ID, ClientURL: m.ClientURL}
@@ -89,7 +89,7 @@ func gatherStatus(ctx context.Context, client *http.Client, own nodeStatus) clus
 }
 
 // fetchStatus asks a member for its status.
-func fetchStatus(ctx context.Context, client *http.Client, m store.Member, cluster string) (*nodeStatus, error) {
+func fetchStatus(ctx context.Context, client *http.Client, m store.Member, cluster string) (*NodeStatus, error) {
 	if m.ClientURL == "" {
 		return nil, errors.New("it has not told its client URL yet; has it ever been up?")
 	}
@@ -105,7 +105,7 @@ func fetchStatus(ctx context.Context, client *http.Client, m store.Member, clust
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("%s answered %s", m.ClientURL, resp.Status)
 	}
-	st := new(nodeStatus)
+	st := new(NodeStatus)
 	if err := json.NewDecoder(io.LimitReader(resp.Body, statusSizeMax)).Decode(st); err != nil {
 		return nil, fmt.Errorf("what answers at %s tells no status", m.ClientURL) // nor what else it said: it may be anybody
 	}
@@ -125,15 +125,15 @@ func (h *httpAPI) getLive(w http.ResponseWriter, r request) error {
 func (h *httpAPI) getReady(w http.ResponseWriter, r request) error {
 	ctx, cancel := context.WithTimeout(r.Context(), readyTimeout)
 	defer cancel()
-	lines, failed := readiness(ctx, h.checks)
+	lines, failed := readiness(ctx, h.Checks)
 	ok := "ok\n"
-	if err := h.backend.writable(); err != nil { // it serves reads, so it may be ready
+	if err := h.Backend.Writable(); err != nil { // it serves reads, so it may be ready
 		readOnly := "read-only: " + err.Error() + "\n"
 		lines, ok = lines+readOnly, ok+readOnly
 	}
 	switch {
 	case r.params.verbose && failed != nil:
-		writeBody(w, r.Request, http.StatusServiceUnavailable, typeText, []byte(lines))
+		WriteBody(w, r.Request, http.StatusServiceUnavailable, TypeText, []byte(lines))
 	case r.params.verbose:
 		writeText(w, r, lines)
 	case failed != nil:
@@ -174,9 +174,9 @@ type wholeAnswer struct {
 func (w *wholeAnswer) WriteHeader(code int)        { w.code = code }
 func (w *wholeAnswer) Write(p []byte) (int, error) { return w.body.Write(p) }
 
-func newExposition(cfg httpConfig) http.Handler {
-	return promhttp.HandlerFor(cfg.registry, promhttp.HandlerOpts{
-		ErrorLog:      zap.NewStdLog(cfg.logger),
+func newExposition(cfg Config) http.Handler {
+	return promhttp.HandlerFor(cfg.Registry, promhttp.HandlerOpts{
+		ErrorLog:      zap.NewStdLog(cfg.Logger),
 		ErrorHandling: promhttp.ContinueOnError,
 	})
 }
@@ -187,7 +187,7 @@ type logLevel struct {
 }
 
 func (h *httpAPI) getLogLevel(w http.ResponseWriter, r request) error {
-	return writeJSON(w, r, logLevel{h.level.String()})
+	return writeJSON(w, r, logLevel{h.Level.String()})
 }
 
 // putLogLevel changes the level until the process ends.
@@ -204,11 +204,11 @@ func (h *httpAPI) putLogLevel(w http.ResponseWriter, r request) error {
 	if err != nil || level < zapcore.DebugLevel || level > zapcore.ErrorLevel || body.Level != level.String() {
 		return errLogLevel
 	}
-	if old := h.level.Level(); old != level {
-		h.level.SetLevel(min(old, level)) // the line is in the log either way
-		h.logger.Info("log level changed", zap.Stringer("from", old), zap.Stringer("to", level))
+	if old := h.Level.Level(); old != level {
+		h.Level.SetLevel(min(old, level)) // the line is in the log either way
+		h.Logger.Info("log level changed", zap.Stringer("from", old), zap.Stringer("to", level))
 	}
-	h.level.SetLevel(level)
+	h.Level.SetLevel(level)
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
@@ -220,7 +220,7 @@ var (
 
 // getProfiles lists the profiles.
 func (h *httpAPI) getProfiles(w http.ResponseWriter, r request) error {
-	if !h.profiles {
+	if !h.Profiles {
 		return errNoProfiles
 	}
 	pprof.Index(w, r.Request)
@@ -229,7 +229,7 @@ func (h *httpAPI) getProfiles(w http.ResponseWriter, r request) error {
 
 // getProfile makes one profile, as go tool pprof wants it.
 func (h *httpAPI) getProfile(w http.ResponseWriter, r request) error {
-	if !h.profiles {
+	if !h.Profiles {
 		return errNoProfiles
 	}
 	switch r.name {

@@ -23,8 +23,8 @@ func testContextThatEnds(t *testing.T) (context.Context, context.CancelFunc) {
 
 func TestNode_ReadinessListsItsChecks(t *testing.T) {
 	var broken error
-	f := newFront(t, func(c *httpConfig) {
-		c.checks = append(c.checks, check{"disk", func(context.Context) error { return broken }})
+	f := newFront(t, func(c *Config) {
+		c.Checks = append(c.Checks, Check{"disk", func(context.Context) error { return broken }})
 	})
 	a := f.do("GET", "/-/readyz?verbose", "")
 	a.Want(t, 200)
@@ -58,7 +58,7 @@ func TestNode_ReadinessChecksRunTogether(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	start := time.Now()
-	lines, failed := readiness(ctx, []check{{"a", wait}, {"b", func(context.Context) error { return nil }}, {"c", wait}})
+	lines, failed := readiness(ctx, []Check{{"a", wait}, {"b", func(context.Context) error { return nil }}, {"c", wait}})
 	if time.Since(start) > 5*time.Second || len(failed) != 2 || !strings.Contains(lines, "[+]b ok\n[-]c failed") {
 		t.Errorf("%v: %s", time.Since(start), lines)
 	}
@@ -73,13 +73,13 @@ func TestNode_LogLevel(t *testing.T) {
 	}
 	for _, level := range []string{"debug", "error", "warn", "info"} {
 		f.do("PUT", "/-/v1/log-level", fmt.Sprintf(`{"level":%q}`, level)).Want(t, 204)
-		if got := f.config.level.String(); got != level {
+		if got := f.config.Level.String(); got != level {
 			t.Errorf("the level is %s, want %s", got, level)
 		}
 	}
 	for _, body := range []string{"", "debug", `"debug"`, `{}`, `{"level":""}`, `{"level":"DEBUG"}`, `{"level":"fatal"}`, `{"level":"debug","x":1}`, `{"level":"debug"} x`} {
-		if a := f.do("PUT", "/-/v1/log-level", body); a.Code != 400 || f.config.level.Level() != zapcore.InfoLevel {
-			t.Errorf("%s: %d, level %v", body, a.Code, f.config.level)
+		if a := f.do("PUT", "/-/v1/log-level", body); a.Code != 400 || f.config.Level.Level() != zapcore.InfoLevel {
+			t.Errorf("%s: %d, level %v", body, a.Code, f.config.Level)
 		}
 	}
 }
@@ -90,7 +90,7 @@ func TestNode_AccessLog(t *testing.T) {
 	if n := f.logs.FilterMessage("request").Len(); n != 0 {
 		t.Errorf("%d lines without --access-log", n)
 	}
-	f = newFront(t, func(c *httpConfig) { c.accessLog = true })
+	f = newFront(t, func(c *Config) { c.AccessLog = true })
 	f.do("PUT", "/a%0Ab?timeout=1s", "v").Want(t, 201)
 	f.do("GET", "/a%0Ab", "").Want(t, 200)
 	f.do("GET", "/-/none", "").Want(t, 404)
@@ -112,14 +112,14 @@ func TestNode_AccessLog(t *testing.T) {
 }
 
 func TestNode_StatusOfAll(t *testing.T) {
-	own := nodeStatus{ID: 1, ClusterID: "c", Role: "leader", Members: []store.Member{{ID: 1, ClientURL: "http://own"}}}
+	own := NodeStatus{ID: 1, ClusterID: "c", Role: "leader", Members: []store.Member{{ID: 1, ClientURL: "http://own"}}}
 	release := make(chan struct{})
 	serve := func(id uint64, handler http.HandlerFunc) {
 		server := httptest.NewServer(handler)
 		t.Cleanup(server.Close)
 		own.Members = append(own.Members, store.Member{ID: id, ClientURL: server.URL})
 	}
-	answer := func(st nodeStatus) http.HandlerFunc {
+	answer := func(st NodeStatus) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
 			if r.URL.String() != "/-/v1/status" {
 				t.Errorf("asked for %s", r.URL)
@@ -127,9 +127,9 @@ func TestNode_StatusOfAll(t *testing.T) {
 			_ = json.NewEncoder(w).Encode(st)
 		}
 	}
-	serve(2, answer(nodeStatus{ID: 2, ClusterID: "c", Term: 7}))
-	serve(3, answer(nodeStatus{ID: 4, ClusterID: "c"}))
-	serve(4, answer(nodeStatus{ID: 4, ClusterID: "other"}))
+	serve(2, answer(NodeStatus{ID: 2, ClusterID: "c", Term: 7}))
+	serve(3, answer(NodeStatus{ID: 4, ClusterID: "c"}))
+	serve(4, answer(NodeStatus{ID: 4, ClusterID: "other"}))
 	serve(5, func(http.ResponseWriter, *http.Request) { <-release })
 	serve(6, func(w http.ResponseWriter, r *http.Request) {
 		http.Redirect(w, r, own.Members[1].ClientURL, http.StatusFound)
@@ -139,7 +139,7 @@ func TestNode_StatusOfAll(t *testing.T) {
 	own.Members = append(own.Members, store.Member{ID: 8}, store.Member{ID: 9, ClientURL: "http://127.0.0.1:1"})
 	start := time.Now()
 	all := gatherStatus(t.Context(), testClient, own)
-	if took := time.Since(start); took < statusTimeout || took > statusTimeout+5*time.Second {
+	if took := time.Since(start); took < StatusTimeout || took > StatusTimeout+5*time.Second {
 		t.Errorf("it took %v; they are to be asked at the same time, and only for so long", took)
 	}
 	if !slices.Equal(all.Silent, []uint64{3, 4, 5, 6, 7, 8, 9}) || len(all.Members) != 9 {

@@ -12,6 +12,6 @@ import (
 var openAPI []byte
 
 func (h *httpAPI) getOpenAPI(w http.ResponseWriter, r request) error {
-	writeBody(w, r.Request, http.StatusOK, typeJSON, openAPI)
+	WriteBody(w, r.Request, http.StatusOK, typeJSON, openAPI)
 	return nil
 }

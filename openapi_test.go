@@ -191,7 +191,7 @@ func routeOf(path string) *route {
 	if !isReserved(path) {
 		return keyRoute
 	}
-	rt, _ := findReserved(path)
+	rt, _ := FindReserved(path)
 	return rt
 }
 
@@ -207,10 +207,10 @@ func checkDocumented(t *testing.T, method, target string, a testkit.Answer) {
 		return // in general, and what net/http refuses
 	}
 	rt := routeOf(path)
-	if rt == nil || rt.call(method) == nil {
+	if rt == nil || rt.Call(method) == nil {
 		return
 	}
-	c := rt.call(method)
+	c := rt.Call(method)
 	where := fmt.Sprintf("%s %s, %d", c.method, rt.path, a.Code)
 	response := at(operation(rt, c.method), "responses", strconv.Itoa(a.Code))
 	if response == nil {
@@ -483,7 +483,7 @@ func openAPIRequests() []openAPIRequest {
 		case r.method != "GET":
 			with(504, "", r.body, nil, fault.ErrUnknown)
 		}
-		if rt.call(r.method).headers&headerIdempotencyKey != 0 {
+		if rt.Call(r.method).headers&headerIdempotencyKey != 0 {
 			with(422, "", r.body, retry, nil)
 			with(507, "", r.body, nil, fault.ErrDiskFull)
 		}
@@ -557,7 +557,7 @@ func TestOpenAPI_Statuses(t *testing.T) {
 		note("GET", target, 505)
 	}
 	// A scrape more than one address may have at a time.
-	scraped := newFront(t, func(c *httpConfig) { c.registry.MustRegister(slowCollector{}) })
+	scraped := newFront(t, func(c *Config) { c.Registry.MustRegister(slowCollector{}) })
 	slowScrapes := make(chan int, shares.MostOf(metricsInFlight)+1)
 	for range cap(slowScrapes) {
 		go func() { slowScrapes <- scraped.do("GET", "/-/metrics", "").Code }()
@@ -573,7 +573,7 @@ func TestOpenAPI_Statuses(t *testing.T) {
 		}
 	}
 	// A node without --pprof.
-	a := newFront(t, func(c *httpConfig) { c.profiles = false }).do("GET", "/-/debug/pprof/", "")
+	a := newFront(t, func(c *Config) { c.Profiles = false }).do("GET", "/-/debug/pprof/", "")
 	a.Want(t, 404)
 	note("GET", "/-/debug/pprof/", a.Code)
 

@@ -24,7 +24,7 @@ import (
 
 // Limits of what parameters may ask for.
 const (
-	timeoutMax       = 60 * time.Second
+	TimeoutMax       = 60 * time.Second
 	ttlMin           = time.Second
 	ttlMax           = 10 * 365 * 24 * time.Hour
 	listLimitDefault = 1000   // items of a JSON list
@@ -105,7 +105,7 @@ func (p *params) has(param paramSet) bool { return p.seen&param != 0 }
 
 // params parses a query.
 func (h *httpAPI) params(query string, allowed paramSet) (params, error) {
-	p := params{timeout: h.timeout}
+	p := params{timeout: h.Timeout}
 	for query != "" {
 		var field string
 		if field, query, _ = strings.Cut(query, "&"); field == "" {
@@ -143,8 +143,8 @@ func (p *params) set(param paramSet, value string) (err error) {
 	switch param {
 	case paramTimeout:
 		p.timeout, err = time.ParseDuration(value)
-		if err != nil || p.timeout <= 0 || p.timeout > timeoutMax {
-			return fault.ErrInvalid.WithDetail("timeout must be a duration such as 500ms or 5s, more than 0 and at most %v", timeoutMax)
+		if err != nil || p.timeout <= 0 || p.timeout > TimeoutMax {
+			return fault.ErrInvalid.WithDetail("timeout must be a duration such as 500ms or 5s, more than 0 and at most %v", TimeoutMax)
 		}
 	case paramResourceVersion:
 		p.resourceVersion, err = strconv.ParseUint(value, 10, 64)
@@ -153,7 +153,7 @@ func (p *params) set(param paramSet, value string) (err error) {
 		}
 	case paramResume:
 		p.seen |= paramResourceVersion
-		if p.cluster, p.resourceVersion, err = parseResume(value); err != nil {
+		if p.cluster, p.resourceVersion, err = ParseResume(value); err != nil {
 			return fault.ErrInvalid.WithDetail("resourceVersion must be a decimal number, or the id of a server-sent event")
 		}
 	case paramExact:
@@ -209,9 +209,9 @@ func parseBool(name, value string) (bool, error) {
 	return value == "true", nil
 }
 
-// parseResume reads where a watch goes on: a version, and the cluster of which it
+// ParseResume reads where a watch goes on: a version, and the cluster of which it
 // is one, unless a person has typed it.
-func parseResume(s string) (cluster string, rv uint64, err error) {
+func ParseResume(s string) (cluster string, rv uint64, err error) {
 	number := s
 	if before, after, ok := strings.Cut(s, "-"); ok {
 		cluster, number = before, after

@@ -75,7 +75,7 @@ func TestNetwork_LargeMessages(t *testing.T) {
 		t.Errorf("too large: %d", status)
 	}
 	n.bodies.Store(peerMessageMax)
-	if status, _ := n.request("POST", rafthttp.RaftPrefix, 2, bytes.NewReader(make([]byte, bodyAllocMin+1))); status != http.StatusServiceUnavailable {
+	if status, _ := n.request("POST", rafthttp.RaftPrefix, 2, bytes.NewReader(make([]byte, BodyAllocMin+1))); status != http.StatusServiceUnavailable {
 		t.Errorf("too many: %d", status)
 	}
 	if n.bodies.Load() != peerMessageMax {

@@ -249,7 +249,7 @@ func (d *streamDecoder) uint(most uint64) (uint64, error) {
 
 func (d *streamDecoder) decode(m proto.Message, size int) error {
 	if size > streamEntryBuffer {
-		data, err := readGrowing(d.reader, int64(size), peerMessageMax, func(int) error { return nil })
+		data, err := ReadGrowing(d.reader, int64(size), peerMessageMax, func(int) error { return nil })
 		if err != nil {
 			return err
 		}

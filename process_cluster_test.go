@@ -262,7 +262,7 @@ func (c *liveCluster) client(n *proc.Node) *liveClient {
 func (l *liveClient) close() { l.http.CloseIdleConnections() }
 
 // keyURL returns the URL of a key, every byte of it escaped that could mean something.
-func keyURL(n *proc.Node, key string) string { return n.URL() + keyPath(key) }
+func keyURL(n *proc.Node, key string) string { return n.URL() + KeyPath(key) }
 
 // liveReply is an answer, or why there is none.
 type liveReply struct {
@@ -270,7 +270,7 @@ type liveReply struct {
 	status  int
 	header  http.Header
 	body    []byte
-	problem problem       // of an error
+	problem Problem       // of an error
 	took    time.Duration // from first byte to last
 }
 

@@ -63,7 +63,7 @@ func writeGolden(t *testing.T, c *liveCluster, level int) {
 	}
 	if level > store.LevelFirst {
 		c.eventually(func() error {
-			var st nodeStatus
+			var st NodeStatus
 			testkit.Must(t, json.Unmarshal(call("GET", "/-/v1/status", ""), &st))
 			if st.FeatureLevel != level {
 				return fmt.Errorf("the level is %d", st.FeatureLevel)

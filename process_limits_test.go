@@ -318,7 +318,7 @@ func TestProcess_Quota(t *testing.T) {
 }
 
 // status returns what the node says of itself.
-func (l *liveClient) status() (st nodeStatus) {
+func (l *liveClient) status() (st NodeStatus) {
 	l.c.t.Helper()
 	r := l.do(http.MethodGet, l.node.URL()+"/-/v1/status", "")
 	testkit.Must(l.c.t, r.err)
@@ -442,7 +442,7 @@ func TestProcess_Overload(t *testing.T) {
 	n := c.leader()
 	c.kill(c.others(n)...)
 	// Bodies that are read, the queue that has copies of them, and garbage as much.
-	const rssMax = 2*(2*bodiesSizeMax+queueMax) + 128<<20
+	const rssMax = 2*(2*BodiesSizeMax+queueMax) + 128<<20
 	value := strings.Repeat("v", store.ValueSizeMaxDefault)
 	codes := map[string]int{}
 	var mu sync.Mutex

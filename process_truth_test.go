@@ -255,7 +255,7 @@ func (c *truths) fill(n *proc.Node) {
 	l := c.liveCluster.client(n)
 	defer l.close()
 	r := l.do(http.MethodGet, n.URL()+"/-/v1/status", "")
-	var st nodeStatus
+	var st NodeStatus
 	if r.err != nil || json.Unmarshal(r.body, &st) != nil {
 		return
 	}
@@ -351,7 +351,7 @@ func (c *truths) try(h *http.Client, w *truthWrite, n *proc.Node, timeout string
 	a.rv = parseRV(res.Header.Get("Resource-Version"))
 	a.replayed = res.Header.Get("Idempotency-Replayed") != ""
 	if !a.ok() {
-		var p problem
+		var p Problem
 		if err := json.Unmarshal(body, &p); err != nil {
 			c.t.Errorf("%v: %s", err, body)
 		}

@@ -165,8 +165,8 @@ func (rt *route) match(path string) (variable string, ok bool) {
 	return rest, ok && rest != "" && (rt.whole || !strings.Contains(rest, "/"))
 }
 
-// call returns the call of a method, or nil.
-func (rt *route) call(method string) *call {
+// Call returns the call of a method, or nil.
+func (rt *route) Call(method string) *call {
 	if method == http.MethodHead {
 		method = http.MethodGet
 	}
@@ -191,7 +191,7 @@ func (h *httpAPI) route(w *recorder, r *http.Request) error {
 	case path == "/":
 		rt = rootRoute
 	case isReserved(path):
-		if rt, variable = findReserved(path); rt == nil {
+		if rt, variable = FindReserved(path); rt == nil {
 			return errNoCall
 		}
 	}
@@ -199,7 +199,7 @@ func (h *httpAPI) route(w *recorder, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	c := rt.call(r.Method)
+	c := rt.Call(r.Method)
 	if c == nil {
 		return otherMethod(w, r, rt.allow)
 	}
@@ -228,7 +228,7 @@ func (h *httpAPI) route(w *recorder, r *http.Request) error {
 	return c.serve(h, w, request{Request: r, route: rt, name: name, params: p})
 }
 
-func findReserved(path string) (rt *route, variable string) {
+func FindReserved(path string) (rt *route, variable string) {
 	for _, rt := range reservedRoutes {
 		if variable, ok := rt.match(path); ok {
 			return rt, variable

@@ -66,9 +66,9 @@ type node struct {
 	informed *atomic.Bool
 }
 
-func (n *node) status() nodeStatus {
+func (n *node) Status() NodeStatus {
 	s := n.loop.status.Load()
-	st := nodeStatus{
+	st := NodeStatus{
 		ID:              n.config.id,
 		ClusterID:       fmt.Sprintf("%x", n.cluster),
 		LeaderID:        s.leader,
@@ -86,8 +86,8 @@ func (n *node) status() nodeStatus {
 	return st
 }
 
-// waitVersion returns once the store holds version rv.
-func (n *node) waitVersion(ctx context.Context, timeout time.Duration, rv uint64) error {
+// WaitVersion returns once the store holds version rv.
+func (n *node) WaitVersion(ctx context.Context, timeout time.Duration, rv uint64) error {
 	timeout, err := n.awaitServing(ctx, timeout)
 	if err != nil {
 		return err
@@ -257,7 +257,7 @@ func openPorts(ctx context.Context, cfg *config, rec *recovered, logger *zap.Log
 		return nil, fmt.Errorf("listen for peers: %w", err)
 	}
 	p.clientListener, err = listen(ctx, cfg.listen, listenerConfig{
-		connectionsMax: d.clients, addressMax: cfg.clientPlaces(d.clients), keptMax: keptMax, refusal: httpRefusal(),
+		connectionsMax: d.clients, addressMax: cfg.clientPlaces(d.clients), keptMax: keptMax, refusal: Refusal(),
 	})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("listen for clients: %w", err), p.peerListener.Close())
@@ -267,7 +267,7 @@ func openPorts(ctx context.Context, cfg *config, rec *recovered, logger *zap.Log
 	p.waiting(nil)
 	p.front = &closingHandler{Handler: &p.clients}
 	p.peerServer = newPeerServer(&p.peers, logger.Named("peers"))
-	p.clientServer = newHTTPServer(p.front, logger.Named("http"))
+	p.clientServer = NewServer(p.front, logger.Named("http"))
 	p.work.Go(func() { p.failed <- ignoreClosed(p.peerServer.Serve(p.peerListener)) })
 	p.work.Go(func() { p.failed <- ignoreClosed(p.clientServer.Serve(p.clientListener)) })
 	return p, nil
@@ -310,43 +310,43 @@ func (p *ports) serveWaiting(w http.ResponseWriter, r *http.Request) {
 	e := fault.ErrNoLeader
 	switch r.URL.Path {
 	case "/-/livez":
-		writeBody(w, r, http.StatusOK, typeText, []byte("ok\n"))
+		WriteBody(w, r, http.StatusOK, TypeText, []byte("ok\n"))
 		return
 	case "/-/readyz":
 		e = fault.ErrNotReady
 	}
 	why := append([]string{"this node is not in a cluster yet, it waits for others"}, *p.waitsFor.Load()...)
 	e = e.WithDetail("%s", strings.Join(why, "; "))
-	problem := problemOf(r, e)
-	setErrorHeaders(w.Header(), e)
-	writeBody(w, r, e.Status, typeProblem, problem.encode())
+	problem := ProblemOf(r, e)
+	SetErrorHeaders(w.Header(), e)
+	WriteBody(w, r, e.Status, TypeProblem, problem.Encode())
 }
 
 // run starts everything and waits for the end.
 func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *ports) error {
 	front := p.front
-	checks := append(clusterChecks(n), check{"not-stopping", front.check})
-	p.clients.set(newHTTPAPI(httpConfig{
-		id:           n.config.id,
-		cluster:      fmt.Sprintf("%x", n.cluster),
-		store:        n.store,
-		hub:          n.hub,
-		backend:      n,
-		logger:       n.logger.Named("http"),
-		timeout:      n.config.requestTimeout,
-		bookmark:     n.config.watchBookmark,
-		valueSizeMax: n.config.valueSizeMax,
-		version:      version,
-		newID:        newUUID,
-		client:       peerClient,
-		hosts:        n.config.hostNames(),
-		origins:      n.config.allowedOrigins,
-		oneAddress:   p.clientListener.config.addressMax == p.clientListener.config.connectionsMax,
-		registry:     newRegistry(n, p.clientListener, checks),
-		checks:       checks,
-		level:        n.level,
-		accessLog:    n.config.accessLog,
-		profiles:     n.config.pprof,
+	checks := append(ClusterChecks(n), Check{Name: "not-stopping", Run: front.check})
+	p.clients.set(New(Config{
+		ID:           n.config.id,
+		Cluster:      fmt.Sprintf("%x", n.cluster),
+		Store:        n.store,
+		Hub:          n.hub,
+		Backend:      n,
+		Logger:       n.logger.Named("http"),
+		Timeout:      n.config.requestTimeout,
+		Bookmark:     n.config.watchBookmark,
+		ValueSizeMax: n.config.valueSizeMax,
+		Version:      version,
+		NewID:        NewUUID,
+		Client:       peerClient,
+		Hosts:        n.config.hostNames(),
+		Origins:      n.config.allowedOrigins,
+		OneAddress:   p.clientListener.config.addressMax == p.clientListener.config.connectionsMax,
+		Registry:     newRegistry(n, p.clientListener, checks),
+		Checks:       checks,
+		Level:        n.level,
+		AccessLog:    n.config.accessLog,
+		Profiles:     n.config.pprof,
 	}))
 
 	// The parts stop in order, not all at once when ctx ends: the replica must
@@ -363,7 +363,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 	group.Go(func() error { return n.keepLevel(ctx) })
 	group.Go(func() error { return n.hub.Run(ctx) }) // ends watches first: the client server waits for them
 	if n.journal != nil {
-		src := watch.JournalSource{Store: n.store, Hub: n.hub, Linearize: n.linearize, Stopped: n.loop.done, Reopen: n.config.hangUps}
+		src := watch.JournalSource{Store: n.store, Hub: n.hub, Linearize: n.Linearize, Stopped: n.loop.done, Reopen: n.config.hangUps}
 		group.Go(func() error { return n.journal.Run(ctx, src, n.config.journalSync) })
 	}
 	group.Go(func() error { return n.keepPlace(ctx) })

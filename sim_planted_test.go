@@ -48,7 +48,7 @@ type plant struct {
 
 	deadlines func(b *batch, place int) // of what was queued; that it was given up nobody is told
 
-	watched func(p *process, w *watchStream) // after each turn of a watch
+	watched func(p *process, w *WatchStream) // after each turn of a watch
 	deaf    bool                             // the hub is not told that something was applied
 
 	answerRead    func(p *process) bool // whether reads are answered at once, from what the node has
@@ -172,17 +172,17 @@ func shortDeadlines(faults ...simFault) func(*weather, *load) {
 }
 
 // bookmarkNow writes a bookmark whether or not more of a version follows.
-func bookmarkNow(_ *process, w *watchStream) {
-	if w.part {
-		_ = w.writeBookmark() // the writer takes everything
+func bookmarkNow(_ *process, w *WatchStream) {
+	if w.Part {
+		_ = w.WriteBookmark() // the writer takes everything
 	}
 }
 
 // bookmarkAhead writes one with what the store has, not what was passed on.
-func bookmarkAhead(p *process, w *watchStream) {
-	if rv := p.store.Version(); rv > w.rv && !w.part {
-		w.rv = rv
-		_ = w.writeBookmark() // as above
+func bookmarkAhead(p *process, w *WatchStream) {
+	if rv := p.store.Version(); rv > w.RV && !w.Part {
+		w.RV = rv
+		_ = w.WriteBookmark() // as above
 	}
 }
 

@@ -23,7 +23,7 @@ type simWatcher struct {
 	bookmark time.Duration
 
 	process *process // it is connected to; nil = to none
-	stream  *watchStream
+	stream  *WatchStream
 	out     bytes.Buffer // what it has not read
 	idle    bool         // it has got all, until it is woken
 
@@ -80,11 +80,11 @@ func (w *simWatcher) connect(p *process) {
 	}
 	w.start(w.cursor)
 	w.process = p
-	w.stream = &watchStream{
-		w: w, control: http.NewResponseController(w), watcher: watcher, events: w.events, bookmark: w.bookmark, now: w.sim.watchClock, rv: w.cursor,
-		cluster: fmt.Sprintf("%x", p.identity.Cluster),
+	w.stream = &WatchStream{
+		W: w, Control: http.NewResponseController(w), Watcher: watcher, Events: w.events, Bookmark: w.bookmark, Now: w.sim.watchClock, RV: w.cursor,
+		Cluster: fmt.Sprintf("%x", p.identity.Cluster),
 	}
-	if err := w.stream.begin(nil); err != nil {
+	if err := w.stream.Begin(nil); err != nil {
 		w.sim.check.violate("watch", "%v", err)
 	}
 }
@@ -111,21 +111,21 @@ func (w *simWatcher) turn() {
 		return
 	}
 	select {
-	case <-st.watcher.Wake:
+	case <-st.Watcher.Wake:
 		w.idle = false
 	default:
 	}
-	if w.idle && st.now().Sub(st.bookmarks) < st.bookmark {
+	if w.idle && st.Now().Sub(st.Bookmarks) < st.Bookmark {
 		return
 	}
-	idle, _, err := st.turn()
+	idle, _, err := st.Turn()
 	if plant := w.sim.plant; plant != nil && plant.watched != nil && err == nil {
 		plant.watched(w.process, st)
 	}
 	w.process.wakeHub() // it may be armed now
 	w.idle = idle
 	if err != nil {
-		_ = st.fail(err) // returns it
+		_ = st.Fail(err) // returns it
 		w.read(w.out.Len())
 		w.disconnect()
 	}
@@ -138,7 +138,7 @@ func (w *simWatcher) disconnect() {
 	}
 	w.read(w.sim.rand.IntN(w.out.Len() + 1))
 	w.out.Reset()
-	w.stream.watcher.Close()
+	w.stream.Watcher.Close()
 	w.process, w.stream = nil, nil
 }
 
@@ -176,8 +176,8 @@ func (w *simWatcher) take(text string) error {
 		for line := range strings.Lines(text) {
 			switch name, value, _ := strings.Cut(strings.TrimSpace(line), ": "); name {
 			case "id":
-				cluster, rv, err := parseResume(value)
-				if err != nil || cluster != w.stream.cluster {
+				cluster, rv, err := ParseResume(value)
+				if err != nil || cluster != w.stream.Cluster {
 					return fmt.Errorf("id %q: %w", value, err)
 				}
 				id, hasID = rv, true
@@ -285,7 +285,7 @@ func validateWatchers(s *sim) error {
 			w.process.hub.Distribute()
 		default:
 		}
-		for len(w.stream.watcher.Wake) > 0 || !w.idle {
+		for len(w.stream.Watcher.Wake) > 0 || !w.idle {
 			if w.turn(); w.process == nil {
 				break
 			}

@@ -154,11 +154,11 @@ func (n *virtualNode) start() {
 		_ = n.hub.Run(ctx) // ends with ctx only
 	}()
 	pipes := testkit.NewPipeListener()
-	n.server = newHTTPServer(newHTTPAPI(httpConfig{
-		client: peerClient,
-		id:     n.config.id, store: n.store, backend: n.node, logger: n.logger, timeout: n.config.requestTimeout,
-		valueSizeMax: n.config.valueSizeMax, version: "test", newID: newUUID, hosts: []string{"virtual"},
-		registry: prometheus.NewRegistry(), checks: clusterChecks(n.node),
+	n.server = NewServer(New(Config{
+		Client: peerClient,
+		ID:     n.config.id, Store: n.store, Backend: n.node, Logger: n.logger, Timeout: n.config.requestTimeout,
+		ValueSizeMax: n.config.valueSizeMax, Version: "test", NewID: NewUUID, Hosts: []string{"virtual"},
+		Registry: prometheus.NewRegistry(), Checks: ClusterChecks(n.node),
 	}), n.logger)
 	serverEnded := make(chan struct{})
 	go func() {
@@ -237,7 +237,7 @@ func (c *virtualCluster) lose(share float64) {
 func (c *virtualCluster) leader() *virtualNode {
 	votes := map[uint64]int{}
 	for _, n := range c.nodes {
-		s := n.status()
+		s := n.Status()
 		if votes[s.LeaderID]++; s.LeaderID != 0 && votes[s.LeaderID] > len(c.nodes)/2 {
 			return c.nodes[s.LeaderID-1]
 		}

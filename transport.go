@@ -124,10 +124,10 @@ func listenPeers(ctx context.Context, address string, connectionsMax int) (*list
 func newPeerServer(handler http.Handler, logger *zap.Logger) *http.Server {
 	return &http.Server{
 		Handler:           handler,
-		ReadHeaderTimeout: headerTimeout,
+		ReadHeaderTimeout: HeaderTimeout,
 		ReadTimeout:       paceGrace, // of the whole request, unless whoever serves it gives it more
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    headerSizeMax,
+		IdleTimeout:       IdleTimeout,
+		MaxHeaderBytes:    HeaderSizeMax,
 		ErrorLog:          zap.NewStdLog(logger),
 		ConnContext:       func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, peerConnKey{}, c) },
 	}

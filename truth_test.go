@@ -73,7 +73,7 @@ func TestServeWaiting_Outcome(t *testing.T) {
 			r.Header.Set("Idempotency-Key", tt.key)
 		}
 		p.serveWaiting(w, r)
-		var got problem
+		var got Problem
 		testkit.Must(t, json.Unmarshal(w.Body.Bytes(), &got))
 		if got.Code != "no-leader" || got.Outcome != tt.want || (tt.want == fault.Unknown) != strings.Contains(got.Detail, "this attempt was not applied") {
 			t.Errorf("%v: %+v", tt, got)

@@ -53,7 +53,7 @@ func (h *httpAPI) postTxn(w http.ResponseWriter, r request) error {
 	if err != nil {
 		return err
 	}
-	t, err := parseTxn(body, h.valueSizeMax, h.store.Level())
+	t, err := parseTxn(body, h.ValueSizeMax, h.Store.Level())
 	if err != nil {
 		return err
 	}
@@ -63,7 +63,7 @@ func (h *httpAPI) postTxn(w http.ResponseWriter, r request) error {
 	}
 	setResourceVersion(w.Header(), res.RV)
 	if res.Status == store.StatusTooMany {
-		return fault.ErrResultTooLarge.WithDetail("the values to get have more than %d bytes; get fewer in one transaction", h.store.Rules().TxnResultMax)
+		return fault.ErrResultTooLarge.WithDetail("the values to get have more than %d bytes; get fewer in one transaction", h.Store.Rules().TxnResultMax)
 	}
 	ops := t.Branch(res.Status)
 	if len(res.Ops) < len(ops) { // of a retry

@@ -41,7 +41,7 @@ const (
 	// watchWriteTimeout is how long a client may take to read watchPartSize bytes
 	// before it is cut off.
 	watchWriteTimeout = 10 * time.Second
-	watchPartSize     = 32 << 10
+	WatchPartSize     = 32 << 10
 
 	watchTimeoutMax = 24 * time.Hour
 	watchRetry      = "retry: 1000\n\n" // milliseconds until a browser connects again
@@ -56,13 +56,13 @@ var (
 
 // watch answers the events above a version as they happen.
 func (h *httpAPI) watch(w http.ResponseWriter, r request) error {
-	s := &watchStream{
-		w:        w,
-		control:  http.NewResponseController(w),
-		cluster:  h.cluster,
-		events:   prefers(r.Header, typeEvents[0], typeNDJSON[0]),
-		bookmark: h.bookmark * 4 / 5, // so that the promise holds on a busy node, too
-		now:      time.Now,
+	s := &WatchStream{
+		W:        w,
+		Control:  http.NewResponseController(w),
+		Cluster:  h.Cluster,
+		Events:   prefers(r.Header, typeEvents[0], typeNDJSON[0]),
+		Bookmark: h.Bookmark * 4 / 5, // so that the promise holds on a busy node, too
+		Now:      time.Now,
 	}
 	if r.params.duration > 0 {
 		s.end = time.Now().Add(r.params.duration)
@@ -71,31 +71,31 @@ func (h *httpAPI) watch(w http.ResponseWriter, r request) error {
 	if err != nil {
 		return err
 	}
-	defer s.watcher.Close()
+	defer s.Watcher.Close()
 	if list != nil {
 		defer list.close()
 	}
 	header := w.Header()
 	header["Content-Type"] = typeNDJSON
-	if s.events {
+	if s.Events {
 		header["Content-Type"] = typeEvents
 	}
 	header["Vary"] = h.browsers.varyAccept
 	header["X-Accel-Buffering"] = noBuffering // asks a proxy to pass on each part at once
-	setResourceVersion(header, s.rv)
+	setResourceVersion(header, s.RV)
 	h.setCluster(header)
 	if r.Method == http.MethodHead {
 		return nil
 	}
 	// Without a deadline for more of the request, which was read whole, only the
 	// end of the connection ends the watch early.
-	_ = s.control.SetReadDeadline(time.Time{}) // fails with a writer that has no connection
+	_ = s.Control.SetReadDeadline(time.Time{}) // fails with a writer that has no connection
 	_ = s.run(r.Context(), list)               // fails if the client is gone
 	return nil
 }
 
 // startWatch finds where the watch starts. list is what to send before.
-func (h *httpAPI) startWatch(s *watchStream, r request) (list *keyList, err error) {
+func (h *httpAPI) startWatch(s *WatchStream, r request) (list *keyList, err error) {
 	p := &r.params
 	filter, isPrefix := p.prefix, true
 	if p.has(paramKey) {
@@ -112,9 +112,9 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *keyList, err erro
 		return nil, err
 	}
 	rv, known := p.resourceVersion, resumed || p.has(paramResourceVersion)
-	if p.cluster != "" && p.cluster != h.cluster {
+	if p.cluster != "" && p.cluster != h.Cluster {
 		if !p.initial {
-			return nil, fault.ErrExpired.WithDetail("that is a version of cluster %s, and this is cluster %s, whose versions stand for something else: list again, or watch with initial=true", p.cluster, h.cluster)
+			return nil, fault.ErrExpired.WithDetail("that is a version of cluster %s, and this is cluster %s, whose versions stand for something else: list again, or watch with initial=true", p.cluster, h.Cluster)
 		}
 		s.relist = true
 		p.seen &^= paramResourceVersion // which does not say how new a list is
@@ -123,17 +123,17 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *keyList, err erro
 	switch {
 	case p.initial && !resumed:
 		return h.listAndWatch(s, r, filter, isPrefix)
-	case known && rv <= h.store.Version():
-		if err := h.backend.serving(r.Context(), p.timeout); err != nil {
+	case known && rv <= h.Store.Version():
+		if err := h.Backend.Serving(r.Context(), p.timeout); err != nil {
 			return nil, err
 		}
 	default:
 		// From now on means after every write that was acknowledged. And a version
 		// that this node does not have may be one that it will hear of soon.
-		if err := h.backend.linearize(r.Context(), p.timeout); err != nil {
+		if err := h.Backend.Linearize(r.Context(), p.timeout); err != nil {
 			return nil, err
 		}
-		now := h.store.Version()
+		now := h.Store.Version()
 		if known && rv > now {
 			return nil, fault.ErrInvalid.WithDetail("resource version %d is in the future: the store is at %d", rv, now)
 		}
@@ -142,19 +142,19 @@ func (h *httpAPI) startWatch(s *watchStream, r request) (list *keyList, err erro
 			s.hello = true
 		}
 	}
-	s.rv = rv
-	if s.watcher, err = h.hub.Watch(filter, isPrefix, rv); err == nil {
+	s.RV = rv
+	if s.Watcher, err = h.Hub.Watch(filter, isPrefix, rv); err == nil {
 		return nil, nil
 	}
 	if p.initial {
 		s.relist = true
 		return h.listAndWatch(s, r, filter, isPrefix)
 	}
-	return nil, expired(h.store.Version())
+	return nil, expired(h.Store.Version())
 }
 
 // listAndWatch starts a watch with what there is.
-func (h *httpAPI) listAndWatch(s *watchStream, r request, filter string, isPrefix bool) (*keyList, error) {
+func (h *httpAPI) listAndWatch(s *WatchStream, r request, filter string, isPrefix bool) (*keyList, error) {
 	if err := h.catchUp(r); err != nil {
 		return nil, err
 	}
@@ -162,10 +162,10 @@ func (h *httpAPI) listAndWatch(s *watchStream, r request, filter string, isPrefi
 	if err != nil {
 		return nil, err
 	}
-	s.rv = list.rv
-	if s.watcher, err = h.hub.Watch(filter, isPrefix, list.rv); err != nil {
+	s.RV = list.rv
+	if s.Watcher, err = h.Hub.Watch(filter, isPrefix, list.rv); err != nil {
 		list.close()
-		return nil, expired(h.store.Version())
+		return nil, expired(h.Store.Version())
 	}
 	return list, nil
 }
@@ -181,20 +181,20 @@ func (p *params) setLastEventID(header http.Header) (resumed bool, err error) {
 	if len(values) == 0 || values[0] == "" {
 		return false, nil
 	}
-	if p.cluster, p.resourceVersion, err = parseResume(values[0]); err != nil {
+	if p.cluster, p.resourceVersion, err = ParseResume(values[0]); err != nil {
 		return false, fault.ErrInvalid.WithDetail("Last-Event-ID must be the id of an event, or a decimal number")
 	}
 	return true, nil
 }
 
 // setCluster says of which cluster the resource versions of an answer are.
-func (h *httpAPI) setCluster(header http.Header) { header[headerCluster] = []string{h.cluster} }
+func (h *httpAPI) setCluster(header http.Header) { header[HeaderCluster] = []string{h.Cluster} }
 
 func (h *httpAPI) newWatchList(r request, filter string, isPrefix bool) (*keyList, error) {
 	if isPrefix {
 		return h.openList(r, filter, "", math.MaxInt)
 	}
-	it, rv, ok := h.store.Get(filter)
+	it, rv, ok := h.Store.Get(filter)
 	l := &keyList{rv: rv}
 	if ok {
 		l.items = []store.KeyItem{{Key: filter, Item: it}}
@@ -202,23 +202,23 @@ func (h *httpAPI) newWatchList(r request, filter string, isPrefix bool) (*keyLis
 	return l, nil
 }
 
-// watchStream writes one watch. Between two messages it holds no buffer, so that a watch on which nothing happens costs little.
-type watchStream struct {
-	w        http.ResponseWriter
-	control  *http.ResponseController
-	watcher  *watch.Watcher
-	cluster  string
-	events   bool // server-sent events
+// WatchStream writes one watch. Between two messages it holds no buffer, so that a watch on which nothing happens costs little.
+type WatchStream struct {
+	W        http.ResponseWriter
+	Control  *http.ResponseController
+	Watcher  *watch.Watcher
+	Cluster  string
+	Events   bool // server-sent events
 	hello    bool // the client does not know where the watch starts
 	relist   bool // nor that it starts with a list, since it asked for later events
-	bookmark time.Duration
+	Bookmark time.Duration
 	end      time.Time // zero = never
-	now      func() time.Time
+	Now      func() time.Time
 
-	rv        uint64 // the client was told of all events up to it
-	bookmarks time.Time
+	RV        uint64 // the client was told of all events up to it
+	Bookmarks time.Time
 	listing   bool // there is nothing to resume yet
-	part      bool // the last version is not complete
+	Part      bool // the last version is not complete
 
 	buf *[]byte // what is to be written; nil = nothing
 	// large is a value whose text goes where buf is split. It is not copied, since
@@ -230,16 +230,16 @@ type watchStream struct {
 var watchBuffers = sync.Pool{New: func() any { return new([]byte) }}
 
 // run writes until the watch ends. An error means that the client is gone.
-func (s *watchStream) run(ctx context.Context, list *keyList) error {
-	if err := s.begin(list); err != nil {
-		return s.fail(err)
+func (s *WatchStream) run(ctx context.Context, list *keyList) error {
+	if err := s.Begin(list); err != nil {
+		return s.Fail(err)
 	}
-	timer := time.NewTimer(s.bookmark)
+	timer := time.NewTimer(s.Bookmark)
 	defer timer.Stop()
 	for {
-		idle, ended, err := s.turn()
+		idle, ended, err := s.Turn()
 		if err != nil {
-			return s.fail(err)
+			return s.Fail(err)
 		}
 		if ended {
 			return nil
@@ -247,14 +247,14 @@ func (s *watchStream) run(ctx context.Context, list *keyList) error {
 		if !idle {
 			continue
 		}
-		now := s.now()
-		wait := s.bookmark - now.Sub(s.bookmarks)
+		now := s.Now()
+		wait := s.Bookmark - now.Sub(s.Bookmarks)
 		if left := s.end.Sub(now); !s.end.IsZero() && left < wait {
 			wait = left
 		}
 		timer.Reset(wait)
 		select {
-		case <-s.watcher.Wake:
+		case <-s.Watcher.Wake:
 		case <-timer.C:
 		case <-ctx.Done():
 			return ctx.Err()
@@ -262,9 +262,9 @@ func (s *watchStream) run(ctx context.Context, list *keyList) error {
 	}
 }
 
-// begin writes what comes before the first event.
-func (s *watchStream) begin(list *keyList) error {
-	if s.events {
+// Begin writes what comes before the first event.
+func (s *WatchStream) Begin(list *keyList) error {
+	if s.Events {
 		s.append(func(buf []byte) []byte { return append(buf, watchRetry...) })
 	}
 	if s.relist {
@@ -277,14 +277,14 @@ func (s *watchStream) begin(list *keyList) error {
 			return err
 		}
 	}
-	s.bookmarks = s.now()
+	s.Bookmarks = s.Now()
 	if s.hello || list != nil {
-		return s.writeBookmark()
+		return s.WriteBookmark()
 	}
 	return s.flush()
 }
 
-func (s *watchStream) writeList(list *keyList) error {
+func (s *WatchStream) writeList(list *keyList) error {
 	s.listing = true
 	for {
 		items, err := list.read()
@@ -292,16 +292,16 @@ func (s *watchStream) writeList(list *keyList) error {
 			return fault.ErrExpired.WithDetail("the list took so long that too much has changed since it began; try again, and read faster")
 		}
 		if len(items) == 0 {
-			s.listing, s.part = false, false // the bookmark that follows ends the list
+			s.listing, s.Part = false, false // the bookmark that follows ends the list
 			return nil
 		}
-		if _, _, err := s.watcher.State(); err != nil {
+		if _, _, err := s.Watcher.State(); err != nil {
 			return err // the node stops
 		}
 		for i := range items {
 			e := store.Event{RV: items[i].RV, Kind: store.EventAdded, Key: items[i].Key, Item: items[i].Item}
 			s.appendEvent(&e, false)
-			if len(*s.buf) >= watchPartSize || s.large != "" {
+			if len(*s.buf) >= WatchPartSize || s.large != "" {
 				if err := s.write(); err != nil {
 					return err
 				}
@@ -310,73 +310,73 @@ func (s *watchStream) writeList(list *keyList) error {
 	}
 }
 
-// turn writes the next events, and a bookmark if it is time for one, but never
+// Turn writes the next events, and a bookmark if it is time for one, but never
 // within a version.
-func (s *watchStream) turn() (idle, ended bool, err error) {
-	if idle, err = s.step(); err != nil || s.part {
+func (s *WatchStream) Turn() (idle, ended bool, err error) {
+	if idle, err = s.step(); err != nil || s.Part {
 		return idle, false, err
 	}
-	now := s.now()
+	now := s.Now()
 	ended = !s.end.IsZero() && !now.Before(s.end)
-	if ended || now.Sub(s.bookmarks) >= s.bookmark {
-		err = s.writeBookmark()
+	if ended || now.Sub(s.Bookmarks) >= s.Bookmark {
+		err = s.WriteBookmark()
 	}
 	return idle, ended, err
 }
 
 // step writes the next events. idle says that there are none.
-func (s *watchStream) step() (idle bool, err error) {
-	n, rv, err := s.watcher.Read(s.appendEvent)
+func (s *WatchStream) step() (idle bool, err error) {
+	n, rv, err := s.Watcher.Read(s.appendEvent)
 	if err != nil {
 		return false, err
 	}
-	s.rv = rv
+	s.RV = rv
 	if n == 0 {
 		return true, nil
 	}
 	return false, s.flush()
 }
 
-// fail ends the watch with a message that says why, unless the client is gone.
-func (s *watchStream) fail(err error) error {
+// Fail ends the watch with a message that says why, unless the client is gone.
+func (s *WatchStream) Fail(err error) error {
 	e, ok := errors.AsType[*fault.Error](err)
 	if !ok {
 		return err
 	}
 	object := struct {
-		problem
+		Problem
 		ResourceVersion *uint64 `json:"resourceVersion,omitempty"` // to resume from
-	}{problem: newProblem(e)}
+	}{Problem: newProblem(e)}
 	object.Outcome = "" // of a write
 	if !s.listing && !errors.Is(e, fault.ErrExpired) {
-		object.ResourceVersion = &s.rv
+		object.ResourceVersion = &s.RV
 	}
 	text, err := json.Marshal(object)
 	if err != nil {
 		return err
 	}
 	s.append(func(buf []byte) []byte {
-		buf = s.appendHead(buf, "ERROR", s.rv, !s.listing)
+		buf = s.appendHead(buf, "ERROR", s.RV, !s.listing)
 		buf = append(buf, text...)
 		return s.appendTail(buf, noMore)
 	})
 	return s.flush()
 }
 
-// writeBookmark tells the client up to where it knows everything.
-func (s *watchStream) writeBookmark() error {
+// WriteBookmark tells the client up to where it knows everything.
+func (s *WatchStream) WriteBookmark() error {
 	s.append(func(buf []byte) []byte {
 		return s.appendTail(s.appendVersion(buf, "BOOKMARK", true), noMore)
 	})
-	s.bookmarks = s.now()
+	s.Bookmarks = s.Now()
 	return s.flush()
 }
 
 // appendVersion begins a message that has a version and no more.
-func (s *watchStream) appendVersion(buf []byte, kind string, hasID bool) []byte {
-	buf = s.appendHead(buf, kind, s.rv, hasID)
+func (s *WatchStream) appendVersion(buf []byte, kind string, hasID bool) []byte {
+	buf = s.appendHead(buf, kind, s.RV, hasID)
 	buf = append(buf, `{"resourceVersion":`...)
-	buf = strconv.AppendUint(buf, s.rv, 10)
+	buf = strconv.AppendUint(buf, s.RV, 10)
 	return append(buf, '}')
 }
 
@@ -385,8 +385,8 @@ var eventTypes = [...]string{store.EventAdded: "ADDED", store.EventModified: "MO
 
 // appendEvent adds the message of an event; if it is not the last of its version
 // others follow.
-func (s *watchStream) appendEvent(e *store.Event, last bool) {
-	s.part = !last
+func (s *WatchStream) appendEvent(e *store.Event, last bool) {
+	s.Part = !last
 	s.append(func(buf []byte) []byte {
 		// No id sooner, or a client that resumes would lose half a version.
 		buf = s.appendHead(buf, eventTypes[e.Kind], e.RV, last)
@@ -414,7 +414,7 @@ func (s *watchStream) appendEvent(e *store.Event, last bool) {
 }
 
 // appendItem appends an item. One that makes a read of its own is written in pieces.
-func (s *watchStream) appendItem(buf []byte, key string, it store.Item, cut bool) []byte {
+func (s *WatchStream) appendItem(buf []byte, key string, it store.Item, cut bool) []byte {
 	if cut || len(it.Value) < watch.ReadBytesMax {
 		return store.AppendItemJSON(buf, key, it, cut)
 	}
@@ -424,7 +424,7 @@ func (s *watchStream) appendItem(buf []byte, key string, it store.Item, cut bool
 }
 
 // append adds to what is to be written.
-func (s *watchStream) append(message func(buf []byte) []byte) {
+func (s *WatchStream) append(message func(buf []byte) []byte) {
 	if s.buf == nil {
 		s.buf = watchBuffers.Get().(*[]byte)
 	}
@@ -432,13 +432,13 @@ func (s *watchStream) append(message func(buf []byte) []byte) {
 }
 
 // appendHead begins a message. hasID says that the client can resume after it.
-func (s *watchStream) appendHead(buf []byte, kind string, id uint64, hasID bool) []byte {
-	if s.events {
+func (s *WatchStream) appendHead(buf []byte, kind string, id uint64, hasID bool) []byte {
+	if s.Events {
 		buf = append(buf, "event: "...)
 		buf = append(buf, kind...)
 		if hasID {
 			buf = append(buf, "\nid: "...)
-			buf = append(buf, s.cluster...)
+			buf = append(buf, s.Cluster...)
 			buf = append(buf, '-')
 			buf = strconv.AppendUint(buf, id, 10)
 		}
@@ -457,7 +457,7 @@ const (
 
 // appendTail ends a message. more is not negative if others of the same version
 // follow: then it is the version before.
-func (s *watchStream) appendTail(buf []byte, more int64) []byte {
+func (s *WatchStream) appendTail(buf []byte, more int64) []byte {
 	if more != noMore {
 		buf = append(buf, `,"more":true`...)
 	}
@@ -466,13 +466,13 @@ func (s *watchStream) appendTail(buf []byte, more int64) []byte {
 		buf = strconv.AppendInt(buf, more, 10)
 	}
 	buf = append(buf, "}\n"...)
-	if s.events {
+	if s.Events {
 		buf = append(buf, '\n')
 	}
 	return buf
 }
 
-func (s *watchStream) write() error {
+func (s *WatchStream) write() error {
 	if s.buf == nil {
 		return nil
 	}
@@ -489,7 +489,7 @@ func (s *watchStream) write() error {
 	if err := s.writeParts(rest); err != nil {
 		return err
 	}
-	if cap(*s.buf) <= 4*watchPartSize { // not one that an extraordinary value has grown
+	if cap(*s.buf) <= 4*WatchPartSize { // not one that an extraordinary value has grown
 		*s.buf = (*s.buf)[:0]
 		watchBuffers.Put(s.buf)
 	}
@@ -498,7 +498,7 @@ func (s *watchStream) write() error {
 }
 
 // writeLarge writes the text of the large value.
-func (s *watchStream) writeLarge() error {
+func (s *WatchStream) writeLarge() error {
 	buf := watchBuffers.Get().(*[]byte)
 	defer func() {
 		*buf = (*buf)[:0]
@@ -518,19 +518,19 @@ func (s *watchStream) writeLarge() error {
 
 // writeParts gives the client time for each part, so that it may be slow but must not
 // stand still.
-func (s *watchStream) writeParts(b []byte) error {
-	for part := range slices.Chunk(b, watchPartSize) {
-		_ = s.control.SetWriteDeadline(time.Now().Add(watchWriteTimeout)) // as above
-		if _, err := s.w.Write(part); err != nil {
+func (s *WatchStream) writeParts(b []byte) error {
+	for part := range slices.Chunk(b, WatchPartSize) {
+		_ = s.Control.SetWriteDeadline(time.Now().Add(watchWriteTimeout)) // as above
+		if _, err := s.W.Write(part); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (s *watchStream) flush() error {
+func (s *WatchStream) flush() error {
 	if err := s.write(); err != nil {
 		return err
 	}
-	return s.control.Flush()
+	return s.Control.Flush()
 }

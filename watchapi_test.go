@@ -87,7 +87,7 @@ func (w *watchConn) next() watchcheck.Message {
 // do carries out a command as if a client had sent it.
 func (f *front) apply(c store.Command) store.Result {
 	f.t.Helper()
-	res, err := f.backend.propose(f.t.Context(), 0, c)
+	res, err := f.backend.Propose(f.t.Context(), 0, c)
 	if err != nil {
 		f.t.Fatal(err)
 	}
@@ -206,7 +206,7 @@ func TestWatch_Start(t *testing.T) {
 }
 
 // problem reads the answer to a watch that did not start.
-func (w *watchConn) problem() problem {
+func (w *watchConn) problem() Problem {
 	w.t.Helper()
 	body, err := io.ReadAll(w.body)
 	if err != nil {
@@ -724,7 +724,7 @@ func TestWatch_LargeValues(t *testing.T) {
 			t.Errorf("%s with %d bytes, want %d", m.Kind, len(m.Value), len(want))
 		}
 	}
-	s := &watchStream{} // however many there are, they do not copy it
+	s := &WatchStream{} // however many there are, they do not copy it
 	s.appendEvent(&store.Event{Kind: store.EventAdded, Key: "k", RV: 2, Item: store.Item{Value: values[0], RV: 2}}, true)
 	if n := len(*s.buf); n > 200 {
 		t.Errorf("%d bytes are copied", n)
@@ -734,7 +734,7 @@ func TestWatch_LargeValues(t *testing.T) {
 // A deletion tells the value that was deleted unless that was too large to be kept.
 func TestWatch_DeletedValue(t *testing.T) {
 	for _, cut := range []bool{false, true} {
-		s := &watchStream{}
+		s := &WatchStream{}
 		s.appendEvent(&store.Event{Kind: store.EventDeleted, Key: "k", RV: 2, Prev: 1, Cut: cut}, true)
 		if got := strings.Contains(string(*s.buf), `"value":"`); got == cut {
 			t.Errorf("cut %v: %s", cut, *s.buf)
