@@ -21,6 +21,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/httpapi"
 	"raftrv/internal/store"
 )
 
@@ -53,7 +54,7 @@ backup is complete and its checksum right, and not touched before.`,
 				return fmt.Errorf("save a backup of %s: %w", from, err)
 			}
 			_, err = fmt.Fprintf(cmd.OutOrStdout(), "saved %s: %d bytes, resource version %s, raft index %s, cluster %s\n",
-				args[0], saved.size, saved.header.Get("Resource-Version"), saved.header.Get(HeaderIndex), saved.header.Get(HeaderCluster))
+				args[0], saved.size, saved.header.Get("Resource-Version"), saved.header.Get(httpapi.HeaderIndex), saved.header.Get(httpapi.HeaderCluster))
 			return err
 		},
 	}
@@ -110,7 +111,7 @@ func saveBackup(ctx context.Context, from, path string) (*savedBackup, error) {
 	if err := errors.Join(err, file.Close()); err != nil {
 		return nil, fmt.Errorf("%w after %d bytes; nothing was saved", cmp.Or(context.Cause(ctx), err), size)
 	}
-	if got, want := FormatDigest(digest), resp.Trailer.Get(HeaderDigest); got != want {
+	if got, want := httpapi.FormatDigest(digest), resp.Trailer.Get(httpapi.HeaderDigest); got != want {
 		return nil, fmt.Errorf("its digest is %s, should be %q; nothing was saved", got, want)
 	}
 	if err := os.Rename(file.Name(), path); err != nil {
@@ -129,7 +130,7 @@ func (p progress) Write(b []byte) (int, error) {
 
 // answeredError is what a node said instead of doing what it was asked for.
 func answeredError(resp *http.Response) error {
-	var p Problem
+	var p httpapi.Problem
 	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<16)).Decode(&p); err != nil || p.Message == "" {
 		return fmt.Errorf("the node answered %s", resp.Status)
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"raftrv/internal/httpapi"
 	"raftrv/internal/store"
 )
 
@@ -144,13 +145,13 @@ func (c *config) validate() error {
 		}
 	}
 	for i, name := range c.allowedHosts {
-		if err := CheckHostName(name); err != nil {
+		if err := httpapi.CheckHostName(name); err != nil {
 			return fmt.Errorf("--allowed-host: %w", err)
 		}
 		c.allowedHosts[i] = strings.ToLower(name)
 	}
 	for _, origin := range c.allowedOrigins {
-		if err := CheckOrigin(origin); err != nil {
+		if err := httpapi.CheckOrigin(origin); err != nil {
 			return fmt.Errorf("--allowed-origin: %w", err)
 		}
 	}
@@ -164,7 +165,7 @@ func (c *config) validate() error {
 		checkRange("--disk-reserve-bytes", c.diskReserve, 0, 1<<50),
 		checkRange("--quota-bytes", c.quota, 0, 1<<50),
 		checkRange("--max-value-bytes", c.valueSizeMax, 1, store.ValueSizeLimit),
-		checkRange("--request-timeout", c.requestTimeout, time.Millisecond, TimeoutMax),
+		checkRange("--request-timeout", c.requestTimeout, time.Millisecond, httpapi.TimeoutMax),
 		checkRange("--max-connections", c.connectionsMax, 1, connectionsLimit),
 		checkRange("--max-connections-per-address", c.addressMax, 0, connectionsLimit),
 		checkRange("--feature-level-max", c.levelMax, store.LevelFirst, store.LevelNewest),
@@ -182,7 +183,7 @@ func (c *config) validate() error {
 // the others reach it.
 func (c *config) findClientURL(peerHost string) (string, error) {
 	if c.clientURL != "" {
-		u, err := ParseNodeURL(c.clientURL)
+		u, err := httpapi.ParseNodeURL(c.clientURL)
 		if err != nil {
 			return "", fmt.Errorf("--client-url %q: %w", c.clientURL, err)
 		}
@@ -192,10 +193,10 @@ func (c *config) findClientURL(peerHost string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("--listen: %w", err)
 	}
-	if IsUnspecified(host) {
+	if httpapi.IsUnspecified(host) {
 		host = peerHost
 	}
-	u, err := ParseNodeURL("http://" + net.JoinHostPort(host, port))
+	u, err := httpapi.ParseNodeURL("http://" + net.JoinHostPort(host, port))
 	if err != nil {
 		return "", fmt.Errorf("--listen %s: no URL for clients can be made from that, so --client-url is needed: %w", c.listen, err)
 	}
@@ -301,12 +302,12 @@ func parseCluster(s string) ([]store.Member, error) {
 		m := store.Member{ID: uint64(i + 1), PeerURL: strings.TrimSpace(part)}
 		if id, rest, ok := strings.Cut(m.PeerURL, "="); ok {
 			var err error
-			if m.ID, err = ParseMemberID(id); err != nil {
+			if m.ID, err = httpapi.ParseMemberID(id); err != nil {
 				return nil, fmt.Errorf("%q: the ID must be a positive number", part)
 			}
 			m.PeerURL = rest
 		}
-		peerURL, err := ParsePeerURL(m.PeerURL)
+		peerURL, err := httpapi.ParsePeerURL(m.PeerURL)
 		if err != nil {
 			return nil, fmt.Errorf("%q is not a peer URL such as http://127.0.0.1:12379", part)
 		}

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v2"
 
+	"raftrv/internal/httpapi"
 	"raftrv/internal/testkit"
 )
 
@@ -111,7 +112,7 @@ var (
 func newMetricCatalog(t *testing.T) metricCatalog {
 	n, clients := idleNode(t)
 	registry := newRegistry(n, clients, nil)
-	m := NewHTTPMetrics()
+	m := httpapi.NewHTTPMetrics()
 	registry.MustRegister(m)
 	m.Calls[1].Count(200)
 	m.Calls[1].Observe(time.Millisecond, 1)
@@ -383,7 +384,7 @@ func TestDeploy_Compose(t *testing.T) {
 	if !slices.Equal(job.StaticConfigs[0].Targets, nodes) || job.JobName != "raftrv" || !slices.Equal(scraped.RuleFiles, []string{"alerts.yml"}) {
 		t.Errorf("%+v, want %v", scraped, nodes)
 	}
-	if rt, _ := FindReserved(job.MetricsPath); rt == nil || rt.Call("GET") == nil {
+	if rt, _ := httpapi.FindReserved(job.MetricsPath); rt == nil || rt.Call("GET") == nil {
 		t.Errorf("there is no call %s", job.MetricsPath)
 	}
 	if _, ok := job.StaticConfigs[0].Labels["cluster"]; !ok {

@@ -155,7 +155,7 @@ func TestDocs_APIIsComplete(t *testing.T) {
 		t.Fatal(err)
 	}
 	var document struct{ Paths map[string]map[string]any }
-	testkit.Must(t, json.Unmarshal([]byte(testkit.ReadFile(t, "openapi.json")), &document)) // of which a test of the front says that it is whole
+	testkit.Must(t, json.Unmarshal([]byte(testkit.ReadFile(t, "internal/httpapi/openapi.json")), &document)) // of which a test of the front says that it is whole
 	shown := map[string]bool{}
 	_, blocks := splitExamples(string(b))
 	for _, block := range blocks {
@@ -181,7 +181,7 @@ func TestDocs_APIIsComplete(t *testing.T) {
 			}
 		}
 	}
-	source, err := os.ReadFile("errors.go")
+	source, err := os.ReadFile("internal/fault/errors.go")
 	if err != nil {
 		t.Fatal(err)
 	}

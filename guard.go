@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/httpapi"
 	"raftrv/internal/store"
 )
 
@@ -233,7 +234,7 @@ func (g *guard) writable() error {
 }
 
 // describe adds to a status what the guard knows.
-func (g *guard) describe(st *NodeStatus) {
+func (g *guard) describe(st *httpapi.NodeStatus) {
 	sum, space := g.store.Sums().Now, g.space.Load()
 	st.StateSum = fmt.Sprintf("%016x", sum.Sum)
 	st.AppliedIndex = sum.Index // that it is the sum of
@@ -371,7 +372,7 @@ func (n *node) UpdateMember(ctx context.Context, timeout time.Duration, m store.
 }
 
 // memberSizeMax is about what a change of a member takes in the log, in bytes.
-const memberSizeMax = MemberBodySizeMax
+const memberSizeMax = httpapi.MemberBodySizeMax
 
 // Writable says why the node takes no writes but deletes at present.
 func (n *node) Writable() error { return n.guard.writable() }

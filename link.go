@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"raftrv/internal/httpapi"
 	"raftrv/internal/store"
 
 	"go.etcd.io/etcd/client/pkg/v3/types"
@@ -189,7 +190,7 @@ func (l *link) receiveMessage(w http.ResponseWriter, r *http.Request) {
 	held := int64(0)
 	defer func() { n.bodies.Add(-held) }()
 	body := &pacedReader{Reader: r.Body, control: http.NewResponseController(w)}
-	data, err := ReadGrowing(body, size, peerMessageMax, func(most int) error {
+	data, err := httpapi.ReadGrowing(body, size, peerMessageMax, func(most int) error {
 		more := int64(most) - held
 		held += more
 		if n.bodies.Add(more) > peerMessageMax {

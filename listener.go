@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"raftrv/internal/httpapi"
 	"raftrv/internal/shares"
 )
 
@@ -239,7 +240,7 @@ func (c *conn) IsKept() bool { return c.kept }
 // Deserve says that what came on a kept place is what that is kept for.
 func (c *conn) Deserve() error {
 	c.until = time.Time{}
-	return c.SetReadDeadline(time.Now().Add(BodyTimeout))
+	return c.SetReadDeadline(time.Now().Add(httpapi.BodyTimeout))
 }
 
 // Close may be called more than once, by its user and by closeAll.

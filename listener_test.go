@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 
+	"raftrv/internal/httpapi"
 	"raftrv/internal/shares"
 	"raftrv/internal/testkit"
 )
@@ -74,7 +75,7 @@ func TestListener_CountsAndFrees(t *testing.T) {
 }
 
 func TestListener_RefusesBeyondTheCap(t *testing.T) {
-	l := newTestListener(t, listenerConfig{connectionsMax: 1, refusal: Refusal()})
+	l := newTestListener(t, listenerConfig{connectionsMax: 1, refusal: httpapi.Refusal()})
 	mustDialTCP(t, l)
 	first := mustAccept(t, l)
 
@@ -98,7 +99,7 @@ func TestListener_RefusesBeyondTheCap(t *testing.T) {
 		if !a.Last {
 			t.Error("the client may think that the connection stays open")
 		}
-		var p Problem
+		var p httpapi.Problem
 		testkit.Must(t, json.Unmarshal([]byte(a.Body), &p))
 		if p.Status != 503 || p.Code != "too-many-connections" || p.Outcome != "" || !p.Retryable {
 			t.Errorf("%+v", p)
@@ -248,7 +249,7 @@ func TestListener_ServerSurvivesFileLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		pipes := testkit.NewPipeListener()
 		core, logs := observer.New(zap.WarnLevel)
-		server := NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}), zap.New(core))
+		server := httpapi.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}), zap.New(core))
 		defer server.Close()
 		go func() { _ = server.Serve(newListener(&fullListener{pipes, 20}, listenerConfig{connectionsMax: 1})) }() // ends with Close
 		c, err := pipes.Dial()
@@ -337,15 +338,15 @@ func TestListener_KeptPlacesAreShort(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		pipes := testkit.NewPipeListener()
 		slow := 2 * keptTimeout
-		server := NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if place, ok := r.Context().Value(KeptPlace{}).(Placeholder); ok && r.URL.Path == "/slow" {
+		server := httpapi.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if place, ok := r.Context().Value(httpapi.KeptPlace{}).(httpapi.Placeholder); ok && r.URL.Path == "/slow" {
 				testkit.Must(t, place.Deserve())
 				time.Sleep(slow)
 			}
 			w.Header().Set("Connection", "close")
 		}), zap.NewNop())
 		defer server.Close()
-		l := newListener(pipes, listenerConfig{keptMax: 4, refusal: Refusal()})
+		l := newListener(pipes, listenerConfig{keptMax: 4, refusal: httpapi.Refusal()})
 		go func() { _ = server.Serve(l) }() // ends with Close
 		dial := func() net.Conn {
 			c, err := pipes.Dial()

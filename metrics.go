@@ -14,6 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/httpapi"
 	"raftrv/internal/store"
 )
 
@@ -137,7 +138,7 @@ func (l *loop) leaderView(ctx context.Context) (leaderView, error) {
 type nodeMetrics struct {
 	node    *node
 	clients *listener
-	checks  []Check
+	checks  []httpapi.Check
 }
 
 var (
@@ -201,7 +202,7 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 	var wait sync.WaitGroup
 	defer wait.Wait()
 	wait.Go(func() {
-		for name, err := range RunChecks(ctx, m.checks) {
+		for name, err := range httpapi.RunChecks(ctx, m.checks) {
 			gauge(descReady, number(err == nil), name)
 		}
 	})
@@ -298,7 +299,7 @@ func directorySize(path string) (size int64) {
 }
 
 // newRegistry returns the metrics of a node, all but those of its HTTP front.
-func newRegistry(n *node, clients *listener, checks []Check) *prometheus.Registry {
+func newRegistry(n *node, clients *listener, checks []httpapi.Check) *prometheus.Registry {
 	r := prometheus.NewRegistry()
 	r.MustRegister(
 		collectors.NewGoCollector(),

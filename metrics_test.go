@@ -11,6 +11,7 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 
+	"raftrv/internal/httpapi"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 	"raftrv/internal/watch"
@@ -32,8 +33,8 @@ func idleNode(t *testing.T) (*node, *listener) {
 func describedNames(t *testing.T) map[string]bool {
 	t.Helper()
 	n, clients := idleNode(t)
-	registry := newRegistry(n, clients, ClusterChecks(n))
-	registry.MustRegister(NewHTTPMetrics())
+	registry := newRegistry(n, clients, httpapi.ClusterChecks(n))
+	registry.MustRegister(httpapi.NewHTTPMetrics())
 	names, descs := map[string]bool{}, make(chan *prometheus.Desc, 1000)
 	registry.Describe(descs)
 	close(descs)
@@ -50,7 +51,7 @@ func describedNames(t *testing.T) map[string]bool {
 func TestMetrics_StuckLoop(t *testing.T) {
 	n, clients := idleNode(t)
 	start := time.Now()
-	got := testkit.Gather(t, newRegistry(n, clients, []Check{{Name: "fine", Run: func(context.Context) error { return nil }}}))
+	got := testkit.Gather(t, newRegistry(n, clients, []httpapi.Check{{Name: "fine", Run: func(context.Context) error { return nil }}}))
 	if took := time.Since(start); took < metricsTimeout || took > metricsTimeout+5*time.Second {
 		t.Errorf("it took %v", took)
 	}

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"raftrv/internal/hostile"
+	"raftrv/internal/httpapi"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
@@ -75,7 +76,7 @@ func TestNetwork_LargeMessages(t *testing.T) {
 		t.Errorf("too large: %d", status)
 	}
 	n.bodies.Store(peerMessageMax)
-	if status, _ := n.request("POST", rafthttp.RaftPrefix, 2, bytes.NewReader(make([]byte, BodyAllocMin+1))); status != http.StatusServiceUnavailable {
+	if status, _ := n.request("POST", rafthttp.RaftPrefix, 2, bytes.NewReader(make([]byte, httpapi.BodyAllocMin+1))); status != http.StatusServiceUnavailable {
 		t.Errorf("too many: %d", status)
 	}
 	if n.bodies.Load() != peerMessageMax {

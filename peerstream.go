@@ -17,6 +17,8 @@ import (
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
+
+	"raftrv/internal/httpapi"
 )
 
 // This file reads the streams on which other members send. rafthttp's own
@@ -249,7 +251,7 @@ func (d *streamDecoder) uint(most uint64) (uint64, error) {
 
 func (d *streamDecoder) decode(m proto.Message, size int) error {
 	if size > streamEntryBuffer {
-		data, err := ReadGrowing(d.reader, int64(size), peerMessageMax, func(int) error { return nil })
+		data, err := httpapi.ReadGrowing(d.reader, int64(size), peerMessageMax, func(int) error { return nil })
 		if err != nil {
 			return err
 		}

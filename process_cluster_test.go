@@ -26,6 +26,7 @@ import (
 	"time"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/httpapi"
 	"raftrv/internal/proc"
 	"raftrv/internal/testkit"
 )
@@ -262,7 +263,7 @@ func (c *liveCluster) client(n *proc.Node) *liveClient {
 func (l *liveClient) close() { l.http.CloseIdleConnections() }
 
 // keyURL returns the URL of a key, every byte of it escaped that could mean something.
-func keyURL(n *proc.Node, key string) string { return n.URL() + KeyPath(key) }
+func keyURL(n *proc.Node, key string) string { return n.URL() + httpapi.KeyPath(key) }
 
 // liveReply is an answer, or why there is none.
 type liveReply struct {
@@ -270,8 +271,8 @@ type liveReply struct {
 	status  int
 	header  http.Header
 	body    []byte
-	problem Problem       // of an error
-	took    time.Duration // from first byte to last
+	problem httpapi.Problem // of an error
+	took    time.Duration   // from first byte to last
 }
 
 // rv returns the Resource-Version header.

@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/httpapi"
 	"raftrv/internal/proc"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
@@ -63,7 +64,7 @@ func writeGolden(t *testing.T, c *liveCluster, level int) {
 	}
 	if level > store.LevelFirst {
 		c.eventually(func() error {
-			var st NodeStatus
+			var st httpapi.NodeStatus
 			testkit.Must(t, json.Unmarshal(call("GET", "/-/v1/status", ""), &st))
 			if st.FeatureLevel != level {
 				return fmt.Errorf("the level is %d", st.FeatureLevel)

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/httpapi"
 	"raftrv/internal/proc"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
@@ -318,7 +319,7 @@ func TestProcess_Quota(t *testing.T) {
 }
 
 // status returns what the node says of itself.
-func (l *liveClient) status() (st NodeStatus) {
+func (l *liveClient) status() (st httpapi.NodeStatus) {
 	l.c.t.Helper()
 	r := l.do(http.MethodGet, l.node.URL()+"/-/v1/status", "")
 	testkit.Must(l.c.t, r.err)
@@ -442,7 +443,7 @@ func TestProcess_Overload(t *testing.T) {
 	n := c.leader()
 	c.kill(c.others(n)...)
 	// Bodies that are read, the queue that has copies of them, and garbage as much.
-	const rssMax = 2*(2*BodiesSizeMax+queueMax) + 128<<20
+	const rssMax = 2*(2*httpapi.BodiesSizeMax+queueMax) + 128<<20
 	value := strings.Repeat("v", store.ValueSizeMaxDefault)
 	codes := map[string]int{}
 	var mu sync.Mutex

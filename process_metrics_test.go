@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"raftrv/internal/httpapi"
 	"raftrv/internal/proc"
 	"raftrv/internal/testkit"
 	"regexp"
@@ -146,10 +147,10 @@ func TestMetrics_LiveCluster(t *testing.T) {
 // checkClusterStatus asks for the status of all members, one of which is down.
 func (c *liveCluster) checkClusterStatus(n, down *proc.Node) {
 	c.t.Helper()
-	var all ClusterStatus
+	var all httpapi.ClusterStatus
 	start := time.Now()
 	testkit.Must(c.t, json.Unmarshal([]byte(liveText(c.t, n, "/-/v1/status?all=true", 200)), &all))
-	if took := time.Since(start); took > StatusTimeout+5*time.Second {
+	if took := time.Since(start); took > httpapi.StatusTimeout+5*time.Second {
 		c.t.Errorf("the status of all took %v", took)
 	}
 	if len(all.Members) != len(c.Nodes) || !slices.Equal(all.Silent, []uint64{uint64(down.ID)}) {

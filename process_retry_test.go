@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/httpapi"
 	"raftrv/internal/proc"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
@@ -304,7 +305,7 @@ func TestProcess_RetriesOfOthers(t *testing.T) {
 		t.Errorf("first %d %v\nthen %d %v", first.status, first.header, again.status, again.header)
 	}
 	r := victim.do(http.MethodPost, "/-/v1/txn", read, map[string]string{"Idempotency-Key": "read-0"})
-	var p Problem
+	var p httpapi.Problem
 	testkit.Must(t, json.Unmarshal(r.body, &p))
 	if r.status != http.StatusConflict || p.Code != "result-not-kept" || p.Outcome != fault.Applied {
 		t.Errorf("%d %.300s", r.status, r.body)

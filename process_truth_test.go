@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/httpapi"
 	"raftrv/internal/proc"
 	"raftrv/internal/testkit"
 )
@@ -255,7 +256,7 @@ func (c *truths) fill(n *proc.Node) {
 	l := c.liveCluster.client(n)
 	defer l.close()
 	r := l.do(http.MethodGet, n.URL()+"/-/v1/status", "")
-	var st NodeStatus
+	var st httpapi.NodeStatus
 	if r.err != nil || json.Unmarshal(r.body, &st) != nil {
 		return
 	}
@@ -351,7 +352,7 @@ func (c *truths) try(h *http.Client, w *truthWrite, n *proc.Node, timeout string
 	a.rv = parseRV(res.Header.Get("Resource-Version"))
 	a.replayed = res.Header.Get("Idempotency-Replayed") != ""
 	if !a.ok() {
-		var p Problem
+		var p httpapi.Problem
 		if err := json.Unmarshal(body, &p); err != nil {
 			c.t.Errorf("%v: %s", err, body)
 		}

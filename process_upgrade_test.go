@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"raftrv/internal/httpapi"
 	"raftrv/internal/proc"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
@@ -111,7 +112,7 @@ func (m *mixedCluster) levelAt(n *proc.Node) int {
 	defer l.close()
 	r := l.do(http.MethodGet, n.URL()+"/-/v1/status", "")
 	testkit.Must(m.t, r.err)
-	var st NodeStatus
+	var st httpapi.NodeStatus
 	testkit.Must(m.t, json.Unmarshal(r.body, &st))
 	if st.Divergence != store.Sound.String() {
 		m.t.Errorf("node %d is %s", n.ID, st.Divergence)

@@ -24,6 +24,7 @@ import (
 	"testing"
 	"time"
 
+	"raftrv/internal/httpapi"
 	"raftrv/internal/proc"
 	"raftrv/internal/testkit"
 	"raftrv/internal/watchcheck"
@@ -248,7 +249,7 @@ func TestProcess_WatchNeverRead(t *testing.T) {
 		for _, conn := range never {
 			testkit.Must(t, conn.Close())
 		}
-		growth, bound := most-before, 16<<20+size*(4*WatchPartSize)
+		growth, bound := most-before, 16<<20+size*(4*httpapi.WatchPartSize)
 		t.Logf("%d watchers never read beside %d MiB of events: memory grows by %d KiB from %d MiB (bound %d KiB), 10 others are told %v after the answer (p99; %v without them)",
 			size, window>>20, growth>>10, before>>20, bound>>10, delay.Round(time.Microsecond), alone.Round(time.Microsecond))
 		if *testkit.Heavy && growth > bound {
@@ -371,7 +372,7 @@ type liveWatch struct {
 // errWatchRefused is an answer that is no stream.
 type errWatchRefused struct {
 	status  int
-	problem Problem
+	problem httpapi.Problem
 }
 
 func (e *errWatchRefused) Error() string {
@@ -680,7 +681,7 @@ func (s *watchScenario) follow(w *liveWatch, v *watchcheck.Validator, random *ra
 		return err
 	}
 	messages := 1 + random.IntN(20_000)
-	if cluster := w.res.Header.Get(HeaderCluster); cluster != "" && strings.Contains(w.lastID, "-") && !strings.HasPrefix(w.lastID, cluster) {
+	if cluster := w.res.Header.Get(httpapi.HeaderCluster); cluster != "" && strings.Contains(w.lastID, "-") && !strings.HasPrefix(w.lastID, cluster) {
 		v.Violation("resumed after %s in cluster %s", w.lastID, cluster)
 	}
 	for range messages {

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/httpapi"
 	"raftrv/internal/store"
 	"raftrv/internal/watch"
 )
@@ -66,9 +67,9 @@ type node struct {
 	informed *atomic.Bool
 }
 
-func (n *node) Status() NodeStatus {
+func (n *node) Status() httpapi.NodeStatus {
 	s := n.loop.status.Load()
-	st := NodeStatus{
+	st := httpapi.NodeStatus{
 		ID:              n.config.id,
 		ClusterID:       fmt.Sprintf("%x", n.cluster),
 		LeaderID:        s.leader,
@@ -257,7 +258,7 @@ func openPorts(ctx context.Context, cfg *config, rec *recovered, logger *zap.Log
 		return nil, fmt.Errorf("listen for peers: %w", err)
 	}
 	p.clientListener, err = listen(ctx, cfg.listen, listenerConfig{
-		connectionsMax: d.clients, addressMax: cfg.clientPlaces(d.clients), keptMax: keptMax, refusal: Refusal(),
+		connectionsMax: d.clients, addressMax: cfg.clientPlaces(d.clients), keptMax: keptMax, refusal: httpapi.Refusal(),
 	})
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("listen for clients: %w", err), p.peerListener.Close())
@@ -267,7 +268,7 @@ func openPorts(ctx context.Context, cfg *config, rec *recovered, logger *zap.Log
 	p.waiting(nil)
 	p.front = &closingHandler{Handler: &p.clients}
 	p.peerServer = newPeerServer(&p.peers, logger.Named("peers"))
-	p.clientServer = NewServer(p.front, logger.Named("http"))
+	p.clientServer = httpapi.NewServer(p.front, logger.Named("http"))
 	p.work.Go(func() { p.failed <- ignoreClosed(p.peerServer.Serve(p.peerListener)) })
 	p.work.Go(func() { p.failed <- ignoreClosed(p.clientServer.Serve(p.clientListener)) })
 	return p, nil
@@ -310,23 +311,23 @@ func (p *ports) serveWaiting(w http.ResponseWriter, r *http.Request) {
 	e := fault.ErrNoLeader
 	switch r.URL.Path {
 	case "/-/livez":
-		WriteBody(w, r, http.StatusOK, TypeText, []byte("ok\n"))
+		httpapi.WriteBody(w, r, http.StatusOK, httpapi.TypeText, []byte("ok\n"))
 		return
 	case "/-/readyz":
 		e = fault.ErrNotReady
 	}
 	why := append([]string{"this node is not in a cluster yet, it waits for others"}, *p.waitsFor.Load()...)
 	e = e.WithDetail("%s", strings.Join(why, "; "))
-	problem := ProblemOf(r, e)
-	SetErrorHeaders(w.Header(), e)
-	WriteBody(w, r, e.Status, TypeProblem, problem.Encode())
+	problem := httpapi.ProblemOf(r, e)
+	httpapi.SetErrorHeaders(w.Header(), e)
+	httpapi.WriteBody(w, r, e.Status, httpapi.TypeProblem, problem.Encode())
 }
 
 // run starts everything and waits for the end.
 func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *ports) error {
 	front := p.front
-	checks := append(ClusterChecks(n), Check{Name: "not-stopping", Run: front.check})
-	p.clients.set(New(Config{
+	checks := append(httpapi.ClusterChecks(n), httpapi.Check{Name: "not-stopping", Run: front.check})
+	p.clients.set(httpapi.New(httpapi.Config{
 		ID:           n.config.id,
 		Cluster:      fmt.Sprintf("%x", n.cluster),
 		Store:        n.store,
@@ -337,7 +338,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 		Bookmark:     n.config.watchBookmark,
 		ValueSizeMax: n.config.valueSizeMax,
 		Version:      version,
-		NewID:        NewUUID,
+		NewID:        httpapi.NewUUID,
 		Client:       peerClient,
 		Hosts:        n.config.hostNames(),
 		Origins:      n.config.allowedOrigins,

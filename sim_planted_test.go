@@ -22,6 +22,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"raftrv/internal/fsx"
+	"raftrv/internal/httpapi"
 	"raftrv/internal/store"
 )
 
@@ -48,8 +49,8 @@ type plant struct {
 
 	deadlines func(b *batch, place int) // of what was queued; that it was given up nobody is told
 
-	watched func(p *process, w *WatchStream) // after each turn of a watch
-	deaf    bool                             // the hub is not told that something was applied
+	watched func(p *process, w *httpapi.WatchStream) // after each turn of a watch
+	deaf    bool                                     // the hub is not told that something was applied
 
 	answerRead    func(p *process) bool // whether reads are answered at once, from what the node has
 	answerWrite   bool                  // writes are answered as soon as they are queued
@@ -172,14 +173,14 @@ func shortDeadlines(faults ...simFault) func(*weather, *load) {
 }
 
 // bookmarkNow writes a bookmark whether or not more of a version follows.
-func bookmarkNow(_ *process, w *WatchStream) {
+func bookmarkNow(_ *process, w *httpapi.WatchStream) {
 	if w.Part {
 		_ = w.WriteBookmark() // the writer takes everything
 	}
 }
 
 // bookmarkAhead writes one with what the store has, not what was passed on.
-func bookmarkAhead(p *process, w *WatchStream) {
+func bookmarkAhead(p *process, w *httpapi.WatchStream) {
 	if rv := p.store.Version(); rv > w.RV && !w.Part {
 		w.RV = rv
 		_ = w.WriteBookmark() // as above

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"raftrv/internal/httpapi"
 	"raftrv/internal/store"
 	"raftrv/internal/watchcheck"
 )
@@ -23,7 +24,7 @@ type simWatcher struct {
 	bookmark time.Duration
 
 	process *process // it is connected to; nil = to none
-	stream  *WatchStream
+	stream  *httpapi.WatchStream
 	out     bytes.Buffer // what it has not read
 	idle    bool         // it has got all, until it is woken
 
@@ -80,7 +81,7 @@ func (w *simWatcher) connect(p *process) {
 	}
 	w.start(w.cursor)
 	w.process = p
-	w.stream = &WatchStream{
+	w.stream = &httpapi.WatchStream{
 		W: w, Control: http.NewResponseController(w), Watcher: watcher, Events: w.events, Bookmark: w.bookmark, Now: w.sim.watchClock, RV: w.cursor,
 		Cluster: fmt.Sprintf("%x", p.identity.Cluster),
 	}
@@ -176,7 +177,7 @@ func (w *simWatcher) take(text string) error {
 		for line := range strings.Lines(text) {
 			switch name, value, _ := strings.Cut(strings.TrimSpace(line), ": "); name {
 			case "id":
-				cluster, rv, err := ParseResume(value)
+				cluster, rv, err := httpapi.ParseResume(value)
 				if err != nil || cluster != w.stream.Cluster {
 					return fmt.Errorf("id %q: %w", value, err)
 				}

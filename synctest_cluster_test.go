@@ -26,6 +26,7 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/protobuf/proto"
 
+	"raftrv/internal/httpapi"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 	"raftrv/internal/watch"
@@ -154,11 +155,11 @@ func (n *virtualNode) start() {
 		_ = n.hub.Run(ctx) // ends with ctx only
 	}()
 	pipes := testkit.NewPipeListener()
-	n.server = NewServer(New(Config{
+	n.server = httpapi.NewServer(httpapi.New(httpapi.Config{
 		Client: peerClient,
 		ID:     n.config.id, Store: n.store, Backend: n.node, Logger: n.logger, Timeout: n.config.requestTimeout,
-		ValueSizeMax: n.config.valueSizeMax, Version: "test", NewID: NewUUID, Hosts: []string{"virtual"},
-		Registry: prometheus.NewRegistry(), Checks: ClusterChecks(n.node),
+		ValueSizeMax: n.config.valueSizeMax, Version: "test", NewID: httpapi.NewUUID, Hosts: []string{"virtual"},
+		Registry: prometheus.NewRegistry(), Checks: httpapi.ClusterChecks(n.node),
 	}), n.logger)
 	serverEnded := make(chan struct{})
 	go func() {

@@ -19,6 +19,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"raftrv/internal/httpapi"
 	"raftrv/internal/store"
 )
 
@@ -124,10 +125,10 @@ func listenPeers(ctx context.Context, address string, connectionsMax int) (*list
 func newPeerServer(handler http.Handler, logger *zap.Logger) *http.Server {
 	return &http.Server{
 		Handler:           handler,
-		ReadHeaderTimeout: HeaderTimeout,
+		ReadHeaderTimeout: httpapi.HeaderTimeout,
 		ReadTimeout:       paceGrace, // of the whole request, unless whoever serves it gives it more
-		IdleTimeout:       IdleTimeout,
-		MaxHeaderBytes:    HeaderSizeMax,
+		IdleTimeout:       httpapi.IdleTimeout,
+		MaxHeaderBytes:    httpapi.HeaderSizeMax,
 		ErrorLog:          zap.NewStdLog(logger),
 		ConnContext:       func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, peerConnKey{}, c) },
 	}

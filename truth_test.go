@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 
 	"raftrv/internal/fault"
+	"raftrv/internal/httpapi"
 	"raftrv/internal/testkit"
 )
 
@@ -73,7 +74,7 @@ func TestServeWaiting_Outcome(t *testing.T) {
 			r.Header.Set("Idempotency-Key", tt.key)
 		}
 		p.serveWaiting(w, r)
-		var got Problem
+		var got httpapi.Problem
 		testkit.Must(t, json.Unmarshal(w.Body.Bytes(), &got))
 		if got.Code != "no-leader" || got.Outcome != tt.want || (tt.want == fault.Unknown) != strings.Contains(got.Detail, "this attempt was not applied") {
 			t.Errorf("%v: %+v", tt, got)
