@@ -534,36 +534,38 @@ func TestStream_LargeValues(t *testing.T) {
 // TestHTTP_ListPlaces: whoever has all lists that one address may have keeps neither others from theirs, nor anybody from
 // small lists and backups.
 func TestHTTP_ListPlaces(t *testing.T) {
-	f := newFront(t)
-	for i := range 2 * fewItems {
-		f.put(fmt.Sprintf("key-%03d", i), "v")
-	}
-	here, other := netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("192.0.2.1")
-	for f.api.lists.Take(here, 1) {
-	}
-	stream := []string{"Accept: application/x-ndjson"}
-	f.do("GET", "/-/v1/keys", "", stream...).Want(t, 429)
-	f.do("GET", "/-/v1/keys", "").Want(t, 429)
-	f.do("GET", "/-/v1/watch?initial=true", "").Want(t, 429)
-	f.do("GET", "/-/v1/keys?prefix=key-00", "").Want(t, 200)
-	f.do("GET", "/-/v1/snapshot", "").Want(t, 200)
-	if !f.api.lists.Take(other, 1) {
-		t.Error("nothing is left for others")
-	}
-	go func() { // while it waits
-		time.Sleep(placeTimeout / 4)
-		f.api.lists.Give(here, 1)
-	}()
-	f.do("GET", "/-/v1/keys", "").Want(t, 200)
-	f.do("GET", "/-/v1/keys", "", stream...).Want(t, 200)
+	synctest.Test(t, func(t *testing.T) {
+		f := newPipeFront(t)
+		for i := range 2 * fewItems {
+			f.put(fmt.Sprintf("key-%03d", i), "v")
+		}
+		here, other := shares.AddressOf("pipe"), netip.MustParseAddr("192.0.2.1")
+		for f.api.lists.Take(here, 1) {
+		}
+		stream := []string{"Accept: application/x-ndjson"}
+		f.do("GET", "/-/v1/keys", "", stream...).Want(t, 429)
+		f.do("GET", "/-/v1/keys", "").Want(t, 429)
+		f.do("GET", "/-/v1/watch?initial=true", "").Want(t, 429)
+		f.do("GET", "/-/v1/keys?prefix=key-00", "").Want(t, 200)
+		f.do("GET", "/-/v1/snapshot", "").Want(t, 200)
+		if !f.api.lists.Take(other, 1) {
+			t.Error("nothing is left for others")
+		}
+		go func() { // while it waits
+			time.Sleep(placeTimeout / 4)
+			f.api.lists.Give(here, 1)
+		}()
+		f.do("GET", "/-/v1/keys", "").Want(t, 200)
+		f.do("GET", "/-/v1/keys", "", stream...).Want(t, 200)
 
-	for f.api.backups.Take(here, 1) {
-	}
-	f.do("GET", "/-/v1/snapshot", "").Want(t, 429)
-	f.do("GET", "/-/v1/keys", "", stream...).Want(t, 200)
-	if f.api.lists.Taken != shares.MostOf(listsMax) || f.api.backups.Taken != shares.MostOf(backupsMax) {
-		t.Errorf("%d lists, %d backups", f.api.lists.Taken, f.api.backups.Taken)
-	}
+		for f.api.backups.Take(here, 1) {
+		}
+		f.do("GET", "/-/v1/snapshot", "").Want(t, 429)
+		f.do("GET", "/-/v1/keys", "", stream...).Want(t, 200)
+		if f.api.lists.Taken != shares.MostOf(listsMax) || f.api.backups.Taken != shares.MostOf(backupsMax) {
+			t.Errorf("%d lists, %d backups", f.api.lists.Taken, f.api.backups.Taken)
+		}
+	})
 }
 
 // Who reads slowly gets all of it, if not slower than a few kilobytes a second. Who does not read at
