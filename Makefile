@@ -33,7 +33,7 @@ goreman: ## talk to that goreman, as in: make goreman ARGS="run stop raftrv2"
 
 .PHONY: test
 test: load ## run the load test, then the Go tests
-	$(GO) test ./...
+	$(GO) test -p 1 ./...
 
 .PHONY: load
 load: raftrv ## run the k6 load test, on the running cluster or else on its own
@@ -62,7 +62,7 @@ lint: ## run golangci-lint
 # -short leaves out the tests that start nodes: those are built without the race detector, and make test runs them.
 .PHONY: race
 race: ## run the Go tests that start no processes under the race detector
-	$(GO) test -race -short -timeout 20m ./...
+	$(GO) test -p 1 -race -short -timeout 20m ./...
 
 # A module of its own, since only this test needs what drives a browser. -v says so if it is skipped.
 .PHONY: browser
@@ -121,11 +121,11 @@ mutate: ## plant small bugs and print those that no quick test notices; SAMPLE=5
 
 .PHONY: process
 process: ## real processes: stops, kills, a node far behind, at full size
-	$(GO) test -count=1 -run 'TestProcess|TestServe' -heavy -timeout 30m -v .
+	$(GO) test -count=1 -run TestProcess -heavy -timeout 30m -v ./tests
 
 .PHONY: chaos
 chaos: ## real processes under kills, pauses and partitions, for minutes
-	$(GO) test -count=1 -run TestChaos -chaos 5m -timeout 30m -v .
+	$(GO) test -count=1 -run TestChaos -chaos 5m -timeout 30m -v ./tests
 
 .PHONY: bench
 bench: ## run the Go benchmarks

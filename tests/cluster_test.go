@@ -1,4 +1,4 @@
-package main
+package tests
 
 import (
 	"bytes"
@@ -41,8 +41,13 @@ var liveBinary struct {
 	err  error
 }
 
+// TestMain runs the tests at the root of the module, which they build, and whose
+// pages they read.
 func TestMain(m *testing.M) {
 	flag.Parse()
+	if err := os.Chdir(".."); err != nil {
+		panic(err)
+	}
 	syscall.Umask(syscall.Umask(0) | 0o022) // t.TempDir leaves it to that whether the group may write
 	code := m.Run()
 	if liveBinary.dir != "" {
