@@ -263,25 +263,25 @@ func (n *peerNetwork) found(members []store.Member) (found []store.Member) {
 
 // checkAddress refuses to give a member an address where somebody else answers.
 // That nobody does is fine: members are added before they are started.
-func (n *node) checkAddress(ctx context.Context, m store.Member) error {
-	if m.PeerURL == "" || slices.ContainsFunc(n.store.Members(), func(o store.Member) bool { return o.PeerURL == m.PeerURL }) {
+func (s *kvstore) checkAddress(ctx context.Context, m store.Member) error {
+	if m.PeerURL == "" || slices.ContainsFunc(s.store.Members(), func(o store.Member) bool { return o.PeerURL == m.PeerURL }) {
 		return nil // nothing new, or refused as that of another
 	}
 	info, err := askPeer(ctx, m.PeerURL)
-	is := recognize(m.ID, n.cluster, info, err)
+	is := recognize(m.ID, s.cluster, info, err)
 	switch {
 	case errors.Is(is, errSilent):
 		return nil
-	case is != nil && err == nil && info.Cluster == fmt.Sprintf("%x", n.cluster) && slices.Contains(n.store.Removed(), info.Node):
+	case is != nil && err == nil && info.Cluster == fmt.Sprintf("%x", s.cluster) && slices.Contains(s.store.Removed(), info.Node):
 		return nil // it is about to end
 	case is != nil:
 		return fault.ErrMember.WithDetail("%s is not the peer URL of node %d of this cluster: %v", m.PeerURL, m.ID, is)
 	}
 	// It may be the same process, at two addresses.
-	twice := m.ID == n.config.id && info.Process != n.process
-	for _, now := range n.network.found([]store.Member{{ID: m.ID}}) {
+	twice := m.ID == s.config.id && info.Process != s.process
+	for _, now := range s.network.found([]store.Member{{ID: m.ID}}) {
 		old, err := askPeer(ctx, now.PeerURL)
-		twice = recognize(m.ID, n.cluster, old, err) == nil && old.Process != info.Process
+		twice = recognize(m.ID, s.cluster, old, err) == nil && old.Process != info.Process
 	}
 	if twice {
 		return fault.ErrMember.WithDetail("node %d still runs at another address, and what answers at %s is another process that says that it is node %d, too: stop one of them first",

@@ -186,7 +186,7 @@ func TestIsRemoved(t *testing.T) {
 		}
 		network := &peerNetwork{}
 		network.proven.Store(&map[uint64]string{2: two.URL, 3: three.URL, 4: four.URL})
-		n := &node{config: config{id: 1}, cluster: 7, store: &store.Store{State: st}, network: network, logger: zap.NewNop()}
+		n := &node{kvstore: &kvstore{config: config{id: 1}, cluster: 7, store: &store.Store{State: st}, network: network}, logger: zap.NewNop()}
 		for id, tr := range map[uint64]*hostile.Decoy{2: two, 3: three, 4: four} {
 			info := &peerInfo{Cluster: "7", Node: id}
 			if slices.Contains(tt.lists, id) {

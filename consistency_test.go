@@ -195,7 +195,7 @@ func TestExchange(t *testing.T) {
 		r := newExchangeRig(t)
 		r.wait(t, store.Unchecked)
 		served := make(chan error, 1)
-		go func() { served <- r.Serving(t.Context(), time.Minute) }()
+		go func() { served <- r.serving(t.Context(), time.Minute) }()
 
 		// Agreement counts only when the node knows who has a vote.
 		r.say(2, true)
@@ -221,7 +221,7 @@ func TestExchange(t *testing.T) {
 		if _, _, err := w.Read(func(*store.Event, bool) {}); !errors.Is(err, fault.ErrDiverged) {
 			t.Errorf("watch of a node in doubt: %v", err)
 		}
-		if err := r.Serving(t.Context(), time.Minute); !errors.Is(err, fault.ErrDiverged) {
+		if err := r.serving(t.Context(), time.Minute); !errors.Is(err, fault.ErrDiverged) {
 			t.Errorf("serving in doubt: %v", err)
 		}
 		// Another member at its address is nobody's voice.
@@ -249,11 +249,11 @@ func TestExchange_Waits(t *testing.T) {
 		r := newExchangeRig(t)
 		r.loop.status.Store(&replicaStatus{leader: 2})
 		for name, call := range map[string]func(time.Duration) error{
-			"serving":     func(d time.Duration) error { return r.Serving(t.Context(), d) },
-			"linearize":   func(d time.Duration) error { return r.Linearize(t.Context(), d) },
-			"waitVersion": func(d time.Duration) error { return r.WaitVersion(t.Context(), d, 1) },
+			"serving":     func(d time.Duration) error { return r.serving(t.Context(), d) },
+			"linearize":   func(d time.Duration) error { return r.linearize(t.Context(), d) },
+			"waitVersion": func(d time.Duration) error { return r.waitVersion(t.Context(), d, 1) },
 			"propose": func(d time.Duration) error {
-				_, err := r.Propose(t.Context(), d, somePut)
+				_, err := r.Apply(t.Context(), d, somePut)
 				return err
 			},
 		} {
@@ -264,15 +264,15 @@ func TestExchange_Waits(t *testing.T) {
 			}
 		}
 		r.loop.status.Store(&replicaStatus{})
-		if err := r.Linearize(t.Context(), time.Millisecond); !errors.Is(err, fault.ErrNoLeader) {
+		if err := r.linearize(t.Context(), time.Millisecond); !errors.Is(err, fault.ErrNoLeader) {
 			t.Errorf("without a leader: %v", err)
 		}
-		if err := r.Serving(t.Context(), time.Millisecond); err != nil {
+		if err := r.serving(t.Context(), time.Millisecond); err != nil {
 			t.Errorf("what the node has, without a leader: %v", err)
 		}
 		r.loop.status.Store(&replicaStatus{leader: 2})
 		released := make(chan error, 1)
-		go func() { released <- r.Serving(t.Context(), time.Hour) }()
+		go func() { released <- r.serving(t.Context(), time.Hour) }()
 		r.guard.release() // as exchange does when it ends
 		if err := <-released; err == nil {
 			t.Error("a node that stops serves without a comparison")

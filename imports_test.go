@@ -38,14 +38,8 @@ var importRules = []struct {
 // same conclusion on every member, so no clock, no randomness, no I/O. Nor does
 // the replica have a clock: time is an input.
 var pureFiles = map[string][]string{
-	"command.go":    {"time", "math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http", "sync/atomic"},
-	"kvstore.go":    {"time", "math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http"},
-	"items.go":      {"time", "math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http", "sync"},
-	"events.go":     {"time", "math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http", "sync"},
-	"divergence.go": {"time", "math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http", "sync"},
-	"retries.go":    {"time", "math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http", "sync"},
-	"snapshot.go":   {"time", "math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http", "sync"},
-	"raft.go":       {"math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http", "sync", "context"},
+	"items.go": {"time", "math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http", "sync"},
+	"raft.go":  {"math/rand", "math/rand/v2", "crypto/rand", "os", "net", "net/http", "sync", "context"},
 }
 
 func TestImports(t *testing.T) {

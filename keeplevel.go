@@ -40,8 +40,8 @@ func (n *node) keepLevel(ctx context.Context) error {
 		if r.Level <= n.store.Level() {
 			continue
 		}
-		res, err := n.Propose(ctx, n.config.requestTimeout, store.RaiseLevel(r.Level, r.Members...))
-		if err == nil && res.Status == store.StatusReplaced {
+		results, err := n.Apply(ctx, n.config.requestTimeout, store.RaiseLevel(r.Level, r.Members...))
+		if err == nil && results[0].Status == store.StatusReplaced {
 			n.logger.Info("the feature level of the cluster was raised", zap.Int("level", r.Level))
 		}
 	}
@@ -60,15 +60,15 @@ func commonLevel(members []store.Member, others map[uint64]health, self uint64, 
 }
 
 // oldMembers says which members keep the cluster below a level.
-func (n *node) oldMembers(level int) string {
+func (s *kvstore) oldMembers(level int) string {
 	var old []string
-	others := *n.guard.others.Load()
-	for _, m := range n.store.Members() {
+	others := *s.guard.others.Load()
+	for _, m := range s.store.Members() {
 		h, answered := others[m.ID]
 		switch {
-		case m.ID == n.config.id:
-			if n.store.Knows() < level {
-				old = append(old, fmt.Sprintf("node %d (this one) knows up to %d", m.ID, n.store.Knows()))
+		case m.ID == s.config.id:
+			if s.store.Knows() < level {
+				old = append(old, fmt.Sprintf("node %d (this one) knows up to %d", m.ID, s.store.Knows()))
 			}
 		case !answered:
 			old = append(old, fmt.Sprintf("node %d does not answer", m.ID))

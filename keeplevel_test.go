@@ -52,7 +52,7 @@ func TestLevel_OldMembers(t *testing.T) {
 		if got := n.oldMembers(2); got != tt.want {
 			t.Errorf("%+v: %q, want %q", tt, got, tt.want)
 		}
-		_, err := n.proposeNew(t.Context(), time.Second, store.Command{Op: store.OpPut, Key: "k", Condition: store.Condition{Kind: 9}})
+		_, err := n.applyNew(t.Context(), time.Second, []store.Command{{Op: store.OpPut, Key: "k", Condition: store.Condition{Kind: 9}}})
 		if e, ok := errors.AsType[*fault.Error](err); !ok || !errors.Is(err, fault.ErrLevel) || e.Outcome != fault.NotApplied || !strings.HasSuffix(e.Detail, "; "+tt.want) {
 			t.Errorf("%+v: refused with %v", tt, err)
 		}

@@ -399,28 +399,99 @@ func messageSize(m *raftpb.Message) int {
 	return n
 }
 
-// propose replicates a command and returns what applying it came to.
-func (l *loop) propose(ctx context.Context, timeout time.Duration, c store.Command) (store.Result, error) {
-	b, i, err := l.enqueue(&c, l.clock().Add(timeout))
+// propose replicates commands and returns what applying each came to. They stand
+// next to each other in the log, as far as a batch holds them. If some were applied
+// and others may not have been, the outcome of all is unknown.
+func (l *loop) propose(ctx context.Context, timeout time.Duration, commands ...store.Command) ([]store.Result, error) {
+	deadline := l.clock().Add(timeout)
+	var few [4]queued
+	places, err := l.enqueueAll(few[:0], commands, deadline)
 	if err != nil {
-		return store.Result{}, err
+		return nil, err
 	}
-	if err := l.await(ctx, b.done, timeout); err != nil {
-		return store.Result{}, l.giveUp(b, i)
+	var results []store.Result
+	for n, p := range places {
+		if n > 0 {
+			timeout = max(0, deadline.Sub(l.clock()))
+		}
+		err := l.await(ctx, p.batch.done, timeout)
+		switch {
+		case err != nil:
+			err = l.giveUp(p.batch, p.index)
+		case p.batch.err != nil:
+			err = p.batch.err
+		case p.batch.results[p.index].Status == store.StatusNone: // it came too late for the proposal that counted
+			err = fault.ErrUnknown
+		case len(places) == 1:
+			return p.batch.results[p.index : p.index+1 : p.index+1], nil
+		default:
+			results = append(results, p.batch.results[p.index])
+			continue
+		}
+		for _, other := range places[n+1:] {
+			if e := l.giveUpUnlessDone(other); e != nil {
+				err = e
+			}
+		}
+		if n > 0 {
+			err = fault.ErrUnknown
+		}
+		return nil, err
 	}
-	if b.err != nil {
-		return store.Result{}, b.err
+	return results, nil
+}
+
+// giveUpUnlessDone gives up a command that waits with others of which one has
+// failed. It returns fault.ErrUnknown if this one may be applied, or was.
+func (l *loop) giveUpUnlessDone(p queued) error {
+	select {
+	case <-p.batch.done:
+		if p.batch.err == nil {
+			return fault.ErrUnknown
+		}
+		if errors.Is(p.batch.err, fault.ErrUnknown) {
+			return p.batch.err
+		}
+	default:
+		if err := l.giveUp(p.batch, p.index); errors.Is(err, fault.ErrUnknown) {
+			return err
+		}
 	}
-	if b.results[i].Status == store.StatusNone { // it came too late for the proposal that counted
-		return store.Result{}, fault.ErrUnknown
+	return nil
+}
+
+// queued is where a command waits.
+type queued struct {
+	batch *batch
+	index int
+}
+
+// enqueueAll adds commands to the open batches, all of them or none.
+func (l *loop) enqueueAll(places []queued, commands []store.Command, deadline time.Time) ([]queued, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i := range commands {
+		b, index, err := l.enqueueLocked(&commands[i], deadline)
+		if err != nil {
+			for _, p := range places { // none was taken: the lock was not released
+				p.batch.withdraw(p.index)
+				l.dropEmpty(p.batch)
+			}
+			return nil, err
+		}
+		places = append(places, queued{b, index})
 	}
-	return b.results[i], nil
+	return places, nil
 }
 
 // enqueue adds a command to the open batch and returns its place there.
 func (l *loop) enqueue(c *store.Command, deadline time.Time) (b *batch, i int, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	return l.enqueueLocked(c, deadline)
+}
+
+func (l *loop) enqueueLocked(c *store.Command, deadline time.Time) (b *batch, i int, err error) {
 	size := c.EncodedSizeMax()
 	if err := l.refusal(size); err != nil {
 		return nil, 0, err
@@ -546,10 +617,11 @@ func (l *loop) UpdateMember(ctx context.Context, timeout time.Duration, m store.
 	if err != nil {
 		return err
 	}
-	res, err := l.propose(ctx, timeout, store.Command{Op: store.OpMember, Value: string(value)})
-	switch {
-	case err != nil:
+	results, err := l.propose(ctx, timeout, store.Command{Op: store.OpMember, Value: string(value)})
+	if err != nil {
 		return err
+	}
+	switch res := results[0]; {
 	case res.Status == store.StatusNotFound:
 		return fault.ErrNotFound.WithDetail("there is no member %d", m.ID)
 	case res.Status == store.StatusPrecondition:

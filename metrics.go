@@ -207,7 +207,7 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 		}
 	})
 	wait.Go(func() {
-		view, err := m.node.leaderView(ctx)
+		view, err := m.node.loop.leaderView(ctx)
 		if err != nil {
 			return // the loop is stuck or has ended
 		}
@@ -239,7 +239,7 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 	gauge(descStoreBytes, float64(kv.Bytes))
 	gauge(descWindow, float64(kv.Events))
 
-	q := m.node.queueStats()
+	q := m.node.loop.queueStats()
 	gauge(descQueueBatches, float64(q.batches))
 	gauge(descQueueBytes, float64(q.bytes))
 	gauge(descInbox, float64(q.messages))

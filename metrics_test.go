@@ -23,7 +23,7 @@ func idleNode(t *testing.T) (*node, *listener) {
 	hub := watch.NewHub(kv)
 	disk, _ := newDisk(t, t.TempDir())
 	t.Cleanup(func() { testkit.Must(t, disk.close()) })
-	n := &node{loop: newLoop(10*time.Millisecond, hub.Notify, zap.NewNop()), store: kv, hub: hub, disk: newMeasuredDisk(disk), logger: zap.NewNop()}
+	n := &node{kvstore: &kvstore{loop: newLoop(10*time.Millisecond, hub.Notify, zap.NewNop()), store: kv, hub: hub}, disk: newMeasuredDisk(disk), logger: zap.NewNop()}
 	n.config.dataDir = disk.dir
 	n.guard = newGuard(&n.config, kv, n.loop.waiting, zap.NewNop())
 	return n, newListener(testkit.NewPipeListener(), listenerConfig{connectionsMax: 1})

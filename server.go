@@ -42,66 +42,22 @@ const (
 	stopTimeout   = 4800 * time.Millisecond
 )
 
-// node is a running member. It implements backend.
+// node is a running member: its store, and what keeps that alive.
 type node struct {
-	*loop
-	config   config
-	cluster  uint64
-	store    *store.Store
-	hub      *watch.Hub
+	*kvstore
 	journal  *watch.Journal // nil = none
-	guard    *guard
-	refusals *refusals // of what peers sent
-	network  *peerNetwork
+	refusals *refusals      // of what peers sent
 	disk     *measuredDisk
 	logger   *zap.Logger
 	level    zap.AtomicLevel
 
 	directory uint64         // number of the data directory
-	process   uint64         // a number of this life of the node
 	secret    secret         // of the data directory
 	founders  []store.Member // see identity
 	fresh     bool           // see checkFresh
 	// informed is set when this node may tell others who the members are: what it
 	// has on disk may not be applied yet, or out of date.
 	informed *atomic.Bool
-}
-
-func (n *node) Status() httpapi.NodeStatus {
-	s := n.loop.status.Load()
-	st := httpapi.NodeStatus{
-		ID:              n.config.id,
-		ClusterID:       fmt.Sprintf("%x", n.cluster),
-		LeaderID:        s.leader,
-		Role:            s.role,
-		Term:            s.term,
-		CommittedIndex:  s.committed,
-		AppliedIndex:    n.store.Applied(),
-		ResourceVersion: n.store.Version(),
-		Version:         version,
-		Members:         n.store.Members(),
-		FeatureLevel:    n.store.Level(),
-		StateBytes:      n.store.Size(),
-	}
-	n.guard.describe(&st)
-	return st
-}
-
-// WaitVersion returns once the store holds version rv.
-func (n *node) WaitVersion(ctx context.Context, timeout time.Duration, rv uint64) error {
-	timeout, err := n.awaitServing(ctx, timeout)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	if err := n.hub.WaitVersion(ctx, rv); err != nil {
-		if ctx.Err() != nil {
-			return fault.ErrReadTimeout
-		}
-		return err
-	}
-	return nil
 }
 
 // serve runs a node until ctx ends, then stops it gracefully. It returns nil
@@ -154,18 +110,20 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 	kv.SetWindow(cfg.watchEvents, cfg.watchBytes)
 	hub := watch.NewHub(kv)
 	n := &node{
-		loop:    newLoop(cfg.tick, hub.Notify, logger),
-		config:  cfg,
-		cluster: rec.identity.Cluster,
-		store:   kv,
-		hub:     hub,
-		disk:    newMeasuredDisk(disk),
-		logger:  logger,
-		level:   level,
+		kvstore: &kvstore{
+			loop:    newLoop(cfg.tick, hub.Notify, logger),
+			config:  cfg,
+			cluster: rec.identity.Cluster,
+			store:   kv,
+			hub:     hub,
+			process: p.process,
+		},
+		disk:   newMeasuredDisk(disk),
+		logger: logger,
+		level:  level,
 
 		directory: rec.identity.Directory,
 		secret:    known,
-		process:   p.process,
 		founders:  rec.identity.Founders,
 		fresh:     !rec.identity.Joined && len(rec.identity.Founders) == 0 && rec.untouched(),
 		informed:  new(atomic.Bool),
@@ -177,7 +135,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		}
 		defer func() { err = errors.Join(err, n.journal.Close()) }()
 	}
-	n.watch.most = cfg.electionTimeout()
+	n.loop.watch.most = cfg.electionTimeout()
 	n.guard = newGuard(&n.config, n.store, n.loop.waiting, logger.Named("guard"))
 	n.guard.gate = hub.Gate
 	if err := errors.Join(n.guard.lookAtDisk(), n.guard.begin()); err != nil {
@@ -330,9 +288,7 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 	p.clients.set(httpapi.New(httpapi.Config{
 		ID:           n.config.id,
 		Cluster:      fmt.Sprintf("%x", n.cluster),
-		Store:        n.store,
-		Hub:          n.hub,
-		Backend:      n,
+		Store:        n.kvstore,
 		Logger:       n.logger.Named("http"),
 		Timeout:      n.config.requestTimeout,
 		Bookmark:     n.config.watchBookmark,
@@ -357,14 +313,14 @@ func (n *node) run(ctx context.Context, r *replica, network *peerNetwork, p *por
 	group, ctx := errgroup.WithContext(ctx)
 	defer n.config.boundStop(ctx, n.logger)()
 	group.Go(func() error { return n.loop.run(loopCtx, r, n.admit) })
-	group.Go(func() error { return n.watch.run(ctx, n.logger) })
+	group.Go(func() error { return n.loop.watch.run(ctx, n.logger) })
 	group.Go(func() error { return n.announce(ctx) })
 	group.Go(func() error { return n.watchDisk(ctx) })
 	group.Go(func() error { return n.exchange(ctx) })
 	group.Go(func() error { return n.keepLevel(ctx) })
 	group.Go(func() error { return n.hub.Run(ctx) }) // ends watches first: the client server waits for them
 	if n.journal != nil {
-		src := watch.JournalSource{Store: n.store, Hub: n.hub, Linearize: n.Linearize, Stopped: n.loop.done, Reopen: n.config.hangUps}
+		src := watch.JournalSource{Store: n.store, Hub: n.hub, Linearize: n.linearize, Stopped: n.loop.done, Reopen: n.config.hangUps}
 		group.Go(func() error { return n.journal.Run(ctx, src, n.config.journalSync) })
 	}
 	group.Go(func() error { return n.keepPlace(ctx) })

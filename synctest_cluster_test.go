@@ -127,7 +127,7 @@ func (c *virtualCluster) newNode(cfg config) *virtualNode {
 	kv := &store.Store{State: rec.state}
 	hub := watch.NewHub(kv)
 	n := &virtualNode{
-		node:    &node{loop: newLoop(cfg.tick, hub.Notify, logger), config: cfg, store: kv, hub: hub, logger: logger},
+		node:    &node{kvstore: &kvstore{loop: newLoop(cfg.tick, hub.Notify, logger), config: cfg, store: kv, hub: hub}, logger: logger},
 		cluster: c,
 		disk:    disk,
 		ended:   make(chan error, 1),
@@ -157,7 +157,7 @@ func (n *virtualNode) start() {
 	pipes := testkit.NewPipeListener()
 	n.server = httpapi.NewServer(httpapi.New(httpapi.Config{
 		Client: peerClient,
-		ID:     n.config.id, Store: n.store, Backend: n.node, Logger: n.logger, Timeout: n.config.requestTimeout,
+		ID:     n.config.id, Store: n.kvstore, Logger: n.logger, Timeout: n.config.requestTimeout,
 		ValueSizeMax: n.config.valueSizeMax, Version: "test", NewID: httpapi.NewUUID, Hosts: []string{"virtual"},
 		Registry: prometheus.NewRegistry(), Checks: httpapi.ClusterChecks(n.node),
 	}), n.logger)

@@ -64,25 +64,62 @@ const (
 	bodyFree      = 16 << 10
 )
 
-// backend is what the HTTP front needs of a node. Errors are *apiError or wrap
-// one; of any other error the client learns only that it happened.
-type backend interface {
-	// propose waits until the command is durable on a quorum and applied here,
-	// at most timeout. ctx ends the wait early when the client is gone.
-	Propose(ctx context.Context, timeout time.Duration, c store.Command) (store.Result, error)
-	// linearize returns once this node has applied every write that was
-	// acknowledged before the call.
-	Linearize(ctx context.Context, timeout time.Duration) error
-	// waitVersion returns once the store has the resource version rv.
-	WaitVersion(ctx context.Context, timeout time.Duration, rv uint64) error
-	// serving says why this node serves nothing at present. It waits if that is
-	// not known yet. The calls above do the same.
-	Serving(ctx context.Context, timeout time.Duration) error
-	// writable says why it takes no writes but deletes. It does not wait.
+// Store is the replicated store of a node, and all that the front asks of it.
+// Errors are *fault.Error or wrap one; of any other error the client learns only
+// that it happened.
+type Store interface {
+	// Fresh returns once what this node has is as new as r asks for. The reads below
+	// do so first.
+	Fresh(ctx context.Context, r Read) error
+	// Get returns an item, if the key has one, and the store's resource version.
+	Get(ctx context.Context, r Read, key string) (it store.Item, rv uint64, ok bool, err error)
+	// List returns the first items with a prefix whose keys come after a key, all
+	// from version rv.
+	List(ctx context.Context, r Read, prefix, after string, limit int) (items []store.KeyItem, rv uint64, err error)
+	// Scan returns any number of them. The caller closes it.
+	Scan(ctx context.Context, r Read, prefix, after string) (*store.Scan, error)
+	// Backup returns all there is, at one version. The caller closes it.
+	Backup(ctx context.Context, r Read) (*store.Backup, error)
+	// Watch begins after version *from, or if that is nil, after every write that was
+	// acknowledged; rv is where it begins. fault.ErrExpired means that the events
+	// after *from are not known here any more. The caller closes the watcher.
+	Watch(ctx context.Context, timeout time.Duration, key string, isPrefix bool, from *uint64) (w *watch.Watcher, rv uint64, err error)
+	// Apply waits until the commands are durable on a quorum and applied here, at most
+	// timeout, and returns what each came to. An error is about all of them: with
+	// fault.NotApplied none was applied. ctx ends the wait early when the client is gone.
+	Apply(ctx context.Context, timeout time.Duration, commands ...store.Command) ([]store.Result, error)
+
+	// What follows does not wait: some of it is asked for while the node is in trouble.
+
+	Version() uint64
+	// Unchanged says whether the items with a prefix after a key are known to be the
+	// same at two versions.
+	Unchanged(prefix, after string, from, to uint64) bool
+	Level() int // feature level of the cluster
+	Rules() *store.Rules
+	Members() []store.Member
+	// Writable says why the node takes no writes but deletes.
 	Writable() error
-	// status must not wait: it is asked for while the node is in trouble.
 	Status() NodeStatus
-	memberBackend
+
+	// AddMember adds a learner, which becomes a voter by itself when it has
+	// caught up if Promote is set.
+	AddMember(ctx context.Context, timeout time.Duration, m store.Member) error
+	RemoveMember(ctx context.Context, timeout time.Duration, id uint64) error
+	PromoteMember(ctx context.Context, timeout time.Duration, id uint64) error
+	// UpdateMember changes the fields that are set.
+	UpdateMember(ctx context.Context, timeout time.Duration, m store.Member) error
+	// TransferLeader hands leadership to a member, wherever it is.
+	TransferLeader(ctx context.Context, timeout time.Duration, id uint64) error
+}
+
+// Read says how new what is read must be.
+type Read struct {
+	Timeout time.Duration // of waiting for it
+	// Local reads what this node has, which is at least of Version. Otherwise the read
+	// is linearizable: it sees every write that was acknowledged before.
+	Local   bool
+	Version uint64
 }
 
 // NodeStatus is one node's view of itself and the cluster.
@@ -114,9 +151,7 @@ type NodeStatus struct {
 type Config struct {
 	ID           uint64 // of this node; the first part of a key that it makes up
 	Cluster      string // as in the status
-	Store        *store.Store
-	Hub          *watch.Hub // of the store
-	Backend      backend
+	Store        Store
 	Logger       *zap.Logger
 	Timeout      time.Duration // of a request that does not say
 	Bookmark     time.Duration // at most between two bookmarks of a watch
@@ -160,7 +195,7 @@ type httpAPI struct {
 }
 
 func New(cfg Config) http.Handler {
-	h := &httpAPI{Config: cfg, browsers: newBrowsers(cfg.Store, cfg.Hosts, cfg.Origins), metrics: NewHTTPMetrics(), exposition: newExposition(cfg)}
+	h := &httpAPI{Config: cfg, browsers: newBrowsers(cfg.Store.Members, cfg.Hosts, cfg.Origins), metrics: NewHTTPMetrics(), exposition: newExposition(cfg)}
 	h.scrapes = cfg.share(metricsInFlight)
 	h.bodies, h.lists, h.backups = cfg.share(BodiesSizeMax), cfg.share(listsMax), cfg.share(backupsMax)
 	cfg.Registry.MustRegister(h.metrics)
@@ -299,10 +334,10 @@ func (h *httpAPI) getKey(w http.ResponseWriter, r request) error {
 
 // read returns the item that a request names, and the store's resource version.
 func (h *httpAPI) read(w http.ResponseWriter, r request) (store.Item, uint64, error) {
-	if err := h.catchUp(r); err != nil {
+	it, rv, ok, err := h.Store.Get(r.Context(), r.freshness(), r.name)
+	if err != nil {
 		return store.Item{}, 0, err
 	}
-	it, rv, ok := h.Store.Get(r.name)
 	if !ok {
 		setResourceVersion(w.Header(), rv)
 		return store.Item{}, 0, noKey(r.name)
@@ -404,13 +439,14 @@ func (h *httpAPI) propose(w http.ResponseWriter, r request, c store.Command, bod
 	if c.Retry.Key != "" && h.Store.Level() >= 3 {
 		c.Retry.Client = clientOf(r.Request)
 	}
-	res, err = h.Backend.Propose(r.Context(), r.params.timeout, c)
+	results, err := h.Store.Apply(r.Context(), r.params.timeout, c)
 	if err != nil {
 		if e, ok := errors.AsType[*fault.Error](err); ok && c.Retry.Key != "" && e.Code == fault.ErrUnknown.Code && e.Outcome == fault.Unknown {
 			err = fault.ErrUnknownRetry
 		}
 		return store.Result{}, err
 	}
+	res = results[0]
 	if res.Replayed {
 		w.Header()["Idempotency-Replayed"] = replayed
 	}
@@ -453,7 +489,7 @@ func preconditionFailedThen(current uint64) error {
 
 // getVersion answers the resource version of the store.
 func (h *httpAPI) getVersion(w http.ResponseWriter, r request) error {
-	if err := h.catchUp(r); err != nil {
+	if err := h.Store.Fresh(r.Context(), r.freshness()); err != nil {
 		return err
 	}
 	rv := h.Store.Version()
@@ -605,16 +641,13 @@ func KeyPath(key string) string {
 	return "/" + url.PathEscape(key) // escapes slashes, too: nothing else can become reserved
 }
 
-// catchUp waits until a read from this node's store is as fresh as asked.
-func (h *httpAPI) catchUp(r request) error {
-	if !r.params.has(paramResourceVersion) {
-		return h.Backend.Linearize(r.Context(), r.params.timeout)
-	}
-	if h.Store.Version() >= r.params.resourceVersion {
-		return h.Backend.Serving(r.Context(), r.params.timeout)
-	}
-	return h.Backend.WaitVersion(r.Context(), r.params.timeout, r.params.resourceVersion)
+// freshness is what a request says of how new a read must be.
+func (r *request) freshness() Read {
+	return Read{Timeout: r.params.timeout, Local: r.params.has(paramResourceVersion), Version: r.params.resourceVersion}
 }
+
+// here reads what this node has, once that was found to be new enough.
+func (r *request) here() Read { return Read{Timeout: r.params.timeout, Local: true} }
 
 // Requests: bodies.
 
@@ -860,7 +893,7 @@ func (h *httpAPI) writeError(w http.ResponseWriter, r *http.Request, err error) 
 		}
 	}
 	if e.Status >= http.StatusInternalServerError || e.Status == http.StatusConflict {
-		p.LeaderID = h.Backend.Status().LeaderID // whom to ask instead
+		p.LeaderID = h.Store.Status().LeaderID // whom to ask instead
 	}
 	SetErrorHeaders(w.Header(), e)
 	WriteBody(w, r, e.Status, TypeProblem, p.Encode())

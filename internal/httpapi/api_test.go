@@ -37,8 +37,8 @@ const testValueSizeMax = 100 << 10 // more than bodyFree
 // fakeBackend is a cluster of one that never fails unless it is told to. Writes
 // go through the real encoding into a real store.
 type fakeBackend struct {
-	store   *store.Store
-	applied func() // nil = nobody wants to know
+	store *store.Store
+	hub   *watch.Hub // nil = there are no watches
 
 	mu           sync.Mutex
 	index        uint64
@@ -54,62 +54,112 @@ type fakeBackend struct {
 	canceled error
 }
 
-func (b *fakeBackend) Propose(ctx context.Context, timeout time.Duration, c store.Command) (store.Result, error) {
+func (b *fakeBackend) Apply(ctx context.Context, timeout time.Duration, commands ...store.Command) ([]store.Result, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.timeout = timeout
 	if b.err != nil {
-		return store.Result{}, b.err
+		return nil, b.err
 	}
 	if b.delay > 0 {
 		select {
 		case <-time.After(b.delay):
 		case <-ctx.Done():
 			b.canceled = context.Cause(ctx)
-			return store.Result{}, ctx.Err()
+			return nil, ctx.Err()
 		}
+	}
+	var data []byte
+	for i := range commands {
+		data = commands[i].AppendTo(data)
 	}
 	b.index++
 	var out []store.Result
-	if _, err := b.store.Apply(b.index, 1, store.BatchHeader{Session: 1, Seq: b.index}, c.AppendTo(nil), &out); err != nil {
-		return store.Result{}, err
+	if _, err := b.store.Apply(b.index, 1, store.BatchHeader{Session: 1, Seq: b.index}, data, &out); err != nil {
+		return nil, err
 	}
-	if b.applied != nil {
-		b.applied()
+	if b.hub != nil {
+		b.hub.Notify()
 	}
-	return out[0], nil
+	return out, nil
 }
 
-func (b *fakeBackend) Linearize(_ context.Context, timeout time.Duration) error {
+// Fresh waits for nothing: what the store lacks does not come.
+func (b *fakeBackend) Fresh(_ context.Context, r Read) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.linearized++
-	b.timeout = timeout
-	return b.linearizeErr
-}
-
-// WaitVersion waits for nothing: what the store lacks does not come.
-func (b *fakeBackend) WaitVersion(_ context.Context, timeout time.Duration, rv uint64) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.waited = append(b.waited, rv)
-	b.timeout = timeout
-	if b.linearizeErr != nil {
+	switch {
+	case !r.Local:
+		b.linearized++
+		b.timeout = r.Timeout
 		return b.linearizeErr
-	}
-	if b.store.Version() < rv {
+	case b.store.Version() < r.Version:
+		b.waited = append(b.waited, r.Version)
+		b.timeout = r.Timeout
+		if b.linearizeErr != nil {
+			return b.linearizeErr
+		}
 		return fault.ErrReadTimeout
-	}
-	return nil
-}
-
-func (b *fakeBackend) Serving(context.Context, time.Duration) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if errors.Is(b.err, fault.ErrDiverged) {
+	case errors.Is(b.err, fault.ErrDiverged):
 		return b.err
 	}
 	return nil
+}
+
+func (b *fakeBackend) Get(ctx context.Context, r Read, key string) (it store.Item, rv uint64, ok bool, err error) {
+	if err := b.Fresh(ctx, r); err != nil {
+		return store.Item{}, 0, false, err
+	}
+	it, rv, ok = b.store.Get(key)
+	return it, rv, ok, nil
+}
+
+func (b *fakeBackend) List(ctx context.Context, r Read, prefix, after string, limit int) ([]store.KeyItem, uint64, error) {
+	if err := b.Fresh(ctx, r); err != nil {
+		return nil, 0, err
+	}
+	items, rv := b.store.List(prefix, after, limit)
+	return items, rv, nil
+}
+
+func (b *fakeBackend) Scan(ctx context.Context, r Read, prefix, after string) (*store.Scan, error) {
+	if err := b.Fresh(ctx, r); err != nil {
+		return nil, err
+	}
+	return b.store.Scan(prefix, after)
+}
+
+func (b *fakeBackend) Backup(ctx context.Context, r Read) (*store.Backup, error) {
+	if err := b.Fresh(ctx, r); err != nil {
+		return nil, err
+	}
+	return b.store.Backup()
+}
+
+func (b *fakeBackend) Watch(ctx context.Context, timeout time.Duration, key string, isPrefix bool, from *uint64) (*watch.Watcher, uint64, error) {
+	if err := b.Fresh(ctx, Read{Timeout: timeout, Local: from != nil && *from <= b.store.Version()}); err != nil {
+		return nil, 0, err
+	}
+	rv := b.store.Version()
+	if from != nil {
+		if *from > rv {
+			return nil, 0, fault.ErrInvalid.WithDetail("resource version %d is in the future: the store is at %d", *from, rv)
+		}
+		rv = *from
+	}
+	w, err := b.hub.Watch(key, isPrefix, rv)
+	if err != nil {
+		return nil, 0, fault.ErrExpired.WithDetail("the window is at %d: list again, or watch with initial=true", b.store.Version())
+	}
+	return w, rv, nil
+}
+
+func (b *fakeBackend) Version() uint64         { return b.store.Version() }
+func (b *fakeBackend) Level() int              { return b.store.Level() }
+func (b *fakeBackend) Rules() *store.Rules     { return b.store.Rules() }
+func (b *fakeBackend) Members() []store.Member { return b.store.Members() }
+func (b *fakeBackend) Unchanged(prefix, after string, from, to uint64) bool {
+	return b.store.Unchanged(prefix, after, from, to)
 }
 
 func (b *fakeBackend) Writable() error {
@@ -274,13 +324,11 @@ func serveFront(t *testing.T, l net.Listener, dial func() (net.Conn, error), opt
 	kv := store.New()
 	kv.State.Members[1] = store.Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
 	hub := watch.NewHub(kv)
-	backend := &fakeBackend{store: kv, applied: hub.Notify}
+	backend := &fakeBackend{store: kv, hub: hub}
 	cfg := Config{
 		ID:           1,
 		Cluster:      "abc",
-		Store:        kv,
-		Hub:          hub,
-		Backend:      backend,
+		Store:        backend,
 		Logger:       logger,
 		Timeout:      5 * time.Second,
 		Bookmark:     10 * time.Second,
@@ -363,7 +411,7 @@ func (f *front) send(method, target string, headers []string, body string) testk
 
 func (f *front) put(key, value string) {
 	f.t.Helper()
-	if _, err := f.backend.Propose(f.t.Context(), 0, store.Command{Op: store.OpPut, Key: key, Value: value}); err != nil {
+	if _, err := f.backend.Apply(f.t.Context(), 0, store.Command{Op: store.OpPut, Key: key, Value: value}); err != nil {
 		f.t.Fatal(err)
 	}
 }
@@ -1464,11 +1512,18 @@ func FuzzHTTPPeerURL(f *testing.F) {
 // instantBackend answers at once, so that a benchmark measures the front alone.
 type instantBackend struct{ fakeBackend }
 
-func (*instantBackend) Propose(context.Context, time.Duration, store.Command) (store.Result, error) {
-	return store.Result{Status: store.StatusReplaced, RV: 123456}, nil
+var instantResult = []store.Result{{Status: store.StatusReplaced, RV: 123456}}
+
+func (*instantBackend) Apply(context.Context, time.Duration, ...store.Command) ([]store.Result, error) {
+	return instantResult, nil
 }
 
-func (*instantBackend) Linearize(context.Context, time.Duration) error { return nil }
+func (*instantBackend) Fresh(context.Context, Read) error { return nil }
+
+func (b *instantBackend) Get(_ context.Context, _ Read, key string) (it store.Item, rv uint64, ok bool, err error) {
+	it, rv, ok = b.store.Get(key)
+	return it, rv, ok, nil
+}
 
 // nullWriter is a ResponseWriter that costs nothing.
 type nullWriter struct{ header http.Header }
@@ -1487,11 +1542,11 @@ func benchFront(b *testing.B) http.Handler {
 	fake := fakeBackend{store: kv}
 	value := strings.Repeat("v", 64)
 	for i := range 4096 {
-		if _, err := fake.Propose(b.Context(), 0, store.Command{Op: store.OpPut, Key: "key-" + strconv.Itoa(i), Value: value}); err != nil {
+		if _, err := fake.Apply(b.Context(), 0, store.Command{Op: store.OpPut, Key: "key-" + strconv.Itoa(i), Value: value}); err != nil {
 			b.Fatal(err)
 		}
 	}
-	return New(Config{Store: kv, Backend: &instantBackend{}, Logger: zap.NewNop(), Timeout: time.Second, ValueSizeMax: store.ValueSizeMaxDefault, Registry: prometheus.NewRegistry()})
+	return New(Config{Store: &instantBackend{fakeBackend{store: kv}}, Logger: zap.NewNop(), Timeout: time.Second, ValueSizeMax: store.ValueSizeMaxDefault, Registry: prometheus.NewRegistry()})
 }
 
 func BenchmarkHTTP_Put(b *testing.B) {

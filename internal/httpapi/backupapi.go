@@ -33,7 +33,7 @@ func FormatDigest(h hash.Hash) string {
 
 // getSnapshot streams a backup.
 func (h *httpAPI) getSnapshot(w http.ResponseWriter, r request) error {
-	if err := h.catchUp(r); err != nil {
+	if err := h.Store.Fresh(r.Context(), r.freshness()); err != nil {
 		return err
 	}
 	busy := fault.ErrTooManyRequests.WithDetail("%d backups are on their way already, or as many to this address as may be; retry later or at another node", backupsMax)
@@ -42,12 +42,12 @@ func (h *httpAPI) getSnapshot(w http.ResponseWriter, r request) error {
 		return busy
 	}
 	defer h.backups.Give(address, 1)
-	b, err := h.Store.Backup()
+	b, err := h.Store.Backup(r.Context(), r.here())
 	if err != nil {
 		return busy
 	}
 	defer b.Close()
-	head := store.BackupHead{Format: store.BackupFormat, Cluster: h.Backend.Status().ClusterID, Member: h.ID, Time: time.Now().UTC().Truncate(time.Second), Version: h.Version}
+	head := store.BackupHead{Format: store.BackupFormat, Cluster: h.Store.Status().ClusterID, Member: h.ID, Time: time.Now().UTC().Truncate(time.Second), Version: h.Version}
 	header := w.Header()
 	setResourceVersion(header, b.Rest.RV)
 	header[HeaderCluster] = []string{head.Cluster}

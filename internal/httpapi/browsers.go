@@ -63,7 +63,7 @@ func withBrowserHeader(part []byte) []byte {
 
 // browsers decides who may ask.
 type browsers struct {
-	store   *store.Store
+	members func() []store.Member
 	names   []string // host names of this node, lower case
 	origins []string // that may read and write
 	check   http.CrossOriginProtection
@@ -75,8 +75,8 @@ type browsers struct {
 }
 
 // newBrowsers needs origins that checkOrigin accepts.
-func newBrowsers(kv *store.Store, names, origins []string) *browsers {
-	b := &browsers{store: kv, names: names, origins: origins, varyAccept: varyAccept}
+func newBrowsers(members func() []store.Member, names, origins []string) *browsers {
+	b := &browsers{members: members, names: names, origins: origins, varyAccept: varyAccept}
 	for _, origin := range origins {
 		if err := b.check.AddTrustedOrigin(origin); err != nil {
 			panic(err) // the caller has checked it
@@ -145,7 +145,7 @@ func (b *browsers) isOwnHost(host string) bool {
 	for _, name := range b.names {
 		known[name] = true
 	}
-	for _, m := range b.store.Members() {
+	for _, m := range b.members() {
 		if u, err := url.Parse(m.ClientURL); err == nil {
 			known[strings.ToLower(u.Hostname())] = true
 		}

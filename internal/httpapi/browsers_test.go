@@ -255,7 +255,7 @@ func TestBrowsers_EveryAnswer(t *testing.T) {
 
 // Whether a request may be made costs nothing where it is by an address.
 func TestBrowsers_AdmitAllocatesNothing(t *testing.T) {
-	b := newBrowsers(store.New(), []string{"node.example"}, nil)
+	b := newBrowsers(store.New().Members, []string{"node.example"}, nil)
 	for _, host := range []string{"127.0.0.1:12380", "[::1]:12380", "10.0.0.1", "localhost:1", "node.example:1"} {
 		b.isOwnHost(host) // the first look at a name gathers all
 		r := &http.Request{Method: "PUT", Host: host, Header: http.Header{}}

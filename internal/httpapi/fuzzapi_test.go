@@ -26,9 +26,9 @@ func fuzzFront(f *testing.F) (*httpAPI, *fakeBackend) {
 	kv.State.Members[1] = store.Member{ID: 1, PeerURL: "http://127.0.0.1:1", ClientURL: "http://node1:2"}
 	kv.State.SetLevel(store.LevelNewest)
 	hub := watch.NewHub(kv)
-	backend := &fakeBackend{store: kv}
+	backend := &fakeBackend{store: kv, hub: hub}
 	return New(Config{
-		ID: 1, Store: kv, Hub: hub, Backend: backend, Logger: zap.NewNop(), Timeout: time.Second, Bookmark: time.Second, ValueSizeMax: testValueSizeMax,
+		ID: 1, Store: backend, Logger: zap.NewNop(), Timeout: time.Second, Bookmark: time.Second, ValueSizeMax: testValueSizeMax,
 		Version: "v0", NewID: NewUUID, Hosts: []string{"own.example"}, Registry: prometheus.NewRegistry(), Level: zap.NewAtomicLevel(),
 	}).(*httpAPI), backend
 }

@@ -19,18 +19,18 @@ type Check struct {
 }
 
 // ClusterChecks are the conditions of every node.
-func ClusterChecks(b backend) []Check {
+func ClusterChecks(s Store) []Check {
 	return []Check{
 		{"leader", func(context.Context) error {
-			if b.Status().LeaderID == 0 {
+			if s.Status().LeaderID == 0 {
 				return errors.New("no leader is known")
 			}
 			return nil
 		}},
 		// The read proves both that the leader leads and that this node has caught
 		// up with it.
-		{"caught-up", func(ctx context.Context) error { return b.Linearize(ctx, readyTimeout) }},
-		{"state", func(ctx context.Context) error { return b.Serving(ctx, readyTimeout) }},
+		{"caught-up", func(ctx context.Context) error { return s.Fresh(ctx, Read{Timeout: readyTimeout}) }},
+		{"state", func(ctx context.Context) error { return s.Fresh(ctx, Read{Timeout: readyTimeout, Local: true}) }},
 	}
 }
 

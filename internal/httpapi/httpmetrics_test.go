@@ -65,7 +65,7 @@ func TestMetrics_CountRequestsByRouteAndCode(t *testing.T) {
 
 // A client that has left is no failure of ours.
 func TestMetrics_CountClientsThatLeft(t *testing.T) {
-	h := New(Config{Store: store.New(), Backend: &fakeBackend{store: store.New(), linearizeErr: io.ErrUnexpectedEOF},
+	h := New(Config{Store: &fakeBackend{store: store.New(), linearizeErr: io.ErrUnexpectedEOF},
 		Logger: zap.NewNop(), Timeout: time.Second, Registry: prometheus.NewRegistry()}).(*httpAPI)
 	ctx, leave := testContextThatEnds(t)
 	leave()
@@ -80,7 +80,7 @@ func TestMetrics_CountClientsThatLeft(t *testing.T) {
 // Of a call that is asked for often one request of a few is timed, and the
 // histogram still has about all; one that is asked for seldom is always timed.
 func TestMetrics_BusyCalls(t *testing.T) {
-	h := New(Config{Store: store.New(), Backend: &instantBackend{}, Logger: zap.NewNop(), Registry: prometheus.NewRegistry()}).(*httpAPI)
+	h := New(Config{Store: &instantBackend{fakeBackend{store: store.New()}}, Logger: zap.NewNop(), Registry: prometheus.NewRegistry()}).(*httpAPI)
 	c := rootRoute.Call(http.MethodGet)
 	m := &h.metrics.Calls[c.number]
 	total := 0

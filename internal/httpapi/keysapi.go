@@ -88,7 +88,7 @@ func (h *httpAPI) listKeys(w http.ResponseWriter, r request) error {
 	if p.exact && p.resourceVersion == 0 {
 		return fault.ErrInvalid.WithDetail("resourceVersionMatch needs a resourceVersion, that of the first page")
 	}
-	if err := h.catchUp(r); err != nil {
+	if err := h.Store.Fresh(r.Context(), r.freshness()); err != nil {
 		return err
 	}
 	if asStream {
@@ -165,7 +165,10 @@ type keyList struct {
 // openList reads the first n items with a prefix whose keys come after a key. What
 // is more than little takes one of the places for lists.
 func (h *httpAPI) openList(r request, prefix, after string, n int) (*keyList, error) {
-	items, rv := h.Store.List(prefix, after, min(n, fewItems+1))
+	items, rv, err := h.Store.List(r.Context(), r.here(), prefix, after, min(n, fewItems+1))
+	if err != nil {
+		return nil, err
+	}
 	size := uint64(0)
 	for _, it := range items {
 		size += store.ItemSize(it.Key, it.Item)
@@ -182,7 +185,7 @@ func (h *httpAPI) openScan(r request, prefix, after string) (*keyList, error) {
 	defer cancel()
 	address := shares.AddressOf(r.RemoteAddr)
 	if h.lists.Await(ctx, address, 1) {
-		if sc, err := h.Store.Scan(prefix, after); err == nil {
+		if sc, err := h.Store.Scan(r.Context(), r.here(), prefix, after); err == nil {
 			return &keyList{rv: sc.RV, scan: sc, leave: func() { h.lists.Give(address, 1) }}, nil
 		}
 		h.lists.Give(address, 1)
@@ -285,7 +288,7 @@ func appendListEnd(buf []byte, rv uint64, count int, after *string) []byte {
 
 // turns makes a long read give way to writes.
 type turns struct {
-	store *store.Store
+	store interface{ Version() uint64 }
 	began time.Time // the present turn
 	rv    uint64    // of the store at the last rest
 }

@@ -12,19 +12,6 @@ import (
 // This file is the HTTP front of the membership: who is in the cluster, and how
 // that changes. Every change waits until it is applied on this node.
 
-// memberBackend is what these calls need of a node.
-type memberBackend interface {
-	// addMember adds a learner, which becomes a voter by itself when it has
-	// caught up if Promote is set.
-	AddMember(ctx context.Context, timeout time.Duration, m store.Member) error
-	RemoveMember(ctx context.Context, timeout time.Duration, id uint64) error
-	PromoteMember(ctx context.Context, timeout time.Duration, id uint64) error
-	// updateMember changes the fields that are set.
-	UpdateMember(ctx context.Context, timeout time.Duration, m store.Member) error
-	// transferLeader hands leadership to a member, wherever it is.
-	TransferLeader(ctx context.Context, timeout time.Duration, id uint64) error
-}
-
 const MemberBodySizeMax = 4 << 10 // bytes
 
 // memberBody is a member as a client describes it.
@@ -36,13 +23,13 @@ type memberBody struct {
 }
 
 func (h *httpAPI) listMembers(w http.ResponseWriter, r request) error {
-	if err := h.catchUp(r); err != nil {
+	if err := h.Store.Fresh(r.Context(), r.freshness()); err != nil {
 		return err
 	}
 	return writeJSON(w, r, struct {
 		LeaderID uint64         `json:"leaderId"`
 		Members  []store.Member `json:"members"`
-	}{h.Backend.Status().LeaderID, h.Store.Members()})
+	}{h.Store.Status().LeaderID, h.Store.Members()})
 }
 
 // addMember is the call that raftexample had: POST /{id} with the peer URL as
@@ -60,7 +47,7 @@ func (h *httpAPI) addMember(w http.ResponseWriter, r request) error {
 	if err != nil {
 		return err
 	}
-	return done(w, h.Backend.AddMember(r.Context(), r.params.timeout, store.Member{ID: id, PeerURL: peerURL, Promote: true}))
+	return done(w, h.Store.AddMember(r.Context(), r.params.timeout, store.Member{ID: id, PeerURL: peerURL, Promote: true}))
 }
 
 func (h *httpAPI) postMember(w http.ResponseWriter, r request) error {
@@ -71,7 +58,7 @@ func (h *httpAPI) postMember(w http.ResponseWriter, r request) error {
 	if m.PeerURL == "" {
 		return fault.ErrInvalid.WithDetail("peerURL is missing")
 	}
-	return done(w, h.Backend.AddMember(r.Context(), r.params.timeout, m))
+	return done(w, h.Store.AddMember(r.Context(), r.params.timeout, m))
 }
 
 func (h *httpAPI) putMember(w http.ResponseWriter, r request) error {
@@ -83,19 +70,19 @@ func (h *httpAPI) putMember(w http.ResponseWriter, r request) error {
 		return fault.ErrInvalid.WithDetail("learner is of new members only: a voter does not become a learner again")
 	}
 	m.Promote = false
-	return done(w, h.Backend.UpdateMember(r.Context(), r.params.timeout, m))
+	return done(w, h.Store.UpdateMember(r.Context(), r.params.timeout, m))
 }
 
 func (h *httpAPI) deleteMember(w http.ResponseWriter, r request) error {
-	return h.withMember(w, r, h.Backend.RemoveMember)
+	return h.withMember(w, r, h.Store.RemoveMember)
 }
 
 func (h *httpAPI) promoteMember(w http.ResponseWriter, r request) error {
-	return h.withMember(w, r, h.Backend.PromoteMember)
+	return h.withMember(w, r, h.Store.PromoteMember)
 }
 
 func (h *httpAPI) postLeader(w http.ResponseWriter, r request) error {
-	return h.withMember(w, r, h.Backend.TransferLeader)
+	return h.withMember(w, r, h.Store.TransferLeader)
 }
 
 func (h *httpAPI) withMember(w http.ResponseWriter, r request, call func(context.Context, time.Duration, uint64) error) error {

@@ -38,9 +38,9 @@ const (
 
 func (h *httpAPI) getStatus(w http.ResponseWriter, r request) error {
 	if r.params.all {
-		return writeJSON(w, r, gatherStatus(r.Context(), h.Client, h.Backend.Status()))
+		return writeJSON(w, r, gatherStatus(r.Context(), h.Client, h.Store.Status()))
 	}
-	return writeJSON(w, r, h.Backend.Status())
+	return writeJSON(w, r, h.Store.Status())
 }
 
 // ClusterStatus is what each member says of itself.
@@ -127,7 +127,7 @@ func (h *httpAPI) getReady(w http.ResponseWriter, r request) error {
 	defer cancel()
 	lines, failed := readiness(ctx, h.Checks)
 	ok := "ok\n"
-	if err := h.Backend.Writable(); err != nil { // it serves reads, so it may be ready
+	if err := h.Store.Writable(); err != nil { // it serves reads, so it may be ready
 		readOnly := "read-only: " + err.Error() + "\n"
 		lines, ok = lines+readOnly, ok+readOnly
 	}

@@ -120,59 +120,35 @@ func (h *httpAPI) startWatch(s *WatchStream, r request) (list *keyList, err erro
 		p.seen &^= paramResourceVersion // which does not say how new a list is
 		return h.listAndWatch(s, r, filter, isPrefix)
 	}
-	switch {
-	case p.initial && !resumed:
+	if p.initial && !resumed {
 		return h.listAndWatch(s, r, filter, isPrefix)
-	case known && rv <= h.Store.Version():
-		if err := h.Backend.Serving(r.Context(), p.timeout); err != nil {
-			return nil, err
-		}
-	default:
-		// From now on means after every write that was acknowledged. And a version
-		// that this node does not have may be one that it will hear of soon.
-		if err := h.Backend.Linearize(r.Context(), p.timeout); err != nil {
-			return nil, err
-		}
-		now := h.Store.Version()
-		if known && rv > now {
-			return nil, fault.ErrInvalid.WithDetail("resource version %d is in the future: the store is at %d", rv, now)
-		}
-		if !known {
-			rv = now
-			s.hello = true
-		}
 	}
-	s.RV = rv
-	if s.Watcher, err = h.Hub.Watch(filter, isPrefix, rv); err == nil {
-		return nil, nil
+	from := &rv
+	if !known {
+		from, s.hello = nil, true
 	}
-	if p.initial {
+	s.Watcher, s.RV, err = h.Store.Watch(r.Context(), p.timeout, filter, isPrefix, from)
+	if errors.Is(err, fault.ErrExpired) && p.initial {
 		s.relist = true
 		return h.listAndWatch(s, r, filter, isPrefix)
 	}
-	return nil, expired(h.Store.Version())
+	return nil, err
 }
 
 // listAndWatch starts a watch with what there is.
 func (h *httpAPI) listAndWatch(s *WatchStream, r request, filter string, isPrefix bool) (*keyList, error) {
-	if err := h.catchUp(r); err != nil {
+	if err := h.Store.Fresh(r.Context(), r.freshness()); err != nil {
 		return nil, err
 	}
 	list, err := h.newWatchList(r, filter, isPrefix)
 	if err != nil {
 		return nil, err
 	}
-	s.RV = list.rv
-	if s.Watcher, err = h.Hub.Watch(filter, isPrefix, list.rv); err != nil {
+	if s.Watcher, s.RV, err = h.Store.Watch(r.Context(), r.params.timeout, filter, isPrefix, &list.rv); err != nil {
 		list.close()
-		return nil, expired(h.Store.Version())
+		return nil, err
 	}
 	return list, nil
-}
-
-// expired is the answer to a watch that would start before the window.
-func expired(now uint64) error {
-	return fault.ErrExpired.WithDetail("events after the resource version have left the window of this node, which is now at %d: list again, or watch with initial=true", now)
 }
 
 // setLastEventID reads where a server-sent stream was interrupted, which counts more than the query.
@@ -194,7 +170,10 @@ func (h *httpAPI) newWatchList(r request, filter string, isPrefix bool) (*keyLis
 	if isPrefix {
 		return h.openList(r, filter, "", math.MaxInt)
 	}
-	it, rv, ok := h.Store.Get(filter)
+	it, rv, ok, err := h.Store.Get(r.Context(), r.here(), filter)
+	if err != nil {
+		return nil, err
+	}
 	l := &keyList{rv: rv}
 	if ok {
 		l.items = []store.KeyItem{{Key: filter, Item: it}}

@@ -84,14 +84,14 @@ func (w *watchConn) next() watchcheck.Message {
 	return m
 }
 
-// do carries out a command as if a client had sent it.
+// apply carries out a command as if a client had sent it.
 func (f *front) apply(c store.Command) store.Result {
 	f.t.Helper()
-	res, err := f.backend.Propose(f.t.Context(), 0, c)
+	res, err := f.backend.Apply(f.t.Context(), 0, c)
 	if err != nil {
 		f.t.Fatal(err)
 	}
-	return res
+	return res[0]
 }
 
 func bookmarkLine(rv uint64) string {

@@ -40,16 +40,16 @@ type BackupHead struct {
 	Version string    `json:"version"` // of the program
 }
 
-// backup reads the state as it was at one version while writes go on. Like a
+// Backup reads the state as it was at one version while writes go on. Like a
 // list it reads the live tree in small parts, so it takes no memory that
 // grows with the state. Its methods are for one goroutine.
-type backup struct {
+type Backup struct {
 	Rest  State // everything but the items
 	items *Scan
 }
 
 // Backup begins a backup. The caller must close it.
-func (s *Store) Backup() (*backup, error) {
+func (s *Store) Backup() (*Backup, error) {
 	s.Mu.Lock()
 	defer s.Mu.Unlock()
 	items, err := s.scanLocked("", "")
@@ -63,13 +63,13 @@ func (s *Store) Backup() (*backup, error) {
 	rest.Retries = s.State.Retries.copy()
 	rest.Members, rest.Removed = maps.Clone(s.State.Members), maps.Clone(s.State.Removed)
 	rest.Events.Dropped = rest.RV
-	return &backup{Rest: rest, items: items}, nil
+	return &Backup{Rest: rest, items: items}, nil
 }
 
-func (b *backup) Close() { b.items.Close() }
+func (b *Backup) Close() { b.items.Close() }
 
 // Encode streams the backup. Between two parts it calls rest.
-func (b *backup) Encode(w io.Writer, head BackupHead, rest func()) error {
+func (b *Backup) Encode(w io.Writer, head BackupHead, rest func()) error {
 	digest := sha256.New()
 	out := io.MultiWriter(w, digest)
 	if err := head.writeTo(out); err != nil {

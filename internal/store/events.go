@@ -57,7 +57,7 @@ type eventChunk struct {
 	Events []Event // not empty
 }
 
-func (c *eventChunk) full(r *rules) bool {
+func (c *eventChunk) full(r *Rules) bool {
 	return len(c.Events) >= r.chunkEventsMax || c.bytes >= r.chunkBytesMax
 }
 
@@ -71,7 +71,7 @@ type eventLog struct {
 
 	countMax uint64
 	bytesMax uint64
-	rules    *rules // nil = those of level 1
+	rules    *Rules // nil = those of level 1
 
 	newest uint64 // number of the first event of the newest entry that has any
 	hold   *Hold  // for whom the window waits; nil = for nobody
@@ -90,7 +90,7 @@ const (
 	holdBytesMax  = EventBytesMaxDefault
 )
 
-func (l *eventLog) limits() *rules { return cmp.Or(l.rules, &rulesOf[LevelFirst]) }
+func (l *eventLog) limits() *Rules { return cmp.Or(l.rules, &rulesOf[LevelFirst]) }
 
 func newEventLog() eventLog {
 	return eventLog{countMax: EventsMaxDefault, bytesMax: EventBytesMaxDefault}

@@ -37,10 +37,10 @@ const (
 // What is written from level 3 on: snapshots of format 4, which types values have,
 // and outcomes of requests without what was read, of which each client has a share.
 
-// rules are the constants that are part of what an entry means: with another
+// Rules are the constants that are part of what an entry means: with another
 // number a member would come to another state. So none is ever changed. A new
 // level may have others.
-type rules struct {
+type Rules struct {
 	// deletePrefixMax bounds how many keys one command deletes. It keeps the time
 	// that applying takes well below an election timeout, and the events within
 	// half of the default window, so that watchers can resume before them.
@@ -102,17 +102,17 @@ const (
 )
 
 // rulesOf has the rules of each level.
-var rulesOf = [LevelNewest + 1]rules{
+var rulesOf = [LevelNewest + 1]Rules{
 	1: {DeletePrefixMax, unlimited, unlimited, unlimited, TxnResultMax, sessionsMax, retriesMax, retryBytesMax, RetryAgeMillis, 0, 0, 0, 0, ChunkEventsMax, chunkBytesMax},
 	2: {DeletePrefixMax, deletePrefixBytesMax, DeletedValueMax, deletedBytesMax, TxnResultMax, sessionsMax, retriesMax, retryBytesMax, RetryAgeMillis, 0, AgeStepMillis, versionsPerMilli, 0, ChunkEventsMax, chunkBytesMax},
 	3: {DeletePrefixMax, deletePrefixBytesMax, DeletedValueMax, deletedBytesMax, TxnResultMax, sessionsMax, retriesMax, retryBytesMax, RetryAgeMillis, retrySizeMin, AgeStepMillis, versionsPerMilli, VersionJump - 1, ChunkEventsMax, chunkBytesMax},
 }
 
 // rules are those of the state's level.
-func (s *State) rules() *rules { return &rulesOf[s.Level] }
+func (s *State) rules() *Rules { return &rulesOf[s.Level] }
 
 // Rules are those of the cluster's level.
-func (s *Store) Rules() *rules { return &rulesOf[s.Level()] }
+func (s *Store) Rules() *Rules { return &rulesOf[s.Level()] }
 
 // Level returns the feature level of the cluster, as far as this member has
 // applied its log.

@@ -18,7 +18,7 @@ import (
 // TestLevel_RulesAreFixed: another number would bring members of the same level to
 // different states. What must change gets a new level.
 func TestLevel_RulesAreFixed(t *testing.T) {
-	for level, want := range map[int]rules{
+	for level, want := range map[int]Rules{
 		1: {32_768, math.MaxUint64, math.MaxUint64, math.MaxUint64, 4 << 20, 128, 65_536, 64 << 20, 3_600_000, 0, 0, 0, 0, 512, 1 << 20},
 		2: {32_768, 16 << 20, 1 << 10, 8 << 20, 4 << 20, 128, 65_536, 64 << 20, 3_600_000, 0, 60_000, 100, 0, 512, 1 << 20},
 		3: {32_768, 16 << 20, 1 << 10, 8 << 20, 4 << 20, 128, 65_536, 64 << 20, 3_600_000, 1024, 60_000, 100, 999_999_999, 512, 1 << 20},

@@ -33,7 +33,7 @@ type RetryRecord struct {
 	First Result
 }
 
-func (r *RetryRecord) size(rules *rules) uint64 {
+func (r *RetryRecord) size(rules *Rules) uint64 {
 	n := uint64(256 + len(r.ID.Key) + len(r.First.Key))
 	for _, op := range r.First.Ops {
 		n += uint64(64 + len(op.Item.Value))
@@ -48,7 +48,7 @@ type retryTable struct {
 	next    uint64                          // number of the next record
 	Bytes   uint64
 	Digest  uint64 // of the records
-	rules   *rules
+	rules   *Rules
 
 	// Made from the records:
 	shares    *btree.Map[uint64, uint64] // bytes by client
