@@ -137,9 +137,10 @@ var ErrResultNotKept = &Error{Code: "result-not-kept", Status: http.StatusConfli
 // What a leader says to a change of the membership that it may take later. It
 // reaches who asked as text.
 const (
-	RefusedForNow    = "another change of the membership is in progress; retry when it is done"
-	RefusedUntilThen = "has not caught up with the log yet"
-	refusedNobody    = "there is no member "
+	RefusedForNow     = "another change of the membership is in progress; retry when it is done"
+	RefusedUntilThen  = "has not caught up with the log yet"
+	RefusedUntilKnown = "has not announced its data directory yet, which a node does when it first serves; retry when it has"
+	refusedNobody     = "there is no member "
 )
 
 // MemberRefused is the answer to a change of the membership that was refused.
@@ -148,7 +149,7 @@ func MemberRefused(why string) *Error {
 		return ErrNotFound.WithDetail("%s", why)
 	}
 	e := ErrMember.WithDetail("%s", why)
-	e.Retry = why == RefusedForNow || strings.HasSuffix(why, RefusedUntilThen)
+	e.Retry = why == RefusedForNow || strings.HasSuffix(why, RefusedUntilThen) || strings.HasSuffix(why, RefusedUntilKnown)
 	return e
 }
 
