@@ -32,7 +32,7 @@
 //	openapi.go    the description of the HTTP interface, openapi.json
 //	backup.go     a backup: its file, and the call that streams it
 //	restore.go    a new cluster from a backup, or from what a lost one left
-//	backupcli.go  the commands snapshot and recover
+//	backupcli.go  the commands backup and recover
 //	journal.go    every write as a line in a file
 //	lease_*.go    makes others wait who open a file
 //	snapshot.go   a state as a stream of bytes

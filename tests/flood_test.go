@@ -159,7 +159,7 @@ func TestProcess_Floods(t *testing.T) {
 		}
 		v.do(http.MethodPost, "/-/v1/txn", `{"then":[`+strings.Join(ops, ",")+`]}`, 0)
 	}
-	v.do(http.MethodGet, "/-/v1/snapshot", "", 0)
+	v.do(http.MethodGet, "/-/v1/backup", "", 0)
 	v.do(http.MethodPut, "/k", strings.Repeat("v", 20<<10), 0)
 	get := func(path string) string { return "GET " + path + " HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" }
 	for _, tt := range []struct {
@@ -189,7 +189,7 @@ func TestProcess_Floods(t *testing.T) {
 			f.open(tt.port, tt.n, tt.say)
 			opened := time.Since(start)
 			most, livez, put, wait := v.work()
-			_, backup := v.do(http.MethodGet, "/-/v1/snapshot", "", 0)
+			_, backup := v.do(http.MethodGet, "/-/v1/backup", "", 0)
 			v.do(http.MethodGet, "/-/v1/keys?limit=1000", "", 0)
 			t.Logf("%d in %v: livez at most %v, put %v, a wait of 50 ms %v, backup %v; RSS %d + %d MiB, heap %d + %d MiB, %d goroutines, %d files", tt.n, round(opened),
 				round(livez), round(put), round(wait), round(backup), before.rss>>20, (most.rss-before.rss)>>20, before.heap>>20, (most.heap-before.heap)>>20, most.goroutines, most.files)

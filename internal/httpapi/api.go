@@ -320,6 +320,8 @@ func noKey(key string) error {
 	first, _, _ := strings.Cut(key, "/")
 	call := ""
 	switch {
+	case key == "v1/snapshot":
+		call = "/-/v1/backup"
 	case first == "v1":
 		call = "/-/" + key
 	case strings.HasPrefix(key, "v2/keys"):
@@ -332,6 +334,14 @@ func noKey(key string) error {
 		return errNoKey
 	}
 	return fault.ErrNotFound.WithDetail("the key has no value; the call is %s", call)
+}
+
+// noCall is the answer where a reserved path is no call. This one was a call once.
+func noCall(path string) error {
+	if path == "/-/v1/snapshot" {
+		return fault.ErrNotFound.WithDetail("there is no such call; a backup is at /-/v1/backup")
+	}
+	return errNoCall
 }
 
 // isUnchanged says whether the client has this version already.

@@ -87,8 +87,8 @@ var reservedRoutes = newRoutes(
 	route{path: "/-/v1/watch", calls: []call{
 		{method: http.MethodGet, serve: (*httpAPI).watch, params: paramResume | paramPrefix | paramKey | paramInitial | paramDuration, headers: headerLastEventID},
 	}},
-	route{path: "/-/v1/snapshot", calls: []call{
-		{method: http.MethodGet, serve: (*httpAPI).getSnapshot, params: readParams},
+	route{path: "/-/v1/backup", calls: []call{
+		{method: http.MethodGet, serve: (*httpAPI).getBackup, params: readParams},
 	}},
 	route{path: "/-/v1/members", calls: []call{
 		{method: http.MethodGet, serve: (*httpAPI).listMembers, params: readParams, kept: true},
@@ -192,7 +192,7 @@ func (h *httpAPI) route(w *recorder, r *http.Request) error {
 		rt = rootRoute
 	case isReserved(path):
 		if rt, variable = FindReserved(path); rt == nil {
-			return errNoCall
+			return noCall(path)
 		}
 	}
 	name, err := rt.parse(variable)
