@@ -9,9 +9,9 @@
 // What is on disk or on the wire never changes its meaning: numbers of commands
 // and records are not used again, and a new rule gets a new feature level.
 //
-// It knows neither raft nor HTTP, nor who waits for a result. It reads no clock,
-// draws no random number, starts no goroutine and does no I/O, except that
-// snapshots and backups are written to and read from what the caller gives it.
+// It knows neither raft nor HTTP, nor who waits for a result. Applying reads no clock,
+// draws no random number, starts no goroutine and does no I/O;
+// snapshots and backups go to and come from a stream that the caller gives.
 // It imports none of our packages.
 //
 // Read its files in this order:
