@@ -414,7 +414,7 @@ func TestVirtual_RefusedMembers(t *testing.T) {
 		}
 	})
 	for why, retry := range map[string]bool{fault.RefusedForNow: true, "member 4 " + fault.RefusedUntilThen: true, "member 4 " + fault.RefusedUntilKnown: true, "member 1 is the last voter": false} {
-		if e := fault.MemberRefused(why); e.Retry != retry || e.Status != http.StatusConflict || e.Detail != why {
+		if e := fault.MemberRefused(why); e.Retry != retry || e.Code != fault.ErrMember.Code || e.Detail != why {
 			t.Errorf("%s: %+v", why, e)
 		}
 	}

@@ -824,7 +824,7 @@ func newProblem(e *fault.Error) Problem {
 	return Problem{
 		Type:      "urn:raftrv:error:" + e.Code,
 		Title:     e.Title,
-		Status:    e.Status,
+		Status:    statusOf(e),
 		Detail:    e.Detail,
 		Code:      e.Code,
 		Message:   e.Error(),
@@ -869,18 +869,18 @@ func (h *httpAPI) writeError(w http.ResponseWriter, r *http.Request, err error) 
 			w.Header()["Cache-Control"] = noStore
 		}
 	}
-	if e.Status >= http.StatusInternalServerError || e.Status == http.StatusConflict {
+	if p.Status >= http.StatusInternalServerError || p.Status == http.StatusConflict {
 		p.LeaderID = h.Backend.Status().LeaderID // whom to ask instead
 	}
 	SetErrorHeaders(w.Header(), e)
-	WriteBody(w, r, e.Status, TypeProblem, p.Encode())
+	WriteBody(w, r, p.Status, TypeProblem, p.Encode())
 }
 
 func SetErrorHeaders(header http.Header, e *fault.Error) {
 	if e.Current != 0 {
 		setETag(header, e.Current)
 	}
-	switch e.Status {
+	switch statusOf(e) {
 	case http.StatusHTTPVersionNotSupported:
 		header["Connection"] = closeAfter
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable, http.StatusGatewayTimeout, http.StatusInsufficientStorage:
@@ -905,5 +905,5 @@ func Refusal() []byte {
 	p.Outcome = "" // nobody has read whether it is a write, or a retry
 	body := p.Encode()
 	return fmt.Appendf(nil, "HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nRetry-After: %s\r\n%sConnection: close\r\n\r\n%s",
-		fault.ErrConnections.Status, http.StatusText(fault.ErrConnections.Status), TypeProblem[0], len(body), retryAfter[0], browserHeader, body)
+		p.Status, http.StatusText(p.Status), TypeProblem[0], len(body), retryAfter[0], browserHeader, body)
 }
