@@ -85,6 +85,8 @@ func recognize(id, cluster uint64, info *peerInfo, err error) error {
 		who = cmp.Or(info.Node, info.Health.Member, id) // there are versions that do not say
 	}
 	switch {
+	case errors.Is(err, errSaysNothing):
+		return nil
 	case err != nil && isSilence(err):
 		return errSilent
 	case err != nil:
@@ -183,7 +185,7 @@ func (n *peerNetwork) introduce(ctx context.Context, id uint64, url, before stri
 	old, err := askPeer(ctx, before)
 	was := recognize(id, n.cluster, old, err)
 	switch {
-	case was == nil && in.is == nil && old.Process != info.Process:
+	case was == nil && in.is == nil && old.process() != info.process():
 		in.is = fmt.Errorf("the member still runs at %s, and another process says there that it is this member", before)
 	case was != nil && !nobodyYet(was):
 		in.moved = true
@@ -278,10 +280,10 @@ func (s *kvstore) checkAddress(ctx context.Context, m store.Member) error {
 		return fault.ErrMember.WithDetail("%s is not the peer URL of node %d of this cluster: %v", m.PeerURL, m.ID, is)
 	}
 	// It may be the same process, at two addresses.
-	twice := m.ID == s.config.id && info.Process != s.process
+	twice := m.ID == s.config.id && info.process() != s.process
 	for _, now := range s.network.found([]store.Member{{ID: m.ID}}) {
 		old, err := askPeer(ctx, now.PeerURL)
-		twice = recognize(m.ID, s.cluster, old, err) == nil && old.Process != info.Process
+		twice = recognize(m.ID, s.cluster, old, err) == nil && old.process() != info.process()
 	}
 	if twice {
 		return fault.ErrMember.WithDetail("node %d still runs at another address, and what answers at %s is another process that says that it is node %d, too: stop one of them first",
@@ -301,7 +303,7 @@ func (n *node) isRemoved(ctx context.Context) (removed bool, by, of []uint64) {
 		}
 	}
 	for id, a := range askPeers(ctx, n.network.found(voters)) {
-		if recognize(id, n.cluster, a.info, a.err) == nil && a.info.informed && slices.Contains(a.info.Removed, n.config.id) {
+		if recognize(id, n.cluster, a.info, a.err) == nil && a.info != nil && a.info.informed && slices.Contains(a.info.Removed, n.config.id) {
 			by = append(by, id)
 		}
 	}

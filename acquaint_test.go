@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"reflect"
 	"slices"
@@ -35,6 +36,7 @@ func TestRecognize(t *testing.T) {
 	}{
 		{"the member", is(peerInfo{Cluster: "abc", Node: 4}), nil, ""},
 		{"it, of a version that does not say its ID", is(peerInfo{Cluster: "abc"}), nil, ""},
+		{"such a version, when it has heard of no leader", nil, errSaysNothing, ""},
 		{"such a version, of another member", is(peerInfo{Cluster: "abc", Health: health{Member: 5}}), nil, "node 5 answers there"},
 		{"another member", is(peerInfo{Cluster: "abc", Node: 5}), nil, "node 5 answers there"},
 		{"another cluster", is(peerInfo{Cluster: "abd", Node: 4}), nil, "another cluster, abd"},
@@ -52,6 +54,24 @@ func TestRecognize(t *testing.T) {
 		err := recognize(4, us, tt.info, tt.err)
 		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
 			t.Errorf("%s: %v, want %q", tt.name, err, tt.want)
+		}
+	}
+}
+
+// TestAcquaint_SaysNothingYet: what a program of feature level 1 says before it has heard from a leader is taken for
+// what it is, as it will not hear from one that does not talk to it.
+func TestAcquaint_SaysNothingYet(t *testing.T) {
+	text := ""
+	peer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		http.Error(w, text, http.StatusServiceUnavailable)
+	}))
+	defer peer.Close()
+	var want error
+	for text, want = range map[string]error{
+		"this node does not know yet what happened while it was away": errSaysNothing, "no backend is up": errUnavailable, "": errUnavailable,
+	} {
+		if _, err := askPeer(t.Context(), peer.URL); !errors.Is(err, want) {
+			t.Errorf("%q: %v", text, err)
 		}
 	}
 }

@@ -28,14 +28,27 @@ import (
 // This file is the commands that take and use backups, and the one for a
 // cluster that has lost its majority.
 
-func newSnapshotCommand() *cobra.Command {
+func newBackupCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "snapshot",
+		Use:   "backup",
 		Short: "Save, inspect and restore backups",
 		Args:  cobra.NoArgs,
 	}
 	cmd.AddCommand(newSaveCommand(), newInspectCommand(), newRestoreCommand())
 	return cmd
+}
+
+// newSnapshotCommand tells those who know these commands by their old name. Without
+// it, all that they would learn is that a flag is unknown.
+func newSnapshotCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:                "snapshot",
+		Hidden:             true,
+		DisableFlagParsing: true,
+		RunE: func(*cobra.Command, []string) error {
+			return errors.New("there is no command snapshot: see raftrv backup --help")
+		},
+	}
 }
 
 func newSaveCommand() *cobra.Command {
@@ -46,7 +59,7 @@ func newSaveCommand() *cobra.Command {
 		Long: `Save a backup of a running cluster, from any of its nodes. It holds what the
 cluster held at one moment; writes go on meanwhile. FILE is replaced when the
 backup is complete and its checksum right, and not touched before.`,
-		Example: "  raftrv snapshot save --from http://127.0.0.1:12380 backup",
+		Example: "  raftrv backup save --from http://127.0.0.1:12380 backup",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			saved, err := saveBackup(cmd.Context(), from, args[0])
@@ -81,7 +94,7 @@ func saveBackup(ctx context.Context, from, path string) (*savedBackup, error) {
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(from, "/")+"/-/v1/snapshot", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(from, "/")+"/-/v1/backup", nil)
 	if err != nil {
 		return nil, err
 	}
@@ -191,9 +204,9 @@ The new cluster has another cluster ID than the old one, so their nodes never
 mix. Its resource versions go on far above those of the backup, and a watch that
 wants to resume from an old one is answered 410: list again.`,
 		Example: `  PEERS=http://127.0.0.1:12379,http://127.0.0.1:22379,http://127.0.0.1:32379
-  raftrv snapshot restore backup --id 1 --cluster $PEERS --data-dir raftrv-1
-  raftrv snapshot restore backup --id 2 --cluster $PEERS --data-dir raftrv-2
-  raftrv snapshot restore backup --id 3 --cluster $PEERS --data-dir raftrv-3`,
+  raftrv backup restore backup --id 1 --cluster $PEERS --data-dir raftrv-1
+  raftrv backup restore backup --id 2 --cluster $PEERS --data-dir raftrv-2
+  raftrv backup restore backup --id 3 --cluster $PEERS --data-dir raftrv-3`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := cmp.Or(cfg.validate(), cfg.checkSelf()); err != nil {

@@ -98,9 +98,9 @@ func runCommand(t *testing.T, args ...string) (string, error) {
 	return out.String(), err
 }
 
-func TestCommand_SnapshotInspect(t *testing.T) {
+func TestCommand_BackupInspect(t *testing.T) {
 	path := backupOf(t, storetest.SomeState(t))
-	out, err := runCommand(t, "snapshot", "inspect", path)
+	out, err := runCommand(t, "backup", "inspect", path)
 	testkit.Must(t, err)
 	for _, want := range []string{"checksum          ok, SHA-256 ", "format            1\n", "cluster           7\n", "members           1=http://a:1,2=http://b:1\n"} {
 		if !strings.Contains(out, want) {
@@ -110,12 +110,22 @@ func TestCommand_SnapshotInspect(t *testing.T) {
 	b := []byte(testkit.ReadFile(t, path))
 	b[len(b)/2] ^= 1
 	testkit.Must(t, os.WriteFile(path, b, fsx.FileMode))
-	if out, err := runCommand(t, "snapshot", "inspect", path); err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "byte") {
+	if out, err := runCommand(t, "backup", "inspect", path); err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "byte") {
 		t.Errorf("%v\n%s", err, out)
 	}
 	testkit.Must(t, os.WriteFile(path, []byte("something else that is longer than a digest"), fsx.FileMode))
-	if _, err := runCommand(t, "snapshot", "inspect", path); err == nil || !strings.Contains(err.Error(), "no backup of raftrv") {
+	if _, err := runCommand(t, "backup", "inspect", path); err == nil || !strings.Contains(err.Error(), "no backup of raftrv") {
 		t.Error(err)
+	}
+}
+
+// Backups were called snapshots once; who types that is told how they are called now.
+func TestCommand_Snapshot(t *testing.T) {
+	for _, args := range [][]string{{}, {"--help"}, {"save", "--from", "http://127.0.0.1:1", "file"}, {"inspect", "file"}} {
+		out, err := runCommand(t, append([]string{"snapshot"}, args...)...)
+		if err == nil || out != "" || !strings.Contains(err.Error(), "raftrv backup") {
+			t.Errorf("%q: %v\n%s", args, err, out)
+		}
 	}
 }
 
@@ -123,7 +133,7 @@ const restoreMembers = "http://127.0.0.1:1,http://127.0.0.1:2,http://127.0.0.1:3
 
 // Every node comes to the same state and the same cluster, which is a new one
 // each time.
-func TestCommand_SnapshotRestore(t *testing.T) {
+func TestCommand_BackupRestore(t *testing.T) {
 	smallSegments(t)
 	old := storetest.SomeState(t)
 	path := backupOf(t, old)
@@ -134,7 +144,7 @@ func TestCommand_SnapshotRestore(t *testing.T) {
 		var records []*founding
 		for id := range 3 {
 			dir := filepath.Join(parent, fmt.Sprint(round), fmt.Sprint(id+1))
-			args := []string{"snapshot", "restore", path, "--data-dir", dir, "--id", fmt.Sprint(id + 1), "--cluster", restoreMembers}
+			args := []string{"backup", "restore", path, "--data-dir", dir, "--id", fmt.Sprint(id + 1), "--cluster", restoreMembers}
 			out, err := runCommand(t, args...)
 			testkit.Must(t, err)
 			if !strings.Contains(out, fmt.Sprintf("raftrv --id %d --cluster %s --data-dir %s\n", id+1, restoreMembers, dir)) {

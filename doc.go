@@ -1,57 +1,82 @@
 // Command raftrv is a replicated key-value store: three nodes, one log, plain
-// HTTP, and one resource version for every write.
+// HTTP, and one resource version for every write. It is what etcd's raftexample
+// would be if it had grown up; ARCHITECTURE.md has a table from its names to these.
 //
-// To learn how it works read the files in this order. A write's life is one
-// page in each of the first five.
+// # The life of a PUT
 //
-//	main.go       the command line
-//	config.go     flags, their ranges and defaults
-//	server.go     builds a node from the parts below, starts and stops it
-//	member.go     how a node finds its place in the cluster
-//	founding.go   how a cluster comes to be, once
-//	httpapi.go    requests become commands and reads, results become responses
-//	loop.go       one goroutine drives the replica; everybody else waits here
-//	raft.go       the replica, a step machine over raft: persist, send, apply
-//	command.go    what is replicated, as bytes
-//	kvstore.go    the state machine: what an applied command does
-//	divergence.go how members notice that they do not hold the same state
-//	retries.go    the outcome of requests that may come again
-//	scan.go       many items as they were at one version, while writes go on
-//	events.go     what changed recently, so that a watch can start in the past
-//	watch.go      the hub: who waits for which event
-//	guard.go      what a node does not take: disk full, quota
-//	consistency.go  what it does not serve: its state is not that of the others, or was not compared yet
-//	routes.go     the table of all calls
-//	params.go     the query, conditions, TTL and Idempotency-Key of a request
-//	keysapi.go    keys as JSON: one, lists, streams
-//	txnapi.go     transactions as JSON
-//	item.go       the JSON form of an item
-//	watchapi.go   a watch as lines of JSON or server-sent events
-//	membersapi.go who is in the cluster, and who leads
-//	nodeapi.go    status, readiness, metrics, log level, profiles
-//	openapi.go    the description of the HTTP interface, openapi.json
-//	backup.go     a backup: its file, and the call that streams it
-//	restore.go    a new cluster from a backup, or from what a lost one left
-//	backupcli.go  the commands snapshot and recover
-//	journal.go    every write as a line in a file
-//	lease_*.go    makes others wait who open a file
-//	snapshot.go   a state as a stream of bytes
-//	logqueue.go   the log, which nobody waits for
-//	stall.go      whether the loop hangs
-//	storage.go    the data directory: log and snapshots
-//	private.go    files that other users could have changed
-//	watermark.go  how a log that lost something is noticed
-//	transport.go  messages between members
-//	link.go       the connection to one of them
-//	acquaint.go   who is at the addresses of the members
-//	peercheck.go  what is refused of that which another member sends
-//	peerstream.go the streams on which it sends
-//	transfer.go   a snapshot on its way to one of them
-//	peerinfo.go   what else members tell each other
-//	health.go     the checks of readiness
-//	metrics.go    what a node tells Prometheus: the loop, and what is there anyway;
-//	              httpmetrics.go has the requests, diskmetrics.go the disk
-//	memory.go     how much garbage may lie beside a large state
-//	listener.go   tracked, capped TCP; shares.go divides among addresses
-//	errors.go     what can go wrong, in every front's words
+// Five files, one page of each:
+//
+//	internal/httpapi/api.go    ServeHTTP finds the call (routes.go); putKey makes a command of
+//	                           path, body and conditions, and asks the node to carry it out
+//	guard.go                   node.Propose: may this node serve, and has it room? From here
+//	                           on the command may happen
+//	loop.go                    propose adds the command to the open batch and waits. The loop's
+//	                           goroutine, in turn and feed, hands batches to the replica
+//	raft.go                    propose makes the batch one entry of the log. processOnce sends it,
+//	                           saves it and, when a majority has it, applies it
+//	internal/store/kvstore.go  Apply carries out the commands of an entry, each with its version
+//	                           and its event, and returns what each came to
+//
+// The way back is short: replica.applyBatch hands the batch to loop.proposed, which
+// closes its channel; loop.propose returns the result, and putKey answers 201 or 204.
+//
+// # In which order to read
+//
+// Each file uses only words of those before it.
+//
+// What is replicated, and what can go wrong:
+//
+//	internal/fault    errors: what happened to the write, and what to do next
+//	internal/store    the state machine; its doc.go lists its files in order
+//
+// How it is replicated:
+//
+//	raft.go           the replica, a step machine over etcd's raft: batches, reads, members.
+//	                  Its interfaces disk, transport and driver are all that it sees of the rest
+//	loop.go           one goroutine drives the replica; everybody else waits here
+//	stall.go          whether that goroutine hangs
+//	storage.go        the data directory: log and snapshots
+//	watermark.go      how a log that lost something is noticed
+//	diskmetrics.go    the same disk with a clock beside it
+//	internal/fsx      whose a file is, and whether its name is durable
+//
+// How members reach each other:
+//
+//	transport.go      messages between members, and who may send some
+//	link.go           the connection to one of them
+//	peercheck.go      what is refused of that which another member sends
+//	peerstream.go     the streams on which it sends
+//	transfer.go       a snapshot on its way to one of them
+//	peerinfo.go       what else members tell each other
+//	acquaint.go       who is at the addresses of the members
+//
+// How a node comes into a cluster, and what it refuses:
+//
+//	founding.go       how a cluster comes to be, once
+//	member.go         how a node finds its place in it
+//	keeplevel.go      when the cluster uses what is new
+//	guard.go          what a node does not take: disk full, quota
+//	consistency.go    what it does not serve: its state is not that of the others, or was not
+//	                  compared yet
+//
+// What clients see:
+//
+//	internal/watch    who waits for which event; the journal
+//	internal/shares   what one address may take of what there is for all
+//	internal/httpapi  requests become commands and reads, results become responses
+//	listener.go       sockets: tracked, bounded, shared
+//
+// How it is put together:
+//
+//	server.go         builds a node from these parts, starts and stops it
+//	config.go         flags, their ranges and defaults
+//	main.go           the command line
+//	backupcli.go      the commands backup and recover
+//	restore.go        a new cluster from a backup, or from what a lost one left
+//	metrics.go        what a node tells Prometheus, but for requests and the disk
+//	logqueue.go       the log, for which nobody waits
+//	memory.go         how much garbage may lie beside a large state
+//
+// The tests beside these files look at one part. The simulator (sim_*_test.go) runs whole
+// clusters of them in one goroutine, and tests/ runs real processes; see docs/testing.md.
 package main

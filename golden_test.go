@@ -104,12 +104,12 @@ func TestGolden_Backup(t *testing.T) {
 	smallSegments(t)
 	for level := store.LevelFirst; level <= store.LevelNewest; level++ {
 		dir := unpackGolden(t, level)
-		out, err := runCommand(t, "snapshot", "inspect", filepath.Join(dir, "backup"))
+		out, err := runCommand(t, "backup", "inspect", filepath.Join(dir, "backup"))
 		if err != nil || !strings.Contains(out, "checksum          ok") {
 			t.Errorf("level %d: %v %s", level, err, out)
 		}
 		to := filepath.Join(dir, "restored")
-		_, err = runCommand(t, "snapshot", "restore", filepath.Join(dir, "backup"), "--data-dir", to, "--id", "1", "--cluster", restoreMembers)
+		_, err = runCommand(t, "backup", "restore", filepath.Join(dir, "backup"), "--data-dir", to, "--id", "1", "--cluster", restoreMembers)
 		testkit.Must(t, err)
 		s, _ := openRestored(t, to)
 		st, err := s.readBody(store.FirstIndex, store.FirstTerm)

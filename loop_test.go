@@ -194,8 +194,7 @@ func TestLoop_DeadlineSaysWhy(t *testing.T) {
 	for _, tt := range []struct {
 		leader uint64
 		code   string
-		status int
-	}{{0, "no-leader", 503}, {2, "timeout", 504}} {
+	}{{0, "no-leader"}, {2, "timeout"}} {
 		l := newLoop(10*time.Millisecond, func() {}, zap.NewNop()) // which does not run
 		l.status.Store(&replicaStatus{leader: tt.leader})
 		calls := map[string]func() error{
@@ -208,7 +207,7 @@ func TestLoop_DeadlineSaysWhy(t *testing.T) {
 		}
 		for name, call := range calls {
 			e, ok := errors.AsType[*fault.Error](call())
-			if !ok || e.Code != tt.code || e.Status != tt.status || e.Outcome != fault.NotApplied || !e.Retry {
+			if !ok || e.Code != tt.code || e.Outcome != fault.NotApplied || !e.Retry {
 				t.Errorf("%s with leader %d: %+v", name, tt.leader, e)
 			}
 			if retry := e.OfRetry(); name == "write" && (retry.Outcome != fault.Unknown || !strings.Contains(retry.Detail, "this attempt was not applied")) {

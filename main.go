@@ -66,7 +66,7 @@ cluster that survives the loss of any one:
 	root.CompletionOptions.HiddenDefaultCmd = true
 	serve := newServeCommand("serve", stderr)
 	serve.Short = "Run one node"
-	root.AddCommand(serve, newSnapshotCommand(), newRecoverCommand(), newVersionCommand())
+	root.AddCommand(serve, newBackupCommand(), newSnapshotCommand(), newRecoverCommand(), newVersionCommand())
 	return root
 }
 

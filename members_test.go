@@ -209,6 +209,30 @@ func TestMembers_LearnerIsPromoted(t *testing.T) {
 	s.judge(t)
 }
 
+// A learner that was wiped comes back with another directory. Were it a voter by then, and its directory unknown, it
+// would have forgotten what it had promised, and nobody could tell.
+func TestMembers_LearnerIsPromotedOnceItIsKnown(t *testing.T) {
+	cfg := defaultSimConfig(1, 3)
+	cfg.silent = true
+	s, leader := newScenario(t, cfg)
+	joining := s.addNode("http://n4", true)
+	s.mustChange(t, leader, store.MemberChange{Kind: store.AddLearner, Member: store.Member{ID: 4, PeerURL: joining.url, Promote: true}})
+	joining.start()
+	s.run(3 * time.Second)
+	if m, _ := leader.process.store.Member(4); !m.Learner || !leader.process.replica.caughtUp(4) {
+		t.Fatalf("a member of an unknown directory: %+v", m)
+	}
+	promote := store.MemberChange{Kind: store.PromoteLearner, Member: store.Member{ID: 4}}
+	s.wantRefused(t, joining.proposeChange(promote, memberTimeout), "has not announced its data directory yet")
+	s.silent = false
+	joining.process.announce()
+	s.wantVoter(t, leader, 4)
+	if m, _ := leader.process.store.Member(4); m.Directory != joining.identity.Directory {
+		t.Errorf("%+v, its directory is %d", m, joining.identity.Directory)
+	}
+	s.judge(t)
+}
+
 func TestMembers_LearnerStaysOne(t *testing.T) {
 	s, leader := newScenario(t, defaultSimConfig(1, 3))
 	joining := s.addNode("http://n4", true)
@@ -389,8 +413,8 @@ func TestVirtual_RefusedMembers(t *testing.T) {
 			t.Errorf("%v", got)
 		}
 	})
-	for why, retry := range map[string]bool{fault.RefusedForNow: true, "member 4 " + fault.RefusedUntilThen: true, "member 1 is the last voter": false} {
-		if e := fault.MemberRefused(why); e.Retry != retry || e.Status != http.StatusConflict || e.Detail != why {
+	for why, retry := range map[string]bool{fault.RefusedForNow: true, "member 4 " + fault.RefusedUntilThen: true, "member 4 " + fault.RefusedUntilKnown: true, "member 1 is the last voter": false} {
+		if e := fault.MemberRefused(why); e.Retry != retry || e.Code != fault.ErrMember.Code || e.Detail != why {
 			t.Errorf("%s: %+v", why, e)
 		}
 	}

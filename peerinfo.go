@@ -61,6 +61,14 @@ func (p *peerInfo) isOlder() bool {
 	return p.Cluster != "" && p.Node == 0 && !slices.ContainsFunc(p.Members, func(m store.Member) bool { return m.Directory != 0 })
 }
 
+// process returns the number of the process that has answered, 0 if it did not say.
+func (p *peerInfo) process() uint64 {
+	if p == nil {
+		return 0
+	}
+	return p.Process
+}
+
 // switchHandler is a handler that can be replaced while it serves.
 type switchHandler struct{ current atomic.Pointer[http.Handler] }
 
@@ -231,6 +239,8 @@ func askPeerTo(ctx context.Context, peerURL, challenge string) (*peerInfo, error
 	info := &peerInfo{informed: resp.StatusCode == http.StatusOK}
 	switch {
 	case resp.Header.Get("Content-Type") == "application/json" && (info.informed || resp.StatusCode == http.StatusServiceUnavailable):
+	case resp.StatusCode == http.StatusServiceUnavailable && saysNothingYet(resp.Body):
+		return nil, errSaysNothing
 	case resp.StatusCode >= http.StatusBadGateway && resp.StatusCode <= http.StatusGatewayTimeout: // of somebody in between
 		return nil, fmt.Errorf("%w: %s answered %s", errUnavailable, peerURL, resp.Status)
 	default:
@@ -246,6 +256,16 @@ func askPeerTo(ctx context.Context, peerURL, challenge string) (*peerInfo, error
 }
 
 const peerInfoSizeMax = 1 << 20 // bytes
+
+// errSaysNothing is what a program of feature level 1 has to say before it has heard
+// from a leader. It is a member that needs to be talked to.
+var errSaysNothing = errors.New("a node of an older version answers there, and does not know yet what happened while it was away")
+
+func saysNothingYet(body io.Reader) bool {
+	const text = "this node does not know yet what happened while it was away\n"
+	b, err := io.ReadAll(io.LimitReader(body, int64(len(text))+1))
+	return err == nil && string(b) == text
+}
 
 // askPeers asks members at the same time, and returns their answers by ID.
 func askPeers(ctx context.Context, members []store.Member) map[uint64]peerAnswer {

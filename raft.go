@@ -964,7 +964,8 @@ func (r *replica) refuseChange(c store.MemberChange) error {
 	if r.changeIndex > r.store.Applied() {
 		return errors.New(fault.RefusedForNow)
 	}
-	if _, ok := r.store.Member(c.Member.ID); !ok && c.Kind == store.PromoteLearner {
+	self, ok := r.store.Member(c.Member.ID)
+	if !ok && c.Kind == store.PromoteLearner {
 		return nil // applying it says that there is none
 	}
 	if err := r.refuseSize(c); err != nil {
@@ -989,6 +990,8 @@ func (r *replica) refuseChange(c store.MemberChange) error {
 		return nil // it has no vote
 	case c.Kind == store.PromoteLearner && !r.caughtUp(c.Member.ID):
 		return fmt.Errorf("member %d %s", c.Member.ID, fault.RefusedUntilThen)
+	case c.Kind == store.PromoteLearner && self.Directory == 0:
+		return fmt.Errorf("member %d %s", c.Member.ID, fault.RefusedUntilKnown) // once wiped it would vote again, and nobody would notice
 	case voters > 0 && active <= voters/2:
 		return fmt.Errorf("of %d voters after the change only %d would be reachable, which is no majority: first bring the others back, or remove one that is down", voters, active)
 	}

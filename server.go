@@ -278,7 +278,7 @@ func (p *ports) serveWaiting(w http.ResponseWriter, r *http.Request) {
 	e = e.WithDetail("%s", strings.Join(why, "; "))
 	problem := httpapi.ProblemOf(r, e)
 	httpapi.SetErrorHeaders(w.Header(), e)
-	httpapi.WriteBody(w, r, e.Status, httpapi.TypeProblem, problem.Encode())
+	httpapi.WriteBody(w, r, problem.Status, httpapi.TypeProblem, problem.Encode())
 }
 
 // run starts everything and waits for the end.

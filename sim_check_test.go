@@ -718,7 +718,7 @@ func validateProgress(s *sim) error {
 		for _, h := range s.healthy.spans {
 			well := h.from + recoveryMax
 			failed := op.outcome != opDone && op.returned >= well && !hasty
-			late := op.returned > max(op.invoked, well)+answerMax
+			late := op.returned > max(op.begun, well)+answerMax
 			if !failed && !late || op.invoked >= h.to || op.returned > h.to {
 				continue
 			}

@@ -47,6 +47,7 @@ type simOp struct {
 
 	attempts []attempt
 	invoked  time.Duration
+	begun    time.Duration // the last attempt: between two the client takes its time
 	returned time.Duration
 	outcome  simOutcome
 	err      error
@@ -114,7 +115,7 @@ type simCall struct {
 // do sends an operation to a process.
 func (p *process) do(op *simOp, timeout time.Duration, done func(simOutcome, error)) {
 	c := &simCall{process: p, op: op, done: done, floor: p.sim.check.acked}
-	p.waiting = append(p.waiting, c)
+	p.waiting, op.begun = append(p.waiting, c), p.sim.now
 	if op.isRead() {
 		c.read(timeout)
 	} else {

@@ -293,10 +293,10 @@ func (n *simNode) tells(to *simNode) (info peerInfo, ok bool) {
 const announceEvery = 20 * time.Millisecond
 
 // announce reads, as a node does before it serves, until that succeeds, and then
-// tells the others which directory it has.
+// tells the others which directory it has. Who joined gets no vote before it has.
 func (p *process) announce() {
 	switch m, ok := p.store.Member(p.node.id); {
-	case !p.sim.announces:
+	case !p.sim.announces && (!p.identity.Joined || p.sim.silent):
 		p.informed = true
 		return
 	case !p.informed:

@@ -71,6 +71,7 @@ type simConfig struct {
 	brokenStarts float64 // probability that a crash comes in the middle of a first start
 	wrongStarts  float64 // and that flags are wrong
 	announces    bool    // a node must read before it knows who the members are
+	silent       bool    // nobody announces which directory it has, nor do those that join
 
 	plant *plant // a planted bug, or nil
 	logs  bool

@@ -459,7 +459,7 @@ func applyEntry(s *store.Store, e *raftpb.Entry) error {
 const adviceForDamage = "acknowledged writes are missing here, and a member that forgets them could make the cluster lose them; " +
 	"leave this directory alone, add a new member with another ID (curl -X POST -d PEER-URL http://NODE/NEW-ID) " +
 	"and start it with that --id, an empty --data-dir and --join; " +
-	"if no majority of the others is left, use raftrv recover on one of them or raftrv snapshot restore, and as the last resort raftrv recover --damaged here"
+	"if no majority of the others is left, use raftrv recover on one of them or raftrv backup restore, and as the last resort raftrv recover --damaged here"
 
 // adviceFor returns what to do about an error that may be damage. Files that
 // cannot be opened at all are none.
@@ -470,12 +470,12 @@ func adviceFor(err error) string {
 	return ": " + adviceForDamage
 }
 
-// checkFinished refuses a directory that snapshot restore or recover has not
+// checkFinished refuses a directory that backup restore or recover has not
 // completed: as what it is now it would be the empty member of a new cluster.
 func (s *storage) checkFinished() error {
 	path := s.path(unfinishedName)
 	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
-		return errors.Join(fmt.Errorf("%s says that this data directory was not completed: delete %s and run raftrv snapshot restore or raftrv recover again", path, s.dir), err)
+		return errors.Join(fmt.Errorf("%s says that this data directory was not completed: delete %s and run raftrv backup restore or raftrv recover again", path, s.dir), err)
 	}
 	return nil
 }

@@ -47,7 +47,7 @@ func (c *liveCluster) restore(n *proc.Node, backup string) {
 		urls = append(urls, m.RaftURL())
 	}
 	n.DataDir += "-restored"
-	c.command("snapshot", "restore", backup, "--id", fmt.Sprint(n.ID), "--cluster", strings.Join(urls, ","),
+	c.command("backup", "restore", backup, "--id", fmt.Sprint(n.ID), "--cluster", strings.Join(urls, ","),
 		"--data-dir", n.DataDir)
 }
 
@@ -71,7 +71,7 @@ func TestProcess_BackupAndRestore(t *testing.T) {
 	var backups []string
 	for _, n := range c.Nodes {
 		backup := filepath.Join(c.dir, fmt.Sprint("backup-", n.ID))
-		c.command("snapshot", "save", "--from", n.URL(), backup)
+		c.command("backup", "save", "--from", n.URL(), backup)
 		backups = append(backups, backup)
 		c.waitForAcks(100)
 	}
@@ -79,7 +79,7 @@ func TestProcess_BackupAndRestore(t *testing.T) {
 	newest := c.client(c.Nodes[0]).version()
 	var clusters []string
 	for _, backup := range backups {
-		out := c.command("snapshot", "inspect", backup)
+		out := c.command("backup", "inspect", backup)
 		clusters = append(clusters, regexp.MustCompile(`(?m)^cluster .*$`).FindString(out))
 		if rv, keys := inspected(t, out, "resource version"), inspected(t, out, "keys"); rv != keys || rv > newest {
 			t.Errorf("each write made a key, but the backup has %d keys at version %d", keys, rv)
@@ -89,7 +89,7 @@ func TestProcess_BackupAndRestore(t *testing.T) {
 		t.Errorf("one cluster has the IDs %q", clusters)
 	}
 	chosen := backups[1]
-	taken := inspected(t, c.command("snapshot", "inspect", chosen), "resource version")
+	taken := inspected(t, c.command("backup", "inspect", chosen), "resource version")
 	old := c.history.snapshot()
 
 	stays := c.Nodes[2] // with the old data, at its address
@@ -255,7 +255,7 @@ func TestProcess_RestoreTwice(t *testing.T) {
 	c := newLiveCluster(t, proc.Options{})
 	c.client(c.Nodes[0]).mustPut("k", "v")
 	backup := filepath.Join(c.dir, "backup")
-	c.command("snapshot", "save", "--from", c.Nodes[0].URL(), backup)
+	c.command("backup", "save", "--from", c.Nodes[0].URL(), backup)
 	for _, n := range c.Nodes {
 		c.stop(n)
 		c.restore(n, backup)
@@ -286,7 +286,7 @@ func TestProcess_RestoredIsAnother(t *testing.T) {
 	l := c.client(n)
 	l.mustPut("k", "v")
 	backup := filepath.Join(c.dir, "backup")
-	c.command("snapshot", "save", "--from", n.URL(), backup)
+	c.command("backup", "save", "--from", n.URL(), backup)
 	type client struct{ id, etag, version string }
 	var old []client
 	for i := range 3 {

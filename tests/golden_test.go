@@ -94,7 +94,7 @@ func writeGolden(t *testing.T, c *liveCluster, level int) {
 	c.start() // a second session
 	write("three")
 	backup := filepath.Join(t.TempDir(), "backup")
-	c.command("snapshot", "save", "--from", n.URL(), backup)
+	c.command("backup", "save", "--from", n.URL(), backup)
 	files := map[string][]byte{
 		"items":  call("GET", "/-/v1/keys?prefix=g/", "", "Accept", "application/x-ndjson"),
 		"events": call("GET", "/-/v1/watch?prefix=g/&resourceVersion=0&timeout=500ms", ""),

@@ -182,7 +182,7 @@ func (c *truths) run(span time.Duration, seed uint64) {
 		for try := 0; ; try++ { // of whichever node can
 			path := filepath.Join(c.dir, fmt.Sprintf("backup-%d-%d", c.epoch, try))
 			n := c.Nodes[try%3]
-			if err := exec.Command(buildLiveBinary(c.t), "snapshot", "save", "--from", n.URL(), path).Run(); err == nil {
+			if err := exec.Command(buildLiveBinary(c.t), "backup", "save", "--from", n.URL(), path).Run(); err == nil {
 				saved <- path
 				return
 			}
@@ -522,7 +522,7 @@ func (c *truths) restore() {
 			c.disks.resize(n.ID, 4*truthDisk)
 			defer c.disks.resize(n.ID, truthDisk)
 		}
-		c.command("snapshot", "restore", c.backup, "--id", fmt.Sprint(n.ID), "--cluster", strings.Join(urls, ","), "--data-dir", c.dirOf(n))
+		c.command("backup", "restore", c.backup, "--id", fmt.Sprint(n.ID), "--cluster", strings.Join(urls, ","), "--data-dir", c.dirOf(n))
 	}
 	testkit.Must(c.t, os.Remove(c.backup))
 	c.start()

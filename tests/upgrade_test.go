@@ -343,6 +343,10 @@ func upgradeFrom(t *testing.T, old int) {
 	}
 	n := m.leader()
 	load("all new, and one old again", *testkit.Heavy, func() { m.become(n, true, false) })
+	load("and all killed", true, func() { // nobody remembers who the others are
+		m.kill(m.Nodes...)
+		m.start()
+	})
 	load("all new", *testkit.Heavy, func() {
 		for _, n := range m.Nodes {
 			m.become(n, false, false)

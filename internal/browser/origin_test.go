@@ -61,7 +61,7 @@ const attacks = `
 	const txn = '{"then":[{"op":"put","key":"written","value":"v"}]}';
 	request("read", "/secret");
 	request("read unseen", "/secret", {mode: "no-cors"});
-	request("backup", "/-/v1/snapshot");
+	request("backup", "/-/v1/backup");
 	request("put", "/written", {method: "PUT", body: "v"});
 	request("delete", "/secret", {method: "DELETE"});
 	request("post", "/", {method: "POST", body: "v"});

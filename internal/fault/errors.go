@@ -3,7 +3,6 @@ package fault
 import (
 	"errors"
 	"fmt"
-	"net/http"
 	"strings"
 )
 
@@ -19,11 +18,10 @@ const (
 	Unknown Outcome = "unknown"
 )
 
-// Error is a request that failed, in the words that every front end shares.
-// The HTTP front renders it as application/problem+json (RFC 9457).
+// Error is a request that failed, in the words that every front shares. Each front has
+// one table from the codes to what its protocol calls them.
 type Error struct {
 	Code    string // stable, kebab-case: clients switch on it
-	Status  int    // HTTP status
 	Outcome Outcome
 	Title   string
 	Detail  string // what to do next, for a person
@@ -56,8 +54,7 @@ func (e *Error) WithDetail(format string, args ...any) *Error {
 // it was refused for what the node is like at present, nobody knows whether that
 // was the first attempt.
 func (e *Error) OfRetry() *Error {
-	transient := e.Status >= http.StatusInternalServerError || e.Status == http.StatusRequestTimeout || e.Status == http.StatusTooManyRequests
-	if !transient || e.Outcome != NotApplied {
+	if !e.Retry || e.Outcome != NotApplied {
 		return e
 	}
 	d := e.WithDetail("%s; this attempt was not applied, but an earlier one with the same Idempotency-Key may have been: send it again with that", e.Detail)
@@ -67,51 +64,51 @@ func (e *Error) OfRetry() *Error {
 
 // Refused before anything was proposed.
 var (
-	ErrInvalid = &Error{Code: "invalid-request", Status: http.StatusBadRequest, Outcome: NotApplied,
+	ErrInvalid = &Error{Code: "invalid-request", Outcome: NotApplied,
 		Title: "Invalid request"}
-	ErrNotFound = &Error{Code: "not-found", Status: http.StatusNotFound, Outcome: NotApplied,
+	ErrNotFound = &Error{Code: "not-found", Outcome: NotApplied,
 		Title: "Not found"}
-	ErrMethod = &Error{Code: "method-not-allowed", Status: http.StatusMethodNotAllowed, Outcome: NotApplied,
+	ErrMethod = &Error{Code: "method-not-allowed", Outcome: NotApplied,
 		Title: "Method not allowed"}
-	ErrHost = &Error{Code: "unknown-host", Status: http.StatusMisdirectedRequest, Outcome: NotApplied,
+	ErrHost = &Error{Code: "unknown-host", Outcome: NotApplied,
 		Title: "Unknown host"}
-	ErrOrigin = &Error{Code: "cross-origin", Status: http.StatusForbidden, Outcome: NotApplied,
+	ErrOrigin = &Error{Code: "cross-origin", Outcome: NotApplied,
 		Title: "Cross-origin request"}
-	ErrTooLarge = &Error{Code: "value-too-large", Status: http.StatusRequestEntityTooLarge, Outcome: NotApplied,
+	ErrTooLarge = &Error{Code: "value-too-large", Outcome: NotApplied,
 		Title: "Value too large"}
-	ErrVersion = &Error{Code: "http-version", Status: http.StatusHTTPVersionNotSupported, Outcome: NotApplied,
+	ErrVersion = &Error{Code: "http-version", Outcome: NotApplied,
 		Title: "HTTP version not supported", Detail: "over HTTP/1.0 an answer of this call that was cut off could not be told from a whole one; use HTTP/1.1"}
-	ErrEncoding = &Error{Code: "unsupported-encoding", Status: http.StatusUnsupportedMediaType, Outcome: NotApplied,
+	ErrEncoding = &Error{Code: "unsupported-encoding", Outcome: NotApplied,
 		Title: "Unsupported encoding", Detail: "a body is taken as it is, without Content-Encoding; send what is to be stored"}
-	ErrBodyTimeout = &Error{Code: "request-timeout", Status: http.StatusRequestTimeout, Outcome: NotApplied, Retry: true,
+	ErrBodyTimeout = &Error{Code: "request-timeout", Outcome: NotApplied, Retry: true,
 		Title: "Request body timed out", Detail: "the body did not arrive in time; send it again"}
-	ErrConnections = &Error{Code: "too-many-connections", Status: http.StatusServiceUnavailable, Outcome: NotApplied, Retry: true,
+	ErrConnections = &Error{Code: "too-many-connections", Outcome: NotApplied, Retry: true,
 		Title: "Too many connections", Detail: "this node has as many connections as it may have, and has not read the request, so this attempt was not applied; retry later or at another node"}
-	ErrNotReady = &Error{Code: "not-ready", Status: http.StatusServiceUnavailable, Outcome: NotApplied, Retry: true,
+	ErrNotReady = &Error{Code: "not-ready", Outcome: NotApplied, Retry: true,
 		Title: "Not ready", Detail: "a linearizable read did not succeed in time; is a majority of the members up?"}
-	ErrMember = &Error{Code: "member-conflict", Status: http.StatusConflict, Outcome: NotApplied,
+	ErrMember = &Error{Code: "member-conflict", Outcome: NotApplied,
 		Title: "Member conflict"}
-	ErrOverloaded = &Error{Code: "overloaded", Status: http.StatusServiceUnavailable, Outcome: NotApplied, Retry: true,
+	ErrOverloaded = &Error{Code: "overloaded", Outcome: NotApplied, Retry: true,
 		Title: "Overloaded", Detail: "too many writes are waiting on this node; retry after a pause"}
-	ErrShuttingDown = &Error{Code: "shutting-down", Status: http.StatusServiceUnavailable, Outcome: NotApplied, Retry: true,
+	ErrShuttingDown = &Error{Code: "shutting-down", Outcome: NotApplied, Retry: true,
 		Title: "Shutting down", Detail: "this node is stopping; retry at another node"}
-	ErrDiskFull = &Error{Code: "disk-full", Status: http.StatusInsufficientStorage, Outcome: NotApplied, Retry: true,
+	ErrDiskFull = &Error{Code: "disk-full", Outcome: NotApplied, Retry: true,
 		Title: "Disk full", Detail: "a disk has no room for more; reads and deletes go on, and writes do as soon as there is space again"}
-	ErrQuota = &Error{Code: "quota-exceeded", Status: http.StatusInsufficientStorage, Outcome: NotApplied, Retry: true,
+	ErrQuota = &Error{Code: "quota-exceeded", Outcome: NotApplied, Retry: true,
 		Title: "Quota exceeded", Detail: "the store has reached --quota-bytes; delete keys, wait for some to expire, or start the nodes with a larger quota"}
-	ErrLevel = &Error{Code: "feature-level", Status: http.StatusServiceUnavailable, Outcome: NotApplied, Retry: true,
+	ErrLevel = &Error{Code: "feature-level", Outcome: NotApplied, Retry: true,
 		Title: "Not all members know this", Detail: "the request needs a newer version than some member runs; upgrade all of them, then send it again"}
-	ErrDiverged = &Error{Code: "diverged", Status: http.StatusServiceUnavailable, Outcome: NotApplied, Retry: true,
+	ErrDiverged = &Error{Code: "diverged", Outcome: NotApplied, Retry: true,
 		Title: "Diverged", Detail: "the state of this node is not that of the others, so it serves nothing; use another node, and replace this one"}
-	ErrUnchecked = &Error{Code: "unchecked", Status: http.StatusServiceUnavailable, Outcome: NotApplied, Retry: true,
+	ErrUnchecked = &Error{Code: "unchecked", Outcome: NotApplied, Retry: true,
 		Title: "Not compared yet", Detail: "this node has not found a majority that has its state since it started, which takes a moment; retry later or at another node"}
-	ErrNoLeader = &Error{Code: "no-leader", Status: http.StatusServiceUnavailable, Outcome: NotApplied, Retry: true,
+	ErrNoLeader = &Error{Code: "no-leader", Outcome: NotApplied, Retry: true,
 		Title: "No leader", Detail: "no leader was reachable before the deadline; is a majority of the members up?"}
 )
 
 // The deadline passed although there was a leader.
 var (
-	ErrReadTimeout = &Error{Code: "timeout", Status: http.StatusGatewayTimeout, Outcome: NotApplied, Retry: true,
+	ErrReadTimeout = &Error{Code: "timeout", Outcome: NotApplied, Retry: true,
 		Title: "Timed out", Detail: "this node did not reach the asked resource version before the deadline; retry here or at another node"}
 	ErrUnconfirmed = ErrReadTimeout.WithDetail("no majority confirmed before the deadline what there is to read; retry, here or at another node, or give it longer")
 	ErrNotProposed = ErrReadTimeout.WithDetail("the write waited until its deadline and was not proposed: it was not applied; retry, here or at another node, or give it longer")
@@ -119,27 +116,28 @@ var (
 
 // Applied with a negative answer: nothing changed.
 var (
-	ErrPrecondition = &Error{Code: "precondition-failed", Status: http.StatusPreconditionFailed, Outcome: NotApplied,
+	ErrPrecondition = &Error{Code: "precondition-failed", Outcome: NotApplied,
 		Title: "Precondition failed"}
-	ErrRetryOther = &Error{Code: "idempotency-mismatch", Status: http.StatusUnprocessableEntity, Outcome: NotApplied,
+	ErrRetryOther = &Error{Code: "idempotency-mismatch", Outcome: NotApplied,
 		Title:  "Idempotency-Key used before",
 		Detail: "another request had this Idempotency-Key; a new request needs a new one"}
-	ErrTooManyKeys = &Error{Code: "too-many-keys", Status: http.StatusRequestEntityTooLarge, Outcome: NotApplied,
+	ErrTooManyKeys = &Error{Code: "too-many-keys", Outcome: NotApplied,
 		Title: "Too many keys"}
-	ErrResultTooLarge = &Error{Code: "result-too-large", Status: http.StatusRequestEntityTooLarge, Outcome: NotApplied,
+	ErrResultTooLarge = &Error{Code: "result-too-large", Outcome: NotApplied,
 		Title: "Result too large"}
 )
 
 // Applied before, as a request with the same Idempotency-Key.
-var ErrResultNotKept = &Error{Code: "result-not-kept", Status: http.StatusConflict, Outcome: Applied,
+var ErrResultNotKept = &Error{Code: "result-not-kept", Outcome: Applied,
 	Title: "Applied, result not kept"}
 
 // What a leader says to a change of the membership that it may take later. It
 // reaches who asked as text.
 const (
-	RefusedForNow    = "another change of the membership is in progress; retry when it is done"
-	RefusedUntilThen = "has not caught up with the log yet"
-	refusedNobody    = "there is no member "
+	RefusedForNow     = "another change of the membership is in progress; retry when it is done"
+	RefusedUntilThen  = "has not caught up with the log yet"
+	RefusedUntilKnown = "has not announced its data directory yet, which a node does when it first serves; retry when it has"
+	refusedNobody     = "there is no member "
 )
 
 // MemberRefused is the answer to a change of the membership that was refused.
@@ -148,34 +146,34 @@ func MemberRefused(why string) *Error {
 		return ErrNotFound.WithDetail("%s", why)
 	}
 	e := ErrMember.WithDetail("%s", why)
-	e.Retry = why == RefusedForNow || strings.HasSuffix(why, RefusedUntilThen)
+	e.Retry = why == RefusedForNow || strings.HasSuffix(why, RefusedUntilThen) || strings.HasSuffix(why, RefusedUntilKnown)
 	return e
 }
 
 // Refused because this node does enough of it already.
-var ErrTooManyRequests = &Error{Code: "too-many-requests", Status: http.StatusTooManyRequests, Outcome: NotApplied, Retry: true,
+var ErrTooManyRequests = &Error{Code: "too-many-requests", Outcome: NotApplied, Retry: true,
 	Title: "Too many requests"}
 
 // Proposed, and not answered in time.
 var (
-	ErrUnknown = &Error{Code: "timeout", Status: http.StatusGatewayTimeout, Outcome: Unknown, Retry: false,
+	ErrUnknown = &Error{Code: "timeout", Outcome: Unknown, Retry: false,
 		Title:  "Timed out",
 		Detail: "the write was proposed but not confirmed before the deadline, and may still be applied: write again with If-Match and the version that you then read, or next time with an Idempotency-Key; that a read does not show it settles nothing"}
-	ErrUnknownRetry = &Error{Code: "timeout", Status: http.StatusGatewayTimeout, Outcome: Unknown, Retry: true,
+	ErrUnknownRetry = &Error{Code: "timeout", Outcome: Unknown, Retry: true,
 		Title:  "Timed out",
 		Detail: "the write was proposed but not confirmed before the deadline; it may still be applied: send it again with the same Idempotency-Key"}
-	ErrTransfer = &Error{Code: "transfer-failed", Status: http.StatusGatewayTimeout, Outcome: Unknown, Retry: true,
+	ErrTransfer = &Error{Code: "transfer-failed", Outcome: Unknown, Retry: true,
 		Title: "Transfer failed"}
 )
 
 // Of watches: before one starts, or as its last event.
 var (
-	ErrExpired = &Error{Code: "expired", Status: http.StatusGone, Outcome: NotApplied,
+	ErrExpired = &Error{Code: "expired", Outcome: NotApplied,
 		Title: "Expired", Detail: "events after the resource version have left the window of this node: list again, or watch with initial=true"}
-	ErrSlow = &Error{Code: "watch-too-slow", Status: http.StatusServiceUnavailable, Outcome: NotApplied, Retry: true,
+	ErrSlow = &Error{Code: "watch-too-slow", Outcome: NotApplied, Retry: true,
 		Title: "Watch too slow", Detail: "the watcher fell so far behind that it would soon have missed events; resume from the resource version, and read faster"}
 )
 
 // A fault of ours. A write that met it may have been proposed before.
-var ErrInternal = &Error{Code: "internal", Status: http.StatusInternalServerError, Outcome: Unknown,
+var ErrInternal = &Error{Code: "internal", Outcome: Unknown,
 	Title: "Internal error", Detail: "the log of this node says more; a write may have been applied, or may still be"}

@@ -355,6 +355,8 @@ func noKey(key string) error {
 	first, _, _ := strings.Cut(key, "/")
 	call := ""
 	switch {
+	case key == "v1/snapshot":
+		call = "/-/v1/backup"
 	case first == "v1":
 		call = "/-/" + key
 	case strings.HasPrefix(key, "v2/keys"):
@@ -367,6 +369,14 @@ func noKey(key string) error {
 		return errNoKey
 	}
 	return fault.ErrNotFound.WithDetail("the key has no value; the call is %s", call)
+}
+
+// noCall is the answer where a reserved path is no call. This one was a call once.
+func noCall(path string) error {
+	if path == "/-/v1/snapshot" {
+		return fault.ErrNotFound.WithDetail("there is no such call; a backup is at /-/v1/backup")
+	}
+	return errNoCall
 }
 
 // isUnchanged says whether the client has this version already.
@@ -847,7 +857,7 @@ func newProblem(e *fault.Error) Problem {
 	return Problem{
 		Type:      "urn:raftrv:error:" + e.Code,
 		Title:     e.Title,
-		Status:    e.Status,
+		Status:    statusOf(e),
 		Detail:    e.Detail,
 		Code:      e.Code,
 		Message:   e.Error(),
@@ -892,18 +902,18 @@ func (h *httpAPI) writeError(w http.ResponseWriter, r *http.Request, err error) 
 			w.Header()["Cache-Control"] = noStore
 		}
 	}
-	if e.Status >= http.StatusInternalServerError || e.Status == http.StatusConflict {
+	if p.Status >= http.StatusInternalServerError || p.Status == http.StatusConflict {
 		p.LeaderID = h.Store.Status().LeaderID // whom to ask instead
 	}
 	SetErrorHeaders(w.Header(), e)
-	WriteBody(w, r, e.Status, TypeProblem, p.Encode())
+	WriteBody(w, r, p.Status, TypeProblem, p.Encode())
 }
 
 func SetErrorHeaders(header http.Header, e *fault.Error) {
 	if e.Current != 0 {
 		setETag(header, e.Current)
 	}
-	switch e.Status {
+	switch statusOf(e) {
 	case http.StatusHTTPVersionNotSupported:
 		header["Connection"] = closeAfter
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable, http.StatusGatewayTimeout, http.StatusInsufficientStorage:
@@ -928,5 +938,5 @@ func Refusal() []byte {
 	p.Outcome = "" // nobody has read whether it is a write, or a retry
 	body := p.Encode()
 	return fmt.Appendf(nil, "HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nRetry-After: %s\r\n%sConnection: close\r\n\r\n%s",
-		fault.ErrConnections.Status, http.StatusText(fault.ErrConnections.Status), TypeProblem[0], len(body), retryAfter[0], browserHeader, body)
+		p.Status, http.StatusText(p.Status), TypeProblem[0], len(body), retryAfter[0], browserHeader, body)
 }

@@ -1586,7 +1586,7 @@ func TestHTTP_KeptPlaces(t *testing.T) {
 		f := serveFront(t, keptListener{pipes}, pipes.Dial)
 		for target, want := range map[string]int{
 			"/-/livez": 200, "/-/readyz": 200, "/-/metrics": 200, "/-/v1/members": 200, "/-/v1/status": 200,
-			"/k": 503, "/": 503, "/-/v1/keys": 503, "/-/v1/watch": 503, "/-/v1/snapshot": 503, "/-/none": 404,
+			"/k": 503, "/": 503, "/-/v1/keys": 503, "/-/v1/watch": 503, "/-/v1/backup": 503, "/-/none": 404,
 		} {
 			a := f.do("GET", target, "")
 			a.Want(t, want)

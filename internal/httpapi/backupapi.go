@@ -31,8 +31,8 @@ func FormatDigest(h hash.Hash) string {
 	return "sha-256=:" + base64.StdEncoding.EncodeToString(h.Sum(nil)) + ":"
 }
 
-// getSnapshot streams a backup.
-func (h *httpAPI) getSnapshot(w http.ResponseWriter, r request) error {
+// getBackup streams a backup.
+func (h *httpAPI) getBackup(w http.ResponseWriter, r request) error {
 	if err := h.Store.Fresh(r.Context(), r.freshness()); err != nil {
 		return err
 	}

@@ -16,12 +16,12 @@ import (
 	"raftrv/internal/testkit"
 )
 
-func TestHTTP_Snapshot(t *testing.T) {
+func TestHTTP_Backup(t *testing.T) {
 	f := newFront(t)
 	for i := range 1000 {
 		f.put(fmt.Sprint("key-", i), strings.Repeat("v", i))
 	}
-	a := f.do("GET", "/-/v1/snapshot", "")
+	a := f.do("GET", "/-/v1/backup", "")
 	a.Want(t, 200)
 	a.WantHeader(t, "Resource-Version", "1000")
 	a.WantHeader(t, "Raft-Index", fmt.Sprint(f.store.Applied()))
@@ -34,9 +34,9 @@ func TestHTTP_Snapshot(t *testing.T) {
 	if a.Header.Get("Cluster-Id") != got.Cluster || got.Member != 1 || got.Version != "v0" {
 		t.Errorf("%+v, header %v", got.BackupHead, a.Header)
 	}
-	f.do("HEAD", "/-/v1/snapshot", "").WantHeader(t, "Resource-Version", "1000")
-	f.do("GET", "/-/v1/snapshot?prefix=key", "").Want(t, 400)
-	f.do("GET", "/-/v1/snapshot?resourceVersion=1000", "").Want(t, 200)
+	f.do("HEAD", "/-/v1/backup", "").WantHeader(t, "Resource-Version", "1000")
+	f.do("GET", "/-/v1/backup?prefix=key", "").Want(t, 400)
+	f.do("GET", "/-/v1/backup?resourceVersion=1000", "").Want(t, 200)
 	if left := len(f.store.State.Scans); left != 0 {
 		t.Errorf("%d scans are left", left)
 	}
@@ -53,7 +53,7 @@ func TestHTTP_SlowSnapshot(t *testing.T) {
 					f.put(fmt.Sprintf("key-%02d", i), strings.Repeat("v", 64<<10))
 				}
 				c := f.mustDial()
-				_, err := io.WriteString(c, "GET /-/v1/snapshot HTTP/1.1\r\nHost: x\r\n\r\n")
+				_, err := io.WriteString(c, "GET /-/v1/backup HTTP/1.1\r\nHost: x\r\n\r\n")
 				testkit.Must(t, err)
 				res, err := http.ReadResponse(bufio.NewReader(c), nil)
 				testkit.Must(t, err)

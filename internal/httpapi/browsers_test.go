@@ -45,7 +45,7 @@ func TestBrowsers_Host(t *testing.T) {
 	}
 	for _, tt := range tests {
 		for _, method := range []string{"GET", "PUT", "POST", "DELETE", "OPTIONS"} {
-			for _, target := range []string{"/secret", "/-/v1/snapshot", "/-/metrics", "/-/livez"} {
+			for _, target := range []string{"/secret", "/-/v1/backup", "/-/metrics", "/-/livez"} {
 				a := f.sendAs(tt.host, method, target, "")
 				switch {
 				case tt.ok && a.Code == http.StatusMisdirectedRequest:

@@ -547,7 +547,7 @@ func TestHTTP_ListPlaces(t *testing.T) {
 		f.do("GET", "/-/v1/keys", "").Want(t, 429)
 		f.do("GET", "/-/v1/watch?initial=true", "").Want(t, 429)
 		f.do("GET", "/-/v1/keys?prefix=key-00", "").Want(t, 200)
-		f.do("GET", "/-/v1/snapshot", "").Want(t, 200)
+		f.do("GET", "/-/v1/backup", "").Want(t, 200)
 		if !f.api.lists.Take(other, 1) {
 			t.Error("nothing is left for others")
 		}
@@ -560,9 +560,9 @@ func TestHTTP_ListPlaces(t *testing.T) {
 
 		for f.api.backups.Take(here, 1) {
 		}
-		f.do("GET", "/-/v1/snapshot", "").Want(t, 429)
+		f.do("GET", "/-/v1/backup", "").Want(t, 429)
 		f.do("GET", "/-/v1/keys", "", stream...).Want(t, 200)
-		synctest.Wait() // the client may have its answer before the place is given back
+		synctest.Wait() // the last answer was ahead of the end of its request
 		if f.api.lists.Taken != shares.MostOf(listsMax) || f.api.backups.Taken != shares.MostOf(backupsMax) {
 			t.Errorf("%d lists, %d backups", f.api.lists.Taken, f.api.backups.Taken)
 		}
@@ -700,7 +700,7 @@ var streamed = map[string]func(body string) error{
 		_, _, err := readStream(body)
 		return err
 	},
-	"/-/v1/snapshot": func(body string) error {
+	"/-/v1/backup": func(body string) error {
 		path := filepath.Join(os.TempDir(), "raftrv-stream-test")
 		defer func() { _ = os.Remove(path) }() // a leftover does no harm
 		if err := os.WriteFile(path, []byte(body), 0o600); err != nil {

@@ -428,7 +428,7 @@ func openAPIRequests() []openAPIRequest {
 		{410, "GET", "/-/v1/watch?resourceVersion=1", "", nil, nil},
 		{410, "GET", "/-/v1/keys?resourceVersion=1&resourceVersionMatch=exact", "", nil, nil},
 		{504, "GET", "/-/v1/watch?initial=true&resourceVersion=9999999", "", nil, nil},
-		{200, "GET", "/-/v1/snapshot", "", nil, nil},
+		{200, "GET", "/-/v1/backup", "", nil, nil},
 		{200, "GET", "/-/v1/status", "", nil, nil},
 		{200, "GET", "/-/v1/status?all=true", "", nil, nil},
 		{200, "GET", "/-/v1/log-level", "", nil, nil},
@@ -544,7 +544,7 @@ func TestOpenAPI_Statuses(t *testing.T) {
 		}
 		defer sc.Close()
 	}
-	for _, target := range []string{"/-/v1/keys", "/-/v1/watch?initial=true", "/-/v1/snapshot"} {
+	for _, target := range []string{"/-/v1/keys", "/-/v1/watch?initial=true", "/-/v1/backup"} {
 		a := f.do("GET", target, "", "Accept: application/x-ndjson")
 		a.Want(t, 429)
 		note("GET", target, a.Code)

@@ -493,7 +493,7 @@ func TestHTTP_MeantAsACall(t *testing.T) {
 	for path, call := range map[string]string{
 		"/metrics": "/-/metrics", "/health": "/-/livez or /-/readyz", "/healthz": "/-/livez or /-/readyz", "/health/live": "/-/livez or /-/readyz", "/healthcheck": "/-/livez or /-/readyz", "/livez": "/-/livez or /-/readyz",
 		"/readyz": "/-/readyz", "/v1/keys": "/-/v1/keys", "/v1/status": "/-/v1/status", "/v2/keys": "/-/v1/keys", "/v2/keys/foo": "/-/v1/keys/foo", "/version": "/-/version",
-		"/v1": "/-/v1", "/v10": "", "/metric": "", "/a": "",
+		"/v1": "/-/v1", "/v1/snapshot": "/-/v1/backup", "/v10": "", "/metric": "", "/a": "",
 	} {
 		for _, method := range []string{"GET", "DELETE"} {
 			a := f.do(method, path, "")
@@ -506,6 +506,11 @@ func TestHTTP_MeantAsACall(t *testing.T) {
 				t.Errorf("%s: %q, want %q", path, p.Detail, want)
 			}
 		}
+	}
+	a := f.do("GET", "/-/v1/snapshot", "")
+	a.Want(t, 404)
+	if p := mustProblem(t, a); p.Detail != "there is no such call; a backup is at /-/v1/backup" {
+		t.Errorf("/-/v1/snapshot: %q", p.Detail)
 	}
 	f.put("metrics", "v")
 	f.do("GET", "/metrics", "").Want(t, 200)

@@ -87,8 +87,8 @@ var reservedRoutes = newRoutes(
 	route{path: "/-/v1/watch", calls: []call{
 		{method: http.MethodGet, serve: (*httpAPI).watch, params: paramResume | paramPrefix | paramKey | paramInitial | paramDuration, headers: headerLastEventID},
 	}},
-	route{path: "/-/v1/snapshot", calls: []call{
-		{method: http.MethodGet, serve: (*httpAPI).getSnapshot, params: readParams},
+	route{path: "/-/v1/backup", calls: []call{
+		{method: http.MethodGet, serve: (*httpAPI).getBackup, params: readParams},
 	}},
 	route{path: "/-/v1/members", calls: []call{
 		{method: http.MethodGet, serve: (*httpAPI).listMembers, params: readParams, kept: true},
@@ -119,6 +119,49 @@ var reservedRoutes = newRoutes(
 	route{path: "/-/version", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getProgram}}},
 	route{path: "/-/openapi.json", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getOpenAPI}}},
 )
+
+// statuses says for each code of an error which status its answer has.
+var statuses = map[string]int{
+	fault.ErrInvalid.Code:         http.StatusBadRequest,
+	fault.ErrNotFound.Code:        http.StatusNotFound,
+	fault.ErrMethod.Code:          http.StatusMethodNotAllowed,
+	fault.ErrHost.Code:            http.StatusMisdirectedRequest,
+	fault.ErrOrigin.Code:          http.StatusForbidden,
+	fault.ErrTooLarge.Code:        http.StatusRequestEntityTooLarge,
+	fault.ErrVersion.Code:         http.StatusHTTPVersionNotSupported,
+	fault.ErrEncoding.Code:        http.StatusUnsupportedMediaType,
+	fault.ErrBodyTimeout.Code:     http.StatusRequestTimeout,
+	fault.ErrConnections.Code:     http.StatusServiceUnavailable,
+	fault.ErrNotReady.Code:        http.StatusServiceUnavailable,
+	fault.ErrMember.Code:          http.StatusConflict,
+	fault.ErrOverloaded.Code:      http.StatusServiceUnavailable,
+	fault.ErrShuttingDown.Code:    http.StatusServiceUnavailable,
+	fault.ErrDiskFull.Code:        http.StatusInsufficientStorage,
+	fault.ErrQuota.Code:           http.StatusInsufficientStorage,
+	fault.ErrLevel.Code:           http.StatusServiceUnavailable,
+	fault.ErrDiverged.Code:        http.StatusServiceUnavailable,
+	fault.ErrUnchecked.Code:       http.StatusServiceUnavailable,
+	fault.ErrNoLeader.Code:        http.StatusServiceUnavailable,
+	fault.ErrReadTimeout.Code:     http.StatusGatewayTimeout,
+	fault.ErrPrecondition.Code:    http.StatusPreconditionFailed,
+	fault.ErrRetryOther.Code:      http.StatusUnprocessableEntity,
+	fault.ErrTooManyKeys.Code:     http.StatusRequestEntityTooLarge,
+	fault.ErrResultTooLarge.Code:  http.StatusRequestEntityTooLarge,
+	fault.ErrResultNotKept.Code:   http.StatusConflict,
+	fault.ErrTooManyRequests.Code: http.StatusTooManyRequests,
+	fault.ErrTransfer.Code:        http.StatusGatewayTimeout,
+	fault.ErrExpired.Code:         http.StatusGone,
+	fault.ErrSlow.Code:            http.StatusServiceUnavailable,
+	fault.ErrInternal.Code:        http.StatusInternalServerError,
+}
+
+// statusOf returns the status of the answer that an error is.
+func statusOf(e *fault.Error) int {
+	if status, ok := statuses[e.Code]; ok {
+		return status
+	}
+	return http.StatusInternalServerError
+}
 
 func newRoutes(routes ...route) []*route {
 	var table []*route
@@ -192,7 +235,7 @@ func (h *httpAPI) route(w *recorder, r *http.Request) error {
 		rt = rootRoute
 	case isReserved(path):
 		if rt, variable = FindReserved(path); rt == nil {
-			return errNoCall
+			return noCall(path)
 		}
 	}
 	name, err := rt.parse(variable)

@@ -56,7 +56,7 @@ var snapshotFormats = [LevelNewest + 1]uint64{1: 2, 2: 3, 3: 4}
 
 var (
 	Castagnoli        = crc32.MakeTable(crc32.Castagnoli)
-	ErrSnapshotDamage = errors.New("snapshot is damaged")
+	ErrSnapshotDamage = errors.New("the file is damaged") // a backup is such a file, too
 	ErrSnapshotFormat = errors.New("the snapshot has another format")
 )
 
