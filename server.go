@@ -79,7 +79,7 @@ func (n *node) Status() httpapi.NodeStatus {
 		AppliedIndex:    n.store.Applied(),
 		ResourceVersion: n.store.Version(),
 		Version:         version,
-		Members:         n.store.Members(),
+		Members:         httpapi.Members(n.store.Members()),
 		FeatureLevel:    n.store.Level(),
 		StateBytes:      n.store.Size(),
 	}
