@@ -111,7 +111,7 @@ planted: ## plant bugs and print how soon the simulator finds each
 	$(GO) test -count=1 -run 'TestPlanted$$' -planted.report -timeout 1h .
 
 # The replica, the store and storage.
-FILES  ?= raft.go kvstore.go command.go retries.go events.go scan.go storage.go watermark.go snapshot.go
+FILES  ?= raft.go loop.go storage.go watermark.go
 SAMPLE ?= 50
 SEED   ?= 1
 

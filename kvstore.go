@@ -284,7 +284,7 @@ func (s *kvstore) Status() httpapi.NodeStatus {
 		AppliedIndex:    s.store.Applied(),
 		ResourceVersion: s.store.Version(),
 		Version:         version,
-		Members:         s.store.Members(),
+		Members:         httpapi.Members(s.store.Members()),
 		FeatureLevel:    s.store.Level(),
 		StateBytes:      s.store.Size(),
 	}

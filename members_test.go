@@ -382,7 +382,7 @@ func TestVirtual_DivergedChangesNoMembers(t *testing.T) {
 		before := fmt.Sprint(n.store.Members())
 		n.guard.verdict.Store(int32(store.Diverged))
 		for _, r := range [][3]string{
-			{"PUT", "/-/v1/members/1", `{"name":"x"}`}, {"DELETE", "/-/v1/members/3", ""}, {"POST", "/-/v1/members/4", `{"peerURL":"http://virtual:4"}`},
+			{"PUT", "/-/v1/members/1", `{"name":"x"}`}, {"DELETE", "/-/v1/members/3", ""}, {"POST", "/-/v1/members/4", `{"peerUrl":"http://virtual:4"}`},
 			{"POST", "/5", "http://virtual:5"}, {"POST", "/-/v1/members/2/promote", ""}, {"PUT", "/k", "v"}, {"GET", "/k?resourceVersion=0", ""}, {"POST", "/-/v1/txn", "{}"},
 		} {
 			if got := n.do(r[0], r[1], r[2]); got.status != 503 || !strings.Contains(got.body, `"code":"diverged"`) {
@@ -409,7 +409,7 @@ func TestVirtual_RefusedMembers(t *testing.T) {
 				t.Errorf("%s %s: %v", r[0], r[1], got)
 			}
 		}
-		if got := n.do("POST", "/-/v1/members/3", `{"peerURL":"http://virtual:9"}`); got.status != 409 || !strings.Contains(got.body, `"retryable":false`) {
+		if got := n.do("POST", "/-/v1/members/3", `{"peerUrl":"http://virtual:9"}`); got.status != 409 || !strings.Contains(got.body, `"retryable":false`) {
 			t.Errorf("%v", got)
 		}
 	})

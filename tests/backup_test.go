@@ -264,7 +264,7 @@ func TestProcess_RestoreTwice(t *testing.T) {
 	again := c.Nodes[2]
 	c.eventually(func() error { // its directory is known
 		r := c.client(c.Nodes[0]).do(http.MethodGet, c.Nodes[0].URL()+"/-/v1/members", "")
-		if strings.Count(string(r.body), `"directory"`) != 3 {
+		if strings.Count(string(r.body), `"instanceId"`) != 3 {
 			return fmt.Errorf("members %s", r.body)
 		}
 		return nil

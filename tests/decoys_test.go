@@ -38,7 +38,7 @@ func TestProcess_Decoys(t *testing.T) {
 		return &peerWords{Cluster: info.Cluster, Node: id, Process: 1, Members: info.Members}
 	}
 	post := func(at *proc.Node, id uint64, address string) *liveReply {
-		return c.memberCall(at, http.MethodPost, fmt.Sprintf("/-/v1/members/%d", id), fmt.Sprintf(`{"peerURL":%q}`, address))
+		return c.memberCall(at, http.MethodPost, fmt.Sprintf("/-/v1/members/%d", id), fmt.Sprintf(`{"peerUrl":%q}`, address))
 	}
 	healthy := func(what string) {
 		t.Helper()
@@ -83,14 +83,14 @@ func TestProcess_Decoys(t *testing.T) {
 			u := address(hostile.NewDecoy(t))
 			text := u
 			if strings.HasPrefix(body, "/-/") {
-				text = fmt.Sprintf(`{"peerURL":%q}`, u)
+				text = fmt.Sprintf(`{"peerUrl":%q}`, u)
 			}
 			if r := c.memberCall(c.Nodes[0], http.MethodPost, body, text); r.status != http.StatusConflict || !strings.Contains(string(r.body), "is not the peer URL of node 66") {
 				t.Errorf("%s: POST %s: %d %s %v", name, body, r.status, r.body, r.err)
 			}
 		}
 		u := address(hostile.NewDecoy(t))
-		if r := c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/3", fmt.Sprintf(`{"peerURL":%q}`, u)); r.status != http.StatusConflict {
+		if r := c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/3", fmt.Sprintf(`{"peerUrl":%q}`, u)); r.status != http.StatusConflict {
 			t.Errorf("%s: move node 3 there: %d %s %v", name, r.status, r.body, r.err)
 		}
 	}
@@ -100,7 +100,7 @@ func TestProcess_Decoys(t *testing.T) {
 	// Nor does who says that it is a member that runs.
 	liar := hostile.NewDecoy(t)
 	liar.Says(us(3), nil)
-	if r := c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/3", fmt.Sprintf(`{"peerURL":%q}`, liar.URL)); r.status != http.StatusConflict || !strings.Contains(string(r.body), "still runs at another address") {
+	if r := c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/3", fmt.Sprintf(`{"peerUrl":%q}`, liar.URL)); r.status != http.StatusConflict || !strings.Contains(string(r.body), "still runs at another address") {
 		t.Errorf("move a node that runs: %d %s", r.status, r.body)
 	}
 	c.wantMembers(c.Nodes...)
@@ -216,7 +216,7 @@ func TestProcess_Decoys(t *testing.T) {
 	testkit.Must(t, err)
 	address := silent.Addr().String()
 	testkit.Must(t, silent.Close())
-	testkit.Must(t, changed(c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/1", fmt.Sprintf(`{"peerURL":"http://%s"}`, address))))
+	testkit.Must(t, changed(c.memberCall(c.Nodes[0], http.MethodPut, "/-/v1/members/1", fmt.Sprintf(`{"peerUrl":"http://%s"}`, address))))
 	again, err := net.Listen("tcp", address)
 	testkit.Must(t, err)
 	liar = &hostile.Decoy{Server: &httptest.Server{Listener: again}}
@@ -231,7 +231,7 @@ func TestProcess_Decoys(t *testing.T) {
 	if liar.Others.Load() != 0 {
 		t.Errorf("%d requests to who is not the member", liar.Others.Load())
 	}
-	testkit.Must(t, changed(c.memberCall(c.Nodes[1], http.MethodPut, "/-/v1/members/1", fmt.Sprintf(`{"peerURL":%q}`, c.Nodes[0].RaftURL()))))
+	testkit.Must(t, changed(c.memberCall(c.Nodes[1], http.MethodPut, "/-/v1/members/1", fmt.Sprintf(`{"peerUrl":%q}`, c.Nodes[0].RaftURL()))))
 	healthy("moved back")
 	if r := c.client(c.Nodes[2]).get(written.key); r.value != written.value {
 		t.Errorf("what was written is %v", r)

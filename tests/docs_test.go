@@ -72,7 +72,7 @@ var outputRules = []struct {
 	{regexp.MustCompile(`(Date|Expires): .*GMT`), "$1: Fri, 20 Nov 2026 12:00:00 GMT"},
 	{regexp.MustCompile(`"expiresAt":"[^"]*"`), `"expiresAt":"2026-11-20T12:00:00.000Z"`},
 	{regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}`), "019aa0f0-5c00-7000-8000-000000000001"},
-	{regexp.MustCompile(`"directory":"\d+"`), `"directory":"1311768467463790320"`},
+	{regexp.MustCompile(`"instanceId":"\d+"`), `"instanceId":"1311768467463790320"`},
 	{regexp.MustCompile(`"clusterId":"[^"]*"`), `"clusterId":"5d0c9b8a7f6e4d3b"`},
 	{regexp.MustCompile(`"(term|committedIndex|appliedIndex|diskFreeBytes)":\d+`), `"$1":0`},
 	{regexp.MustCompile(`"stateSum":"[^"]*"`), `"stateSum":"8f1d3c5b7a9e2046"`},

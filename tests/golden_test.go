@@ -88,7 +88,7 @@ func writeGolden(t *testing.T, c *liveCluster, level int) {
 			"Idempotency-Key", "txn-"+round)
 	}
 	write("one")
-	call("POST", "/-/v1/members/2", `{"peerURL":"http://127.0.0.1:1","name":"never there"}`)
+	call("POST", "/-/v1/members/2", `{"peerUrl":"http://127.0.0.1:1","name":"never there"}`)
 	write("two")
 	c.stop(n)
 	c.start() // a second session

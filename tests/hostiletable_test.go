@@ -123,7 +123,7 @@ func hostileToClients() (all []rawHostile) {
 	// What a page of another origin may send without asking.
 	const txn = `{"then":[{"op":"put","key":"hostile","value":"v"}]}`
 	for _, origin := range []string{"Origin: https://evil.example\r\nSec-Fetch-Site: cross-site", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Site: same-site", "Origin: https://evil.example", "Origin: null", "Origin: http://127.0.0.1.nip.io"} {
-		add("cross-origin", "403", rawRequest("POST", "/-/v1/members/66", `{"peerURL":"http://127.0.0.1:46666"}`, origin, "Content-Type: text/plain"))
+		add("cross-origin", "403", rawRequest("POST", "/-/v1/members/66", `{"peerUrl":"http://127.0.0.1:46666"}`, origin, "Content-Type: text/plain"))
 		add("cross-origin", "403", rawRequest("POST", "/66", "http://127.0.0.1:46666", origin, "Content-Type: text/plain"))
 		add("cross-origin", "403", rawRequest("POST", "/-/v1/txn", txn, origin, "Content-Type: text/plain"))
 		add("cross-origin", "403", rawRequest("POST", "/", "v", origin, "Content-Type: application/x-www-form-urlencoded"))
@@ -144,12 +144,12 @@ func hostileToClients() (all []rawHostile) {
 	}
 	// Members, and calls for who looks after the node.
 	for _, id := range []string{"0", "-1", "01", "1.5", "0x1", "18446744073709551616", "a", "%31%00", "1/../2"} {
-		add("member", "40", rawRequest("POST", "/-/v1/members/"+id, `{"peerURL":"http://127.0.0.1:1"}`))
+		add("member", "40", rawRequest("POST", "/-/v1/members/"+id, `{"peerUrl":"http://127.0.0.1:1"}`))
 		add("member", "40", rawRequest("DELETE", "/-/v1/members/"+id, ""))
 		add("member", "40", rawRequest("POST", "/-/v1/leader/"+id, ""))
 	}
 	for _, u := range []string{"", "x", "127.0.0.1:1", "file:///etc/passwd", "gopher://127.0.0.1:1", "http://", "http://:1", "http://127.0.0.1", "http://127.0.0.1:0", "http://127.0.0.1:65536", "http://127.0.0.1:1/path", "http://127.0.0.1:1?q", "http://user:pass@127.0.0.1:1", "http://0.0.0.0:1", "http://[::]:1", "http://127.0.0.1:1#f", "http://127.0.0.1:1\\u0000"} {
-		add("member", "40", rawRequest("POST", "/-/v1/members/77", `{"peerURL":"`+u+`"}`))
+		add("member", "40", rawRequest("POST", "/-/v1/members/77", `{"peerUrl":"`+u+`"}`))
 	}
 	for _, r := range []string{
 		rawRequest("PUT", "/-/v1/members/77", `{"name":"n"}`), rawRequest("DELETE", "/-/v1/members/77", ""), rawRequest("POST", "/-/v1/members/77/promote", ""), rawRequest("POST", "/-/v1/members/77", `{"peerurl":"http://127.0.0.1:1"}`),

@@ -14,8 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"raftrv/internal/httpapi"
 	"raftrv/internal/proc"
-	"raftrv/internal/store"
 	"raftrv/internal/testkit"
 )
 
@@ -35,7 +35,7 @@ func (c *liveCluster) join(at *proc.Node) *proc.Node {
 	n, err := c.Add()
 	testkit.Must(c.t, err)
 	c.eventually(func() error {
-		r := c.memberCall(at, http.MethodPost, fmt.Sprintf("/-/v1/members/%d", n.ID), fmt.Sprintf(`{"peerURL":%q}`, n.RaftURL()))
+		r := c.memberCall(at, http.MethodPost, fmt.Sprintf("/-/v1/members/%d", n.ID), fmt.Sprintf(`{"peerUrl":%q}`, n.RaftURL()))
 		return changed(r, "already exists", "exists already")
 	})
 	testkit.Must(c.t, n.Start())
@@ -111,9 +111,9 @@ func (c *liveCluster) wantRemoved(n *proc.Node) {
 	}
 }
 
-func (c *liveCluster) members(at *proc.Node) []store.Member {
+func (c *liveCluster) members(at *proc.Node) []httpapi.Member {
 	c.t.Helper()
-	var answer struct{ Members []store.Member }
+	var answer struct{ Members []httpapi.Member }
 	r := c.memberCall(at, http.MethodGet, "/-/v1/members", "")
 	if r.err != nil || json.Unmarshal(r.body, &answer) != nil {
 		return nil
@@ -140,7 +140,7 @@ func (c *liveCluster) wantMembers(want ...*proc.Node) {
 	for _, at := range want {
 		c.eventually(func() error {
 			members := c.members(at)
-			same := slices.EqualFunc(members, want, func(m store.Member, n *proc.Node) bool {
+			same := slices.EqualFunc(members, want, func(m httpapi.Member, n *proc.Node) bool {
 				return m.ID == uint64(n.ID) && m.PeerURL == n.RaftURL() && !m.Learner
 			})
 			if !same {
@@ -376,7 +376,7 @@ func TestProcess_NewAddress(t *testing.T) {
 	one, two, three := c.Nodes[0], c.Nodes[1], c.Nodes[2]
 	c.stop(three)
 	three.Host, three.RaftPort = "localhost", three.RedisPort // which nobody uses here
-	testkit.Must(t, changed(c.memberCall(two, http.MethodPut, "/-/v1/members/3", fmt.Sprintf(`{"peerURL":%q,"name":"third"}`, three.RaftURL()))))
+	testkit.Must(t, changed(c.memberCall(two, http.MethodPut, "/-/v1/members/3", fmt.Sprintf(`{"peerUrl":%q,"name":"third"}`, three.RaftURL()))))
 	c.start()
 	c.wantMembers(one, two, three)
 	c.write(three, "k", "v")
@@ -398,7 +398,7 @@ func TestProcess_OneChangeAtATime(t *testing.T) {
 	for i := range changes {
 		wg.Go(func() {
 			id := 10 + i
-			replies[i] = c.memberCall(c.Nodes[i%3], http.MethodPost, fmt.Sprintf("/-/v1/members/%d", id), fmt.Sprintf(`{"peerURL":"http://127.0.0.1:%d","learner":true}`, 1000+id))
+			replies[i] = c.memberCall(c.Nodes[i%3], http.MethodPost, fmt.Sprintf("/-/v1/members/%d", id), fmt.Sprintf(`{"peerUrl":"http://127.0.0.1:%d","learner":true}`, 1000+id))
 		})
 	}
 	wg.Wait()
@@ -419,7 +419,7 @@ func TestProcess_OneChangeAtATime(t *testing.T) {
 	// However they come, there are no more than a cluster may have.
 	c.eventually(func() error {
 		id := 100 + len(c.members(c.Nodes[0]))
-		r := c.memberCall(c.Nodes[id%3], http.MethodPost, fmt.Sprintf("/-/v1/members/%d", id), fmt.Sprintf(`{"peerURL":"http://127.0.0.1:%d","learner":true}`, 900+id))
+		r := c.memberCall(c.Nodes[id%3], http.MethodPost, fmt.Sprintf("/-/v1/members/%d", id), fmt.Sprintf(`{"peerUrl":"http://127.0.0.1:%d","learner":true}`, 900+id))
 		if !strings.Contains(string(r.body), "at most 4 learners") {
 			return fmt.Errorf("%d %s %w", r.status, r.body, r.err)
 		}

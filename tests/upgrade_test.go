@@ -236,7 +236,7 @@ func (m *mixedCluster) wantNotOffered() {
 	l := m.client(leader)
 	defer l.close()
 	path := fmt.Sprintf("%s/-/v1/members/%d", leader.URL(), n.ID)
-	if r := l.do(http.MethodPost, path, fmt.Sprintf(`{"peerURL":%q}`, n.RaftURL())); r.status != http.StatusNoContent {
+	if r := l.do(http.MethodPost, path, fmt.Sprintf(`{"peerUrl":%q}`, n.RaftURL())); r.status != http.StatusNoContent {
 		m.t.Fatalf("add: %d %s %v", r.status, r.body, r.err)
 	}
 	testkit.Must(m.t, n.Start())

@@ -124,17 +124,17 @@ type Read struct {
 
 // NodeStatus is one node's view of itself and the cluster.
 type NodeStatus struct {
-	ID              uint64         `json:"id"`
-	ClusterID       string         `json:"clusterId"` // hexadecimal
-	LeaderID        uint64         `json:"leaderId"`  // 0 if not known
-	Role            string         `json:"role"`      // leader, follower, candidate, pre-candidate or learner
-	Term            uint64         `json:"term"`
-	CommittedIndex  uint64         `json:"committedIndex"`
-	AppliedIndex    uint64         `json:"appliedIndex"`
-	ResourceVersion uint64         `json:"resourceVersion"`
-	Version         string         `json:"version"`
-	FeatureLevel    int            `json:"featureLevel"` // of the cluster
-	Members         []store.Member `json:"members"`
+	ID              uint64   `json:"id"`
+	ClusterID       string   `json:"clusterId"` // hexadecimal
+	LeaderID        uint64   `json:"leaderId"`  // 0 if not known
+	Role            string   `json:"role"`      // leader, follower, candidate, pre-candidate or learner
+	Term            uint64   `json:"term"`
+	CommittedIndex  uint64   `json:"committedIndex"`
+	AppliedIndex    uint64   `json:"appliedIndex"`
+	ResourceVersion uint64   `json:"resourceVersion"`
+	Version         string   `json:"version"`
+	FeatureLevel    int      `json:"featureLevel"` // of the cluster
+	Members         []Member `json:"members"`
 
 	StateBytes       uint64 `json:"stateBytes"` // that the keys and values take, about
 	StateSum         string `json:"stateSum"`   // of all entries up to appliedIndex; hexadecimal

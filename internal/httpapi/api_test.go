@@ -174,7 +174,7 @@ func (b *fakeBackend) Writable() error {
 func (b *fakeBackend) Status() NodeStatus {
 	return NodeStatus{
 		ID: 1, ClusterID: "c0ffee", LeaderID: 2, Role: "follower", Term: 3, CommittedIndex: 4, AppliedIndex: 4,
-		ResourceVersion: b.store.Version(), Version: "v0", FeatureLevel: 1, Divergence: "sound", Members: []store.Member{{ID: 1, PeerURL: "http://127.0.0.1:1"}},
+		ResourceVersion: b.store.Version(), Version: "v0", FeatureLevel: 1, Divergence: "sound", Members: []Member{{ID: 1, PeerURL: "http://127.0.0.1:1"}},
 	}
 }
 
@@ -944,7 +944,7 @@ func TestHTTP_TimeoutReachesBackend(t *testing.T) {
 		{"POST", "/?timeout=11s", "", 11 * time.Second},
 		{"PATCH", "/?timeout=12s", "1", 12 * time.Second},
 		{"POST", "/4?timeout=13s", "http://a:1", 13 * time.Second},
-		{"POST", "/-/v1/members/4?timeout=14s", `{"peerURL":"http://a:1"}`, 14 * time.Second},
+		{"POST", "/-/v1/members/4?timeout=14s", `{"peerUrl":"http://a:1"}`, 14 * time.Second},
 		{"PUT", "/-/v1/members/4?timeout=15s", `{}`, 15 * time.Second},
 		{"DELETE", "/-/v1/members/4?timeout=16s", "", 16 * time.Second},
 		{"POST", "/-/v1/members/4/promote?timeout=17s", "", 17 * time.Second},
@@ -1102,7 +1102,7 @@ func TestHTTP_Node(t *testing.T) {
 		"/-/livez":  "ok\n",
 		"/-/readyz": "ok\n",
 		"/-/v1/status": `{"id":1,"clusterId":"c0ffee","leaderId":2,"role":"follower","term":3,"committedIndex":4,"appliedIndex":4,` +
-			`"resourceVersion":0,"version":"v0","featureLevel":1,"members":[{"id":1,"peerURL":"http://127.0.0.1:1"}],` +
+			`"resourceVersion":0,"version":"v0","featureLevel":1,"members":[{"id":1,"peerUrl":"http://127.0.0.1:1"}],` +
 			`"stateBytes":0,"stateSum":"","quotaBytes":0,"diskFreeBytes":0,"diskReserveBytes":0,"divergence":"sound"}` + "\n",
 		"/-/version": `{"version":"v0","goVersion":"` + runtime.Version() + `"}` + "\n",
 	} {
@@ -1597,7 +1597,7 @@ func TestHTTP_KeptPlaces(t *testing.T) {
 				t.Errorf("%s: %s", target, a.Body)
 			}
 		}
-		f.do("POST", "/-/v1/members/4", `{"peerURL":"http://127.0.0.4:4"}`).Want(t, 204)
+		f.do("POST", "/-/v1/members/4", `{"peerUrl":"http://127.0.0.4:4"}`).Want(t, 204)
 		if rv := f.store.Version(); rv != 0 {
 			t.Error("something was written")
 		}

@@ -90,7 +90,7 @@ func TestBrowsers_CrossOriginWrites(t *testing.T) {
 	}
 	writes := [][3]string{
 		{"POST", "/", "v"}, {"POST", "/66", "http://10.0.0.66:1"}, {"PUT", "/k", "v"}, {"DELETE", "/k", ""}, {"PATCH", "/", "1"},
-		{"POST", "/-/v1/members/66", `{"peerURL":"http://10.0.0.66:1"}`}, {"DELETE", "/-/v1/members/1", ""}, {"POST", "/-/v1/leader/1", ""},
+		{"POST", "/-/v1/members/66", `{"peerUrl":"http://10.0.0.66:1"}`}, {"DELETE", "/-/v1/members/1", ""}, {"POST", "/-/v1/leader/1", ""},
 		{"POST", "/-/v1/txn", `{"then":[{"op":"put","key":"k","value":"v"}]}`}, {"DELETE", "/-/v1/keys?prefix=k", ""}, {"PUT", "/-/v1/log-level", `{"level":"debug"}`},
 	}
 	for _, page := range pages {

@@ -39,7 +39,7 @@ func FuzzHTTPBody(f *testing.F) {
 		{"POST", "/-/v1/txn"}, {"POST", "/-/v1/members/7"}, {"PUT", "/-/v1/members/7"}, {"POST", "/7"}, {"PUT", "/-/v1/log-level"}, {"PATCH", "/"}, {"POST", "/"}, {"PUT", "/k"},
 	}
 	for i := range calls {
-		for _, s := range []string{"", "{}", `{"peerURL":"http://a:1"}`, `{"then":[{"op":"put","key":"k","value":"v","contentType":"a/b"}]}`, "http://a:1", `{"level":"debug"}`, "debug"} {
+		for _, s := range []string{"", "{}", `{"peerUrl":"http://a:1"}`, `{"then":[{"op":"put","key":"k","value":"v","contentType":"a/b"}]}`, "http://a:1", `{"level":"debug"}`, "debug"} {
 			f.Add(uint8(i), []byte(s))
 		}
 	}

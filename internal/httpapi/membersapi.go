@@ -14,6 +14,27 @@ import (
 
 const MemberBodySizeMax = 4 << 10 // bytes
 
+// Member is a member as clients see it. store.Member has other names in its JSON,
+// which is replicated and so stays as it is.
+type Member struct {
+	ID         uint64 `json:"id"`
+	Name       string `json:"name,omitempty"`
+	PeerURL    string `json:"peerUrl"`
+	ClientURL  string `json:"clientUrl,omitempty"`
+	Learner    bool   `json:"learner,omitempty"`
+	Promote    bool   `json:"promote,omitempty"`
+	InstanceID uint64 `json:"instanceId,string,omitempty"` // of the data directory
+}
+
+// Members returns members as clients see them.
+func Members(all []store.Member) []Member {
+	members := make([]Member, len(all))
+	for i, m := range all {
+		members[i] = Member{m.ID, m.Name, m.PeerURL, m.ClientURL, m.Learner, m.Promote, m.Directory}
+	}
+	return members
+}
+
 // memberBody is a member as a client describes it.
 type memberBody struct {
 	Name      string
@@ -27,9 +48,9 @@ func (h *httpAPI) listMembers(w http.ResponseWriter, r request) error {
 		return err
 	}
 	return writeJSON(w, r, struct {
-		LeaderID uint64         `json:"leaderId"`
-		Members  []store.Member `json:"members"`
-	}{h.Store.Status().LeaderID, h.Store.Members()})
+		LeaderID uint64   `json:"leaderId"`
+		Members  []Member `json:"members"`
+	}{h.Store.Status().LeaderID, Members(h.Store.Members())})
 }
 
 // addMember is the call that raftexample had: POST /{id} with the peer URL as
@@ -56,7 +77,7 @@ func (h *httpAPI) postMember(w http.ResponseWriter, r request) error {
 		return err
 	}
 	if m.PeerURL == "" {
-		return fault.ErrInvalid.WithDetail("peerURL is missing")
+		return fault.ErrInvalid.WithDetail("peerUrl is missing")
 	}
 	return done(w, h.Store.AddMember(r.Context(), r.params.timeout, m))
 }
@@ -111,7 +132,7 @@ func (h *httpAPI) readMember(w http.ResponseWriter, r request) (m store.Member, 
 		return m, err
 	}
 	var body memberBody
-	err = decodeBody(text, jsonField{"name", &body.Name}, jsonField{"peerURL", &body.PeerURL}, jsonField{"clientURL", &body.ClientURL}, jsonField{"learner", &body.Learner})
+	err = decodeBody(text, jsonField{"name", &body.Name}, jsonField{"peerUrl", &body.PeerURL}, jsonField{"clientUrl", &body.ClientURL}, jsonField{"learner", &body.Learner})
 	if err != nil {
 		return m, err
 	}
@@ -120,7 +141,7 @@ func (h *httpAPI) readMember(w http.ResponseWriter, r request) (m store.Member, 
 			continue
 		}
 		if *u, err = ParseNodeURL(*u); err != nil {
-			return m, fault.ErrInvalid.WithDetail("peerURL and clientURL: %v", err)
+			return m, fault.ErrInvalid.WithDetail("peerUrl and clientUrl: %v", err)
 		}
 	}
 	m.Name, m.PeerURL, m.ClientURL = body.Name, body.PeerURL, body.ClientURL

@@ -22,7 +22,6 @@ import (
 
 	"raftrv/internal/fault"
 	"raftrv/internal/shares"
-	"raftrv/internal/store"
 )
 
 // This file is the HTTP front for those who look after a node: status,
@@ -52,7 +51,7 @@ type ClusterStatus struct {
 // memberStatus is what a member says, or why nothing is known.
 type memberStatus struct {
 	ID        uint64      `json:"id"`
-	ClientURL string      `json:"clientURL,omitempty"`
+	ClientURL string      `json:"clientUrl,omitempty"`
 	Status    *NodeStatus `json:"status,omitempty"`
 	Error     string      `json:"error,omitempty"`
 }
@@ -89,7 +88,7 @@ func gatherStatus(ctx context.Context, client *http.Client, own NodeStatus) Clus
 }
 
 // fetchStatus asks a member for its status.
-func fetchStatus(ctx context.Context, client *http.Client, m store.Member, cluster string) (*NodeStatus, error) {
+func fetchStatus(ctx context.Context, client *http.Client, m Member, cluster string) (*NodeStatus, error) {
 	if m.ClientURL == "" {
 		return nil, errors.New("it has not told its client URL yet; has it ever been up?")
 	}

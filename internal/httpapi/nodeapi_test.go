@@ -13,8 +13,6 @@ import (
 	"time"
 
 	"go.uber.org/zap/zapcore"
-
-	"raftrv/internal/store"
 )
 
 func testContextThatEnds(t *testing.T) (context.Context, context.CancelFunc) {
@@ -112,12 +110,12 @@ func TestNode_AccessLog(t *testing.T) {
 }
 
 func TestNode_StatusOfAll(t *testing.T) {
-	own := NodeStatus{ID: 1, ClusterID: "c", Role: "leader", Members: []store.Member{{ID: 1, ClientURL: "http://own"}}}
+	own := NodeStatus{ID: 1, ClusterID: "c", Role: "leader", Members: []Member{{ID: 1, ClientURL: "http://own"}}}
 	release := make(chan struct{})
 	serve := func(id uint64, handler http.HandlerFunc) {
 		server := httptest.NewServer(handler)
 		t.Cleanup(server.Close)
-		own.Members = append(own.Members, store.Member{ID: id, ClientURL: server.URL})
+		own.Members = append(own.Members, Member{ID: id, ClientURL: server.URL})
 	}
 	answer := func(st NodeStatus) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
@@ -136,7 +134,7 @@ func TestNode_StatusOfAll(t *testing.T) {
 	})
 	serve(7, func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("{")) })
 	t.Cleanup(func() { close(release) }) // before the servers close
-	own.Members = append(own.Members, store.Member{ID: 8}, store.Member{ID: 9, ClientURL: "http://127.0.0.1:1"})
+	own.Members = append(own.Members, Member{ID: 8}, Member{ID: 9, ClientURL: "http://127.0.0.1:1"})
 	start := time.Now()
 	all := gatherStatus(t.Context(), testClient, own)
 	if took := time.Since(start); took < StatusTimeout || took > StatusTimeout+5*time.Second {
