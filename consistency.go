@@ -246,10 +246,7 @@ func (n *node) exchange(ctx context.Context) error {
 		_, now := n.guard.hear(n.askOthers(ctx, n.judgeEarly), leader)
 		// Somebody else may lead better.
 		if leader == n.config.id && (suspect(now) || n.guard.space.Load().full && !n.guard.othersFull.Load()) {
-			n.loop.call(func() error {
-				n.loop.replica.transfer()
-				return nil
-			})
+			n.loop.handOver()
 		}
 		if now != store.Unchecked {
 			every = exchangeEvery

@@ -265,10 +265,7 @@ func (n *node) watchDisk(ctx context.Context) error {
 		}
 		if g := n.guard; g.space.Load().full && time.Since(g.lastReleased) >= releaseEvery {
 			g.lastReleased = time.Now()
-			n.loop.call(func() error {
-				n.loop.replica.wantSnapshot()
-				return nil
-			})
+			n.loop.wantSnapshot()
 		}
 		select {
 		case <-tick.C:

@@ -226,12 +226,7 @@ func (l *link) ReportUnreachable(id uint64) {
 	if !l.reporting.CompareAndSwap(false, true) {
 		return
 	}
-	loop := l.network.loop
-	loop.call(func() error {
-		l.reporting.Store(false)
-		loop.replica.raw.ReportUnreachable(id)
-		return nil
-	})
+	l.network.loop.reportUnreachable(id, func() { l.reporting.Store(false) })
 }
 
 // ReportSnapshot implements rafthttp.Raft, which sends none: see snapshotOutbox.

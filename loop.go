@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 
@@ -112,7 +113,9 @@ func newLoop(tick time.Duration, applied func(), logger *zap.Logger) *loop {
 // not survive. Requests that wait get an answer first. The replica does nothing
 // before admit has returned nil.
 func (l *loop) run(ctx context.Context, r *replica, admit func(context.Context) error) (err error) {
-	l.replica = r
+	l.mu.Lock()
+	l.replica = r // requests that came first look whether it is there, see enqueue
+	l.mu.Unlock()
 	defer close(l.done)
 	defer func() {
 		if p := recover(); p != nil { // raft panics when its log contradicts itself
@@ -364,6 +367,71 @@ func (l *loop) call(f func() error) {
 	}
 	l.mu.Unlock()
 	l.signal()
+}
+
+// handOver has this node hand leadership over, to whoever fits best, if it leads.
+func (l *loop) handOver() {
+	l.call(func() error {
+		l.replica.transfer()
+		return nil
+	})
+}
+
+// wantSnapshot has the replica make a snapshot soon, which releases the log before it.
+func (l *loop) wantSnapshot() {
+	l.call(func() error {
+		l.replica.wantSnapshot()
+		return nil
+	})
+}
+
+// reportUnreachable tells raft that a message to a member was lost. It calls taken,
+// on the loop's goroutine, when raft is about to know it.
+func (l *loop) reportUnreachable(id uint64, taken func()) {
+	l.call(func() error {
+		taken()
+		l.replica.raw.ReportUnreachable(id)
+		return nil
+	})
+}
+
+// reportSnapshot tells raft how sending a snapshot ended.
+func (l *loop) reportSnapshot(to uint64, status raft.SnapshotStatus) {
+	l.call(func() error {
+		l.replica.raw.ReportSnapshot(to, status)
+		return nil
+	})
+}
+
+// leaderView asks the loop.
+func (l *loop) leaderView(ctx context.Context) (leaderView, error) {
+	answer := make(chan leaderView, 1)
+	l.call(func() error {
+		answer <- leaderView{l.replica.committed, l.replica.progress()}
+		return nil
+	})
+	select {
+	case v := <-answer:
+		return v, nil
+	case <-l.done:
+		return leaderView{}, errStopped
+	case <-ctx.Done():
+		return leaderView{}, ctx.Err()
+	}
+}
+
+// at implements hook: the replica has no clock, so the loop measures from
+// outside how long applying takes.
+func (l *loop) at(point string) error {
+	switch point {
+	case "after-save":
+		l.savedAt, l.savedIndex = l.clock(), l.replica.store.Applied()
+	case "after-advance":
+		if l.replica.store.Applied() != l.savedIndex {
+			l.metrics.apply.Observe(l.clock().Sub(l.savedAt).Seconds())
+		}
+	}
+	return nil
 }
 
 // deliver takes a message of another member. It never blocks.

@@ -80,20 +80,6 @@ func (m *loopMetrics) collectors() []prometheus.Collector {
 	return []prometheus.Collector{m.batchCommands, m.batchBytes, m.proposal, m.readIndex, m.apply, m.leaderChanges, m.stall}
 }
 
-// at implements hook: the replica has no clock, so the loop measures from
-// outside how long applying takes.
-func (l *loop) at(point string) error {
-	switch point {
-	case "after-save":
-		l.savedAt, l.savedIndex = l.clock(), l.replica.store.Applied()
-	case "after-advance":
-		if l.replica.store.Applied() != l.savedIndex {
-			l.metrics.apply.Observe(l.clock().Sub(l.savedAt).Seconds())
-		}
-	}
-	return nil
-}
-
 // queueStats is what waits for the loop.
 type queueStats struct {
 	batches, bytes, messages int
@@ -115,23 +101,6 @@ type peerProgress struct {
 type leaderView struct {
 	committed uint64
 	peers     []peerProgress
-}
-
-// leaderView asks the loop.
-func (l *loop) leaderView(ctx context.Context) (leaderView, error) {
-	answer := make(chan leaderView, 1)
-	l.call(func() error {
-		answer <- leaderView{l.replica.committed, l.replica.progress()}
-		return nil
-	})
-	select {
-	case v := <-answer:
-		return v, nil
-	case <-l.done:
-		return leaderView{}, errStopped
-	case <-ctx.Done():
-		return leaderView{}, ctx.Err()
-	}
 }
 
 // nodeMetrics collects the gauges of a node. It implements prometheus.Collector.

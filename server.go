@@ -437,10 +437,7 @@ func (n *node) transferLeadership() {
 	defer poll.Stop()
 	for n.loop.status.Load().leader == n.config.id && len(n.store.Voters()) > 1 {
 		// More than once: at times a leader does not know which members are there.
-		n.loop.call(func() error {
-			n.loop.replica.transfer()
-			return nil
-		})
+		n.loop.handOver()
 		select {
 		case <-poll.C:
 		case <-deadline.C:

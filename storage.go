@@ -67,7 +67,8 @@ const (
 const segmentBytesDefault = 64 << 20
 
 // setSegmentBytes sets that size for all logs of this process, before the first
-// one is opened.
+// one is opened. That they share it is etcd's: its log takes it from a variable.
+// Nothing else that a node may be told is shared by all nodes of a process.
 func setSegmentBytes(n uint64) { wal.SegmentSizeBytes = int64(n) }
 
 func segmentBytes() uint64 { return uint64(wal.SegmentSizeBytes) }

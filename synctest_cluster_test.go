@@ -211,10 +211,7 @@ func (c *virtualCluster) deliver(m *raftpb.Message) {
 			status = raft.SnapshotFinish
 		}
 	}
-	from.loop.call(func() error {
-		from.loop.replica.raw.ReportSnapshot(m.GetTo(), status)
-		return nil
-	})
+	from.loop.reportSnapshot(m.GetTo(), status)
 }
 
 // isolate cuts nodes off from all others, and connects the rest.

@@ -69,20 +69,12 @@ type snapshotOutbox struct {
 // the member nothing else until it is told how that ended.
 func (n *peerNetwork) sendSnapshot(l *link, m *raftpb.Message) {
 	if l == nil {
-		n.reportSnapshot(m.GetTo(), raft.SnapshotFailure)
+		n.loop.reportSnapshot(m.GetTo(), raft.SnapshotFailure)
 		return
 	}
 	if l.outbox.sending.CompareAndSwap(false, true) { // else raft is told how that one ended
 		n.work.Go(func() { l.sendSnapshot(m) })
 	}
-}
-
-// reportSnapshot tells raft how sending a snapshot ended.
-func (n *peerNetwork) reportSnapshot(to uint64, status raft.SnapshotStatus) {
-	n.loop.call(func() error {
-		n.loop.replica.raw.ReportSnapshot(to, status)
-		return nil
-	})
 }
 
 func (l *link) sendSnapshot(m *raftpb.Message) {
@@ -107,7 +99,7 @@ func (l *link) sendSnapshot(m *raftpb.Message) {
 		}
 	}
 	o.sending.Store(false)
-	n.reportSnapshot(m.GetTo(), status)
+	n.loop.reportSnapshot(m.GetTo(), status)
 }
 
 // reasonOf returns what an error says without what differs each time, as ports do.

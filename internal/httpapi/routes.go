@@ -34,14 +34,11 @@ type call struct {
 	kept    bool // there are places for connections on which this is asked for
 	endless bool // what it answers has neither a length nor an end of its own, so HTTP/1.0 cannot tell all of it from less
 
-	// Filled by newRoute.
+	// Filled by newRoute and by numbered.
 	path   string // of the route
-	number int    // from 1; no two calls have the same
 	cache  []string
+	number int // from 1; no two calls have the same
 }
-
-// allCalls has every call at its number; the first place stands for no call.
-var allCalls = []*call{nil}
 
 // request is an HTTP request of which the path and the parameters were read.
 type request struct {
@@ -120,6 +117,21 @@ var reservedRoutes = newRoutes(
 	route{path: "/-/openapi.json", calls: []call{{method: http.MethodGet, serve: (*httpAPI).getOpenAPI}}},
 )
 
+// allCalls has every call at its number; the first place stands for no call.
+var allCalls = numbered(append([]*route{keyRoute, rootRoute}, reservedRoutes...))
+
+// numbered gives each call of the routes its number.
+func numbered(routes []*route) []*call {
+	calls := []*call{nil}
+	for _, rt := range routes {
+		for i := range rt.calls {
+			rt.calls[i].number = len(calls)
+			calls = append(calls, &rt.calls[i])
+		}
+	}
+	return calls
+}
+
 // statuses says for each code of an error which status its answer has.
 var statuses = map[string]int{
 	fault.ErrInvalid.Code:         http.StatusBadRequest,
@@ -179,11 +191,10 @@ func newRoute(rt route) *route {
 	methods := []string{http.MethodOptions}
 	for i := range rt.calls {
 		c := &rt.calls[i]
-		c.path, c.number = rt.path, len(allCalls)
+		c.path = rt.path
 		if c.cache = noStore; c.params&readParams == readParams {
 			c.cache = noCache // of keys: ask each time, and a 304 will do
 		}
-		allCalls = append(allCalls, c)
 		methods = append(methods, c.method)
 		if c.method == http.MethodGet {
 			methods = append(methods, http.MethodHead)
