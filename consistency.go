@@ -20,7 +20,7 @@ import (
 )
 
 // This file is the consistency check: members tell each other the sums of their
-// states, see divergence.go, and a node serves only while it has reason to think
+// states, see checksum.go, and a node serves only while it has reason to think
 // that its state is that of the cluster.
 //
 // A node that starts serves nothing before a majority of the voters, itself
@@ -51,9 +51,9 @@ type divergedNote struct {
 	Time        time.Time `json:"time"`
 }
 
-// opinion is what a node thinks of its own state. Only the goroutine of exchange
+// consistency is what a node thinks of its own state. Only the goroutine of exchange
 // changes it.
-type opinion struct {
+type consistency struct {
 	verdict atomic.Int32
 	path    string // of the file divergedName; "" = none
 	noted   bool   // it is written
@@ -66,22 +66,22 @@ type opinion struct {
 	checkedOnce sync.Once
 }
 
-func newOpinion(dir string) *opinion {
-	o := &opinion{checked: make(chan struct{})}
+func newConsistency(dir string) *consistency {
+	o := &consistency{checked: make(chan struct{})}
 	if dir != "" {
 		o.path = filepath.Join(dir, divergedName)
 	}
 	return o
 }
 
-func (o *opinion) current() store.Verdict { return store.Verdict(o.verdict.Load()) }
+func (o *consistency) current() store.Verdict { return store.Verdict(o.verdict.Load()) }
 
 // release lets those go on who wait for the first comparison.
-func (o *opinion) release() { o.checkedOnce.Do(func() { close(o.checked) }) }
+func (o *consistency) release() { o.checkedOnce.Do(func() { close(o.checked) }) }
 
 // begin makes the node serve nothing until it was compared with the others, or
 // at all if it was found wrong before.
-func (g *guard) begin() error {
+func (g *admission) begin() error {
 	_, err := os.Stat(g.path)
 	switch {
 	case err == nil:
@@ -96,9 +96,9 @@ func (g *guard) begin() error {
 	return nil
 }
 
-// set changes the opinion. The gate opens before anybody is told that the node
+// set changes the verdict. The gate opens before anybody is told that the node
 // serves, and closes after everybody is told that it does not.
-func (g *guard) set(v store.Verdict) {
+func (g *admission) set(v store.Verdict) {
 	if g.gate != nil && v == store.Sound {
 		g.gate(nil)
 	}
@@ -124,7 +124,7 @@ func errorOf(v store.Verdict) *fault.Error {
 }
 
 // serving says why the node serves nothing at present.
-func (g *guard) serving() error {
+func (g *admission) serving() error {
 	if err := errorOf(g.current()); err != nil {
 		return err
 	}
@@ -135,7 +135,7 @@ func (g *guard) serving() error {
 func suspect(v store.Verdict) bool { return v == store.Doubtful || v == store.Diverged }
 
 // judge compares this node's state with those of others.
-func (g *guard) judge(others map[uint64]health) (before, now store.Verdict) {
+func (g *admission) judge(others map[uint64]health) (before, now store.Verdict) {
 	before = g.current()
 	now, differ := g.compare(others)
 	if before == store.Diverged || now == store.Unchecked {
@@ -156,7 +156,7 @@ func (g *guard) judge(others map[uint64]health) (before, now store.Verdict) {
 }
 
 // compare says what others have told means for this node's state.
-func (g *guard) compare(others map[uint64]health) (v store.Verdict, differ []uint64) {
+func (g *admission) compare(others map[uint64]health) (v store.Verdict, differ []uint64) {
 	told := map[uint64]store.Sums{}
 	for id, h := range others {
 		told[id] = h.Sums
@@ -165,7 +165,7 @@ func (g *guard) compare(others map[uint64]health) (v store.Verdict, differ []uin
 }
 
 // note writes the verdict down, so that it lasts.
-func (g *guard) note(differ []uint64) error {
+func (g *admission) note(differ []uint64) error {
 	sum := g.store.Sums().Now
 	text, err := json.Marshal(divergedNote{Member: g.id, Index: sum.Index, Sum: fmt.Sprintf("%016x", sum.Sum), DiffersFrom: differ, Time: time.Now()})
 	if err != nil {
@@ -193,7 +193,7 @@ func replaceFile(path string, content []byte) error {
 
 // hear takes what the others have told. It returns what that means for this
 // node's state.
-func (g *guard) hear(others map[uint64]health, leader uint64) (before, now store.Verdict) {
+func (g *admission) hear(others map[uint64]health, leader uint64) (before, now store.Verdict) {
 	g.others.Store(&others)
 	voters, full := g.store.Voters(), 0
 	for _, id := range voters {
@@ -206,7 +206,7 @@ func (g *guard) hear(others map[uint64]health, leader uint64) (before, now store
 }
 
 // report logs what an operator should know.
-func (g *guard) report(before, now store.Verdict, differ []uint64) {
+func (g *admission) report(before, now store.Verdict, differ []uint64) {
 	switch {
 	case now == store.Diverged:
 		g.logger.Error("the state of this node is not that of the majority: it serves nothing any more, also after a restart", zap.Uint64("node", g.id),
@@ -224,7 +224,7 @@ func (g *guard) report(before, now store.Verdict, differ []uint64) {
 
 // exchange asks the other members how they are, until ctx ends.
 func (n *node) exchange(ctx context.Context) error {
-	defer n.guard.release()
+	defer n.admission.release()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -234,18 +234,18 @@ func (n *node) exchange(ctx context.Context) error {
 			return nil
 		}
 		every, leader := exchangeEvery, n.loop.status.Load().leader
-		if n.guard.current() == store.Unchecked {
+		if n.admission.current() == store.Unchecked {
 			every = firstExchangeEvery
 			if leader == 0 || !n.informed.Load() {
 				timer.Reset(every) // nobody could be served, and who is a voter may be out of date
 				continue
 			}
 			// This node may have come to where the others were.
-			n.guard.judge(*n.guard.others.Load())
+			n.admission.judge(*n.admission.others.Load())
 		}
-		_, now := n.guard.hear(n.askOthers(ctx, n.judgeEarly), leader)
+		_, now := n.admission.hear(n.askOthers(ctx, n.judgeEarly), leader)
 		// Somebody else may lead better.
-		if leader == n.config.id && (suspect(now) || n.guard.space.Load().full && !n.guard.othersFull.Load()) {
+		if leader == n.config.id && (suspect(now) || n.admission.space.Load().full && !n.admission.othersFull.Load()) {
 			n.loop.handOver()
 		}
 		if now != store.Unchecked {
@@ -258,9 +258,9 @@ func (n *node) exchange(ctx context.Context) error {
 // judgeEarly looks at the first answers of a round while others may still come,
 // since one member may need long to be known as silent.
 func (n *node) judgeEarly(others map[uint64]health) {
-	if n.guard.current() == store.Unchecked && n.informed.Load() {
-		if v, _ := n.guard.compare(others); v == store.Sound {
-			n.guard.judge(others)
+	if n.admission.current() == store.Unchecked && n.informed.Load() {
+		if v, _ := n.admission.compare(others); v == store.Sound {
+			n.admission.judge(others)
 		}
 	}
 }
@@ -285,7 +285,7 @@ func (n *node) askOthers(ctx context.Context, heard func(map[uint64]health)) map
 				info.Health.Member = m.ID // of an older program
 			}
 			if info.Health.Member == m.ID { // another one may answer at its address
-				n.guard.roundTrips.WithLabelValues(strconv.FormatUint(m.ID, 10)).Observe(took.Seconds())
+				n.admission.roundTrips.WithLabelValues(strconv.FormatUint(m.ID, 10)).Observe(took.Seconds())
 				answers <- info.Health
 			}
 		})

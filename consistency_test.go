@@ -23,11 +23,11 @@ import (
 	"raftrv/internal/testkit"
 )
 
-// TestOpinion: a verdict by a majority lasts, a doubt goes only when a majority has this node's state, and silence
+// TestConsistency: a verdict by a majority lasts, a doubt goes only when a majority has this node's state, and silence
 // changes nothing.
-func TestOpinion(t *testing.T) {
+func TestConsistency(t *testing.T) {
 	free := uint64(1 << 40)
-	g := newTestGuard(t, &free)
+	g := newTestAdmission(t, &free)
 	testkit.Must(t, g.begin())
 	storetest.Apply(t, g.store, somePut)
 	own := health{Sums: g.store.Sums()}
@@ -58,17 +58,17 @@ func TestOpinion(t *testing.T) {
 	}
 }
 
-// TestOpinion_Lasts: that a node's state is wrong is remembered over restarts, and nothing else is.
-func TestOpinion_Lasts(t *testing.T) {
+// TestConsistency_Lasts: that a node's state is wrong is remembered over restarts, and nothing else is.
+func TestConsistency_Lasts(t *testing.T) {
 	dir := t.TempDir()
-	start := func(want store.Verdict) *guard {
+	start := func(want store.Verdict) *admission {
 		t.Helper()
 		s := store.New()
 		for _, id := range []uint64{1, 2, 3} {
 			s.State.Members[id] = store.Member{ID: id}
 		}
 		storetest.Apply(t, s, somePut)
-		g := newGuard(&config{id: 1, dataDir: dir}, s, func() int { return 0 }, zap.NewNop())
+		g := newAdmission(&config{id: 1, dataDir: dir}, s, func() int { return 0 }, zap.NewNop())
 		testkit.Must(t, g.begin())
 		if v := g.current(); v != want {
 			t.Errorf("started %v, want %v", v, want)
@@ -121,7 +121,7 @@ func newExchangeRig(t *testing.T) *exchangeRig {
 	t.Helper()
 	n, _ := idleNode(t)
 	n.config.id, n.informed, n.cluster = 1, new(atomic.Bool), 7
-	n.guard.id = 1
+	n.admission.id = 1
 	n.store.State.Members[1] = store.Member{ID: 1, PeerURL: "http://127.0.0.1:1"}
 	r := &exchangeRig{node: n, peers: map[uint64]*peerAnswers{}}
 	for _, id := range []uint64{2, 3} {
@@ -133,8 +133,8 @@ func newExchangeRig(t *testing.T) *exchangeRig {
 	peerClient.Transport = r
 	t.Cleanup(func() { peerClient.Transport = before })
 	storetest.Apply(t, n.store, somePut)
-	n.guard.gate = n.hub.Gate
-	testkit.Must(t, n.guard.begin())
+	n.admission.gate = n.hub.Gate
+	testkit.Must(t, n.admission.begin())
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- n.exchange(ctx) }()
@@ -181,7 +181,7 @@ func (r *exchangeRig) wait(t *testing.T, want store.Verdict) {
 	t.Helper()
 	for end := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
 		err := r.hub.Closed.Load()
-		if v := r.guard.current(); v == want && err == errorOf(want) {
+		if v := r.admission.current(); v == want && err == errorOf(want) {
 			return
 		} else if time.Now().After(end) {
 			t.Fatalf("%v, and watches get %v; want %v", v, err, want)
@@ -273,7 +273,7 @@ func TestExchange_Waits(t *testing.T) {
 		r.loop.status.Store(&replicaStatus{leader: 2})
 		released := make(chan error, 1)
 		go func() { released <- r.serving(t.Context(), time.Hour) }()
-		r.guard.release() // as exchange does when it ends
+		r.admission.release() // as exchange does when it ends
 		if err := <-released; err == nil {
 			t.Error("a node that stops serves without a comparison")
 		}
@@ -287,8 +287,8 @@ func TestAskOthers_OnlyTheExchangeJudges(t *testing.T) {
 		r.informed.Store(true) // and there is no leader, so the exchange asks nobody
 		r.say(2, true)
 		r.say(3, true)
-		if got := r.askOthers(t.Context(), nil); len(got) != 2 || r.guard.current() != store.Unchecked {
-			t.Errorf("%d have answered, and the node is %v, want 2, unchecked", len(got), r.guard.current())
+		if got := r.askOthers(t.Context(), nil); len(got) != 2 || r.admission.current() != store.Unchecked {
+			t.Errorf("%d have answered, and the node is %v, want 2, unchecked", len(got), r.admission.current())
 		}
 	})
 }

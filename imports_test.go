@@ -28,7 +28,7 @@ var importRules = []struct {
 		"only the transport knows how members talk"},
 	{"go.etcd.io/etcd/", []string{"storage.go", "watermark.go", "peercheck.go", "peerstream.go", "transport.go", "link.go", "transfer.go"},
 		"etcd's server packages stay behind disk and transport"},
-	{"github.com/prometheus/", []string{"metrics.go", "guard.go", "httpmetrics.go", "diskmetrics.go", "nodeapi.go", "httpapi.go"},
+	{"github.com/prometheus/", []string{"metrics.go", "admission.go", "httpmetrics.go", "diskmetrics.go", "nodeapi.go", "httpapi.go"},
 		"the parts count in their own words; only the edges measure"},
 	{"github.com/spf13/cobra", []string{"main.go", "backupcli.go"},
 		"the command line ends where a config begins"},

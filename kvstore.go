@@ -19,14 +19,14 @@ import (
 // kvstore is the replicated store of a node. Its methods may be called from any
 // goroutine. It implements httpapi.Store.
 type kvstore struct {
-	loop    *loop
-	config  config
-	cluster uint64
-	store   *store.Store // the state of this node
-	hub     *watch.Hub
-	guard   *guard
-	network *peerNetwork
-	process uint64 // a number of this life of the node
+	loop      *loop
+	config    config
+	cluster   uint64
+	store     *store.Store // the state of this node
+	hub       *watch.Hub
+	admission *admission
+	network   *peerNetwork
+	process   uint64 // a number of this life of the node
 }
 
 // Fresh implements httpapi.Store.
@@ -117,18 +117,18 @@ func (s *kvstore) Members() []store.Member { return s.store.Members() }
 // awaitServing returns once the node may serve, or why it may not, and what is
 // left of timeout.
 func (s *kvstore) awaitServing(ctx context.Context, timeout time.Duration) (left time.Duration, err error) {
-	if s.guard.current() != store.Unchecked {
-		return timeout, s.guard.serving()
+	if s.admission.current() != store.Unchecked {
+		return timeout, s.admission.serving()
 	}
 	start := time.Now()
 	timer := time.NewTimer(timeout)
 	defer timer.Stop()
 	select {
-	case <-s.guard.checked:
+	case <-s.admission.checked:
 	case <-timer.C:
 	case <-ctx.Done():
 	}
-	err = s.guard.serving()
+	err = s.admission.serving()
 	if errors.Is(err, fault.ErrUnchecked) && s.loop.status.Load().leader == 0 {
 		err = fault.ErrNoLeader
 	}
@@ -139,7 +139,7 @@ func (s *kvstore) awaitServing(ctx context.Context, timeout time.Duration) (left
 // a leader there is nobody to compare with, and whoever asks for no more than
 // what this node has is answered: it may be the last one that is left.
 func (s *kvstore) serving(ctx context.Context, timeout time.Duration) error {
-	if s.guard.current() == store.Unchecked && s.loop.status.Load().leader == 0 {
+	if s.admission.current() == store.Unchecked && s.loop.status.Load().leader == 0 {
 		return nil
 	}
 	_, err := s.awaitServing(ctx, timeout)
@@ -180,7 +180,7 @@ func (s *kvstore) Apply(ctx context.Context, timeout time.Duration, commands ...
 // outcome returns what became of an earlier request with an Idempotency-Key, if
 // this node knows and may tell it.
 func (s *kvstore) outcome(id store.RetryID) (first store.Result, known bool) {
-	if id.Key == "" || s.guard.serving() != nil && (s.guard.current() != store.Unchecked || s.loop.status.Load().leader != 0) {
+	if id.Key == "" || s.admission.serving() != nil && (s.admission.current() != store.Unchecked || s.loop.status.Load().leader != 0) {
 		return store.Result{}, false
 	}
 	return s.store.Outcome(id)
@@ -192,7 +192,7 @@ func (s *kvstore) applyNew(ctx context.Context, timeout time.Duration, commands 
 		return nil, err
 	}
 	for i := range commands {
-		if err := s.guard.admit(&commands[i], commands[i].EncodedSizeMax()); err != nil {
+		if err := s.admission.admit(&commands[i], commands[i].EncodedSizeMax()); err != nil {
 			return nil, err
 		}
 	}
@@ -209,7 +209,7 @@ func (s *kvstore) applyNew(ctx context.Context, timeout time.Duration, commands 
 // who is right.
 func (s *kvstore) awaitMembership(ctx context.Context, timeout time.Duration) (left time.Duration, err error) {
 	left, err = s.awaitServing(ctx, timeout)
-	if s.guard.current() == store.Doubtful {
+	if s.admission.current() == store.Doubtful {
 		err = nil
 	}
 	return left, err
@@ -251,7 +251,7 @@ func (s *kvstore) UpdateMember(ctx context.Context, timeout time.Duration, m sto
 	if err != nil {
 		return err
 	}
-	if err := s.guard.admit(&store.Command{Op: store.OpMember}, memberSizeMax); err != nil {
+	if err := s.admission.admit(&store.Command{Op: store.OpMember}, memberSizeMax); err != nil {
 		return err
 	}
 	if err := s.checkAddress(ctx, m); err != nil {
@@ -269,7 +269,7 @@ func (s *kvstore) TransferLeader(ctx context.Context, timeout time.Duration, id 
 }
 
 // Writable implements httpapi.Store.
-func (s *kvstore) Writable() error { return s.guard.writable() }
+func (s *kvstore) Writable() error { return s.admission.writable() }
 
 // Status implements httpapi.Store.
 func (s *kvstore) Status() httpapi.NodeStatus {
@@ -288,7 +288,7 @@ func (s *kvstore) Status() httpapi.NodeStatus {
 		FeatureLevel:    s.store.Level(),
 		StateBytes:      s.store.Size(),
 	}
-	s.guard.describe(&st)
+	s.admission.describe(&st)
 	return st
 }
 

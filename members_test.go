@@ -380,7 +380,7 @@ func TestVirtual_DivergedChangesNoMembers(t *testing.T) {
 		time.Sleep(time.Second)
 		n, other := c.leader(), c.followers()[0]
 		before := fmt.Sprint(n.store.Members())
-		n.guard.verdict.Store(int32(store.Diverged))
+		n.admission.verdict.Store(int32(store.Diverged))
 		for _, r := range [][3]string{
 			{"PUT", "/-/v1/members/1", `{"name":"x"}`}, {"DELETE", "/-/v1/members/3", ""}, {"POST", "/-/v1/members/4", `{"peerUrl":"http://virtual:4"}`},
 			{"POST", "/5", "http://virtual:5"}, {"POST", "/-/v1/members/2/promote", ""}, {"PUT", "/k", "v"}, {"GET", "/k?resourceVersion=0", ""}, {"POST", "/-/v1/txn", "{}"},

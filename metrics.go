@@ -274,7 +274,7 @@ func newRegistry(n *node, clients *listener, checks []httpapi.Check) *prometheus
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		&nodeMetrics{node: n, clients: clients, checks: checks},
-		n.guard.roundTrips,
+		n.admission.roundTrips,
 	)
 	r.MustRegister(n.loop.metrics.collectors()...)
 	r.MustRegister(n.disk.collectors()...)

@@ -25,7 +25,7 @@ func idleNode(t *testing.T) (*node, *listener) {
 	t.Cleanup(func() { testkit.Must(t, disk.close()) })
 	n := &node{kvstore: &kvstore{loop: newLoop(10*time.Millisecond, hub.Notify, zap.NewNop()), store: kv, hub: hub}, disk: newMeasuredDisk(disk), logger: zap.NewNop()}
 	n.config.dataDir = disk.dir
-	n.guard = newGuard(&n.config, kv, n.loop.waiting, zap.NewNop())
+	n.admission = newAdmission(&n.config, kv, n.loop.waiting, zap.NewNop())
 	return n, newListener(testkit.NewPipeListener(), listenerConfig{connectionsMax: 1})
 }
 

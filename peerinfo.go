@@ -104,7 +104,7 @@ func (n *node) peerInfo() peerInfo {
 	info := peerInfo{Cluster: fmt.Sprintf("%x", n.cluster), Node: n.config.id, Process: n.process, Founders: n.founders}
 	// What is on disk may not be applied yet, or out of date.
 	if info.informed = n.informed.Load(); info.informed {
-		info.Members, info.Removed, info.Health = n.store.Members(), n.store.Removed(), n.guard.health()
+		info.Members, info.Removed, info.Health = n.store.Members(), n.store.Removed(), n.admission.health()
 	}
 	return info
 }

@@ -136,12 +136,12 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		defer func() { err = errors.Join(err, n.journal.Close()) }()
 	}
 	n.loop.watch.most = cfg.electionTimeout()
-	n.guard = newGuard(&n.config, n.store, n.loop.waiting, logger.Named("guard"))
-	n.guard.gate = hub.Gate
-	if err := errors.Join(n.guard.lookAtDisk(), n.guard.begin()); err != nil {
+	n.admission = newAdmission(&n.config, n.store, n.loop.waiting, logger.Named("checks"))
+	n.admission.gate = hub.Gate
+	if err := errors.Join(n.admission.lookAtDisk(), n.admission.begin()); err != nil {
 		return err
 	}
-	network := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, n.guard, logger.Named("peers"))
+	network := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, n.admission, logger.Named("peers"))
 	defer network.close()
 	n.refusals = network.refusals
 	r, err := newReplica(replicaConfig{

@@ -239,7 +239,7 @@ func TestReadIndexOfEarlierAttempt(t *testing.T) {
 
 // TestForwardedMessageComesBack: a follower sends a proposal and a read to the
 // leader, under its own name. When they arrive, it leads itself and the old
-// leader follows, so raft passes them back to it. The guard in front of raft
+// leader follows, so raft passes them back to it. The check in front of raft
 // once refused them as messages from oneself.
 func TestForwardedMessageComesBack(t *testing.T) {
 	s, leader := newScenario(t, defaultSimConfig(1, 2))
@@ -261,7 +261,7 @@ func TestForwardedMessageComesBack(t *testing.T) {
 	s.wait(t, put)
 	s.wait(t, get)
 	s.run(time.Second)
-	s.judge(t) // the simulator reports what the guard refuses
+	s.judge(t) // the simulator reports what the check of messages refuses
 }
 
 // TestTransferSoonAfterElection: a leader that was just elected has heard of

@@ -239,7 +239,7 @@ func faultDisk(s *sim) {
 	}
 }
 
-// faultFull fills the disk of a node, up to what guard keeps for the log.
+// faultFull fills the disk of a node, up to what admission keeps for the log.
 func faultFull(s *sim) { pick(s, s.nodes).full = true }
 
 func faultPowerCut(s *sim) {

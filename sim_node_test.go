@@ -303,7 +303,7 @@ func everybody(know map[uint64]health) bool {
 // compareEvery is how often a node compares its state with those of others.
 const compareEvery = time.Second
 
-// compare does what guard.exchange does: the product's own look for members
+// compare does what admission.exchange does: the product's own look for members
 // whose states differ.
 func (p *process) compare() {
 	s, others := p.sim, map[uint64]store.Sums{}
@@ -642,7 +642,7 @@ func (p *process) deliver(m *raftpb.Message, body []byte) error {
 		return err
 	}
 	if t := m.GetType(); p.node.full && (t == raftpb.MsgApp || t == raftpb.MsgProp) && messageSize(m) > 0 {
-		return nil // see guard.receive
+		return nil // see admission.receive
 	}
 	defer p.wake()
 	meta := m.GetSnapshot().GetMetadata()

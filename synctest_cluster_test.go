@@ -132,7 +132,7 @@ func (c *virtualCluster) newNode(cfg config) *virtualNode {
 		disk:    disk,
 		ended:   make(chan error, 1),
 	}
-	n.guard = newGuard(&n.config, kv, n.loop.waiting, logger)
+	n.admission = newAdmission(&n.config, kv, n.loop.waiting, logger)
 	r, err := newReplica(replicaConfig{
 		id: cfg.id, session: randomID(), electionTicks: cfg.electionTicks, heartbeatTicks: cfg.heartbeatTicks,
 		snapshotEntries: cfg.snapshotEntries, snapshotBytes: cfg.snapshotBytes,

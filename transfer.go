@@ -113,10 +113,10 @@ func reasonOf(err error) string {
 // postSnapshot sends m and the state behind it, and returns how large that is.
 func (l *link) postSnapshot(m *raftpb.Message) (size int64, err error) {
 	n := l.network
-	if suspect(n.guard.current()) {
+	if suspect(n.admission.current()) {
 		return 0, fault.ErrDiverged // its state is for nobody
 	}
-	if n.guard.isClosed(l.member.ID) {
+	if n.admission.isClosed(l.member.ID) {
 		return 0, fault.ErrDiskFull
 	}
 	f, err := os.Open(n.storage.bodyPath(m.GetSnapshot().GetMetadata().GetIndex()))
@@ -192,7 +192,7 @@ func (l *link) receiveSnapshot(w http.ResponseWriter, r *http.Request) {
 // heartbeats.
 func (l *link) takeSnapshot(r *http.Request, control *http.ResponseController) error {
 	n := l.network
-	if n.guard.space.Load().full {
+	if n.admission.space.Load().full {
 		return fault.ErrDiskFull
 	}
 	if !n.arriving.CompareAndSwap(false, true) {
@@ -214,7 +214,7 @@ func (l *link) takeSnapshot(r *http.Request, control *http.ResponseController) e
 	if meta.GetIndex() <= n.store.Applied() {
 		return n.receive(l, m, nil, false) // raft ignores it and says how far this member is
 	}
-	most := snapshotBodyMax(n.guard.quota)
+	most := snapshotBodyMax(n.admission.quota)
 	if r.ContentLength > most {
 		return refuse(refusedSize, "a snapshot of %d bytes", r.ContentLength)
 	}

@@ -24,7 +24,7 @@ import (
 )
 
 // This file is the transport between members: a link to each of them, with a
-// guard in front of what they send. Whoever can open a connection to the peer
+// check in front of what they send. Whoever can open a connection to the peer
 // port can still forge messages; see the README on who may reach it.
 
 const (
@@ -50,7 +50,7 @@ type peerNetwork struct {
 	storage        *storage
 	loop           *loop
 	store          *store.Store
-	guard          *guard
+	admission      *admission
 	// removed has room for one error: somebody says that this member was removed.
 	removed  chan error
 	refusals *refusals
@@ -70,9 +70,9 @@ type peerNetwork struct {
 	work     sync.WaitGroup // links that close, snapshots that are sent
 }
 
-func newPeerNetwork(id, cluster uint64, s *storage, st *store.Store, l *loop, g *guard, logger *zap.Logger) *peerNetwork {
+func newPeerNetwork(id, cluster uint64, s *storage, st *store.Store, l *loop, g *admission, logger *zap.Logger) *peerNetwork {
 	n := &peerNetwork{
-		id: id, cluster: cluster, logger: logger, storage: s, loop: l, store: st, guard: g,
+		id: id, cluster: cluster, logger: logger, storage: s, loop: l, store: st, admission: g,
 		removed: make(chan error, 1),
 		changed: make(chan struct{}, 1),
 		renamed: make(chan struct{}, 1),
@@ -219,7 +219,7 @@ func (n *peerNetwork) send(msgs []*raftpb.Message) {
 			n.sendSnapshot(l, m)
 		case l == nil:
 			// It is not connected yet, or no member any more.
-		case len(m.GetEntries()) > 0 && m.GetType() == raftpb.MsgApp && n.guard.isClosed(m.GetTo()):
+		case len(m.GetEntries()) > 0 && m.GetType() == raftpb.MsgApp && n.admission.isClosed(m.GetTo()):
 			// It would not take them.
 		default:
 			l.send(m)
@@ -327,7 +327,7 @@ func (n *peerNetwork) receive(l *link, m *raftpb.Message, body *store.State, dia
 		return err
 	}
 	l.heard.Store(time.Now().UnixNano())
-	if t := m.GetType(); (t == raftpb.MsgApp || t == raftpb.MsgProp) && !n.guard.receive(messageSize(m)) {
+	if t := m.GetType(); (t == raftpb.MsgApp || t == raftpb.MsgProp) && !n.admission.receive(messageSize(m)) {
 		return nil // it is sent again
 	}
 	_ = n.loop.deliver(message{Message: m, body: body}) // if the inbox is full or closed it is lost, as on the way

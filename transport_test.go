@@ -62,7 +62,7 @@ func newTestNetwork(t *testing.T, peerURL string, run bool) *testNetwork {
 	n := &testNetwork{t: t, logs: logs}
 	n.free.Store(math.MaxInt64)
 	l := newLoop(10*time.Millisecond, func() {}, zap.NewNop())
-	g := newGuard(&config{id: 1, diskReserve: 1 << 20}, kv, l.waiting, zap.NewNop())
+	g := newAdmission(&config{id: 1, diskReserve: 1 << 20}, kv, l.waiting, zap.NewNop())
 	g.free = func() (uint64, error) { return n.free.Load(), nil }
 	n.peerNetwork = newPeerNetwork(1, testCluster, disk, kv, l, g, zap.New(core))
 	var err error
@@ -204,7 +204,7 @@ func TestNetwork_DivergedSendsNoSnapshot(t *testing.T) {
 	}))
 	defer peer.Close()
 	n := newTestNetwork(t, peer.URL, false)
-	n.guard.verdict.Store(int32(store.Diverged))
+	n.admission.verdict.Store(int32(store.Diverged))
 	n.lead()
 	n.wantReported()
 	if asked.Load() != 0 {
@@ -269,12 +269,12 @@ func TestNetwork_ReceivesSnapshot(t *testing.T) {
 	copy(newer, "another")
 
 	n.free.Store(1 << 19) // less than its reserve
-	testkit.Must(t, n.guard.lookAtDisk())
+	testkit.Must(t, n.admission.lookAtDisk())
 	if status, text := n.request("POST", rafthttp.RaftSnapshotPrefix, 2, snapshotRequest(t, 30, good)); status != http.StatusInsufficientStorage {
 		t.Errorf("without room: %d %s", status, text)
 	}
 	n.free.Store(math.MaxInt64)
-	testkit.Must(t, n.guard.lookAtDisk())
+	testkit.Must(t, n.admission.lookAtDisk())
 	if status, text := n.request("POST", rafthttp.RaftSnapshotPrefix, 2, snapshotRequest(t, 30, damaged)); status != http.StatusUnprocessableEntity {
 		t.Errorf("damaged: %d %s", status, text)
 	}

@@ -46,12 +46,12 @@ func TestVirtual_RetryIsToldTheTruth(t *testing.T) {
 				t.Errorf("%s: a request without a key: %v", when, r)
 			}
 		}
-		alone.guard.quota = 1
+		alone.admission.quota = 1
 		want("over quota", alone, http.StatusInsufficientStorage)
-		alone.guard.quota = 0
-		alone.guard.space.Store(&space{full: true})
+		alone.admission.quota = 0
+		alone.admission.space.Store(&space{full: true})
 		want("full disk", alone, http.StatusInsufficientStorage)
-		alone.guard.space.Store(&space{})
+		alone.admission.space.Store(&space{})
 		c.isolate(alone)
 		for alone.loop.status.Load().leader != 0 {
 			synctest.Wait()

@@ -121,7 +121,7 @@ func (c Condition) Holds(it Item, exists bool) bool {
 type RetryID struct {
 	Key    string // empty = none
 	Digest [16]byte
-	Client uint64 // who sent it, see retries.go; 0 = not known; from level 3 on
+	Client uint64 // who sent it, see idempotency.go; 0 = not known; from level 3 on
 }
 
 // Flags of an encoded command: which optional fields follow.

@@ -24,7 +24,7 @@ import (
 // change, and made anew when a state is read, so no entry walks over a state.
 // The window of events itself is not part of it: each node has its own bounds.
 //
-// Members tell each other their sums, see guard.go, and each judges for itself.
+// Members tell each other their sums, see admission.go, and each judges for itself.
 
 // Algorithms of sums. Only sums of the same one can be compared.
 const (

@@ -13,14 +13,14 @@ import (
 	"raftrv/internal/testkit"
 )
 
-// newTestGuard returns the guard of member 1 of three, whose disk has room for so many bytes.
-func newTestGuard(t *testing.T, free *uint64) *guard {
+// newTestAdmission returns that of member 1 of three, whose disk has room for so many bytes.
+func newTestAdmission(t *testing.T, free *uint64) *admission {
 	t.Helper()
 	s := store.New()
 	for id := range uint64(3) {
 		s.State.Members[id+1] = store.Member{ID: id + 1}
 	}
-	g := newGuard(&config{id: 1, diskReserve: 1000, quota: 10_000}, s, func() int { return 0 }, zap.NewNop())
+	g := newAdmission(&config{id: 1, diskReserve: 1000, quota: 10_000}, s, func() int { return 0 }, zap.NewNop())
 	g.free = func() (uint64, error) { return *free, nil }
 	testkit.Must(t, g.lookAtDisk())
 	return g
@@ -31,11 +31,11 @@ var (
 	someDelete = store.Command{Op: store.OpDelete, Key: "k"}
 )
 
-// TestGuard_Disk: between two looks no more is taken than there was room for, since all three members may take
+// TestAdmission_Disk: between two looks no more is taken than there was room for, since all three members may take
 // as much.
-func TestGuard_Disk(t *testing.T) {
+func TestAdmission_Disk(t *testing.T) {
 	free := uint64(math.MaxUint64 / 4)
-	g := newTestGuard(t, &free)
+	g := newTestAdmission(t, &free)
 	testkit.Must(t, g.admit(&somePut, 5000))
 
 	free = 1000 + 299
@@ -73,8 +73,8 @@ func TestGuard_Disk(t *testing.T) {
 	}
 }
 
-// TestGuard_OthersFull: what the disks of others mean for the writes here.
-func TestGuard_OthersFull(t *testing.T) {
+// TestAdmission_OthersFull: what the disks of others mean for the writes here.
+func TestAdmission_OthersFull(t *testing.T) {
 	full := health{DiskFull: true}
 	for _, tt := range []struct {
 		name   string
@@ -89,7 +89,7 @@ func TestGuard_OthersFull(t *testing.T) {
 		{"one of two that answer", map[uint64]health{2: full}, 1, false},
 	} {
 		free := uint64(math.MaxUint64 / 4)
-		g := newTestGuard(t, &free)
+		g := newTestAdmission(t, &free)
 		g.hear(tt.others, tt.leader)
 		if err := g.admit(&somePut, 1); errors.Is(err, fault.ErrDiskFull) != tt.want {
 			t.Errorf("%s: %v", tt.name, err)
@@ -98,10 +98,10 @@ func TestGuard_OthersFull(t *testing.T) {
 	}
 }
 
-// TestGuard_Quota: what grows the store beyond it is refused, and nothing else.
-func TestGuard_Quota(t *testing.T) {
+// TestAdmission_Quota: what grows the store beyond it is refused, and nothing else.
+func TestAdmission_Quota(t *testing.T) {
 	free := uint64(math.MaxUint64 / 4)
-	g := newTestGuard(t, &free)
+	g := newTestAdmission(t, &free)
 	big := store.Command{Op: store.OpPut, Key: "big", Value: string(make([]byte, 9_900))}
 	testkit.Must(t, g.admit(&big, 9_900))
 	storetest.Apply(t, g.store, big)

@@ -62,7 +62,7 @@ func commonLevel(members []store.Member, others map[uint64]health, self uint64, 
 // oldMembers says which members keep the cluster below a level.
 func (s *kvstore) oldMembers(level int) string {
 	var old []string
-	others := *s.guard.others.Load()
+	others := *s.admission.others.Load()
 	for _, m := range s.store.Members() {
 		h, answered := others[m.ID]
 		switch {

@@ -35,8 +35,8 @@ const (
 	releaseEvery = 2 * time.Second
 )
 
-// guard knows these things of one node. Its methods may be called from any goroutine.
-type guard struct {
+// admission knows these things of one node. Its methods may be called from any goroutine.
+type admission struct {
 	id      uint64
 	reserve uint64 // as configured; 0 = by default
 	quota   uint64 // 0 = none
@@ -53,7 +53,7 @@ type guard struct {
 	others       atomic.Pointer[map[uint64]health]
 	lastReleased time.Time // owned by the goroutine that watches the disk
 
-	*opinion // of its own state, see consistency.go
+	*consistency // of its own state, see consistency.go
 
 	roundTrips *prometheus.HistogramVec // to the other members, by ID
 }
@@ -73,16 +73,16 @@ type health struct {
 	DiskClosed bool       `json:"diskClosed,omitempty"`
 }
 
-func newGuard(cfg *config, kv *store.Store, waiting func() int, logger *zap.Logger) *guard {
-	g := &guard{
-		id:      cfg.id,
-		reserve: cfg.diskReserve,
-		quota:   cfg.quota,
-		store:   kv,
-		free:    func() (uint64, error) { return freeBytes(cfg.dataDir) },
-		waiting: waiting,
-		logger:  logger,
-		opinion: newOpinion(cfg.dataDir),
+func newAdmission(cfg *config, kv *store.Store, waiting func() int, logger *zap.Logger) *admission {
+	g := &admission{
+		id:          cfg.id,
+		reserve:     cfg.diskReserve,
+		quota:       cfg.quota,
+		store:       kv,
+		free:        func() (uint64, error) { return freeBytes(cfg.dataDir) },
+		waiting:     waiting,
+		logger:      logger,
+		consistency: newConsistency(cfg.dataDir),
 
 		roundTrips: newRoundTrips(),
 	}
@@ -99,7 +99,7 @@ const floorSegments = 2
 
 // diskReserve is how much of the disk must stay free for a node to take writes:
 // the floor, as much for deletes, and a snapshot that makes log superfluous.
-func (g *guard) diskReserve() uint64 {
+func (g *admission) diskReserve() uint64 {
 	if g.reserve != 0 {
 		return g.reserve
 	}
@@ -114,7 +114,7 @@ const copiesOfPut = 3
 func diskFloor(reserve uint64) uint64 { return min(floorSegments*segmentBytes(), reserve/2) }
 
 // lookAtDisk finds out how much room there is.
-func (g *guard) lookAtDisk() error {
+func (g *admission) lookAtDisk() error {
 	free, err := g.free()
 	if err != nil {
 		return err
@@ -141,10 +141,10 @@ func (g *guard) lookAtDisk() error {
 	return nil
 }
 
-func (g *guard) members() int { return max(1, g.store.MemberCount()) }
+func (g *admission) members() int { return max(1, g.store.MemberCount()) }
 
 // admit says whether a command of so many bytes may be proposed.
-func (g *guard) admit(c *store.Command, size int) error {
+func (g *admission) admit(c *store.Command, size int) error {
 	// The others may take as many bytes at the same time, and this node has to
 	// write them too.
 	cost := int64(size) * int64(g.members())
@@ -170,7 +170,7 @@ func (g *guard) admit(c *store.Command, size int) error {
 
 // receive says whether so many bytes of entries, or of commands for a leader,
 // that another member sent may be written.
-func (g *guard) receive(size int) bool {
+func (g *admission) receive(size int) bool {
 	return size == 0 || !g.space.Load().closed && g.left.Add(-int64(size)) >= 0
 }
 
@@ -196,7 +196,7 @@ func grows(c *store.Command) bool {
 }
 
 // diskFull says whose disk has no room for a write.
-func (g *guard) diskFull() error {
+func (g *admission) diskFull() error {
 	if s := g.space.Load(); s.full {
 		return fault.ErrDiskFull.WithDetail("the disk of this node has %d bytes left, and %d are kept in reserve; "+
 			"reads and deletes go on, and writes do as soon as there is space", s.free, s.reserve)
@@ -208,7 +208,7 @@ func (g *guard) diskFull() error {
 	return nil
 }
 
-func (g *guard) overQuota(c *store.Command, size int) error {
+func (g *admission) overQuota(c *store.Command, size int) error {
 	if g.quota == 0 {
 		return nil
 	}
@@ -226,15 +226,15 @@ func (g *guard) overQuota(c *store.Command, size int) error {
 }
 
 // writable says why the node takes no writes but deletes at present.
-func (g *guard) writable() error {
+func (g *admission) writable() error {
 	if err := g.diskFull(); err != nil {
 		return err
 	}
 	return g.overQuota(&store.Command{Op: store.OpTxn}, 0)
 }
 
-// describe adds to a status what the guard knows.
-func (g *guard) describe(st *httpapi.NodeStatus) {
+// describe adds to a status what admission knows.
+func (g *admission) describe(st *httpapi.NodeStatus) {
 	sum, space := g.store.Sums().Now, g.space.Load()
 	st.StateSum = fmt.Sprintf("%016x", sum.Sum)
 	st.AppliedIndex = sum.Index // that it is the sum of
@@ -247,23 +247,23 @@ func (g *guard) describe(st *httpapi.NodeStatus) {
 }
 
 // health is what the others are told.
-func (g *guard) health() health {
+func (g *admission) health() health {
 	s := g.space.Load()
 	return health{Member: g.id, Sums: g.store.Sums(), Level: g.store.Knows(), DiskFull: s.full, DiskClosed: s.closed}
 }
 
 // isClosed says whether a member has said that it takes no entries.
-func (g *guard) isClosed(id uint64) bool { return (*g.others.Load())[id].DiskClosed }
+func (g *admission) isClosed(id uint64) bool { return (*g.others.Load())[id].DiskClosed }
 
 // watchDisk looks at the disk until ctx ends.
 func (n *node) watchDisk(ctx context.Context) error {
 	tick := time.NewTicker(spaceEvery)
 	defer tick.Stop()
 	for {
-		if err := n.guard.lookAtDisk(); err != nil {
+		if err := n.admission.lookAtDisk(); err != nil {
 			return err
 		}
-		if g := n.guard; g.space.Load().full && time.Since(g.lastReleased) >= releaseEvery {
+		if g := n.admission; g.space.Load().full && time.Since(g.lastReleased) >= releaseEvery {
 			g.lastReleased = time.Now()
 			n.loop.wantSnapshot()
 		}

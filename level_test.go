@@ -48,7 +48,7 @@ func TestLevel_OldMembers(t *testing.T) {
 		{2, map[uint64]health{2: {Level: 2}, 3: {Level: 3}}, "all members know it, so it will be raised in a moment"},
 	} {
 		n.store.LevelMax = tt.own
-		n.guard.others.Store(&tt.others)
+		n.admission.others.Store(&tt.others)
 		if got := n.oldMembers(2); got != tt.want {
 			t.Errorf("%+v: %q, want %q", tt, got, tt.want)
 		}

@@ -26,57 +26,6 @@ type Item struct {
 	ContentType string // of the value; empty = not said
 }
 
-// Member is one node of the cluster, as the replicated state knows it.
-type Member struct {
-	ID        uint64 `json:"id"`
-	Name      string `json:"name,omitempty"`
-	PeerURL   string `json:"peerURL"`
-	ClientURL string `json:"clientURL,omitempty"`
-	Learner   bool   `json:"learner,omitempty"` // gets the log but has no vote
-	// Promote makes a learner a voter as soon as it has caught up.
-	Promote bool `json:"promote,omitempty"`
-	// Directory is the number of the data directory that the member started
-	// with, 0 until then. A member that comes with another one has forgotten what
-	// it promised.
-	Directory uint64 `json:"directory,string,omitempty"`
-	// extra is a JSON object of the fields that only newer programs know, or "".
-	// They stay as they are.
-	extra string
-}
-
-// memberFields is a member without extra, and without methods.
-type memberFields Member
-
-// MarshalJSON adds the fields that only newer programs know.
-func (m Member) MarshalJSON() ([]byte, error) {
-	b, err := json.Marshal(memberFields(m))
-	if err != nil || m.extra == "" {
-		return b, err
-	}
-	return append(append(b[:len(b)-1], ','), m.extra[1:]...), nil
-}
-
-// UnmarshalJSON keeps the fields that it does not know.
-func (m *Member) UnmarshalJSON(b []byte) error {
-	if err := json.Unmarshal(b, (*memberFields)(m)); err != nil {
-		return err
-	}
-	all := map[string]json.RawMessage{}
-	if err := json.Unmarshal(b, &all); err != nil {
-		return err
-	}
-	for name := range all {
-		if slices.ContainsFunc(memberFieldNames, func(known string) bool { return strings.EqualFold(known, name) }) {
-			delete(all, name)
-		}
-	}
-	m.extra = encodeFields(all)
-	return nil
-}
-
-// memberFieldNames are the fields of a member that are known.
-var memberFieldNames = []string{"id", "name", "peerURL", "clientURL", "learner", "promote", "directory"}
-
 // encodeFields returns a JSON object whose bytes follow from its fields.
 func encodeFields(fields map[string]json.RawMessage) string {
 	if len(fields) == 0 {
@@ -112,7 +61,7 @@ type State struct {
 	RV    uint64 // resource version of the last write, for the whole store
 	size  uint64 // bytes that the items take, about
 	Now   int64  // unix milliseconds, see pass
-	Sum   uint64 // of all entries up to index and what they did, see divergence.go
+	Sum   uint64 // of all entries up to index and what they did, see checksum.go
 
 	// From level 2 on, see pass: milliseconds by which what ages does so, and the
 	// time up to which they were counted.
@@ -244,39 +193,6 @@ func (s *Store) Applied() uint64 {
 	s.Mu.RLock()
 	defer s.Mu.RUnlock()
 	return s.State.Index
-}
-
-// Members returns the members in the order of their ids.
-func (s *Store) Members() []Member {
-	s.Mu.RLock()
-	defer s.Mu.RUnlock()
-	return s.State.SortedMembers()
-}
-
-func (s *State) SortedMembers() []Member {
-	return slices.SortedFunc(maps.Values(s.Members), func(a, b Member) int { return cmp.Compare(a.ID, b.ID) })
-}
-
-// Member returns one member.
-func (s *Store) Member(id uint64) (Member, bool) {
-	s.Mu.RLock()
-	defer s.Mu.RUnlock()
-	m, ok := s.State.Members[id]
-	return m, ok
-}
-
-// MemberUpdates counts the updates of members that were applied here.
-func (s *Store) MemberUpdates() int {
-	s.Mu.RLock()
-	defer s.Mu.RUnlock()
-	return s.State.Updates
-}
-
-// MemberCount returns how many members there are. Every write asks.
-func (s *Store) MemberCount() int {
-	s.Mu.RLock()
-	defer s.Mu.RUnlock()
-	return len(s.State.Members)
 }
 
 // TellsRemoved says whether this member, self, tells the one with that id that it was
@@ -795,87 +711,6 @@ func ItemSize(key string, it Item) uint64 {
 	return size
 }
 
-// MemberChange is what a configuration change does to the members.
-type MemberChange struct {
-	Kind   MemberChangeKind
-	Member Member // of promote and remove only the ID counts
-}
-
-type MemberChangeKind int
-
-const (
-	AddLearner MemberChangeKind = iota
-	PromoteLearner
-	RemoveMember
-)
-
-// ApplyMember applies a configuration change at index. refused says why it must
-// not happen; every member comes to the same conclusion. A batch that was
-// applied before is not fresh and changes nothing.
-func (s *Store) ApplyMember(index, term uint64, h BatchHeader, c MemberChange) (fresh bool, refused, err error) {
-	s.Mu.Lock()
-	defer s.Mu.Unlock()
-	if err := s.State.Follows(index); err != nil {
-		return false, nil, err
-	}
-	s.State.Index, s.State.Term = index, term
-	if !s.State.first(h) {
-		s.seal(h.digest(nil, false))
-		return false, nil, nil
-	}
-	refused = s.State.ChangeMember(c)
-	s.seal(h.digest(binary.AppendUvarint([]byte{byte(c.Kind)}, c.Member.ID), true))
-	return true, refused, nil
-}
-
-func (s *State) ChangeMember(c MemberChange) error {
-	id := c.Member.ID
-	old, exists := s.Members[id]
-	s.membersStale = true
-	switch {
-	case s.Removed[id]:
-		return fmt.Errorf("member %d was removed, and an ID is never used again: take another one", id)
-	case c.Kind == AddLearner && exists:
-		return fmt.Errorf("member %d exists already, at %s", id, old.PeerURL)
-	case c.Kind != AddLearner && !exists:
-		return fmt.Errorf("there is no member %d", id)
-	case c.Kind == PromoteLearner && !old.Learner:
-		return fmt.Errorf("member %d is a voter already", id)
-	case c.Kind == RemoveMember && !old.Learner && s.voters() == 1:
-		return fmt.Errorf("member %d is the last voter", id)
-	}
-	switch c.Kind {
-	case RemoveMember:
-		delete(s.Members, id)
-		s.Removed[id] = true
-		return nil
-	case PromoteLearner:
-		old.Learner, old.Promote = false, false
-		s.Members[id] = old
-		return nil
-	default:
-		if owner := s.peerURLOwner(c.Member); owner != 0 {
-			return fmt.Errorf("member %d already has the peer URL %s", owner, c.Member.PeerURL)
-		}
-		c.Member.Learner = true
-		if s.Level < 2 {
-			c.Member.extra = ""
-		}
-		s.Members[id] = c.Member
-		return nil
-	}
-}
-
-// peerURLOwner returns the ID of another member that has m's peer URL, or 0.
-func (s *State) peerURLOwner(m Member) uint64 {
-	for _, other := range s.Members {
-		if other.ID != m.ID && other.PeerURL == m.PeerURL {
-			return other.ID
-		}
-	}
-	return 0
-}
-
 // voters returns how many members vote.
 func (s *State) voters() int {
 	n := 0
@@ -886,49 +721,6 @@ func (s *State) voters() int {
 	}
 	return n
 }
-
-// DecodeMember reads who a member is.
-func DecodeMember[T string | []byte](value T) (m Member, err error) {
-	if err := json.Unmarshal([]byte(value), &m); err != nil {
-		return m, fmt.Errorf("%w: member: %w", ErrMalformed, err)
-	}
-	return m, nil
-}
-
-// UpdateMember changes what is known of a member: the fields that are set.
-func (s *State) UpdateMember(update Member) Result {
-	m, ok := s.Members[update.ID]
-	if !ok {
-		return Result{Status: StatusNotFound}
-	}
-	m.Name = cmp.Or(update.Name, m.Name)
-	m.PeerURL = cmp.Or(update.PeerURL, m.PeerURL)
-	m.ClientURL = cmp.Or(update.ClientURL, m.ClientURL)
-	m.Directory = cmp.Or(update.Directory, m.Directory)
-	if s.Level >= 2 {
-		m.extra = mergeFields(m.extra, update.extra)
-	}
-	if s.peerURLOwner(m) != 0 {
-		return Result{Status: StatusPrecondition}
-	}
-	s.Members[m.ID] = m
-	s.membersStale = true
-	s.Updates++
-	return Result{Status: StatusReplaced}
-}
-
-// session remembers which batches of one process lifetime were applied. A
-// plain maximum would be wrong: a batch that was lost on its way and proposed
-// again is older than one that made it.
-type session struct {
-	used uint64 // raft index of the last batch
-	max  uint64 // highest sequence number seen
-	// seen has bit seq % sessionWindow set for each number in
-	// (max-sessionWindow, max] that was applied.
-	seen [sessionWindow / 64]uint64
-}
-
-type Sessions map[uint64]*session
 
 // first records the batch of the present entry and says whether it had not been
 // seen.
@@ -943,66 +735,4 @@ func (s *State) first(h BatchHeader) bool {
 	fresh := s.Sessions.first(h, s.Index)
 	s.SessionsDigest += s.Sessions[h.Session].digest(h.Session)
 	return fresh
-}
-
-// first does that in the table, which has room. A number below the window counts
-// as seen: its proposer gave it up long ago.
-func (t Sessions) first(h BatchHeader, index uint64) bool {
-	s := t[h.Session]
-	if s == nil {
-		s = &session{}
-		t[h.Session] = s
-	}
-	s.used = index
-	if h.Seq > s.max {
-		if h.Seq-s.max >= sessionWindow {
-			clear(s.seen[:])
-		} else {
-			for q := s.max + 1; q < h.Seq; q++ {
-				s.set(q, false)
-			}
-		}
-		s.max = h.Seq
-		s.set(h.Seq, true)
-		return true
-	}
-	if s.max-h.Seq >= sessionWindow || s.has(h.Seq) {
-		return false
-	}
-	s.set(h.Seq, true)
-	return true
-}
-
-func (s *session) has(seq uint64) bool {
-	bit := seq % sessionWindow
-	return s.seen[bit/64]&(1<<(bit%64)) != 0
-}
-
-func (s *session) set(seq uint64, on bool) {
-	bit := seq % sessionWindow
-	if on {
-		s.seen[bit/64] |= 1 << (bit % 64)
-	} else {
-		s.seen[bit/64] &^= 1 << (bit % 64)
-	}
-}
-
-// oldest returns the session that was used longest ago. No two were last used by
-// the same entry, so every member forgets the same one.
-func (t Sessions) oldest() (oldest uint64) {
-	for id, s := range t {
-		if t[oldest] == nil || s.used < t[oldest].used {
-			oldest = id
-		}
-	}
-	return oldest
-}
-
-func (t Sessions) copy() Sessions {
-	c := make(Sessions, len(t))
-	for id, s := range t {
-		d := *s
-		c[id] = &d
-	}
-	return c
 }
