@@ -38,7 +38,7 @@ const (
 	waitGrace = 50 * time.Millisecond
 )
 
-// loop runs a replica. It implements driver for it, and backend for the fronts.
+// loop runs a replica, and implements driver for it. It is the only way to it.
 type loop struct {
 	logger  *zap.Logger
 	tick    time.Duration
