@@ -7,9 +7,9 @@
 // Five files, one page of each:
 //
 //	internal/httpapi/api.go    ServeHTTP finds the call (routes.go); putKey makes a command of
-//	                           path, body and conditions, and asks the node to carry it out
-//	kvstore.go                 Apply: may this node serve, and has it room? From here on the
-//	                           command may happen
+//	                           path, body and conditions, and hands it to the replicated store
+//	kvstore.go                 Apply: may this node serve, and has it room (admission.go)? From here
+//	                           on the command may happen
 //	loop.go                    propose adds the command to the open batch and waits. The loop's
 //	                           goroutine, in turn and feed, hands batches to the replica
 //	raft.go                    propose makes the batch one entry of the log. processOnce sends it,
@@ -18,11 +18,12 @@
 //	                           and its event, and returns what each came to
 //
 // The way back is short: replica.applyBatch hands the batch to loop.proposed, which
-// closes its channel; loop.propose returns the result, and putKey answers 201 or 204.
+// closes its channel; loop.propose and Apply return the result, and putKey answers
+// 201 or 204.
 //
 // # In which order to read
 //
-// Each file uses only words of those before it.
+// Each concept comes before those who use it.
 //
 // What is replicated, and what can go wrong:
 //
@@ -62,6 +63,8 @@
 // What clients see:
 //
 //	internal/watch    who waits for which event; the journal
+//	kvstore.go        the replicated store, which every front talks to: Get, List, Scan, Watch,
+//	                  Apply, the calls on members
 //	internal/shares   what one address may take of what there is for all
 //	internal/httpapi  requests become commands and reads, results become responses
 //	listener.go       sockets: tracked, bounded, shared

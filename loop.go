@@ -38,7 +38,7 @@ const (
 	waitGrace = 50 * time.Millisecond
 )
 
-// loop runs a replica. It implements driver for it, and backend for the fronts.
+// loop runs a replica, and implements driver for it. It is the only way to it.
 type loop struct {
 	logger  *zap.Logger
 	tick    time.Duration
@@ -124,8 +124,8 @@ func (l *loop) run(ctx context.Context, r *replica, admit func(context.Context) 
 		l.close(err)
 		l.endWork()
 	}()
-	// An admission that was cut short is none: what other members have sent
-	// meanwhile must not be looked at, since the answer to it may be a vote.
+	// If the admission was cut short the node was not admitted: what other members
+	// have sent meanwhile must not be looked at, since the answer may be a vote.
 	if err := admit(ctx); err != nil || ctx.Err() != nil {
 		return err
 	}
@@ -638,8 +638,7 @@ func (l *loop) giveUp(b *batch, i int) error {
 	return l.timeout(fault.ErrNotProposed)
 }
 
-// timeout is the answer when a deadline has passed: err if there is a leader, so that
-// it is not for want of one.
+// timeout is the answer when a deadline has passed: err, or that there is no leader.
 func (l *loop) timeout(err *fault.Error) error {
 	if l.status.Load().leader == 0 {
 		return fault.ErrNoLeader

@@ -255,7 +255,8 @@ func (n *node) admit(ctx context.Context) error {
 
 // checkTwin looks whether another process serves at the address of this member.
 // Two that have one directory between them, or a copy of it, could vote twice.
-// Others are none of its business: no other node believes them while this one answers.
+// Whoever else answers there does not matter: no other node believes them while
+// this one answers.
 func (n *node) checkTwin(ctx context.Context) error {
 	self, ok := n.store.Member(n.config.id)
 	if !ok {

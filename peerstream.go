@@ -22,8 +22,8 @@ import (
 )
 
 // This file reads the streams on which other members send. rafthttp's own
-// reader panics on goroutines of its own, where nobody can recover: on a version
-// header that is none, on a number of entries that does not fit into memory, on
+// reader panics on goroutines of its own, where nobody can recover: on a malformed
+// version header, on a number of entries that does not fit into memory, on
 // bytes that are no entry. One bad peer would end the process, at every start
 // again. Here it costs its connection.
 //

@@ -515,8 +515,9 @@ const expireMax = 4096
 const ownDeadline = 10 * time.Second
 
 // expireKeys proposes the deletion of keys whose time has come, by the leader's
-// clock, with each tick, and as soon as the last of such batches is applied. Applying it checks that the key was not written since, so a leader
-// that is none any more does no harm.
+// clock. That is done with each tick, and again when a full batch of them was
+// applied. Applying it checks that the key was not written since, so a leader that
+// was deposed meanwhile does no harm.
 func (r *replica) expireKeys() {
 	if r.role != raft.StateLeader || r.expiring != nil {
 		return
@@ -543,8 +544,8 @@ func (r *replica) read(q *readRound) {
 }
 
 // ask sends a ReadIndex. Its context is never used twice, so that a late answer
-// to an earlier attempt, maybe from a leader that is none any more, is no
-// answer to this one.
+// to an earlier attempt, maybe from a leader that was deposed, is no answer to
+// this one.
 func (r *replica) ask(q *readRound) {
 	if r.leader == raft.None || !r.confirmsReads() {
 		q.attempt = 0 // with the next tick

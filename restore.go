@@ -20,7 +20,7 @@ import (
 // a member of a cluster that has lost its majority still has.
 //
 // The new cluster has another number than the old one, so their nodes do not
-// talk to each other, whoever of the old ones comes back.
+// talk to each other if old ones come back.
 
 // restoreBackup makes the data directory of one member of a new cluster, which
 // will be founded by all of them together, see founding.go. Its versions are above

@@ -462,8 +462,8 @@ const adviceForDamage = "acknowledged writes are missing here, and a member that
 	"and start it with that --id, an empty --data-dir and --join; " +
 	"if no majority of the others is left, use raftrv recover on one of them or raftrv backup restore, and as the last resort raftrv recover --damaged here"
 
-// adviceFor returns what to do about an error that may be damage. Files that
-// cannot be opened at all are none.
+// adviceFor returns what to do about an error that may be damage. A file that
+// cannot be opened at all is not damage.
 func adviceFor(err error) string {
 	if _, ok := errors.AsType[*os.PathError](err); ok {
 		return ""

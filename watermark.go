@@ -314,8 +314,8 @@ func checkChain(decoder wal.Decoder, rec *walpb.Record, isFirst bool) error {
 
 // errRecordType is damage that the log's checksums do not notice, because they
 // do not cover the type of a record. What is in a record must make sense for
-// its type: one bit makes a hard state of an entry and the other way round, and
-// an entry that was none replaces a committed one.
+// its type: one bit turns an entry into a hard state or a hard state into an
+// entry, and that would replace a committed one.
 var errRecordType = errors.New("a record is not of the type that it says")
 
 // note moves the end behind a record.

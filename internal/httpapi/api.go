@@ -29,7 +29,7 @@ import (
 )
 
 // This file is the HTTP front: it turns requests into commands and reads, and
-// results and errors into responses. It knows the node only as a backend.
+// results and errors into responses. It knows the node only as a Store.
 //
 // Keys live at the root, so every path is a key except those whose first
 // segment is exactly "-". There is no mux, which would clean paths and

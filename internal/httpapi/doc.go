@@ -8,10 +8,10 @@
 // writes unless it was allowed to. What a client can make a node hold has a bound,
 // and no address gets all of it.
 //
-// It knows a node only by the interface backend, and reads the store and the hub
-// that it was given. It never meets raft, the log, other members' messages or
-// sockets: the root listens, and serves what [New] returns. It imports store, watch,
-// shares and fault.
+// It knows a node only by the interface [Store], the replicated store: how new a read
+// is, and what the node does not take or serve at present, is decided behind that. It
+// never meets raft, the log, other members' messages or sockets: the root listens, and
+// serves what [New] returns. It imports store, watch, shares and fault.
 //
 // Read its files in this order:
 //

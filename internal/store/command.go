@@ -139,9 +139,8 @@ const (
 )
 
 // grammar is what an op may come with. Anything else was written by a newer
-// program, to which it means something: it is refused in whole. To carry out the
-// rest, as if the unknown part were not there, would be another write than the
-// other members make.
+// program, to which it means something, so the whole command is refused. To carry
+// out the rest of it would be another write than the one that other members make.
 type grammar struct {
 	level      int // from which on members know the op; 0 = it stands for no command
 	flags      byte

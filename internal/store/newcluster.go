@@ -14,17 +14,17 @@ const (
 // that it was made from. The old cluster went on after the backup was taken, or
 // its lost members had more than the survivor, and clients have seen versions
 // that are not known here. None of these must be given out again: an ETag or a
-// resourceVersion must not mean two things. It is far more than a cluster can
-// have written meanwhile: at 10,000 writes a second a day and more. And one can restore
-// nine million times before versions leave what a double holds exactly, which
-// is what JSON's numbers are to many programs. What was made from the same before
-// is above that as well; see leap, with which most of it comes from level 3 on.
+// resourceVersion must not mean two things. It is more than a cluster writes in a
+// day at 10,000 writes a second. And one can restore nine million times before a
+// version no longer fits into a double, which is how many programs read the numbers
+// of JSON. A cluster that was made from the same backup before has such versions,
+// too; from level 3 on leap keeps the two apart.
 const VersionJump = 1_000_000_000
 
 // Begin makes the state the first one of a new cluster with these members.
 //
-// The feature level stays: what the backup holds may need it. Sessions go: no proposal of the old cluster can arrive. The window of events
-// is empty, so a watch that wants to resume from a version of the old cluster is
+// The feature level stays: what the backup holds may need it. Sessions go: no
+// proposal of the old cluster can arrive. The window of events is empty, so a watch that wants to resume from a version of the old cluster is
 // told that it expired, and lists again. Outcomes of requests with an
 // Idempotency-Key stay: what they stand for is in the state.
 func (s *State) Begin(members []Member, removed []uint64) {

@@ -435,7 +435,7 @@ func (j *Journal) skip(ctx context.Context, kv *store.Store) error {
 	return j.append(ctx, kv)
 }
 
-// follow appends events until there are none any more: then it returns nil.
+// follow appends events until there are no more: then it returns nil.
 func (j *Journal) follow(ctx context.Context, w *Watcher, src JournalSource, syncEvery time.Duration) error {
 	w.patient = true
 	timer := time.NewTimer(syncEvery)

@@ -291,8 +291,8 @@ func (w *Watcher) signal() { wakeUp(w.Wake) }
 
 // Read passes the next events to take, in order and without a gap, and returns
 // how many there were. When there are none at present, wake tells when to read
-// again. last means that w gets no more events of that version; the rest of
-// others comes with the next read. All events up to version rv were passed on.
+// again. last marks the last event that w gets of a version; a version without it
+// goes on with the next read. All events up to version rv were passed on.
 // take must not block nor keep the event.
 //
 // An error is final, and comes without events. What w got after rv is then an
