@@ -71,6 +71,7 @@
 //
 // How it is put together:
 //
+//	httpapi.go        the ports of a node, and the HTTP front behind them
 //	server.go         builds a node from these parts, starts and stops it
 //	config.go         flags, their ranges and defaults
 //	main.go           the command line
