@@ -54,6 +54,7 @@ fmt-check:
 .PHONY: vet
 vet:
 	$(GO) vet ./...
+	GOOS=darwin CGO_ENABLED=0 $(GO) build ./... # the files that are not for Linux
 
 .PHONY: lint
 lint: ## run golangci-lint

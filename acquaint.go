@@ -318,7 +318,7 @@ func (n *node) awaitRemoval(ctx context.Context, told <-chan error) error {
 	var since, warned time.Time
 	for {
 		select {
-		case <-told:
+		case <-told: //nolint:errcheck // that somebody says so is enough to ask
 		case <-ctx.Done():
 			return nil
 		}

@@ -264,12 +264,10 @@ func (n *node) checkTwin(ctx context.Context) error {
 	}
 	challenge := rand.Text()
 	info, err := askPeerTo(ctx, self.PeerURL, challenge)
-	if err != nil || info.Process == n.process || info.Node != self.ID || info.Cluster != fmt.Sprintf("%x", n.cluster) {
-		return nil
-	}
+	isMember := err == nil && info.Process != n.process && info.Node == self.ID && info.Cluster == fmt.Sprintf("%x", n.cluster)
 	// Anybody can say that it is this member, and an address can be given to the
 	// cluster by anybody. Who has the directory, or a copy of it, can prove it.
-	if !hmac.Equal([]byte(info.Proof), []byte(n.secret.prove(challenge, info.Process))) {
+	if !isMember || !hmac.Equal([]byte(info.Proof), []byte(n.secret.prove(challenge, info.Process))) {
 		return nil
 	}
 	return fmt.Errorf("another process runs as node %d of this cluster, at %s: a member must not run twice, nor on a copy of its data directory; "+

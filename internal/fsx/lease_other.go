@@ -1,6 +1,6 @@
 //go:build !linux
 
-package main
+package fsx
 
 import (
 	"errors"
@@ -9,6 +9,6 @@ import (
 
 // Elsewhere there are no leases.
 
-func takeLease(*os.File) error  { return errors.ErrUnsupported }
-func leaseWanted(*os.File) bool { return true }
-func dropLease(*os.File)        {}
+func TakeLease(*os.File) error  { return errors.ErrUnsupported }
+func LeaseWanted(*os.File) bool { return true }
+func DropLease(*os.File)        {}

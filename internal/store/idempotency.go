@@ -109,9 +109,9 @@ func (t *retryTable) add(id RetryID, first Result, now int64) {
 // not empty.
 func (t *retryTable) oldestOfHeaviest() (n uint64) {
 	most, _ := t.heaviest.Max()
-	_, client := splitSortKey(most)
+	client := secondOf(most)
 	t.ofClients.Ascend(sortKey(client, 0), func(k string) bool {
-		_, n = splitSortKey(k)
+		n = secondOf(k)
 		return false
 	})
 	return n
@@ -175,6 +175,5 @@ func sortKey(a, b uint64) string {
 	return string(binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(nil, a), b))
 }
 
-func splitSortKey(k string) (a, b uint64) {
-	return binary.BigEndian.Uint64([]byte(k[:8])), binary.BigEndian.Uint64([]byte(k[8:]))
-}
+// secondOf returns the second of them.
+func secondOf(k string) uint64 { return binary.BigEndian.Uint64([]byte(k[8:])) }

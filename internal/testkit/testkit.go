@@ -163,6 +163,7 @@ func ReadAnswer(t *testing.T, r *bufio.Reader, method string) Answer {
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer res.Body.Close()
 	body, err := io.ReadAll(res.Body)
 	if err != nil {
 		t.Fatal(err)
