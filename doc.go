@@ -11,7 +11,7 @@
 //	kvstore.go                 Apply: may this node serve, and has it room (admission.go)? From here
 //	                           on the command may happen
 //	loop.go                    propose adds the command to the open batch and waits. The loop's
-//	                           goroutine, in turn and feed, hands batches to the replica
+//	                           goroutine, in iterate and feed, hands batches to the replica
 //	raft.go                    propose makes the batch one entry of the log. processOnce sends it,
 //	                           saves it and, when a majority has it, applies it
 //	internal/store/state.go    Apply carries out the commands of an entry, each with its version

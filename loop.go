@@ -62,6 +62,8 @@ type loop struct {
 	work  sync.WaitGroup
 	watch stallWatch
 
+	// Invariant: what waits in the inbox is answered: by the replica, by giveUp, or by
+	// close, after which nothing comes in any more.
 	mu    sync.Mutex
 	inbox inbox // guarded by mu
 	taken int   // bytes of batches that the replica has; guarded by mu
@@ -142,7 +144,7 @@ func (l *loop) run(ctx context.Context, r *replica, admit func(context.Context) 
 			return nil
 		}
 		l.watch.begin()
-		err := l.turn(ticked)
+		err := l.iterate(ticked)
 		if took := l.watch.end(); took > 0 {
 			l.metrics.stall.Observe(took.Seconds())
 		}
@@ -152,8 +154,8 @@ func (l *loop) run(ctx context.Context, r *replica, admit func(context.Context) 
 	}
 }
 
-// turn gives the replica all that waits for it.
-func (l *loop) turn(ticked bool) error {
+// iterate gives the replica all that waits for it.
+func (l *loop) iterate(ticked bool) error {
 	r := l.replica
 	r.now = l.clock() // the last tick may be long ago, if the process was paused
 	l.mu.Lock()
@@ -420,9 +422,9 @@ func (l *loop) leaderView(ctx context.Context) (leaderView, error) {
 	}
 }
 
-// at implements hook: the replica has no clock, so the loop measures from
+// failpoint implements hook: the replica has no clock, so the loop measures from
 // outside how long applying takes.
-func (l *loop) at(point string) error {
+func (l *loop) failpoint(point string) error {
 	switch point {
 	case "after-save":
 		l.savedAt, l.savedIndex = l.clock(), l.replica.store.Applied()

@@ -65,7 +65,7 @@ func TestLoop_IterationsEnd(t *testing.T) {
 	testkit.Must(t, err)
 	for iterations := 1; !stop; iterations++ {
 		before, version, told := rounds, l.replica.store.Version(), notified
-		testkit.Must(t, l.turn(false))
+		testkit.Must(t, l.iterate(false))
 		if n := rounds - before; n > roundsMax {
 			t.Fatalf("an iteration had %d rounds, want at most %d", n, roundsMax)
 		}
@@ -175,16 +175,16 @@ func TestLoop_TimeOfBatch(t *testing.T) {
 			t.Errorf("%s expires %v after it was put, want %v", key, time.UnixMilli(it.Expires).Sub(put.Truncate(time.Millisecond)), ttl)
 		}
 	}
-	testkit.Must(t, l.turn(true))
+	testkit.Must(t, l.iterate(true))
 	first := put("first")
 	start := now
-	testkit.Must(t, l.turn(false))
+	testkit.Must(t, l.iterate(false))
 	lives("first", first, start)
 	lives("second", second, now)
 
 	now = now.Add(stall) // a pause
 	third := put("third")
-	testkit.Must(t, l.turn(false)) // for the request, before the next tick
+	testkit.Must(t, l.iterate(false)) // for the request, before the next tick
 	lives("third", third, now)
 }
 

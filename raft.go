@@ -74,6 +74,8 @@ type driver interface {
 
 // batch is a group of commands that are proposed as one entry.
 type batch struct {
+	// Invariant: data[offsets[i]] is where command i begins, until the batch is
+	// answered: a command that was withdrawn became a no-op of the same length.
 	data     []byte             // room for the header, then the encoded commands
 	offsets  []int              // where in data each command starts
 	change   *raftpb.ConfChange // set if the one command changes the membership
@@ -83,7 +85,8 @@ type batch struct {
 	events    int // that applying it makes at most
 
 	// The driver reads these once the batch was handed back.
-	results []store.Result // one for each command
+	// Invariant: if err is nil then, results has one for each of offsets.
+	results []store.Result
 	err     error
 
 	// These belong to the driver.

@@ -154,7 +154,7 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		transport:       network,
 		refused:         network.refusals.add,
 		driver:          n.loop,
-		hook:            n.loop.at,
+		hook:            n.loop.failpoint,
 		logger:          logger,
 	})
 	if err != nil {

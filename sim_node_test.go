@@ -421,7 +421,7 @@ func (p *process) runTurn(ticked bool) (err error) {
 			err = errCrashed
 		}
 	}()
-	return p.loop.turn(ticked)
+	return p.loop.iterate(ticked)
 }
 
 // exit ends the process as run does: what waits is answered.
@@ -540,7 +540,7 @@ func (n *simNode) resume() {
 	}
 }
 
-// at implements hook. At times another process has the processor here.
+// failpoint implements hook. At times another process has the processor here.
 func (p *process) at(point string) error {
 	if p.dead || p.crashHere(point) {
 		return errCrashed

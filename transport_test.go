@@ -125,7 +125,7 @@ func (n *testNetwork) stateOf2() tracker.StateType { return n.leader.raw.Status(
 func (n *testNetwork) wantReported() {
 	n.t.Helper()
 	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
-		testkit.Must(n.t, n.loop.turn(false))
+		testkit.Must(n.t, n.loop.iterate(false))
 		if n.stateOf2() == tracker.StateProbe {
 			return
 		}
@@ -230,7 +230,7 @@ func TestNetwork_SnapshotBackOff(t *testing.T) {
 	n.lead()
 	for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		n.leader.step(&raftpb.Message{Type: raftpb.MsgHeartbeatResp.Enum(), From: new(uint64(2)), To: new(uint64(1)), Term: new(uint64(2))})
-		testkit.Must(t, n.loop.turn(false))
+		testkit.Must(t, n.loop.iterate(false))
 	}
 	if got := offered.Load(); got < 2 || got > 5 { // at 0, 100, 300 and 700 ms
 		t.Errorf("the snapshot was offered %d times within a second", got)

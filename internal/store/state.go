@@ -67,7 +67,8 @@ type State struct {
 	// time up to which they were counted.
 	elapsed, seen int64
 
-	// Invariant: every item's rv <= state.rv.
+	// Invariant: every item's RV is at most that of the state; Expiry has exactly the
+	// items with a deadline; every event's RV is above Events.dropped.
 	Items    *itemMap
 	Expiry   *btree.Set[string] // expiryKey of each item that has a deadline
 	Events   eventLog

@@ -251,6 +251,9 @@ type Watcher struct {
 	node     *watchNode    // where the hub looks for it
 	Wake     chan struct{} // holds one token: read may return something new
 
+	// Invariant: a watcher that is armed has read all events that concern it up to the
+	// version that the hub had looked at; the hub wakes it for the next one.
+	//
 	// armed is set by the watcher and reset by the hub, under its mutex. Meanwhile
 	// the rest is the hub's, guarded by the mutex, and otherwise the watcher's.
 	armed    atomic.Bool
