@@ -8,7 +8,9 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -22,9 +24,8 @@ var rewrite = flag.Bool("rewrite", false, "write what came back into the files t
 const (
 	apiPage = "docs/api.md"
 
-	// In the page, for those of the node:
-	apiAddress     = "http://127.0.0.1:12380"
-	apiPeerAddress = "http://127.0.0.1:12379"
+	// In the page, for that of the node:
+	apiAddress = "http://127.0.0.1:12380"
 )
 
 // example is a command of a page and its output.
@@ -87,17 +88,68 @@ var outputRules = []struct {
 
 // TestDocs_API runs every command of the page and compares what comes back.
 func TestDocs_API(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{Nodes: 1})
+	c.runPage(apiPage, "", "", func(int) {})
+}
+
+// TestDocs_Operations does so for the part of the page that needs no more than a
+// cluster and somebody who stops nodes.
+func TestDocs_Operations(t *testing.T) {
+	c := newLiveCluster(t, proc.Options{})
+	three := c.Nodes[2]
+	c.runPage("docs/operations.md", "### First questions", "### Which metric", func(block int) {
+		switch block {
+		case 1:
+			c.kill(c.Nodes[:2]...)
+			c.eventually(func() error { return c.answers(three, "/-/readyz?verbose", "[-]leader") })
+		case 2:
+			for _, n := range c.Nodes[:2] {
+				testkit.Must(t, n.Start())
+			}
+			testkit.Must(t, c.WaitReady(c.context()))
+			c.eventually(func() error {
+				if err := c.answers(three, "/-/v1/status", `"role":"leader"`); err != nil {
+					c.memberCall(three, http.MethodPost, "/-/v1/leader/3", "")
+					return err
+				}
+				return nil
+			})
+			c.eventually(func() error { return c.answers(c.Nodes[1], "/-/v1/status", `"leaderId":3,`) })
+			testkit.Must(t, c.Nodes[0].Pause())
+		}
+	})
+}
+
+// answers says whether a node's answer has a text.
+func (c *liveCluster) answers(n *proc.Node, path, text string) error {
+	r := c.memberCall(n, http.MethodGet, path, "")
+	if r.err != nil || !strings.Contains(string(r.body), text) {
+		return fmt.Errorf("node %d answers %s, %v; want %s", n.ID, r.body, r.err, text)
+	}
+	return nil
+}
+
+// runPage runs the commands of a page, from one line on and up to another, and
+// compares what comes back. It calls before ahead of each block.
+func (c *liveCluster) runPage(path, from, to string, before func(block int)) {
+	t := c.t
+	t.Helper()
 	if _, err := exec.LookPath("curl"); err != nil {
 		t.Skip("there is no curl here")
 	}
-	c := newLiveCluster(t, proc.Options{Nodes: 1})
-	b, err := os.ReadFile(apiPage)
-	if err != nil {
-		t.Fatal(err)
+	whole := testkit.ReadFile(t, path)
+	start := strings.Index(whole, from)
+	length := len(whole) - start
+	if to != "" {
+		length = strings.Index(whole[start:], to)
 	}
-	text, blocks := splitExamples(string(b))
+	text, blocks := splitExamples(whole[start : start+length])
+	if len(blocks) == 0 {
+		t.Fatalf("no commands in %s", path)
+	}
 	var page strings.Builder
 	for i, block := range blocks {
+		before(i)
 		page.WriteString(text[i] + "```console\n")
 		for _, e := range block {
 			got := c.runExample(e.command)
@@ -110,13 +162,19 @@ func TestDocs_API(t *testing.T) {
 	}
 	page.WriteString(text[len(text)-1])
 	if *rewrite {
-		if err := os.WriteFile(apiPage, []byte(page.String()), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		testkit.Must(t, os.WriteFile(path, []byte(whole[:start]+page.String()+whole[start+length:]), 0o644))
 	}
 }
 
-// runExample runs a command with its address replaced by that of the node.
+// addresses has each address of the pages, and that of a node.
+func (c *liveCluster) addresses() (pairs []string) {
+	for i, n := range c.Nodes {
+		pairs = append(pairs, fmt.Sprintf("http://127.0.0.1:%d2380", i+1), n.URL(), fmt.Sprintf("http://127.0.0.1:%d2379", i+1), n.RaftURL())
+	}
+	return pairs
+}
+
+// runExample runs a command with the addresses replaced by those of the nodes.
 func (c *liveCluster) runExample(command string) string {
 	c.t.Helper()
 	if !strings.HasPrefix(command, "curl ") {
@@ -124,15 +182,16 @@ func (c *liveCluster) runExample(command string) string {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	n := c.Nodes[0]
-	command = strings.NewReplacer(apiAddress, n.URL(), apiPeerAddress, n.RaftURL()).Replace(command)
+	pairs := c.addresses()
+	command = strings.NewReplacer(pairs...).Replace(command)
 	cmd := exec.CommandContext(ctx, "bash", "-c", command)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	out, err := cmd.Output()
 	if err != nil {
 		c.t.Errorf("%s: %v", command, err)
 	}
-	got := strings.NewReplacer(n.URL(), apiAddress, n.RaftURL(), apiPeerAddress).Replace(string(out))
+	slices.Reverse(pairs)
+	got := strings.NewReplacer(pairs...).Replace(string(out))
 	for _, rule := range outputRules {
 		got = rule.pattern.ReplaceAllString(got, rule.replacement)
 	}
@@ -140,6 +199,56 @@ func (c *liveCluster) runExample(command string) string {
 		got += "\n"
 	}
 	return got
+}
+
+// TestDocs_README types what the page says, in its order. No call may be answered with an error.
+func TestDocs_README(t *testing.T) {
+	if _, err := exec.LookPath("curl"); err != nil {
+		t.Skip("there is no curl here")
+	}
+	c := newLiveCluster(t, proc.Options{})
+	two := c.Nodes[1]
+	four, err := c.Add()
+	testkit.Must(t, err)
+	c.client(two).mustPut("n", "7")
+	dir := t.TempDir()
+	testkit.Must(t, os.Symlink(buildLiveBinary(t), filepath.Join(dir, "raftrv")))
+	testkit.Must(t, os.WriteFile(filepath.Join(dir, ".curlrc"), []byte("fail\nshow-error\n"), 0o600))
+	addresses := strings.NewReplacer(c.addresses()...)
+	var peers []string
+	for _, n := range c.Nodes[:3] {
+		peers = append(peers, n.RaftURL())
+	}
+	ran := 0
+	for line := range strings.Lines(testkit.ReadFile(t, "README.md")) {
+		command, ok := strings.CutPrefix(strings.TrimRight(line, "\n"), "    ")
+		switch {
+		case !ok:
+		case strings.HasSuffix(command, `"run stop raftrv2"`):
+			c.stop(two)
+		case strings.HasSuffix(command, `"run start raftrv2"`):
+			testkit.Must(t, two.Start())
+			testkit.Must(t, two.WaitReady(c.context()))
+		case strings.HasPrefix(command, "./raftrv --id 4 --join"):
+			testkit.Must(t, four.Start())
+			c.wantVoter(c.Nodes[0], four)
+		case strings.HasPrefix(command, "curl "), strings.HasPrefix(command, "./raftrv backup "):
+			cmd := exec.CommandContext(c.context(), "bash", "-c", addresses.Replace(command))
+			cmd.Dir = dir
+			cmd.Env = append(os.Environ(), "LC_ALL=C", "CURL_HOME="+dir, "PEERS="+strings.Join(peers, ","))
+			out, err := cmd.CombinedOutput()
+			is412 := strings.Contains(command, "# 412") && strings.Contains(string(out), "error: 412")
+			if err != nil && !is412 {
+				t.Errorf("%s: %v\n%s", command, err, out)
+			}
+			ran++
+		}
+	}
+	if ran < 17 {
+		t.Errorf("the page has %d commands", ran)
+	}
+	c.wantRemoved(four)
+	c.Forget(four)
 }
 
 var (
