@@ -68,7 +68,7 @@ type State struct {
 	elapsed, seen int64
 
 	// Invariant: every item's RV is at most that of the state; Expiry has exactly the
-	// items with a deadline; every event's RV is above Events.dropped.
+	// items with a deadline; every event's RV is above Events.Dropped.
 	Items    *itemMap
 	Expiry   *btree.Set[string] // expiryKey of each item that has a deadline
 	Events   eventLog
