@@ -52,7 +52,8 @@ func TestServe_LeavesNoGoroutines(t *testing.T) {
 		}
 	}
 
-	client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	client := http.Client{Timeout: 30 * time.Second, // so much waits under the race detector, when others work as well
+		Transport: &http.Transport{DisableKeepAlives: true}}
 	put := func(timeout time.Duration) int {
 		req, err := http.NewRequestWithContext(t.Context(), http.MethodPut,
 			fmt.Sprintf("%s/k?timeout=%s", ports.Nodes[2].URL(), timeout), strings.NewReader("v"))
