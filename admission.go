@@ -17,12 +17,12 @@ import (
 )
 
 // This file decides what a node does not take at present: writes when a disk has
-// no room, or what would let the store grow beyond its quota. That is decided
-// before a write is proposed, so it is refused in whole, with certainty. And it
-// is about: each node decides by itself, of what it sees. What a node does not
+// no room, or what would let the store grow beyond its quota. It decides before a
+// write is proposed, so what is refused was certainly not applied. The bounds are
+// not exact: each node decides by itself, from what it sees. What a node does not
 // serve is in consistency.go.
 //
-// Of the disk there are two marks. Below the reserve a node is full: it takes
+// Free space has two marks. Below the reserve a node is full: it takes
 // deletes, and whatever the others write. With less than the next two files of
 // its log need it is closed: it takes nothing, not even entries of a leader, and
 // falls behind until there is room. So its log finds room for its next file,
@@ -35,7 +35,7 @@ const (
 	releaseEvery = 2 * time.Second
 )
 
-// admission knows these things of one node. Its methods may be called from any goroutine.
+// admission is what decides that at one node. Its methods may be called from any goroutine.
 type admission struct {
 	id      uint64
 	reserve uint64 // as configured; 0 = by default

@@ -20,7 +20,7 @@ import (
 )
 
 // This file is the consistency check: members tell each other the sums of their
-// states, see checksum.go, and a node serves only while it has reason to think
+// states (internal/store/checksum.go), and a node serves only while it has reason to think
 // that its state is that of the cluster.
 //
 // A node that starts serves nothing before a majority of the voters, itself

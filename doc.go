@@ -8,8 +8,8 @@
 //
 //	internal/httpapi/api.go    ServeHTTP finds the call (routes.go); putKey makes a command of
 //	                           path, body and conditions, and hands it to the replicated store
-//	kvstore.go                 Apply: may this node serve, and has it room (admission.go)? From here
-//	                           on the command may happen
+//	kvstore.go                 Apply: may this node serve, and has it room (admission.go)? From
+//	                           here on the command may happen
 //	loop.go                    propose adds the command to the open batch and waits. The loop's
 //	                           goroutine, in iterate and feed, hands batches to the replica
 //	raft.go                    propose makes the batch one entry of the log. processOnce sends it,
@@ -55,8 +55,8 @@
 //
 //	founding.go       how a cluster comes to be, once
 //	member.go         how a node finds its place in it
-//	level.go      when the cluster uses what is new
-//	admission.go          what a node does not take: disk full, quota
+//	level.go          when the cluster uses what is new
+//	admission.go      what a node does not take: disk full, quota
 //	consistency.go    what it does not serve: its state is not that of the others, or was not
 //	                  compared yet
 //
@@ -79,7 +79,7 @@
 //	restore.go        a new cluster from a backup, or from what a lost one left
 //	metrics.go        what a node tells Prometheus, but for requests and the disk
 //	logqueue.go       the log, for which nobody waits
-//	gc.go         how much garbage may lie beside a large state
+//	gc.go             how much garbage may lie beside a large state
 //
 // The tests beside these files look at one part. The simulator (sim_*_test.go) runs whole
 // clusters of them in one goroutine, and tests/ runs real processes; see docs/testing.md.

@@ -238,6 +238,69 @@ func TestLoop_IsTheOnlyDoor(t *testing.T) {
 	}
 }
 
+// ofTheProcess is what all nodes of a process would share, and where it is used all the same.
+var ofTheProcess = []struct {
+	name string // of a package, a dot, and one of its names
+	only []string
+	why  string
+}{
+	{"prometheus.DefaultGatherer", nil, "a node has its own registry"},
+	{"prometheus.DefaultRegisterer", nil, "a node has its own registry"},
+	{"prometheus.MustRegister", nil, "a node has its own registry"},
+	{"prometheus.Register", nil, "a node has its own registry"},
+	{"http.DefaultClient", nil, "what one node does must not use up the connections of another"},
+	{"http.DefaultTransport", nil, "what one node does must not use up the connections of another"},
+	{"http.DefaultServeMux", nil, "a node has its own table of routes"},
+	{"http.Handle", nil, "a node has its own table of routes"},
+	{"http.HandleFunc", nil, "a node has its own table of routes"},
+	{"zap.L", nil, "a node has its own log"},
+	{"zap.ReplaceGlobals", nil, "a node has its own log"},
+	{"wal.SegmentSizeBytes", []string{"storage.go"}, "etcd's log has no other way to be told"},
+	{"debug.SetGCPercent", []string{"gc.go"}, "there is one heap"},
+	{"syscall.Umask", []string{"main.go", "backupcli.go"}, "it is the command's: it is set once, before there is a node"},
+}
+
+// TestNodes_FitInOneProcess: two nodes share nothing that is not named here, and no package does anything at its start.
+func TestNodes_FitInOneProcess(t *testing.T) {
+	used := map[string]bool{}
+	for file := range sources(t) {
+		room := path.Dir(file)
+		if strings.HasSuffix(file, "_test.go") || slices.Contains(kits, room) || strings.HasPrefix(room, "internal/cmd/") {
+			continue
+		}
+		ast.Inspect(parse(t, file, 0), func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.FuncDecl:
+				if n.Recv == nil && n.Name.Name == "init" {
+					t.Errorf("%s has an init", file)
+				}
+			case *ast.SelectorExpr:
+				x, ok := n.X.(*ast.Ident)
+				if !ok {
+					return true
+				}
+				for _, p := range ofTheProcess {
+					if x.Name+"."+n.Sel.Name != p.name {
+						continue
+					}
+					used[p.name+" "+file] = true
+					if !slices.Contains(p.only, file) {
+						t.Errorf("%s uses %s: %s", file, p.name, p.why)
+					}
+				}
+			}
+			return true
+		})
+	}
+	for _, p := range ofTheProcess {
+		for _, file := range p.only {
+			if !used[p.name+" "+file] {
+				t.Errorf("%s may use %s and does not", file, p.name)
+			}
+		}
+	}
+}
+
 // sources returns the source files of this module and what each imports.
 func sources(t *testing.T) map[string][]string {
 	t.Helper()

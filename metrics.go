@@ -19,7 +19,7 @@ import (
 )
 
 // This file is what a node tells at /-/metrics. What takes time is measured at
-// the edges: HTTP requests in httpmetrics.go, the disk in diskmetrics.go, the
+// the edges: HTTP requests in internal/httpapi, the disk in diskmetrics.go, the
 // rounds of the replica in the loop. Everything else is read when somebody
 // asks, from what is there anyway.
 

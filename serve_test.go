@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"raftrv/internal/proc"
@@ -50,7 +52,8 @@ func TestServe_LeavesNoGoroutines(t *testing.T) {
 		}
 	}
 
-	client := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	client := http.Client{Timeout: 30 * time.Second, // so much waits under the race detector, when others work as well
+		Transport: &http.Transport{DisableKeepAlives: true}}
 	put := func(timeout time.Duration) int {
 		req, err := http.NewRequestWithContext(t.Context(), http.MethodPut,
 			fmt.Sprintf("%s/k?timeout=%s", ports.Nodes[2].URL(), timeout), strings.NewReader("v"))
@@ -68,6 +71,15 @@ func TestServe_LeavesNoGoroutines(t *testing.T) {
 		}
 		return nil
 	})
+	for _, n := range ports.Nodes { // each counts what it is asked itself
+		res, err := client.Get(n.URL() + "/-/metrics")
+		testkit.Must(t, err)
+		body, err := io.ReadAll(res.Body)
+		testkit.Must(t, errors.Join(err, res.Body.Close()))
+		if got, want := strings.Contains(string(body), `method="PUT",route="/{key}"`), n == ports.Nodes[2]; got != want {
+			t.Errorf("node %d counts the PUT: %v", n.ID, got)
+		}
+	}
 	stop(nodes[0])
 	stop(nodes[1])
 	goroutines := func(most int) func() error {

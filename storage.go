@@ -39,7 +39,7 @@ import (
 //	watermark                       how far the log was on disk, see watermark.go
 //	wal/                            etcd's write-ahead log
 //	snap/<term>-<index>.snap        etcd's snapshot file: index, term, configuration
-//	snap/<index>.snap.db            its body: the state, see snapshot.go
+//	snap/<index>.snap.db            its body: the state, see internal/store/snapshot.go
 //
 // A snapshot counts once the log has a record of it. The body is on disk
 // before the .snap file, and that before the record, so whatever a crash leaves

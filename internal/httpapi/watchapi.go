@@ -181,7 +181,8 @@ func (h *httpAPI) newWatchList(r request, filter string, isPrefix bool) (*keyLis
 	return l, nil
 }
 
-// WatchStream writes one watch. Between two messages it holds no buffer, so that a watch on which nothing happens costs little.
+// WatchStream writes one watch. Between two messages it holds no buffer, so that a
+// watch on which nothing happens costs little.
 type WatchStream struct {
 	W        http.ResponseWriter
 	Control  *http.ResponseController

@@ -24,7 +24,7 @@ import (
 // change, and made anew when a state is read, so no entry walks over a state.
 // The window of events itself is not part of it: each node has its own bounds.
 //
-// Members tell each other their sums, see admission.go, and each judges for itself.
+// Members tell each other their sums, and each judges for itself.
 
 // Algorithms of sums. Only sums of the same one can be compared.
 const (
@@ -73,7 +73,7 @@ func (s *State) foldOld(content uint64) {
 	s.Sum = xxhash.Sum64(b[:])
 }
 
-// digest returns what a batch is to the sum. One that is skipped is something else.
+// digest returns what a batch counts as in the sum: 0 if it is skipped.
 func (h BatchHeader) digest(commands []byte, fresh bool) uint64 {
 	if !fresh {
 		return 0
@@ -142,9 +142,9 @@ func withWord(digest uint64, word string) uint64 {
 	return xxhash.Sum64String(string(binary.LittleEndian.AppendUint64(nil, digest)) + word)
 }
 
-// digest returns what an item adds to the digest of all items. What a write
-// replaces is subtracted as it is by then, so damage in between stays in the
-// digest.
+// digest returns what an item adds to the digest of all items. A write subtracts
+// the item that it replaces as memory has it then. If that was damaged, it is not
+// what was added, and the difference stays in the digest.
 func (it *Item) digest(key string) uint64 {
 	var b [5 * 8]byte
 	for i, v := range [...]uint64{xxhash.Sum64String(key), xxhash.Sum64String(it.Value), it.RV, it.Created, uint64(it.Expires)} {

@@ -17,13 +17,14 @@
 // Read its files in this order:
 //
 //	command.go     the bytes of an entry: a batch of commands, and what a result is
-//	state.go       the state, and Apply; then members.go and sessions.go
+//	state.go       the state, and Apply
 //	items.go       the tree of items
-//	members.go     what is accepted as a member
+//	members.go     who is in the cluster, and how that changes
+//	sessions.go    which batches were applied, so that none is twice
 //	level.go       the feature level: which rules count for which entries
-//	idempotency.go     outcomes of requests with an Idempotency-Key
+//	idempotency.go outcomes of requests with an Idempotency-Key
 //	events.go      the window of recent events, where watches start
-//	checksum.go  checksums, by which members notice that their states differ
+//	checksum.go    checksums, by which members notice that their states differ
 //	scan.go        many items as they were at one version, while writes go on
 //	snapshot.go    a state as a stream of bytes
 //	backup.go      a backup: the same with a head and a digest

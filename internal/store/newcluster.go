@@ -24,9 +24,10 @@ const VersionJump = 1_000_000_000
 // Begin makes the state the first one of a new cluster with these members.
 //
 // The feature level stays: what the backup holds may need it. Sessions go: no
-// proposal of the old cluster can arrive. The window of events is empty, so a watch that wants to resume from a version of the old cluster is
-// told that it expired, and lists again. Outcomes of requests with an
-// Idempotency-Key stay: what they stand for is in the state.
+// proposal of the old cluster can arrive. The window of events is empty, so a watch
+// that wants to resume from a version of the old cluster is told that it expired, and
+// lists again. Outcomes of requests with an Idempotency-Key stay: what they stand for
+// is in the state.
 func (s *State) Begin(members []Member, removed []uint64) {
 	s.Index, s.Term = FirstIndex, FirstTerm
 	s.RV += VersionJump - s.rules().leapMin

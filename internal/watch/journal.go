@@ -34,11 +34,11 @@ import (
 // The first line names the format, the cluster, and the version with which the file begins.
 // obj is the value itself if it is JSON. objText is the value, letter by letter, if it is
 // not, or if it is JSON that does not fit into a line as it is: then obj is its meaning. What is
-// no UTF-8 is in objBase64. contentType is there if the value has one. timestamp is the time of the entry in nanoseconds: its proposer's, or
-// the leader's where the two were far apart. It may go back, as clocks do.
-// All lines of a version but the last have "more":true. Events that this node
-// never saw, or did not serve, because it was down for long and caught up with a
-// snapshot, are confessed to:
+// no UTF-8 is in objBase64. contentType is there if the value has one. timestamp is the
+// time of the entry in nanoseconds: its proposer's, or the leader's where the two were
+// far apart. It may go back, as clocks do. All lines of a version but the last have
+// "more":true. Events that this node never saw, or did not serve, because it was down
+// for a long time and caught up with a snapshot, are a gap:
 //
 //	{"rv":99,"gap":{"from":50,"to":99}}
 //
@@ -54,10 +54,11 @@ import (
 // version of which the old one has a part. So the rule for readers is that what an
 // older file has from "from" on does not count.
 //
-// Files are rotated by renaming them, and SIGHUP, or a restart, makes the node begin the next one. Or they
-// are copied and emptied. Then nothing may be written in between: the node holds a
-// lease on its file where there are such (fcntl(2), F_SETLEASE), so whoever opens
-// it waits until it ends with a whole version, and while he has it open the node waits, up to a bound.
+// Files are rotated by renaming them, and SIGHUP, or a restart, makes the node begin
+// the next one. Or they are copied and emptied. Then nothing may be written in
+// between: where there are leases (fcntl(2), F_SETLEASE) the node holds one on its
+// file, so whoever opens it waits until it ends with a whole version, and as long as
+// it is open elsewhere the node waits, up to a bound.
 
 const (
 	journalFormat     = 1

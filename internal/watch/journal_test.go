@@ -530,13 +530,14 @@ func TestJournal_Lease(t *testing.T) {
 		t.Error("opened within a version")
 	default:
 	}
+	j.yield() // and not claim: a signal may interrupt who opens it, who begins anew and would wait again
+	f := <-opened
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	j.appendEvent(&store.Event{RV: 2, Key: "a"}, true)
 	if err := j.append(ctx, r.store); !errors.Is(err, fault.ErrShuttingDown) {
 		t.Errorf("written while it is open: %v", err)
 	}
-	f := <-opened
 	start := time.Now()
 	testkit.Must(t, j.append(t.Context(), r.store)) // he follows the file
 	if took := time.Since(start); took < journalShareMin/2 {
