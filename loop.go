@@ -690,10 +690,10 @@ func (l *loop) UpdateMember(ctx context.Context, timeout time.Duration, m store.
 	if err != nil {
 		return err
 	}
-	switch res := results[0]; {
-	case res.Status == store.StatusNotFound:
+	switch results[0].Status {
+	case store.StatusNotFound:
 		return fault.ErrNotFound.WithDetail("there is no member %d", m.ID)
-	case res.Status == store.StatusPrecondition:
+	case store.StatusPrecondition:
 		return fault.ErrMember.WithDetail("another member already has the peer URL %s", m.PeerURL)
 	}
 	return nil
