@@ -228,6 +228,16 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 		r.each(func(reason string, n uint64) { counter(descPeerRefused, n, reason) })
 	}
 
+	m.collectDisk(gauge)
+	gauge(descDiskReserve, float64(s.DiskReserveBytes))
+	gauge(descQuota, float64(s.QuotaBytes))
+	for _, e := range []*fault.Error{fault.ErrDiskFull, fault.ErrQuota, fault.ErrDiverged, fault.ErrUnchecked} {
+		gauge(descReadOnly, number(s.ReadOnly == e.Code), e.Code)
+	}
+	gauge(descDiverged, number(s.Divergence == store.Doubtful.String() || s.Divergence == store.Diverged.String()))
+}
+
+func (m *nodeMetrics) collectDisk(gauge func(d *prometheus.Desc, v float64, labels ...string)) {
 	dir := m.node.config.dataDir
 	for _, name := range []string{walDir, snapDir} {
 		gauge(descDirectory, float64(directorySize(filepath.Join(dir, name))), name)
@@ -237,12 +247,6 @@ func (m *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 		gauge(descDiskFree, float64(fs.Bavail)*float64(fs.Bsize))
 		gauge(descDiskSize, float64(fs.Blocks)*float64(fs.Bsize))
 	}
-	gauge(descDiskReserve, float64(s.DiskReserveBytes))
-	gauge(descQuota, float64(s.QuotaBytes))
-	for _, e := range []*fault.Error{fault.ErrDiskFull, fault.ErrQuota, fault.ErrDiverged, fault.ErrUnchecked} {
-		gauge(descReadOnly, number(s.ReadOnly == e.Code), e.Code)
-	}
-	gauge(descDiverged, number(s.Divergence == store.Doubtful.String() || s.Divergence == store.Diverged.String()))
 }
 
 func number(b bool) float64 {

@@ -98,9 +98,39 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		return err
 	}
 
+	n, err := newNode(cfg, rec, disk, p.process, logger)
+	if err != nil {
+		return err
+	}
+	n.secret, n.level = known, level
+	if cfg.journal != "" {
+		if n.journal, err = watch.OpenJournal(cfg.journal, cfg.dataDir, n.cluster, logger.Named("journal")); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, n.journal.Close()) }()
+	}
+	if err := errors.Join(n.admission.lookAtDisk(), n.admission.begin()); err != nil {
+		return err
+	}
+	network := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, n.admission, logger.Named("peers"))
+	defer network.close()
+	n.refusals = network.refusals
+	r, err := n.newReplica(rec, network)
+	if err != nil {
+		return err
+	}
+
+	n.network = network
+	p.peers.set(servePeers(n.peerInfo, n.secret, network.handler()))
+	return n.run(ctx, r, network, p)
+}
+
+// newNode puts a node together on what its directory has. process is a number of
+// this life of it.
+func newNode(cfg config, rec *recovered, disk *storage, process uint64, logger *zap.Logger) (*node, error) {
 	kv := &store.Store{State: rec.state, LevelMax: cfg.levelMax}
 	if err := kv.CheckLevel(rec.state.Level); err != nil {
-		return fmt.Errorf("data directory %s: %w", cfg.dataDir, err)
+		return nil, fmt.Errorf("data directory %s: %w", cfg.dataDir, err)
 	}
 	kv.SetWindow(cfg.watchEvents, cfg.watchBytes)
 	hub := watch.NewHub(kv)
@@ -111,41 +141,32 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 			cluster: rec.identity.Cluster,
 			store:   kv,
 			hub:     hub,
-			process: p.process,
+			process: process,
 		},
 		disk:   newMeasuredDisk(disk),
 		logger: logger,
-		level:  level,
 
 		directory: rec.identity.Directory,
-		secret:    known,
 		founders:  rec.identity.Founders,
 		fresh:     !rec.identity.Joined && len(rec.identity.Founders) == 0 && rec.untouched(),
 		informed:  new(atomic.Bool),
 	}
 	n.loop.interrupt = disk.interrupt
-	if cfg.journal != "" {
-		if n.journal, err = watch.OpenJournal(cfg.journal, cfg.dataDir, n.cluster, logger.Named("journal")); err != nil {
-			return err
-		}
-		defer func() { err = errors.Join(err, n.journal.Close()) }()
-	}
 	n.loop.watch.most = cfg.electionTimeout()
 	n.admission = newAdmission(&n.config, n.store, n.loop.waiting, logger.Named("checks"))
 	n.admission.gate = hub.Gate
-	if err := errors.Join(n.admission.lookAtDisk(), n.admission.begin()); err != nil {
-		return err
-	}
-	network := newPeerNetwork(cfg.id, n.cluster, disk, n.store, n.loop, n.admission, logger.Named("peers"))
-	defer network.close()
-	n.refusals = network.refusals
-	r, err := newReplica(replicaConfig{
-		id:              cfg.id,
+	return n, nil
+}
+
+// newReplica makes the replica, which n's loop will drive.
+func (n *node) newReplica(rec *recovered, network *peerNetwork) (*replica, error) {
+	return newReplica(replicaConfig{
+		id:              n.config.id,
 		session:         randomID(),
-		electionTicks:   cfg.electionTicks,
-		heartbeatTicks:  cfg.heartbeatTicks,
-		snapshotEntries: cfg.snapshotEntries,
-		snapshotBytes:   cfg.snapshotBytes,
+		electionTicks:   n.config.electionTicks,
+		heartbeatTicks:  n.config.heartbeatTicks,
+		snapshotEntries: n.config.snapshotEntries,
+		snapshotBytes:   n.config.snapshotBytes,
 		catchUpEntries:  catchUpEntriesDefault,
 		log:             rec.log,
 		store:           n.store,
@@ -155,15 +176,8 @@ func serve(ctx context.Context, cfg config, logger *zap.Logger, level zap.Atomic
 		refused:         network.refusals.add,
 		driver:          n.loop,
 		hook:            n.loop.failpoint,
-		logger:          logger,
+		logger:          n.logger,
 	})
-	if err != nil {
-		return err
-	}
-
-	n.network = network
-	p.peers.set(servePeers(n.peerInfo, n.secret, network.handler()))
-	return n.run(ctx, r, network, p)
 }
 
 // run starts everything and waits for the end.
