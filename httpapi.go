@@ -6,15 +6,16 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"raftrv/internal/fault"
-	"raftrv/internal/httpapi"
-	"raftrv/internal/store"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/fault"
+	"raftrv/internal/httpapi"
+	"raftrv/internal/store"
 )
 
 // This file opens the ports of a node, and serves on them: its HTTP front

@@ -4,11 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
+
 	"raftrv/internal/fault"
 	"raftrv/internal/httpapi"
 	"raftrv/internal/store"
 	"raftrv/internal/watch"
-	"time"
 )
 
 // This file is the replicated store: what every front talks to. It knows how new

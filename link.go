@@ -10,15 +10,15 @@ import (
 	"sync/atomic"
 	"time"
 
-	"raftrv/internal/httpapi"
-	"raftrv/internal/store"
-
 	"go.etcd.io/etcd/client/pkg/v3/types"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
 	stats "go.etcd.io/etcd/server/v3/etcdserver/api/v2stats"
 	"go.etcd.io/raft/v3"
 	"go.etcd.io/raft/v3/raftpb"
 	"golang.org/x/time/rate"
+
+	"raftrv/internal/httpapi"
+	"raftrv/internal/store"
 )
 
 // link connects this node with one member, in both directions. It is a

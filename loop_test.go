@@ -216,3 +216,59 @@ func TestLoop_DeadlineSaysWhy(t *testing.T) {
 		}
 	}
 }
+
+// TestLoop_ManyCommands: commands that are proposed together are answered in order, all or with one error that is true of
+// all of them.
+func TestLoop_ManyCommands(t *testing.T) {
+	put := func(key string, size int) store.Command {
+		return store.Command{Op: store.OpPut, Key: key, Value: strings.Repeat("v", size)}
+	}
+	large := []store.Command{put("a", 600<<10), put("b", 600<<10), put("c", 600<<10)} // no two of them fit into a batch
+	idle := func(l *loop) {
+		t.Helper()
+		if len(l.inbox.queue) != 0 || l.inbox.queueSize != 0 {
+			t.Errorf("%d batches wait, of %d bytes", len(l.inbox.queue), l.inbox.queueSize)
+		}
+	}
+
+	l := newLoneLoop(t, func() {}, nil)
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- l.run(ctx, l.replica, func(context.Context) error { return nil }) }()
+	before := l.replica.store.Applied()
+	results, err := l.propose(ctx, time.Minute, put("k", 1), store.Command{Op: store.OpDelete, Key: "k"}, store.Command{Op: store.OpDelete, Key: "k"})
+	testkit.Must(t, err)
+	if len(results) != 3 || results[0].RV+1 != results[1].RV || results[2].Status != store.StatusNotFound || l.replica.store.Applied() != before+1 {
+		t.Errorf("%+v, in %d entries", results, l.replica.store.Applied()-before)
+	}
+	results, err = l.propose(ctx, time.Minute, large...)
+	testkit.Must(t, err)
+	if len(results) != 3 || results[0].RV+2 != results[2].RV {
+		t.Errorf("%+v", results)
+	}
+	version := l.replica.store.Version()
+	unknown := store.Command{Op: store.OpPut, Key: "k", Condition: store.Condition{Kind: 9}}
+	if _, err = l.propose(ctx, time.Minute, put("x", 1), unknown); !errors.Is(err, fault.ErrLevel) || l.replica.store.Version() != version {
+		t.Errorf("with one that nobody knows: %v", err)
+	}
+	stop()
+	testkit.Must(t, <-ended)
+
+	// Nobody takes them: none is applied.
+	l = newLoneLoop(t, func() {}, nil)
+	if _, err = l.propose(t.Context(), time.Millisecond, large...); err == nil || errors.Is(err, fault.ErrUnknown) {
+		t.Errorf("of which none was taken: %v", err)
+	}
+	idle(l)
+	// One of three is taken: it may be applied.
+	go func() {
+		ended <- func() error { _, err := l.propose(t.Context(), 100*time.Millisecond, large...); return err }()
+	}()
+	if !comesTrue(func() bool { return l.nextBatch() != nil }) {
+		t.Fatal("nothing to take")
+	}
+	if err := <-ended; !errors.Is(err, fault.ErrUnknown) {
+		t.Errorf("of which one was taken: %v", err)
+	}
+	idle(l)
+}

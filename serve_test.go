@@ -7,8 +7,6 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"raftrv/internal/proc"
-	"raftrv/internal/testkit"
 	"runtime"
 	"strconv"
 	"strings"
@@ -18,6 +16,9 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // TestServe_LeavesNoGoroutines runs three nodes inside this process, where goroutines can be counted: requests

@@ -8,12 +8,13 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"raftrv/internal/hostile"
-	"raftrv/internal/proc"
-	"raftrv/internal/testkit"
 	"strings"
 	"testing"
 	"time"
+
+	"raftrv/internal/hostile"
+	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // peerWords is what a node says to another one that asks who it is.

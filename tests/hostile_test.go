@@ -15,13 +15,13 @@ import (
 	"testing"
 	"time"
 
-	"raftrv/internal/hostile"
-	"raftrv/internal/proc"
-	"raftrv/internal/testkit"
-
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
 	"go.etcd.io/raft/v3/raftpb"
 	"google.golang.org/protobuf/proto"
+
+	"raftrv/internal/hostile"
+	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // TestProcess_Hostile: no message to either port ends a node, now or at the next start, or changes anything, or

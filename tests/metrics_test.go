@@ -5,14 +5,15 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"raftrv/internal/httpapi"
-	"raftrv/internal/proc"
-	"raftrv/internal/testkit"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"raftrv/internal/httpapi"
+	"raftrv/internal/proc"
+	"raftrv/internal/testkit"
 )
 
 // liveText returns the body of an answer with this status.

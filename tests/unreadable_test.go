@@ -8,14 +8,14 @@ import (
 	"strings"
 	"testing"
 
+	"go.etcd.io/etcd/server/v3/storage/wal"
+	"go.etcd.io/raft/v3/raftpb"
+	"go.uber.org/zap"
+
 	"raftrv/internal/hostile"
 	"raftrv/internal/proc"
 	"raftrv/internal/store"
 	"raftrv/internal/testkit"
-
-	"go.etcd.io/etcd/server/v3/storage/wal"
-	"go.etcd.io/raft/v3/raftpb"
-	"go.uber.org/zap"
 )
 
 // spoil appends an entry to the log of a node that is down, which may seem committed, and returns its index.
