@@ -375,7 +375,7 @@ func (l *liveClient) judge(o *liveOp, r *liveReply) {
 		o.itemRV, o.rv = r.etag(), r.rv()
 	case o.kind == liveGet && r.status >= 500:
 		o.outcome = liveUnknown
-	case r.problem.Outcome == fault.NotApplied && (r.status == http.StatusServiceUnavailable || r.status == http.StatusInsufficientStorage):
+	case r.problem.Outcome == fault.NotApplied && (r.status == http.StatusServiceUnavailable || r.status == http.StatusInsufficientStorage || r.status == http.StatusGatewayTimeout):
 		o.outcome = liveRefused
 	case r.problem.Outcome == fault.Unknown && (r.status == http.StatusGatewayTimeout || o.keyed && r.status > http.StatusInternalServerError && r.problem.Retryable):
 		o.outcome = liveUnknown
