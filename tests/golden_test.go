@@ -25,7 +25,7 @@ import (
 // of a node (data), a backup (backup), and its keys and events as it listed them. It is never written again
 // once a program of that level was released:
 //
-//	go test -run TestProcess_WriteGolden -golden ./tests    # writes that of the newest level, and what is missing
+//	go test ./tests -run TestProcess_WriteGolden -golden    # writes that of the newest level, and what is missing
 
 var golden = flag.Bool("golden", false, "write the files in testdata that programs of the newest feature level leave")
 
